@@ -1,0 +1,44 @@
+"""Adapters between the encoders' features and the decoder (reference: janus/models/projector.py,
+janus/models/modeling_vlm.py)."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+
+def _linear(inputs: int, outputs: int, dtype, param_dtype, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+
+
+class Aligner(nnx.Module):
+    """An MLP with exact GELUs from features or codes to the decoder's width."""
+
+    def __init__(
+        self, inputs: int, width: int, depth: int, *, dtype, param_dtype, rngs: nnx.Rngs
+    ):
+        sizes = [inputs] + [width] * depth
+        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        self.layers = nnx.List([_linear(a, b, dtype, param_dtype, rngs) for a, b in pairs])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """float[..., inputs] -> float[..., width]."""
+        x = self.layers[0](x)
+        for layer in self.layers[1:]:
+            x = layer(nnx.gelu(x, approximate=False))
+        return x
+
+
+class GenHead(nnx.Module):
+    """Hidden states to logits over the codebook."""
+
+    def __init__(self, inputs: int, width: int, codes: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        self.dtype = dtype
+        self.proj = _linear(inputs, width, dtype, param_dtype, rngs)
+        self.out = _linear(width, codes, dtype, param_dtype, rngs)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """float[..., D] -> float32[..., codebook_size]."""
+        x = nnx.gelu(self.proj(hidden), approximate=False)
+        kernel = self.out.kernel[...].astype(self.dtype)
+        logits = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+        return logits + self.out.bias[...].astype(jnp.float32)

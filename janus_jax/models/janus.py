@@ -1,0 +1,135 @@
+"""Janus and Janus-Pro: one decoder that reads images and draws them
+(reference: janus/models/modeling_vlm.py).
+
+B batch, T sequence, N image features of a row, D model width.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from janus_jax.models.adapters import Aligner, GenHead
+from janus_jax.models.llama import Llama, LlamaConfig
+from janus_jax.models.siglip import Siglip, SiglipConfig
+from janus_jax.models.vq import VQ, VQConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class JanusConfig:
+    """The parts of a Janus; gen_head_width is the hidden width of the image head."""
+
+    und_encoder: SiglipConfig
+    und_aligner_depth: int
+    gen_vq: VQConfig
+    gen_aligner_depth: int
+    gen_head_width: int
+    language_model: LlamaConfig
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side, of images read and drawn."""
+        return self.und_encoder.image_size
+
+    @property
+    def gen_grid(self) -> int:
+        """Image tokens a side."""
+        return self.image_size // self.gen_vq.downsample
+
+    @property
+    def num_image_tokens(self) -> int:
+        """Tokens of one drawn image."""
+        return self.gen_grid**2
+
+    def with_dtype(self, dtype, param_dtype=None) -> "JanusConfig":
+        """The same sizes with another compute type and storage type (default: the same)."""
+        types = dict(dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype)
+        return dataclasses.replace(
+            self,
+            und_encoder=dataclasses.replace(self.und_encoder, **types),
+            language_model=dataclasses.replace(self.language_model, **types),
+        )
+
+    @classmethod
+    def janus_1_3b(cls) -> "JanusConfig":
+        """deepseek-ai/Janus-1.3B; the same sizes as Janus-Pro-1B."""
+        return cls.janus_pro_1b()
+
+    @classmethod
+    def janus_pro_1b(cls) -> "JanusConfig":
+        """deepseek-ai/Janus-Pro-1B."""
+        return _released(hidden_size=2048, intermediate_size=5632, layers=24, heads=16)
+
+    @classmethod
+    def janus_pro_7b(cls) -> "JanusConfig":
+        """deepseek-ai/Janus-Pro-7B."""
+        return _released(hidden_size=4096, intermediate_size=11008, layers=30, heads=32)
+
+
+def _released(hidden_size: int, intermediate_size: int, layers: int, heads: int) -> JanusConfig:
+    decoder = LlamaConfig(
+        vocab_size=102400,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        rms_norm_eps=1e-6,
+        rope_theta=10000.0,
+        max_position_embeddings=16384,
+    )
+    return JanusConfig(
+        und_encoder=SiglipConfig.siglip_large_patch16_384(),
+        und_aligner_depth=2,
+        gen_vq=VQConfig.vq_16(),
+        gen_aligner_depth=2,
+        gen_head_width=hidden_size,
+        language_model=decoder,
+    )
+
+
+def merge_features(embeds: jax.Array, image_mask: jax.Array, features: jax.Array) -> jax.Array:
+    """Puts image features where image_mask is True, in order.
+
+    embeds: float[B, T, D]; image_mask: bool[B, T] with at most N True a row;
+    features: float[B, N, D]. Returns float[B, T, D].
+    """
+    index = jnp.clip(jnp.cumsum(image_mask, axis=1) - 1, 0, features.shape[1] - 1)
+    gathered = jnp.take_along_axis(features, index[..., None], axis=1)
+    return jnp.where(image_mask[..., None], gathered.astype(embeds.dtype), embeds)
+
+
+class Janus(nnx.Module):
+    """SigLIP in for understanding, VQ indices in and out for generation, one decoder."""
+
+    def __init__(self, cfg: JanusConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        decoder = cfg.language_model
+        width, types = decoder.hidden_size, dict(
+            dtype=decoder.dtype, param_dtype=decoder.param_dtype
+        )
+        codes, code_dim = cfg.gen_vq.codebook_size, cfg.gen_vq.codebook_dim
+        self.und_encoder = Siglip(cfg.und_encoder, rngs=rngs)
+        self.und_aligner = Aligner(
+            cfg.und_encoder.width, width, cfg.und_aligner_depth, **types, rngs=rngs
+        )
+        self.gen_vq = VQ(cfg.gen_vq, rngs=rngs)
+        self.gen_embed = nnx.Embed(
+            codes,
+            code_dim,
+            embedding_init=nnx.initializers.normal(1.0),
+            **types,
+            rngs=rngs,
+        )
+        self.gen_aligner = Aligner(code_dim, width, cfg.gen_aligner_depth, **types, rngs=rngs)
+        self.gen_head = GenHead(width, cfg.gen_head_width, codes, **types, rngs=rngs)
+        self.language_model = Llama(decoder, rngs=rngs)
+
+    def encode_images(self, pixels: jax.Array) -> jax.Array:
+        """Understanding features: float[B, Y, X, 3], normalised -> float[B, N, D]."""
+        return self.und_aligner(self.und_encoder(pixels))
+
+    def embed_image_tokens(self, indices: jax.Array) -> jax.Array:
+        """Decoder inputs of drawn tokens: int32[...] -> float[..., D]. Codes not normalised."""
+        return self.gen_aligner(self.gen_embed(indices))

@@ -1,0 +1,181 @@
+"""The decoder of Janus: DeepSeek-LLM, which is Llama with an untied head.
+
+B batch, T query length, S key/cache length, D model width, N query heads, K key/value heads,
+H head dim, F MLP width, V vocabulary.
+Numbers are those of transformers' LlamaForCausalLM, which the original runs.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from janus_jax.models.attention import attention
+from janus_jax.models.kv_cache import KVCache
+
+
+@dataclasses.dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of the decoder; dtype is the compute type, param_dtype the storage type."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    rms_norm_eps: float
+    rope_theta: float
+    max_position_embeddings: int
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @property
+    def head_dim(self) -> int:
+        """H."""
+        return self.hidden_size // self.num_attention_heads
+
+
+def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of the rotary embedding, float32[B, T, 1, H / 2] each.
+
+    positions: int32[B, T]. In float32 whatever the compute type: bfloat16 cannot tell
+    position 257 from 256.
+    """
+    frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Rotates x: float[B, T, heads, H], pairing element i with i + H / 2 as Llama does."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def _linear(cfg: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(
+        inputs, outputs, use_bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs
+    )
+
+
+def _norm(cfg: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        cfg.hidden_size,
+        epsilon=cfg.rms_norm_eps,
+        dtype=cfg.dtype,
+        param_dtype=cfg.param_dtype,
+        rngs=rngs,
+    )
+
+
+class SelfAttention(nnx.Module):
+    """Grouped-query attention with rotary positions."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        query_width = cfg.num_attention_heads * cfg.head_dim
+        key_width = cfg.num_key_value_heads * cfg.head_dim
+        self.head_dim = cfg.head_dim
+        self.q_proj = _linear(cfg, cfg.hidden_size, query_width, rngs)
+        self.k_proj = _linear(cfg, cfg.hidden_size, key_width, rngs)
+        self.v_proj = _linear(cfg, cfg.hidden_size, key_width, rngs)
+        self.o_proj = _linear(cfg, query_width, cfg.hidden_size, rngs)
+
+    def __call__(self, x, angles, attn_mask, slots):
+        """x: float[B, T, D]; slots: this layer's (keys, values, length) or None.
+
+        Returns float[B, T, D] and the keys and values attended to, float[B, S, K, H] each.
+        """
+        heads = (*x.shape[:2], -1, self.head_dim)
+        q = apply_rope(self.q_proj(x).reshape(heads), *angles)
+        k = apply_rope(self.k_proj(x).reshape(heads), *angles)
+        v = self.v_proj(x).reshape(heads)
+        if slots is not None:
+            keys, values, length = slots
+            k = jax.lax.dynamic_update_slice_in_dim(keys, k, length, axis=1)
+            v = jax.lax.dynamic_update_slice_in_dim(values, v, length, axis=1)
+        out = attention(q, k, v, attn_mask)
+        return self.o_proj(out.reshape(*x.shape[:2], -1)), k, v
+
+
+class MLP(nnx.Module):
+    """SwiGLU."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        self.gate_proj = _linear(cfg, cfg.hidden_size, cfg.intermediate_size, rngs)
+        self.up_proj = _linear(cfg, cfg.hidden_size, cfg.intermediate_size, rngs)
+        self.down_proj = _linear(cfg, cfg.intermediate_size, cfg.hidden_size, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        with jax.named_scope("mlp"):
+            return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP with residuals."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        self.input_layernorm = _norm(cfg, rngs)
+        self.self_attn = SelfAttention(cfg, rngs=rngs)
+        self.post_attention_layernorm = _norm(cfg, rngs)
+        self.mlp = MLP(cfg, rngs=rngs)
+
+    def __call__(self, x, angles, attn_mask, slots):
+        """As SelfAttention's."""
+        attended, k, v = self.self_attn(self.input_layernorm(x), angles, attn_mask, slots)
+        x = x + attended
+        return x + self.mlp(self.post_attention_layernorm(x)), k, v
+
+
+class Llama(nnx.Module):
+    """The decoder: embeddings in, hidden states out; the text head is a call of its own."""
+
+    def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.embed_tokens = nnx.Embed(
+            cfg.vocab_size,
+            cfg.hidden_size,
+            dtype=cfg.dtype,
+            param_dtype=cfg.param_dtype,
+            embedding_init=nnx.initializers.normal(0.02),
+            rngs=rngs,
+        )
+        self.layers = nnx.List([Block(cfg, rngs=rngs) for _ in range(cfg.num_hidden_layers)])
+        self.norm = _norm(cfg, rngs)
+        self.lm_head = _linear(cfg, cfg.hidden_size, cfg.vocab_size, rngs)
+
+    def embed(self, tokens: jax.Array) -> jax.Array:
+        """int32[B, T] -> float[B, T, D]."""
+        return self.embed_tokens(tokens)
+
+    def __call__(
+        self,
+        embeds: jax.Array,
+        positions: jax.Array,
+        attn_mask: jax.Array,
+        cache: KVCache | None = None,
+    ) -> tuple[jax.Array, KVCache | None]:
+        """Runs the decoder over T new positions.
+
+        embeds: float[B, T, D]; positions: int32[B, T]; attn_mask: bool[B, T, S], S = T without a
+        cache and the cache's size with one. New keys are written at cache.length.
+        Returns hidden, float[B, T, D] after the final norm, and the cache T longer.
+        """
+        angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
+        x, keys, values = embeds.astype(self.cfg.dtype), [], []
+        for i, layer in enumerate(self.layers):
+            slots = None if cache is None else (cache.keys[i], cache.values[i], cache.length)
+            x, k, v = layer(x, angles, attn_mask, slots)
+            keys.append(k)
+            values.append(v)
+        hidden = self.norm(x)
+        if cache is None:
+            return hidden, None
+        return hidden, KVCache(tuple(keys), tuple(values), cache.length + embeds.shape[1])
+
+    def logits(self, hidden: jax.Array) -> jax.Array:
+        """Text logits: float[..., D] -> float32[..., V]."""
+        kernel = self.lm_head.kernel[...].astype(self.cfg.dtype)
+        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)

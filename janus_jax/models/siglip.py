@@ -1,0 +1,137 @@
+"""SigLIP, the encoder of the understanding path (reference: janus/models/siglip_vit.py).
+
+B batch, Y X pixels, P patch size, T patches, W width, N heads.
+No class token; `attn_pool` is in the released files and takes no part.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from janus_jax.models.attention import attention
+
+LAYER_NORM_EPS = 1e-6
+
+
+@dataclasses.dataclass(frozen=True)
+class SiglipConfig:
+    """Sizes of the vision transformer; image_size and patch_size in pixels.
+
+    select_layer: -1 runs every block, -2 leaves the last out, and so on; the final norm is always
+    applied.
+    """
+
+    image_size: int
+    patch_size: int
+    width: int
+    num_layers: int
+    num_heads: int
+    mlp_dim: int
+    select_layer: int = -1
+    dtype: jnp.dtype = jnp.float32
+    param_dtype: jnp.dtype = jnp.float32
+
+    @property
+    def num_tokens(self) -> int:
+        """T, features of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+    @classmethod
+    def siglip_large_patch16_384(cls) -> "SiglipConfig":
+        """The tower of every released Janus."""
+        return cls(384, 16, width=1024, num_layers=24, num_heads=16, mlp_dim=4096)
+
+
+def _linear(cfg: SiglipConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(inputs, outputs, dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
+
+
+def _norm(cfg: SiglipConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
+    return nnx.LayerNorm(
+        cfg.width,
+        epsilon=LAYER_NORM_EPS,
+        dtype=cfg.dtype,
+        param_dtype=cfg.param_dtype,
+        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits that the reference keeps
+        rngs=rngs,
+    )
+
+
+class SelfAttention(nnx.Module):
+    """Attention of every patch to every patch."""
+
+    def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
+        self.num_heads = cfg.num_heads
+        self.q_proj = _linear(cfg, cfg.width, cfg.width, rngs)
+        self.k_proj = _linear(cfg, cfg.width, cfg.width, rngs)
+        self.v_proj = _linear(cfg, cfg.width, cfg.width, rngs)
+        self.out_proj = _linear(cfg, cfg.width, cfg.width, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        heads = (*x.shape[:2], self.num_heads, -1)
+        q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        return self.out_proj(attention(q, k, v, None).reshape(x.shape))
+
+
+class MLP(nnx.Module):
+    """Two layers with the exact (erf) GELU."""
+
+    def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
+        self.fc1 = _linear(cfg, cfg.width, cfg.mlp_dim, rngs)
+        self.fc2 = _linear(cfg, cfg.mlp_dim, cfg.width, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
+
+
+class Block(nnx.Module):
+    """Pre-norm attention and MLP with residuals."""
+
+    def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
+        self.norm1 = _norm(cfg, rngs)
+        self.attn = SelfAttention(cfg, rngs=rngs)
+        self.norm2 = _norm(cfg, rngs)
+        self.mlp = MLP(cfg, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Siglip(nnx.Module):
+    """Pixels to one feature vector a patch."""
+
+    def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
+        self.cfg = cfg
+        self.patch_embed = nnx.Conv(
+            3,
+            cfg.width,
+            (cfg.patch_size, cfg.patch_size),
+            strides=cfg.patch_size,
+            padding="VALID",
+            dtype=cfg.dtype,
+            param_dtype=cfg.param_dtype,
+            rngs=rngs,
+        )
+        self.pos_embed = nnx.Param(
+            nnx.initializers.normal(0.02)(
+                rngs.params(), (cfg.num_tokens, cfg.width), cfg.param_dtype
+            )
+        )
+        self.blocks = nnx.List([Block(cfg, rngs=rngs) for _ in range(cfg.num_layers)])
+        self.norm = _norm(cfg, rngs)
+
+    def embed(self, pixels: jax.Array) -> jax.Array:
+        """float[B, Y, X, 3], normalised -> float[B, T, W], what the first block gets."""
+        x = self.patch_embed(pixels.astype(self.cfg.dtype))
+        x = x.reshape(x.shape[0], -1, x.shape[-1])
+        return x + self.pos_embed[...].astype(self.cfg.dtype)
+
+    def __call__(self, pixels: jax.Array) -> jax.Array:
+        """float[B, Y, X, 3], normalised -> float[B, T, W], patches row-major."""
+        x = self.embed(pixels)
+        for block in self.blocks[: len(self.blocks) + self.cfg.select_layer + 1]:
+            x = block(x)
+        return self.norm(x)
