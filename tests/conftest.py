@@ -1,0 +1,20 @@
+"""Set up before jax is imported: float32 matmuls and eight CPU devices for the sharding tests."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in flags:
+    os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Folder of the recordings of the original PyTorch code (see its README)."""
+    return Path(__file__).parent / "golden"
