@@ -1,6 +1,8 @@
 """Adapters between the encoders' features and the decoder (reference: janus/models/projector.py,
 janus/models/modeling_vlm.py)."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -17,7 +19,7 @@ class Aligner(nnx.Module):
         self, inputs: int, width: int, depth: int, *, dtype, param_dtype, rngs: nnx.Rngs
     ):
         sizes = [inputs] + [width] * depth
-        pairs = zip(sizes[:-1], sizes[1:], strict=True)
+        pairs = itertools.pairwise(sizes)
         self.layers = nnx.List([_linear(a, b, dtype, param_dtype, rngs) for a, b in pairs])
 
     def __call__(self, x: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ weights are bfloat16, but colours decoded in bfloat16 show bands.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +99,7 @@ class Level(nnx.Module):
     """The blocks of one resolution; `with_attn` puts attention after each of them."""
 
     def __init__(self, cfg: VQConfig, widths: list[int], with_attn: bool, *, rngs: nnx.Rngs):
-        pairs = zip(widths[:-1], widths[1:], strict=True)
+        pairs = itertools.pairwise(widths)
         self.res = nnx.List([ResBlock(cfg, a, b, rngs=rngs) for a, b in pairs])
         self.attn = nnx.List(
             [AttnBlock(cfg, width, rngs=rngs) for width in widths[1:] if with_attn]
