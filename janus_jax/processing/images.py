@@ -1,0 +1,185 @@
+"""Pictures on disk <-> arrays: reading, and the resizing and scaling of both paths.
+
+Channels last everywhere. `preprocess` gives the numbers of DeepSeek's `VLMImageProcessor`.
+"""
+
+import dataclasses
+import io
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
+
+# The largest value that stands for white, from which an integer or float picture is scaled: the
+# first one that holds the picture's maximum.
+_FLOAT_WHITES = (1.0, 255.0, 65535.0, float(2**31 - 1))
+_INT_WHITES = _FLOAT_WHITES[1:]
+
+
+def _scaled_to_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float greyscale as 8 bits; Pillow's own conversion only clips at 255."""
+    values = np.nan_to_num(np.asarray(image, np.float64))
+    if image.mode.startswith("I;16"):
+        white = 65535.0
+    else:
+        whites = _FLOAT_WHITES if image.mode == "F" else _INT_WHITES
+        white = next((w for w in whites if values.max() <= w), values.max())
+    return Image.fromarray(np.clip(np.rint(values / white * 255), 0, 255).astype(np.uint8))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB: EXIF orientation applied, transparent parts on white, 16 bits scaled to 8."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _scaled_to_8_bit(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    channels = array.shape[2:] if array.ndim == 3 else ()
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or channels not in ((), (3,), (4,)):
+        raise ValueError(
+            "an image array must be uint8 [H, W], [H, W, 3] or [H, W, 4], "
+            f"got {array.dtype} {list(array.shape)}"
+        )
+    if not array.size:
+        raise ValueError(f"an image must have at least one pixel, got {list(array.shape)}")
+    return Image.fromarray(array)
+
+
+def _open(source: str | os.PathLike | bytes) -> Image.Image:
+    from_bytes = isinstance(source, bytes)
+    name = f"<{len(source)} bytes>" if from_bytes else os.fspath(source)
+    if not from_bytes and not Path(source).exists():
+        raise FileNotFoundError(f"no image file at {name}")
+    try:
+        with Image.open(io.BytesIO(source) if from_bytes else source) as image:
+            return _to_rgb(image)
+    except Image.UnidentifiedImageError:
+        raise ValueError(f"cannot read image {name}: not a picture of a known format") from None
+    except Exception as error:  # Pillow's decoders raise anything at all on broken bytes
+        raise ValueError(f"cannot read image {name}: {' '.join(str(error).split())}") from error
+
+
+def load_image(source: ImageSource) -> Image.Image:
+    """The picture as upright 8-bit RGB, as a person sees it.
+
+    EXIF orientation is applied and transparency is laid on white. 16-bit greyscale is scaled from
+    65535; 32-bit integers and floats from the smallest of 1 (floats only), 255, 65535 and
+    2**31 - 1 that holds their maximum.
+
+    Args:
+        source: a path, the bytes of a picture file, a Pillow image, or an array
+            uint8[H, W], uint8[H, W, 3] or uint8[H, W, 4] (the fourth channel is alpha).
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated or no picture, or the array has another dtype or shape.
+    """
+    if isinstance(source, Image.Image):
+        return _to_rgb(source)
+    if isinstance(source, (str, os.PathLike, bytes)):
+        return _open(source)
+    return _to_rgb(_from_array(np.asarray(source)))
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageConfig:
+    """How a picture is prepared for the understanding encoder (preprocessor_config.json).
+
+    The defaults are those of DeepSeek's `VLMImageProcessor` (CLIP's mean and deviation); every
+    released checkpoint states its own (0.5).
+    """
+
+    image_size: int
+    image_mean: tuple[float, ...] = (0.48145466, 0.4578275, 0.40821073)
+    image_std: tuple[float, ...] = (0.26862954, 0.26130258, 0.27577711)
+    min_size: int = 14
+    do_normalize: bool = True
+    rescale_factor: float = 1 / 255
+
+    def __post_init__(self):
+        if not 0 < self.min_size <= self.image_size:
+            raise ValueError(
+                "min_size must be between 1 and image_size, "
+                f"got min_size={self.min_size} image_size={self.image_size}"
+            )
+
+    @classmethod
+    def from_dict(cls, config: dict[str, Any]) -> "ImageConfig":
+        """From the JSON of DeepSeek's `VLMImageProcessor` or transformers' `JanusImageProcessor`.
+
+        Raises:
+            ValueError: it states no image size, or one that is not square.
+        """
+        size = config.get("image_size", config.get("size"))
+        if isinstance(size, dict):
+            if size.get("height") != size.get("width"):
+                raise ValueError(f"the image size must be square, got {size}")
+            size = size.get("height")
+        if not isinstance(size, int):
+            raise ValueError(f"the image processor must state an integer image size, got {size}")
+        names = ("image_mean", "image_std", "min_size", "do_normalize", "rescale_factor")
+        stated = {name: config[name] for name in names if config.get(name) is not None}
+        for name in ("image_mean", "image_std"):
+            if name in stated:
+                stated[name] = tuple(stated[name])
+        return cls(image_size=size, **stated)
+
+    @property
+    def pad_color(self) -> tuple[int, ...]:
+        """The mean as a colour; the files' `background_color` is read by nobody."""
+        return tuple(int(value * 255) for value in self.image_mean)
+
+
+def resize_and_pad(image: Image.Image, cfg: ImageConfig) -> np.ndarray:
+    """uint8[S, S, 3]: the long side becomes S, the rest is padded with the mean's colour.
+
+    Sides are truncated and at least `min_size`, as in the reference (`transformers` rounds them).
+    """
+    long_side = max(image.size)
+    width, height = (
+        max(int(side / long_side * cfg.image_size), cfg.min_size) for side in image.size
+    )
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    square = Image.new("RGB", (cfg.image_size, cfg.image_size), cfg.pad_color)
+    square.paste(resized, ((cfg.image_size - width) // 2, (cfg.image_size - height) // 2))
+    return np.asarray(square)
+
+
+def preprocess(image: Image.Image, cfg: ImageConfig) -> np.ndarray:
+    """An RGB picture for the understanding encoder: float32[S, S, 3].
+
+    Source: `VLMImageProcessor` of the original code.
+    """
+    pixels = resize_and_pad(image, cfg)
+    pixels = (pixels.astype(np.float64) * cfg.rescale_factor).astype(np.float32)
+    if not cfg.do_normalize:
+        return pixels
+    return (pixels - np.float32(cfg.image_mean)) / np.float32(cfg.image_std)
+
+
+def preprocess_generation(image: Image.Image, size: int) -> np.ndarray:
+    """An RGB picture as a target for the image tokenizer: float32[size, size, 3] in [-1, 1].
+
+    The short side becomes `size` (bicubic) and the long side is cropped in its centre, in one
+    step, so that a very long picture needs no more memory than a square one. Source: Janus report,
+    section 3.1.
+    """
+    short_side = min(image.size)
+    left, top = ((side - short_side) / 2 for side in image.size)
+    box = (left, top, left + short_side, top + short_side)
+    square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
+    return np.asarray(square).astype(np.float32) / np.float32(127.5) - np.float32(1)
+
+
+def to_uint8(pixels: np.ndarray) -> np.ndarray:
+    """Pixels in [-1, 1] (any shape) as uint8 of the same shape; truncates, as the reference."""
+    pixels = np.asarray(pixels, np.float32)
+    return np.clip((pixels + 1) / 2 * 255, 0, 255).astype(np.uint8)

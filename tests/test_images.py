@@ -1,0 +1,241 @@
+"""Reading pictures of every kind, and the reference's exact preprocessing."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from janus_jax.processing import images
+
+NAMES = ("img0_50x120", "img1_300x37", "img2_64x64", "img3_1x200")
+HALF = images.ImageConfig(image_size=64, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+
+
+def save(path, image, **options):
+    image.save(path, **options)
+    return path
+
+
+def colour(image, x=0, y=0):
+    return image.getpixel((x, y))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("kind", ("half", "clip"))
+def test_preprocess_equals_the_recorded_one(golden, name, kind):
+    cfg = HALF if kind == "half" else images.ImageConfig(image_size=64)
+    pixels = images.preprocess(images.load_image(golden / "preprocess" / f"{name}.png"), cfg)
+    want = np.load(golden / "preprocess.npz")[f"{name.split('_')[0]}_{kind}"]
+    assert pixels.dtype == np.float32
+    np.testing.assert_array_equal(pixels, want.transpose(1, 2, 0))
+
+
+def test_resize_to_384_equals_the_recorded_one(golden):
+    image = images.load_image(golden / "preprocess" / "img1_300x37.png")
+    pixels = images.resize_and_pad(image, dataclasses.replace(HALF, image_size=384))
+    want = np.load(golden / "preprocess.npz")["img1_384_u8"]
+    np.testing.assert_array_equal(pixels, want.transpose(1, 2, 0))
+
+
+def test_do_normalize_false_only_rescales():
+    cfg = images.ImageConfig(image_size=16, do_normalize=False)
+    pixels = images.preprocess(Image.new("RGB", (16, 16), (0, 51, 255)), cfg)
+    np.testing.assert_allclose(pixels[3, 5], [0, 0.2, 1], rtol=1e-6)
+
+
+def test_config_of_both_layouts_is_the_same():
+    common = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3, "min_size": 14}
+    deepseek = images.ImageConfig.from_dict({**common, "image_size": 64, "do_normalize": False})
+    hf = {**common, "size": {"height": 64, "width": 64}, "do_normalize": False, "resample": 3}
+    assert images.ImageConfig.from_dict(hf) == deepseek
+    assert deepseek == images.ImageConfig(
+        image_size=64, image_mean=(0.5,) * 3, image_std=(0.5,) * 3, do_normalize=False
+    )
+
+
+@pytest.mark.parametrize(
+    "config, text",
+    [
+        ({"size": {"height": 64, "width": 32}}, "must be square.*64.*32"),
+        ({}, "integer image size, got None"),
+        ({"image_size": 8}, "min_size=14 image_size=8"),
+    ],
+)
+def test_config_errors(config, text):
+    with pytest.raises(ValueError, match=text):
+        images.ImageConfig.from_dict(config)
+
+
+def test_path_bytes_array_and_pillow_image_agree(tmp_path):
+    array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), np.uint8)
+    path = save(tmp_path / "a.png", Image.fromarray(array))
+    for source in (path, str(path), path.read_bytes(), array, Image.fromarray(array)):
+        image = images.load_image(source)
+        assert image.mode == "RGB"
+        np.testing.assert_array_equal(np.asarray(image), array)
+
+
+def test_grey_array_and_alpha_array():
+    grey = images.load_image(np.full((2, 3), 77, np.uint8))
+    assert grey.size == (3, 2) and colour(grey) == (77, 77, 77)
+    clear = np.zeros((2, 2, 4), np.uint8)
+    assert colour(images.load_image(clear)) == (255, 255, 255)
+
+
+@pytest.mark.parametrize("mode, value", [("RGBA", (255, 0, 0)), ("LA", (0,))])
+def test_transparency_is_laid_on_white(tmp_path, mode, value):
+    image = Image.new(mode, (3, 1), (*value, 0))
+    image.putpixel((1, 0), (*value, 255))
+    image.putpixel((2, 0), (*value, 51))
+    got = images.load_image(save(tmp_path / "a.png", image))
+    solid = value * 3 if mode == "LA" else value
+    assert colour(got, 0) == (255, 255, 255)
+    assert colour(got, 1) == solid
+    np.testing.assert_allclose(colour(got, 2), 255 * 0.8 + 0.2 * np.array(solid), atol=1)
+
+
+def test_palette_with_and_without_transparency(tmp_path):
+    image = Image.new("P", (2, 1))
+    image.putpalette([10, 20, 30, 200, 100, 50])
+    image.putpixel((1, 0), 1)
+    plain = images.load_image(save(tmp_path / "plain.png", image))
+    assert (colour(plain, 0), colour(plain, 1)) == ((10, 20, 30), (200, 100, 50))
+    for name in ("clear.png", "clear.gif"):
+        clear = images.load_image(save(tmp_path / name, image, transparency=0))
+        assert (colour(clear, 0), colour(clear, 1)) == ((255, 255, 255), (200, 100, 50))
+
+
+def test_palette_with_alpha_channel():
+    image = Image.new("P", (1, 1))
+    image.putpalette([10, 20, 30])
+    image = image.convert("PA")
+    assert colour(images.load_image(image)) == (10, 20, 30)
+    image.putalpha(0)
+    assert colour(images.load_image(image)) == (255, 255, 255)
+
+
+def test_colour_key_of_an_rgb_png(tmp_path):
+    image = Image.new("RGB", (2, 1), (1, 2, 3))
+    image.putpixel((1, 0), (9, 9, 9))
+    got = images.load_image(save(tmp_path / "a.png", image, transparency=(1, 2, 3)))
+    assert (colour(got, 0), colour(got, 1)) == ((255, 255, 255), (9, 9, 9))
+
+
+@pytest.mark.parametrize("mode, value, want", [("L", 90, 90), ("1", 1, 255), ("1", 0, 0)])
+def test_greyscale(tmp_path, mode, value, want):
+    got = images.load_image(save(tmp_path / "a.png", Image.new(mode, (2, 2), value)))
+    assert colour(got) == (want,) * 3
+
+
+@pytest.mark.parametrize("suffix", ("png", "tif"))
+def test_16_bit_greyscale_is_scaled_not_clipped(tmp_path, suffix):
+    image = Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16))
+    got = images.load_image(save(tmp_path / f"a.{suffix}", image))
+    assert np.asarray(got)[0, :, 0].tolist() == [0, 1, 128, 255]
+
+
+@pytest.mark.parametrize(
+    "values, want",
+    [
+        (np.array([[0, 200]], np.int32), [0, 200]),
+        (np.array([[257, 65535]], np.int32), [1, 255]),
+        (np.array([[0, 2**31 - 1]], np.int32), [0, 255]),
+        (np.array([[-0.5, 0.2, 1.0]], np.float32), [0, 51, 255]),
+        (np.array([[0.0, 100.0]], np.float32), [0, 100]),
+        (np.array([[0.0, 65535.0]], np.float32), [0, 255]),
+        (np.array([[0.0, np.nan, 1.0]], np.float32), [0, 0, 255]),
+    ],
+)
+def test_integer_and_float_pictures_are_scaled_to_what_holds_them(tmp_path, values, want):
+    got = images.load_image(save(tmp_path / "a.tif", Image.fromarray(values)))
+    assert np.asarray(got)[0, :, 0].tolist() == want
+
+
+def test_cmyk(tmp_path):
+    # No cyan, full magenta and yellow: red.
+    image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    np.testing.assert_allclose(
+        colour(images.load_image(save(tmp_path / "a.jpg", image, quality=100))), (255, 0, 0), atol=3
+    )
+
+
+def test_exif_orientation_is_applied(tmp_path):
+    image = Image.new("RGB", (4, 2), "black")
+    image.putpixel((0, 0), (255, 255, 255))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
+    got = images.load_image(save(tmp_path / "a.png", image, exif=exif))
+    assert got.size == (2, 4)
+    assert colour(got, 1, 0) == (255, 255, 255)
+    assert images.load_image(got).size == (2, 4)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no image file at .*nowhere.png"):
+        images.load_image(tmp_path / "nowhere.png")
+
+
+def test_unreadable_files_give_one_line_with_their_name(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    stream = io.BytesIO()
+    Image.fromarray(noise).save(stream, "png")
+    whole = stream.getvalue()
+    contents = {"cut.png": whole[:5000], "head.png": whole[:40], "a.jpg": b"hello", "0.png": b""}
+    for name, content in contents.items():
+        (tmp_path / name).write_bytes(content)
+    for name in (*contents, "."):
+        with pytest.raises(ValueError) as error:
+            images.load_image(tmp_path / name)
+        assert str(error.value).startswith(f"cannot read image {tmp_path / name}: ")
+        assert "\n" not in str(error.value)
+    with pytest.raises(ValueError, match="cannot read image <5000 bytes>: "):
+        images.load_image(whole[:5000])
+
+
+@pytest.mark.parametrize(
+    "array, text",
+    [
+        (np.zeros((2, 2, 3), np.float32), "float32"),
+        (np.zeros((2, 2, 5), np.uint8), r"\[2, 2, 5\]"),
+        (np.zeros((0, 2, 3), np.uint8), "at least one pixel"),
+    ],
+)
+def test_array_errors(array, text):
+    with pytest.raises(ValueError, match=text):
+        images.load_image(array)
+
+
+@pytest.mark.parametrize("size", [(60, 30), (30, 90)])
+def test_generation_target_is_resize_then_centre_crop(size):
+    array = np.random.default_rng(1).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    image = Image.fromarray(array)
+    got = images.preprocess_generation(image, 20)
+    scale = 20 / 30
+    whole = image.resize(
+        (round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BICUBIC
+    )
+    left, top = ((side - 20) // 2 for side in whole.size)
+    want = np.asarray(whole.crop((left, top, left + 20, top + 20)), np.float32) / 127.5 - 1
+    assert got.shape == (20, 20, 3) and got.dtype == np.float32
+    np.testing.assert_allclose(got, want, atol=1.01 * 2 / 255)
+    assert np.mean(np.abs(got - want)) < 1e-3
+
+
+def test_generation_target_range_and_way_back():
+    black_white = Image.fromarray(np.array([[0, 255]] * 2, np.uint8)).convert("RGB")
+    pixels = images.preprocess_generation(black_white, 2)
+    assert pixels.min() == -1 and pixels.max() == 1
+    every = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    image = images.load_image(every)
+    back = images.to_uint8(images.preprocess_generation(image, 16))
+    assert np.abs(back[..., 0].astype(int) - every).max() <= 1  # truncation may lose one level
+
+
+def test_to_uint8_truncates_as_recorded(golden):
+    recorded = np.load(golden / "janus_vq.npz")
+    pixels = images.to_uint8(recorded["decoded"].transpose(0, 2, 3, 1))
+    np.testing.assert_array_equal(pixels, recorded["decoded_uint8"])
+    levels = images.to_uint8(np.array([-1.5, -1, 0, 0.999, 1, 2]))
+    assert levels.tolist() == [0, 0, 127, 254, 255, 255]
