@@ -1,0 +1,147 @@
+"""Conversations -> prompt strings, in the templates the checkpoints were trained with.
+
+A message is a dict {"role": ..., "content": text}, and may carry "images" (see processor.py).
+Source: `conversation.py` and `apply_sft_template_for_multi_turn_prompts` of the original code.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from janus_jax.processing.tokenizer import EOS
+
+DEFAULT_SYSTEM_PROMPT = (
+    "You are a helpful language and vision assistant. You are able to understand the visual "
+    "content that the user provides, and assist the user with a variety of tasks using natural "
+    "language."
+)
+
+Message = dict[str, Any]
+Turns = list[tuple[str, str]]  # (role text, stripped content)
+
+# sft_format -> what the roles "user" and "assistant" are called in its prompts.
+_ROLES = {
+    "deepseek": ("<|User|>", "<|Assistant|>"),
+    "deepseek_old": ("User", "Assistant"),
+    "llama-2": ("[INST]", "[/INST]"),
+    "llava_llama2": ("[INST]", "[/INST]"),
+    "plain": ("", ""),
+    "alignment": ("", ""),
+}
+_GENERIC = ("user", "assistant")
+
+
+def _deepseek(turns: Turns, system_prompt: str) -> str:
+    prompt = f"{system_prompt}\n\n" if system_prompt else ""
+    for i, (role, content) in enumerate(turns):
+        # The separator follows the place in the conversation, not the role.
+        separator = EOS if i % 2 else "\n\n"
+        prompt += f"{role}: {content}{separator}" if content else f"{role}:"
+    return prompt
+
+
+def _llama2(turns: Turns, system_prompt: str) -> str:
+    system = f"<<SYS>>\n{system_prompt}\n<</SYS>>\n\n" if system_prompt else ""
+    prompt = f"[INST] {system}"
+    for i, (_, content) in enumerate(turns):
+        tag = "[/INST]" if i % 2 else "[INST]"
+        separator = " </s><s>" if i % 2 else " "
+        if not content:
+            prompt += tag
+        else:
+            prompt += content + separator if i == 0 else f"{tag} {content}{separator}"
+    return prompt
+
+
+def _plain(turns: Turns, system_prompt: str) -> str:
+    return "".join(content for _, content in turns)
+
+
+def _alignment(turns: Turns, system_prompt: str) -> str:
+    """Captioning: whatever the user says stands for the image."""
+    return "".join(
+        (content if i % 2 else "<image>\n") for i, (_, content) in enumerate(turns) if content
+    )
+
+
+_RENDER: dict[str, Callable[[Turns, str], str]] = {
+    "deepseek": _deepseek,
+    "deepseek_old": _deepseek,
+    "llama-2": _llama2,
+    "llava_llama2": _llama2,
+    "plain": _plain,
+    "alignment": _alignment,
+}
+
+
+def check_sft_format(sft_format: str) -> None:
+    """Raises ValueError unless there is a template of this name."""
+    if sft_format not in _RENDER:
+        raise ValueError(f"sft_format must be one of {', '.join(_RENDER)}, got {sft_format!r}")
+
+
+def _with_generic_role(message: Message) -> Message:
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(content, str):
+        raise ValueError(f"a message's content must be a string, got {type(content).__name__}")
+    texts = (_ROLES["deepseek"], _ROLES["deepseek_old"])
+    names = {text: name for pair in texts for text, name in zip(pair, _GENERIC, strict=True)}
+    name = names.get(role, role)
+    if name not in ("system", *_GENERIC):
+        raise ValueError(f"a role must be system, user or assistant, got {role!r}")
+    return {**message, "role": name}
+
+
+def generic_roles(messages: Sequence[Message]) -> list[Message]:
+    """The messages with the roles "system", "user" and "assistant", ready to be answered.
+
+    A role written as in either Janus template ("<|User|>", "User") is that role, so that the
+    checkpoint and not the conversation decides what the prompt says: the wrong pair costs
+    Janus-Pro-1B a fifth of its GenEval score. A conversation that ends with the user gets an empty
+    assistant turn.
+
+    Raises:
+        ValueError: an unknown role, a missing text, or turns that do not alternate.
+    """
+    named = [_with_generic_role(message) for message in messages]
+    turns = named[1:] if named and named[0]["role"] == "system" else named
+    for i, message in enumerate(turns):
+        if message["role"] != _GENERIC[i % 2]:
+            raise ValueError(
+                "turns must alternate, the user first: "
+                f"turn {i + 1} must be of the {_GENERIC[i % 2]}, got {message['role']}"
+            )
+    if not turns:
+        raise ValueError("a conversation must hold at least one message of the user, got none")
+    return named + ([{"role": "assistant", "content": ""}] if len(turns) % 2 else [])
+
+
+def format_conversation(
+    messages: Sequence[Message], sft_format: str, system_prompt: str = ""
+) -> str:
+    """The prompt string of a conversation, as the reference writes it.
+
+    Args:
+        messages: contents are stripped; an empty last one leaves the prompt at its `role:`. The
+            roles "user" and "assistant" are written as the template's own, any other text as it
+            stands. A first message of the role "system" replaces `system_prompt`.
+        sft_format: the template's name, from the checkpoint's processor_config.json.
+    Raises:
+        ValueError: an unknown `sft_format`.
+    """
+    check_sft_format(sft_format)
+    if messages and messages[0]["role"] == "system":
+        system_prompt, messages = messages[0]["content"], messages[1:]
+    names = dict(zip(_GENERIC, _ROLES[sft_format], strict=True))
+    turns = [(names.get(m["role"], m["role"]), m["content"].strip()) for m in messages]
+    return _RENDER[sft_format](turns, system_prompt).strip()
+
+
+def question_messages(question: str, num_images: int, image_tag: str) -> list[Message]:
+    """A single question as a conversation.
+
+    Without a placeholder in the question, one for each image is put in front of it, each on its own
+    line, as the reference's demo does.
+    """
+    if image_tag not in question:
+        question = f"{image_tag}\n" * num_images + question
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
