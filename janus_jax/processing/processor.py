@@ -1,0 +1,230 @@
+"""Prompts and images -> the arrays a model takes, as a checkpoint's processor files say.
+
+Axes: B batch, T tokens, S the side of a prepared image. Source: `VLChatProcessor` of the
+original code.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from janus_jax.processing import chat
+from janus_jax.processing.images import ImageConfig, ImageSource, load_image, preprocess
+from janus_jax.processing.tokenizer import IMAGE, IMAGE_START, Tokenizer, read_json
+
+# The longest sequence any Janus was trained on, though max_position_embeddings says 16384.
+TRAINED_CONTEXT = 4096
+
+# The small files of a checkpoint folder, in either layout; a folder may lack some of them.
+CHECKPOINT_FILES = (
+    "config.json",
+    "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+
+Example = tuple[list[int], np.ndarray]  # tokens and pixels float32[n, S, S, 3] of one prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Prompts of unequal length, padded on the left.
+
+    Attributes:
+        tokens: int32[B, T].
+        token_mask: bool[B, T], True where a token is real.
+        image_mask: bool[B, T], True where an image feature goes.
+        pixels: float32[B, n, S, S, 3], n the most images of any row (0 when no row has one);
+            a row's own images come first and the rest is zeros.
+    """
+
+    tokens: np.ndarray
+    token_mask: np.ndarray
+    image_mask: np.ndarray
+    pixels: np.ndarray
+
+
+def _image_config(folder: Path, processor: dict[str, Any]) -> ImageConfig:
+    """From preprocessor_config.json, or from where transformers 5 keeps the same keys."""
+    nested = processor.get("image_processor")
+    if nested is not None and not (folder / "preprocessor_config.json").is_file():
+        return ImageConfig.from_dict(nested)
+    return ImageConfig.from_dict(read_json(folder / "preprocessor_config.json"))
+
+
+def _count_image_tokens(folder: Path, image_size: int) -> int:
+    """Patches of an image, for a folder whose processor_config.json does not state them."""
+    vision = read_json(folder / "config.json").get("vision_config", {})
+    vision = vision.get("params", vision)
+    return (image_size // vision.get("patch_size", 16)) ** 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Processor:
+    """Everything between a person's words and images and a model's arrays.
+
+    Attributes:
+        sft_format: name of the template (see chat.py).
+        num_image_tokens: placeholders, and so features, that stand for one image.
+        image_tag: the text that stands for one image in a conversation.
+        system_prompt: put before a conversation that brings none; never before a prompt for images.
+        trained_context: the most tokens a sequence may have.
+    """
+
+    tokenizer: Tokenizer
+    image_config: ImageConfig
+    sft_format: str
+    num_image_tokens: int
+    image_tag: str = IMAGE
+    system_prompt: str = chat.DEFAULT_SYSTEM_PROMPT
+    trained_context: int = TRAINED_CONTEXT
+
+    @classmethod
+    def from_dir(cls, folder: str | Path) -> "Processor":
+        """From the small files of a checkpoint folder, in DeepSeek's or transformers' layout.
+
+        What processor_config.json leaves out, or all of it where there is none: `sft_format` is
+        "deepseek" (`VLChatProcessor`'s default; the checkpoints in transformers' layout do not
+        state it, and are Janus-Pro), `num_image_tokens` is counted from config.json's patches, and
+        the system prompt (a key of ours, "system_prompt") is DeepSeek's.
+
+        Raises:
+            FileNotFoundError: no tokenizer.json, or no image settings.
+            ValueError: a file is broken, or names a template that does not exist.
+        """
+        folder = Path(folder)
+        path = folder / "processor_config.json"
+        config = read_json(path) if path.is_file() else {}
+        image_tag = config.get("image_tag", IMAGE)
+        image_config = _image_config(folder, config)
+        sft_format = config.get("sft_format", "deepseek")
+        chat.check_sft_format(sft_format)
+        num_image_tokens = config.get("num_image_tokens")
+        if num_image_tokens is None:
+            num_image_tokens = _count_image_tokens(folder, image_config.image_size)
+        return cls(
+            tokenizer=Tokenizer.from_dir(folder, image_tag),
+            image_config=image_config,
+            sft_format=sft_format,
+            num_image_tokens=num_image_tokens,
+            image_tag=image_tag,
+            system_prompt=config.get("system_prompt", chat.DEFAULT_SYSTEM_PROMPT),
+        )
+
+    def image_prompt(self, prompt: str) -> list[int]:
+        """The tokens after which the image tokens of a described image follow.
+
+        Raises:
+            ValueError: the prompt holds the text of an image placeholder.
+        """
+        messages = chat.question_messages(prompt, 0, self.image_tag)
+        text = chat.format_conversation(messages, self.sft_format)
+        tokens = self.tokenizer.encode(text + IMAGE_START)
+        self._check_images(tokens, 0)
+        return tokens
+
+    def unconditional(self, tokens: Sequence[int]) -> list[int]:
+        """An image prompt without its words: all but the first and last token become pad."""
+        return [tokens[0], *[self.tokenizer.pad_id] * (len(tokens) - 2), tokens[-1]]
+
+    def conversation(
+        self,
+        messages: str | Sequence[chat.Message],
+        images: Sequence[ImageSource] = (),
+    ) -> Example:
+        """The tokens of a conversation, each placeholder expanded, and its prepared images.
+
+        Args:
+            messages: a question, or messages with roles "user" and "assistant" (and at first
+                "system"); one that ends with the user is made ready to be answered. In a question
+                without placeholders, the images come first. Messages need one `image_tag` for
+                each image in their contents.
+            images: in the order of their placeholders; or each message carries its own in
+                "images".
+        Returns:
+            tokens, and pixels float32[n, S, S, 3].
+        Raises:
+            ValueError: the numbers of images and placeholders differ, a role is unknown, or turns
+                do not alternate; see also `load_image`.
+        """
+        if isinstance(messages, str):
+            messages = chat.question_messages(messages, len(images), self.image_tag)
+        carried = [image for message in messages for image in message.get("images", ())]
+        if carried and len(images):
+            raise ValueError(
+                "images come in the messages or beside them, not both: "
+                f"got {len(carried)} in the messages and {len(images)} beside them"
+            )
+        images = carried or images
+        text = chat.format_conversation(
+            chat.generic_roles(messages), self.sft_format, self.system_prompt
+        )
+        tokens = self.tokenizer.encode(text)
+        self._check_images(tokens, len(images))
+        return self._expand(tokens), self.pixels(images)
+
+    def pixels(self, images: Sequence[ImageSource]) -> np.ndarray:
+        """Images prepared for the understanding encoder: float32[n, S, S, 3]."""
+        cfg = self.image_config
+        prepared = [preprocess(load_image(image), cfg) for image in images]
+        empty = np.zeros((0, cfg.image_size, cfg.image_size, 3), np.float32)
+        return np.stack(prepared) if prepared else empty
+
+    def batch(self, examples: Sequence[Example], pad_to: int | None = None) -> Batch:
+        """Conversations of unequal length and number of images as one batch.
+
+        Args:
+            examples: what `conversation` gave.
+            pad_to: the length T; by default that of the longest example.
+        Raises:
+            ValueError: an example is longer than `pad_to`.
+        """
+        longest = max(len(tokens) for tokens, _ in examples)
+        length = longest if pad_to is None else pad_to
+        if longest > length:
+            raise ValueError(f"pad_to must hold the longest prompt, got {pad_to=} {longest=}")
+        size = self.image_config.image_size
+        most = max(len(pixels) for _, pixels in examples)
+        tokens = np.full((len(examples), length), self.tokenizer.pad_id, np.int32)
+        token_mask = np.zeros(tokens.shape, bool)
+        pixels = np.zeros((len(examples), most, size, size, 3), np.float32)
+        for row, (row_tokens, row_pixels) in enumerate(examples):
+            start = length - len(row_tokens)
+            tokens[row, start:] = row_tokens
+            token_mask[row, start:] = True
+            pixels[row, : len(row_pixels)] = row_pixels
+        image_mask = token_mask & (tokens == self.tokenizer.image_id)
+        return Batch(tokens, token_mask, image_mask, pixels)
+
+    def check_length(self, num_prompt: int, num_new: int) -> None:
+        """Raises ValueError if prompt and new tokens would pass the trained context."""
+        if num_prompt + num_new > self.trained_context:
+            raise ValueError(
+                f"prompt and new tokens must fit the trained context of {self.trained_context} "
+                f"tokens, got {num_prompt} + {num_new} = {num_prompt + num_new}"
+            )
+
+    def _check_images(self, tokens: list[int], num_images: int) -> None:
+        placeholders = tokens.count(self.tokenizer.image_id)
+        if placeholders != num_images:
+            raise ValueError(
+                f"each {self.image_tag} needs one image and each image one {self.image_tag}, "
+                f"got {num_images} images for {placeholders} placeholders"
+            )
+
+    def _expand(self, tokens: Sequence[int]) -> list[int]:
+        """Each placeholder as begin of image, its feature slots, end of image."""
+        tok = self.tokenizer
+        block = [tok.image_start_id, *[tok.image_id] * self.num_image_tokens, tok.image_end_id]
+        expanded = []
+        for token in tokens:
+            expanded.extend(block if token == tok.image_id else [token])
+        return expanded

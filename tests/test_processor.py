@@ -1,0 +1,201 @@
+"""A checkpoint folder's processor against the recorded batch, and its refusals."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from janus_jax.processing import chat
+from janus_jax.processing.processor import CHECKPOINT_FILES, TRAINED_CONTEXT, Processor
+
+
+@pytest.fixture
+def folder(golden, tmp_path):
+    """The small files of the recorded checkpoint, to be changed."""
+    for file in CHECKPOINT_FILES:
+        if (golden / "janus" / file).is_file():
+            shutil.copy(golden / "janus" / file, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def processor(golden):
+    return Processor.from_dir(golden / "janus")
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    return json.loads((golden / "processor.json").read_text(encoding="utf-8"))
+
+
+def edit(path, drop=(), **values):
+    config = json.loads(path.read_text(encoding="utf-8"))
+    kept = {key: value for key, value in config.items() if key not in drop}
+    path.write_text(json.dumps({**kept, **values}), encoding="utf-8")
+
+
+def make_batch(processor, golden, recorded, **options):
+    cases = zip(recorded["conversations"], recorded["images"], strict=True)
+    return processor.batch(
+        [processor.conversation(m, [golden / name for name in names]) for m, names in cases],
+        **options,
+    )
+
+
+def test_batch_with_the_default_system_prompt(processor, golden, recorded):
+    want = np.load(golden / "janus_processor.npz")
+    batch = make_batch(processor, golden, recorded)
+    np.testing.assert_array_equal(batch.tokens, want["default_input_ids"])
+    np.testing.assert_array_equal(batch.token_mask, want["default_attention_mask"] == 1)
+    np.testing.assert_array_equal(batch.image_mask, want["default_images_seq_mask"])
+
+
+def test_batch_with_a_system_prompt_from_the_folder(folder, golden, recorded):
+    edit(folder / "processor_config.json", system_prompt=recorded["system_prompt_short"])
+    want = np.load(golden / "janus_processor.npz")
+    batch = make_batch(Processor.from_dir(folder), golden, recorded)
+    np.testing.assert_array_equal(batch.tokens, want["input_ids"])
+    np.testing.assert_array_equal(batch.token_mask, want["attention_mask"] == 1)
+    np.testing.assert_array_equal(batch.image_mask, want["images_seq_mask"])
+    np.testing.assert_array_equal(batch.pixels, want["pixel_values"].transpose(0, 1, 3, 4, 2))
+    assert (batch.tokens.dtype, batch.pixels.dtype) == (np.int32, np.float32)
+    assert batch.token_mask.dtype == batch.image_mask.dtype == bool
+
+
+def test_pad_to(processor, golden, recorded):
+    short, long = (make_batch(processor, golden, recorded, pad_to=n) for n in (None, 128))
+    assert long.tokens.shape == (3, 128)
+    extra = 128 - short.tokens.shape[1]
+    assert (long.tokens[:, :extra] == processor.tokenizer.pad_id).all()
+    assert not long.token_mask[:, :extra].any() and not long.image_mask[:, :extra].any()
+    np.testing.assert_array_equal(long.tokens[:, extra:], short.tokens)
+    np.testing.assert_array_equal(long.image_mask[:, extra:], short.image_mask)
+    with pytest.raises(ValueError, match="pad_to=9 longest=101"):
+        make_batch(processor, golden, recorded, pad_to=9)
+
+
+def test_batch_without_images(processor):
+    batch = processor.batch([processor.conversation("Hi"), processor.conversation("Hello you")])
+    assert batch.pixels.shape == (2, 0, 64, 64, 3)
+    assert not batch.image_mask.any()
+
+
+def test_image_prompt_equals_the_recorded_one(processor, golden):
+    want = np.load(golden / "janus_t2i.npz")["prompt_ids"].tolist()
+    tokens = processor.image_prompt("A close-up photo of a red cat, studio light.")
+    assert tokens == want
+    tok = processor.tokenizer
+    uncond = processor.unconditional(tokens)
+    assert uncond == [tok.bos_id] + [tok.pad_id] * (len(want) - 2) + [tok.image_start_id]
+
+
+def test_image_prompt_of_the_old_template(folder):
+    edit(folder / "processor_config.json", sft_format="deepseek_old")
+    processor = Processor.from_dir(folder)
+    text = processor.tokenizer.decode(processor.image_prompt("a cat")[1:], skip_special=False)
+    assert text == "User: a cat\n\nAssistant:<begin_of_image>"
+
+
+def test_a_question_takes_its_images_in_front(processor):
+    grey = np.full((10, 20, 3), 128, np.uint8)
+    tokens, pixels = processor.conversation("Same?", [grey, grey])
+    tok, block = processor.tokenizer, "<image_placeholder>" * processor.num_image_tokens
+    image = f"<begin_of_image>{block}<end_of_image>\n"
+    text = f"{chat.DEFAULT_SYSTEM_PROMPT}\n\n<|User|>: {image}{image}Same?\n\n<|Assistant|>:"
+    assert tokens == tok.encode(text)
+    assert pixels.shape == (2, 64, 64, 3) and pixels.dtype == np.float32
+
+
+def test_images_in_the_messages_and_beside_them_are_the_same(processor):
+    first, second = (np.full((8, 8, 3), value, np.uint8) for value in (0, 255))
+    texts = ("<image_placeholder>\nA?", "yes", "and <image_placeholder>?")
+    roles = ("User", "Assistant", "User")
+    messages = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=True)]
+    tokens, pixels = processor.conversation(messages, [first, second])
+    messages[0]["images"], messages[2]["images"] = [first], [second]
+    carried_tokens, carried_pixels = processor.conversation(messages)
+    assert tokens == carried_tokens
+    np.testing.assert_array_equal(pixels, carried_pixels)
+    assert pixels[0].max() == -1 and pixels[1].min() == 1
+    with pytest.raises(ValueError, match="2 in the messages and 1 beside them"):
+        processor.conversation(messages, [first])
+
+
+def test_numbers_of_images_and_placeholders_must_agree(processor):
+    grey = np.full((8, 8, 3), 128, np.uint8)
+    with pytest.raises(ValueError, match="got 0 images for 1 placeholders"):
+        processor.conversation("what is <image_placeholder>?")
+    with pytest.raises(ValueError, match="got 2 images for 1 placeholders"):
+        processor.conversation("what is <image_placeholder>?", [grey, grey])
+    with pytest.raises(ValueError, match="got 1 images for 0 placeholders"):
+        processor.conversation([{"role": "user", "content": "what?"}], [grey])
+    with pytest.raises(ValueError, match="got 0 images for 1 placeholders"):
+        processor.image_prompt("a <image_placeholder>")
+
+
+def test_length_past_the_trained_context(processor):
+    assert processor.trained_context == TRAINED_CONTEXT == 4096
+    processor.check_length(4000, 96)
+    with pytest.raises(ValueError, match=r"context of 4096 tokens, got 4000 [+] 97 = 4097"):
+        processor.check_length(4000, 97)
+
+
+def test_folder_without_processor_config(folder, processor):
+    (folder / "processor_config.json").unlink()
+    assert Processor.from_dir(folder) == processor
+
+
+def test_transformers_4_layout(folder, processor):
+    """preprocessor_config.json beside processor_config.json, which names no template."""
+    edit(
+        folder / "preprocessor_config.json",
+        drop=("image_size",),
+        size={"height": 64, "width": 64},
+        image_processor_type="JanusImageProcessor",
+    )
+    (folder / "processor_config.json").write_text(
+        '{"num_image_tokens": 16, "processor_class": "JanusProcessor"}'
+    )
+    vision = {"image_size": 64, "patch_size": 16}
+    (folder / "config.json").write_text(json.dumps({"vision_config": vision}))
+    assert Processor.from_dir(folder) == processor
+    (folder / "processor_config.json").unlink()
+    assert Processor.from_dir(folder) == processor
+
+
+def test_folder_as_transformers_5_saves_it(golden, tmp_path, processor):
+    import transformers
+    from transformers.models.janus.image_processing_pil_janus import JanusImageProcessorPil
+
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(golden / "janus" / "tokenizer.json"),
+        bos_token="<｜begin▁of▁sentence｜>",
+        eos_token="<｜end▁of▁sentence｜>",
+        pad_token="<｜▁pad▁｜>",
+        extra_special_tokens={
+            "image_token": "<image_placeholder>",
+            "boi_token": "<begin_of_image>",
+            "eoi_token": "<end_of_image>",
+        },
+    )
+    image_processor = JanusImageProcessorPil(
+        size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    theirs = transformers.JanusProcessor(
+        image_processor, tokenizer, chat_template="{{ messages }}", num_image_tokens=16
+    )
+    theirs.save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} <= set(CHECKPOINT_FILES)
+    ours = Processor.from_dir(tmp_path)
+    assert ours == processor
+    assert ours.image_prompt("a cat") == processor.image_prompt("a cat")
+
+
+def test_folder_errors(folder):
+    edit(folder / "processor_config.json", sft_format="chatml")
+    with pytest.raises(ValueError, match=r"sft_format must be one of .*, got 'chatml'"):
+        Processor.from_dir(folder)
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"no preprocessor_config.json in"):
+        Processor.from_dir(folder)
