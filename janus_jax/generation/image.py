@@ -1,0 +1,285 @@
+"""Drawing images: prompt tokens -> image tokens -> pixels (reference: generation_inference.py).
+
+B images, R rows of an image in the decoder (its prompt, and next to it the prompt without its
+words when guidance is on), P prompt length, T image tokens, V codebook size, S pixels a side.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from janus_jax import sharding
+from janus_jax.generation import decoding, samplers
+from janus_jax.generation.samplers import Sampling
+from janus_jax.models.janus import Janus, JanusConfig
+
+# What the keys and values of one chunk may take on a device, when max_batch is not given. With it
+# go the parameters, and one image's activations in the tokenizer's decoder (float32).
+CACHE_BYTES = 4 * 2**30
+
+# Calls of a progress report in the course of one chunk, at most.
+_REPORTS = 25
+
+Progress = Callable[[int, int], None]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Requests:
+    """What to draw, one entry an image.
+
+    tokens: int32[B, R, P], left-padded.
+    token_mask: bool[B, P], True but for the padding on the left; the pads that stand for words in
+        a row without them are attended to, as in the reference.
+    index: uint32[B], which picture of its prompt this is; with the seed, the source of its noise.
+    seed: uint32 scalar.
+    guidance_weight: float32 scalar; None (and R = 1) draws from the prompt alone.
+    sampling: how tokens are chosen.
+    """
+
+    tokens: jax.Array
+    token_mask: jax.Array
+    index: jax.Array
+    seed: np.uint32
+    guidance_weight: np.float32 | None
+    sampling: Sampling
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Drawing:
+    """Images under way.
+
+    indices: int32[B, T], of which the first `step` are chosen and all but the last of these read.
+    step: int32 scalar.
+    context: the decoder's, of B * R rows.
+    """
+
+    indices: jax.Array
+    step: jax.Array
+    context: decoding.Context
+
+
+def guided_logits(
+    model: Janus, hidden: jax.Array, guidance_weight: np.float32 | None
+) -> jax.Array:
+    """uncond + w (cond - uncond): hidden, float[B * R, D] -> float32[B, V]."""
+    logits = model.gen_head(hidden)
+    if guidance_weight is None:
+        return logits
+    cond, uncond = jnp.moveaxis(logits.reshape(-1, 2, logits.shape[-1]), 1, 0)
+    return uncond + guidance_weight * (cond - uncond)
+
+
+def prefill(
+    model: Janus, requests: Requests, mesh: Mesh | None = None
+) -> tuple[jax.Array, decoding.Context]:
+    """Reads the prompts; returns the first token's guided logits, float32[B, V]."""
+    _, rows, length = requests.tokens.shape
+    embeds = model.language_model.embed(requests.tokens.reshape(-1, length))
+    token_mask = jnp.repeat(requests.token_mask, rows, axis=0)
+    num_new = model.cfg.num_image_tokens - 1  # the last token is never read
+    hidden, context = decoding.prefill(model.language_model, embeds, token_mask, num_new, mesh)
+    return guided_logits(model, hidden, requests.guidance_weight), context
+
+
+def decode_step(
+    model: Janus, context: decoding.Context, indices: jax.Array, guidance_weight
+) -> tuple[jax.Array, decoding.Context]:
+    """Reads one token of every image, int32[B]; returns the next one's guided logits."""
+    rows = 1 if guidance_weight is None else 2
+    embeds = jnp.repeat(model.embed_image_tokens(indices), rows, axis=0)
+    hidden, context = decoding.decode_step(model.language_model, context, embeds)
+    return guided_logits(model, hidden, guidance_weight), context
+
+
+def _choose(requests: Requests, logits: jax.Array, step) -> jax.Array:
+    noise = samplers.gumbel_noise(requests.seed, requests.index, step, logits.shape[-1])
+    return samplers.pick(logits, noise, requests.sampling)
+
+
+def begin(model: Janus, requests: Requests, mesh: Mesh | None) -> Drawing:
+    """Reads the prompts and chooses the first token of every image."""
+    logits, context = prefill(model, requests, mesh)
+    indices = jnp.zeros((len(requests.tokens), model.cfg.num_image_tokens), jnp.int32)
+    indices = indices.at[:, 0].set(_choose(requests, logits, 0))
+    return Drawing(indices, jnp.ones((), jnp.int32), context)
+
+
+def draw_token(model: Janus, requests: Requests, drawing: Drawing) -> Drawing:
+    """Reads the token chosen last and chooses the next."""
+    indices, step = drawing.indices, drawing.step
+    last = jax.lax.dynamic_index_in_dim(indices, step - 1, axis=1, keepdims=False)
+    logits, context = decode_step(model, drawing.context, last, requests.guidance_weight)
+    chosen = _choose(requests, logits, step)
+    indices = jax.lax.dynamic_update_index_in_dim(indices, chosen, step, axis=1)
+    return Drawing(indices, step + 1, context)
+
+
+def decode_pixels(model: Janus, indices: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+    """Indices int32[B, T] -> pixels uint8[B, S, S, 3], truncated as in the reference.
+
+    One image at a time on each device: its activations are large (about 1 GB at 384 pixels), and
+    an image comes out the same whatever the others.
+    """
+    shards = sharding.num_batch_shards(mesh)
+    groups = indices.reshape(shards, -1, indices.shape[1]).swapaxes(0, 1)
+
+    def decode(group: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):  # bands would show in bfloat16
+            pixels = model.gen_vq.decode(group)
+        return jnp.clip((pixels + 1) / 2 * 255, 0, 255).astype(jnp.uint8)
+
+    pixels = jax.lax.map(decode, groups).swapaxes(0, 1)
+    return pixels.reshape(len(indices), *pixels.shape[2:])
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def draw(
+    model: Janus, requests: Requests, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The whole way in one program: indices int32[B, T] and pixels uint8[B, S, S, 3]."""
+
+    def step(drawing: Drawing, _):
+        return draw_token(model, requests, drawing), None
+
+    drawing = begin(model, requests, mesh)
+    drawing, _ = jax.lax.scan(step, drawing, length=model.cfg.num_image_tokens - 1)
+    return sharding.replicate((drawing.indices, decode_pixels(model, drawing.indices, mesh)), mesh)
+
+
+_begin = jax.jit(begin, static_argnames="mesh")
+
+
+@functools.partial(jax.jit, donate_argnames="drawing")
+def _draw_tokens(model: Janus, requests: Requests, drawing: Drawing, count) -> Drawing:
+    return jax.lax.fori_loop(0, count, lambda _, d: draw_token(model, requests, d), drawing)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def finish(
+    model: Janus, indices: jax.Array, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Indices int32[B, T], and their pixels uint8[B, S, S, 3]."""
+    return sharding.replicate((indices, decode_pixels(model, indices, mesh)), mesh)
+
+
+def draw_reporting(
+    model: Janus, requests: Requests, mesh: Mesh | None, report: Callable[[int], None]
+) -> tuple[jax.Array, jax.Array]:
+    """As draw, in a few calls, so that `report(tokens an image has)` is told in between.
+
+    Not by a callback out of the one program: such a program is never kept in the persistent
+    compilation cache, and every run of sample.py would compile it anew.
+    """
+    total = model.cfg.num_image_tokens
+    stride = -(-total // _REPORTS)
+    drawing = _begin(model, requests, mesh)
+    for done in range(1, total, stride):
+        report(done)
+        drawing = _draw_tokens(model, requests, drawing, min(stride, total - done))
+        drawing.step.block_until_ready()
+    return finish(model, drawing.indices, mesh)
+
+
+def images_per_chunk(cfg: JanusConfig, length: int, rows: int, mesh: Mesh | None) -> int:
+    """How many images may be drawn at once, their caches taking CACHE_BYTES a device."""
+    decoder = cfg.language_model
+    slots = rows * (length + cfg.num_image_tokens - 1)
+    width = 2 * decoder.num_key_value_heads * decoder.head_dim * jnp.dtype(decoder.dtype).itemsize
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    per_device = CACHE_BYTES * tensor // (slots * width * decoder.num_hidden_layers)
+    return max(1, per_device) * sharding.num_batch_shards(mesh)
+
+
+def chunk_size(total: int, most: int, shards: int) -> int:
+    """The size of equal chunks of at most `most` images, rounded up to a multiple of the shards."""
+    chunks = -(-total // most)
+    return -(-(-(-total // chunks)) // shards) * shards
+
+
+def generate(
+    model: Janus,
+    requests: Requests,
+    max_batch: int | None = None,
+    mesh: Mesh | None = None,
+    progress: Progress | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Draws any number of images, a chunk at a time, all chunks by the same program.
+
+    Args:
+        requests: arrays of the host, B entries.
+        max_batch: the most images drawn at once; by default as many as images_per_chunk says. On a
+            mesh, at least one for each group of devices that shares out the batch.
+        progress: called with the image tokens drawn so far and in all.
+    Returns:
+        indices int32[B, T] and pixels uint8[B, S, S, 3].
+    """
+    total, rows, length = requests.tokens.shape
+    per_image = model.cfg.num_image_tokens
+    most = max_batch or images_per_chunk(model.cfg, length, rows, mesh)
+    size = chunk_size(total, most, sharding.num_batch_shards(mesh))
+    drawn = []
+    for start in range(0, total, size):
+        # the last chunk is filled up with its last image, whose copies are dropped
+        chunk = _take(requests, np.minimum(np.arange(start, start + size), total - 1), mesh)
+        wanted = min(size, total - start)
+        if progress is None:
+            indices, pixels = draw(model, chunk, mesh)
+        else:
+
+            def report(done: int, start=start, wanted=wanted) -> None:
+                progress(start * per_image + wanted * done, total * per_image)
+
+            indices, pixels = draw_reporting(model, chunk, mesh, report)
+        drawn.append((np.asarray(indices)[:wanted], np.asarray(pixels)[:wanted]))
+        if progress is not None:
+            progress((start + wanted) * per_image, total * per_image)
+    indices, pixels = zip(*drawn, strict=True)
+    return np.concatenate(indices), np.concatenate(pixels)
+
+
+def _take(requests: Requests, index: np.ndarray, mesh: Mesh | None) -> Requests:
+    """The images of that index, placed on the devices."""
+    rows = (requests.tokens[index], requests.token_mask[index], requests.index[index])
+    tokens, token_mask, index = sharding.put_batch(rows, mesh)
+    return dataclasses.replace(requests, tokens=tokens, token_mask=token_mask, index=index)
+
+
+def make_requests(
+    prompts: Sequence[tuple[Sequence[int], Sequence[int]]],
+    num_images: int,
+    seed: int,
+    guidance_weight: float,
+    sampling: Sampling,
+    pad_id: int,
+) -> Requests:
+    """Requests for num_images pictures of each prompt, prompt after prompt.
+
+    Picture j of a prompt has the noise of j, whatever the other prompts: a prompt gives in a batch
+    what it gives alone, and the same prompt twice gives the same pictures twice.
+
+    Args:
+        prompts: tokens of each prompt with and without its words, equally long.
+        guidance_weight: 1 needs no rows without words, and gets none.
+    """
+    rows = 1 if guidance_weight == 1 else 2
+    length = decoding.bucket_length(max(len(tokens) for tokens, _ in prompts))
+    tokens = np.full((len(prompts), rows, length), pad_id, np.int32)
+    token_mask = np.zeros((len(prompts), length), bool)
+    for i, pair in enumerate(prompts):
+        tokens[i, :, length - len(pair[0]) :] = pair[:rows]
+        token_mask[i, length - len(pair[0]) :] = True
+    return Requests(
+        tokens=np.repeat(tokens, num_images, axis=0),
+        token_mask=np.repeat(token_mask, num_images, axis=0),
+        index=np.tile(np.arange(num_images, dtype=np.uint32), len(prompts)),
+        seed=np.uint32(seed),
+        guidance_weight=np.float32(guidance_weight) if rows == 2 else None,
+        sampling=sampling,
+    )

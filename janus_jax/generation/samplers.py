@@ -1,0 +1,120 @@
+"""Choosing one index from logits: greedy, or sampled with temperature, top-k and top-p.
+
+B batch, V vocabulary (the codebook, where images are drawn).
+"""
+
+import dataclasses
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# The same numbers on every machine, whatever generator a user's settings make the default.
+_GENERATOR = "threefry2x32"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How an index is chosen; the values are traced, so changing one compiles nothing anew.
+
+    temperature: 0 is greedy.
+    top_k, top_p: None leaves the filter, and the sorting it needs, out of the program.
+    """
+
+    temperature: np.float32
+    top_k: np.int32 | None = None
+    top_p: np.float32 | None = None
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+
+
+def check_number(name: str, value) -> None:
+    """Raises ValueError unless the value is a finite number."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+
+
+def check_count(name: str, value) -> None:
+    """Raises ValueError unless the value is a whole number of at least 1."""
+    if not _is_int(value) or value < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+
+
+def check_seed(seed) -> None:
+    """Raises ValueError unless the seed is a whole number in [0, 2**32)."""
+    if not _is_int(seed) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number in [0, 2**32), got {seed!r}")
+
+
+def make_sampling(temperature, top_k, top_p, size: int) -> Sampling:
+    """Checked settings for choosing among `size` indices.
+
+    Raises:
+        ValueError: temperature < 0, top_k outside [1, size], or top_p outside (0, 1].
+    """
+    check_number("temperature", temperature)
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0 (0 is greedy), got {temperature}")
+    if top_k is not None and not (_is_int(top_k) and 1 <= top_k <= size):
+        raise ValueError(f"top_k must be a whole number in [1, {size}], got {top_k!r}")
+    if top_p is not None:
+        check_number("top_p", top_p)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    return Sampling(
+        np.float32(temperature),
+        None if top_k is None else np.int32(top_k),
+        None if top_p is None else np.float32(top_p),
+    )
+
+
+def keep_likeliest(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """-inf for all but the top_k likeliest and, of those, the fewest that reach top_p.
+
+    logits: float32[B, V]. At least the likeliest is kept; indices as likely as the last one kept
+    are kept as well. top_p counts the probabilities at the given temperature, after top_k, as
+    `transformers` does.
+    """
+    if sampling.top_k is None and sampling.top_p is None:
+        return logits
+    falling = -jnp.sort(-logits, axis=-1)
+    kept = jnp.ones(falling.shape, bool)
+    if sampling.top_k is not None:
+        kept &= jnp.arange(falling.shape[-1]) < sampling.top_k
+    if sampling.top_p is not None:
+        # greedy: all the mass is on the likeliest
+        temperature = jnp.maximum(sampling.temperature, 1e-6)
+        likely = jax.nn.softmax(jnp.where(kept, falling, -jnp.inf) / temperature, axis=-1)
+        before = jnp.cumsum(likely, axis=-1) - likely
+        kept &= (before < sampling.top_p) | (jnp.arange(falling.shape[-1]) == 0)
+    last = jnp.take_along_axis(falling, jnp.sum(kept, axis=-1, keepdims=True) - 1, axis=-1)
+    return jnp.where(logits >= last, logits, -jnp.inf)
+
+
+def gumbel_noise(seed: jax.Array, index: jax.Array, step: jax.Array, size: int) -> jax.Array:
+    """The noise of one draw: uint32 scalar, uint32[B], int32 scalar -> float32[B, size].
+
+    A row's noise depends on nothing but the seed, its own index and the step: the key is folded
+    with both, so no two draws share one.
+    """
+
+    def row(index: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed, impl=_GENERATOR), index)
+        return jax.random.gumbel(jax.random.fold_in(key, step), (size,), jnp.float32)
+
+    return jax.vmap(row)(index)
+
+
+def pick(logits: jax.Array, noise: jax.Array, sampling: Sampling) -> jax.Array:
+    """Chooses an index a row: float32[B, V] twice -> int32[B].
+
+    argmax(logits / temperature + noise) draws from the softmax (the Gumbel-max trick); multiplied
+    by the temperature it also holds at 0, where it is the plain argmax.
+    """
+    logits = keep_likeliest(logits, sampling)
+    return jnp.argmax(logits + sampling.temperature * noise, axis=-1).astype(jnp.int32)
