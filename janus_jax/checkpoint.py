@@ -1,0 +1,99 @@
+"""Our own checkpoint folder: parameters in Orbax beside the files that make it complete.
+
+FOLDER/params/               the parameter tree (Orbax), each tensor in its own dtype
+FOLDER/unused.safetensors    tensors of the source that the model does not use, for exporting
+FOLDER/config.json, ...      config, tokenizer and processor files as the source has them
+"""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax import traverse_util
+
+from janus_jax.interop.files import (
+    CONFIG,
+    new_folder,
+    small_files,
+    write_json,
+    write_safetensors_file,
+)
+
+PARAMS = "params"
+UNUSED = "unused.safetensors"
+
+
+def is_orbax(folder: Path | str) -> bool:
+    """Whether a folder is one that `save` wrote."""
+    return (Path(folder) / PARAMS / "_METADATA").is_file()
+
+
+def save(
+    folder: Path | str,
+    params: Mapping[str, jax.Array | np.ndarray],
+    *,
+    config: Mapping,
+    files_from: Path | str,
+    unused: Mapping[str, np.ndarray] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Writes a checkpoint folder beside and renames it when it is complete.
+
+    Orbax takes a copy of host arrays before it writes, so memory for one copy of `params` is used.
+
+    Args:
+      params: arrays by path ('und_encoder.pos_embed'), stored in their own dtype.
+      config: contents of config.json, in either PyTorch layout.
+      files_from: a checkpoint folder whose tokenizer and processor files are copied.
+      unused: arrays by PyTorch name that an export gives back.
+
+    Raises:
+      FileExistsError: the folder exists and `overwrite` is not set.
+    """
+    unused = unused or {}
+    with new_folder(Path(folder), overwrite) as beside:
+        for path in small_files(Path(files_from)):
+            shutil.copyfile(path, beside / path.name)
+        write_json(beside / CONFIG, config)
+        kinds = {name: (array.dtype, array.shape) for name, array in unused.items()}
+        write_safetensors_file(beside / UNUSED, kinds, unused.__getitem__)
+        tree = traverse_util.unflatten_dict(dict(params), sep=".")
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(beside / PARAMS, tree)
+
+
+def stored_params(folder: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shape and stored dtype of every parameter by path; reads no values."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        tree = checkpointer.metadata(Path(folder).resolve() / PARAMS).item_metadata.tree
+    flat = traverse_util.flatten_dict(tree, sep=".")
+    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
+
+
+def restore(
+    folder: Path | str, params: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Reads parameters, each straight to its own sharding and dtype.
+
+    params: shape, dtype and sharding wanted for every stored path. At most about the size of the
+    largest parameter in float32 is on the host at a time, on top of what the devices hold.
+    """
+    largest = max(leaf.size for leaf in params.values()) * 4
+    tree = traverse_util.unflatten_dict(dict(params), sep=".")
+    with ocp.StandardCheckpointer(restore_concurrent_gb=1 + largest // 10**9) as checkpointer:
+        restored = checkpointer.restore(Path(folder).resolve() / PARAMS, tree)
+    return traverse_util.flatten_dict(restored, sep=".")
+
+
+def restore_numpy(folder: Path | str) -> dict[str, np.ndarray]:
+    """Reads all parameters into host memory, in the dtypes they are stored in."""
+    paths = dict.fromkeys(stored_params(folder), ocp.RestoreArgs(restore_type=np.ndarray))
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        restored = checkpointer.restore(
+            Path(folder).resolve() / PARAMS,
+            restore_args=traverse_util.unflatten_dict(paths, sep="."),
+        )
+    return traverse_util.flatten_dict(restored, sep=".")

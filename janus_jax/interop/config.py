@@ -1,0 +1,358 @@
+"""config.json <-> JanusConfig, in DeepSeek's layout and in that of `transformers`.
+
+Released files leave most sizes to constants behind a class name and to LlamaConfig's defaults;
+both are filled in here. Whatever the networks do not implement is refused, never ignored.
+"""
+
+import math
+from collections.abc import Mapping
+
+from janus_jax.models.janus import JanusConfig
+from janus_jax.models.llama import LlamaConfig
+from janus_jax.models.siglip import SiglipConfig
+from janus_jax.models.vq import VQConfig
+
+DEEPSEEK, TRANSFORMERS = "deepseek", "transformers"
+FLOW_KEYS = ("vision_gen_enc_config", "vision_gen_dec_config", "vision_und_enc_config")
+SIGLIP, VQ16 = SiglipConfig.siglip_large_patch16_384(), VQConfig.vq_16()
+SIGLIP_NAME = "siglip_large_patch16_384"
+# transformers.LlamaConfig
+LLAMA_DEFAULTS = {
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 2048,
+}
+
+
+def layout_of(config: Mapping) -> str:
+    """`deepseek` or `transformers`, told by a config.json's model_type.
+
+    Raises:
+      ValueError: JanusFlow, or another model.
+    """
+    flow = [key for key in FLOW_KEYS if key in config]
+    if flow:
+        raise ValueError(f"config.json is of a JanusFlow model (it has {flow[0]}), not of a Janus")
+    kind = config.get("model_type")
+    layouts = {"multi_modality": DEEPSEEK, "janus": TRANSFORMERS}
+    if kind not in layouts:
+        raise ValueError(f"config.json has model_type {kind!r}, not 'multi_modality' or 'janus'")
+    return layouts[kind]
+
+
+def read_config(config: Mapping) -> JanusConfig:
+    """Sizes from the contents of a config.json; dtype fields keep their float32 defaults.
+
+    Raises:
+      ValueError: another model, a missing size, or a value that is not supported.
+    """
+    read = {DEEPSEEK: _read_deepseek, TRANSFORMERS: _read_transformers}[layout_of(config)]
+    try:
+        cfg = read(config)
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f"config.json has a value of a wrong type: {error}") from None
+    _check(cfg)
+    return cfg
+
+
+def _require(section: Mapping, where: str, **wanted) -> None:
+    """Refuses a stated value that the networks do not implement; absent means the only one."""
+    for key, value in wanted.items():
+        if section.get(key, value) != value:
+            raise ValueError(f"config.json: {where}{key} is {section[key]!r}, supported: {value!r}")
+
+
+def _get(section: Mapping, key: str, where: str):
+    if key not in section:
+        raise ValueError(f"config.json: {where}.{key} is missing")
+    return section[key]
+
+
+def _check(cfg: JanusConfig) -> None:
+    vision, decoder = cfg.und_encoder, cfg.language_model
+    divisions = (
+        ("image_size by patch_size", vision.image_size, vision.patch_size),
+        ("image_size by the VQ model's downsampling", vision.image_size, cfg.gen_vq.downsample),
+        ("vision width by heads", vision.width, vision.num_heads),
+        ("hidden_size by heads", decoder.hidden_size, decoder.num_attention_heads),
+        ("heads by key/value heads", decoder.num_attention_heads, decoder.num_key_value_heads),
+    )
+    for what, whole, part in divisions:
+        if part < 1 or whole % part:
+            raise ValueError(f"config.json: {what} is not whole: {whole} / {part}")
+
+
+def _llama(section: Mapping, where: str) -> LlamaConfig:
+    _require(section, f"{where}.", model_type="llama", hidden_act="silu", attention_bias=False)
+    _require(section, f"{where}.", mlp_bias=False, tie_word_embeddings=False)
+    rope = section.get("rope_parameters") or section.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        raise ValueError(f"config.json: {where} has rope scaling {kind!r}, supported: 'default'")
+    sizes = {key: section.get(key, default) for key, default in LLAMA_DEFAULTS.items()}
+    heads = section.get("num_key_value_heads") or sizes["num_attention_heads"]
+    theta = rope.get("rope_theta", section.get("rope_theta", 10000.0))
+    cfg = LlamaConfig(**sizes, num_key_value_heads=heads, rope_theta=float(theta))
+    if section.get("head_dim") is not None:
+        _require(section, f"{where}.", head_dim=cfg.head_dim)
+    return cfg
+
+
+def _read_deepseek(config: Mapping) -> JanusConfig:
+    sections = {}
+    for key in ("vision", "aligner", "gen_vision", "gen_aligner", "gen_head"):
+        section = config.get(f"{key}_config", {})
+        sections[key] = _get(section, "params", f"{key}_config")
+    _require(config, "", tie_word_embeddings=False)
+    _require(config["vision_config"], "vision_config.", cls="CLIPVisionTower")
+    _require(config["gen_vision_config"], "gen_vision_config.", cls="VQ-16")
+    decoder = _llama(_get(config, "language_config", "config"), "language_config")
+    cfg = JanusConfig(
+        und_encoder=_deepseek_vision(sections["vision"]),
+        und_aligner_depth=_deepseek_aligner(sections["aligner"], "aligner_config.params."),
+        gen_vq=_deepseek_vq(sections["gen_vision"]),
+        gen_aligner_depth=_deepseek_aligner(sections["gen_aligner"], "gen_aligner_config.params."),
+        gen_head_width=_get(sections["gen_head"], "image_token_embed", "gen_head_config.params"),
+        language_model=decoder,
+    )
+    width, codes = decoder.hidden_size, cfg.gen_vq.codebook_size
+    _require(sections["aligner"], "aligner_config.params.", input_dim=cfg.und_encoder.width)
+    _require(sections["aligner"], "aligner_config.params.", n_embed=width)
+    _require(sections["gen_aligner"], "gen_aligner_config.params.", n_embed=width)
+    _require(
+        sections["gen_aligner"], "gen_aligner_config.params.", input_dim=cfg.gen_vq.codebook_dim
+    )
+    _require(sections["gen_head"], "gen_head_config.params.", n_embed=width, image_token_size=codes)
+    return cfg
+
+
+def _deepseek_aligner(params: Mapping, where: str) -> int:
+    _require(params, where, projector_type="mlp_gelu")
+    return params.get("depth", 1)
+
+
+def _deepseek_vision(params: Mapping) -> SiglipConfig:
+    where = "vision_config.params"
+    if "width" not in params:
+        _require(params, f"{where}.", model_name=SIGLIP_NAME)
+    feature = _get(params, "select_feature", where)
+    if feature not in ("same", "cls_patch"):  # both keep every patch; SigLIP has no class token
+        raise ValueError(f"config.json: {where}.select_feature is {feature!r}, supported: 'same'")
+    layers, width = params.get("layers", SIGLIP.num_layers), params.get("width", SIGLIP.width)
+    layer = _get(params, "select_layer", where)
+    kept = min(layers, layers + layer + 1 if layer <= 0 else layer)
+    if kept < 1:
+        raise ValueError(f"config.json: {where}.select_layer {layer} leaves none of {layers} layers")
+    return SiglipConfig(
+        image_size=_get(params, "image_size", where),
+        patch_size=params.get("patch_size", SIGLIP.patch_size),
+        width=width,
+        num_layers=layers,
+        num_heads=params.get("heads", SIGLIP.num_heads),
+        mlp_dim=int(width * params.get("mlp_ratio", SIGLIP.mlp_dim / SIGLIP.width)),
+        select_layer=kept - layers - 1,
+    )
+
+
+def _deepseek_vq(params: Mapping) -> VQConfig:
+    return VQConfig(
+        codebook_size=params.get("image_token_size", VQ16.codebook_size),
+        codebook_dim=params.get("n_embed", VQ16.codebook_dim),
+        ch=params.get("ch", VQ16.ch),
+        ch_mult=tuple(params.get("ch_mult", VQ16.ch_mult)),
+        num_res_blocks=params.get("num_res_blocks", VQ16.num_res_blocks),
+        z_channels=params.get("z_channels", VQ16.z_channels),
+        norm_num_groups=params.get("norm_num_groups", VQ16.norm_num_groups),
+    )
+
+
+def _read_transformers(config: Mapping) -> JanusConfig:
+    vision, vq = config.get("vision_config", {}), config.get("vq_config", {})
+    _require(config, "", tie_word_embeddings=False)
+    decoder = _llama(config.get("text_config", {}), "text_config")
+    _require(vision, "vision_config.", hidden_act="gelu", attention_bias=True, use_qk_norm=False)
+    _require(vision, "vision_config.", num_channels=3, layer_norm_eps=1e-6)
+    _require(vq, "vq_config.", hidden_act="gelu", double_latent=False, in_channels=3)
+    _require(vq, "vq_config.", out_channels=3)
+    # Absent, these are 2048 (JanusVisionConfig, JanusVQVAEConfig) and must fit the decoder.
+    for where, section, key in (
+        ("vision_config", vision, "projection_dim"),
+        ("vq_config", vq, "projection_dim"),
+        ("vq_config", vq, "image_token_embed_dim"),
+    ):
+        _require({key: section.get(key, 2048)}, f"{where}.", **{key: decoder.hidden_size})
+    width = vision.get("hidden_size", SIGLIP.width)
+    encoder = SiglipConfig(
+        image_size=vision.get("image_size", SIGLIP.image_size),
+        patch_size=vision.get("patch_size", SIGLIP.patch_size),
+        width=width,
+        num_layers=vision.get("num_hidden_layers", SIGLIP.num_layers),
+        num_heads=vision.get("num_attention_heads", SIGLIP.num_heads),
+        mlp_dim=int(width * vision.get("mlp_ratio", 4.0)),
+    )
+    gen_vq = VQConfig(
+        codebook_size=vq.get("num_embeddings", VQ16.codebook_size),
+        codebook_dim=vq.get("embed_dim", VQ16.codebook_dim),
+        ch=vq.get("base_channels", VQ16.ch),
+        ch_mult=tuple(vq.get("channel_multiplier", VQ16.ch_mult)),
+        num_res_blocks=vq.get("num_res_blocks", VQ16.num_res_blocks),
+        z_channels=vq.get("latent_channels", VQ16.z_channels),
+    )
+    return JanusConfig(
+        und_encoder=encoder,
+        und_aligner_depth=vision.get("depth", 2),
+        gen_vq=gen_vq,
+        gen_aligner_depth=vq.get("num_hidden_layers", 2),
+        gen_head_width=decoder.hidden_size,
+        language_model=decoder,
+    )
+
+
+def write_config(
+    cfg: JanusConfig, source: Mapping | None, layout: str, image_token_id: int | None = None
+) -> dict:
+    """Contents of a config.json; the source's own if it already has this layout.
+
+    image_token_id: id of `<image_placeholder>`, which only the `transformers` layout states.
+
+    Raises:
+      ValueError: the layout cannot express this model.
+    """
+    if source is not None and layout_of(source) == layout:
+        return dict(source)
+    dtype = _stated_dtype(source)
+    if layout == DEEPSEEK:
+        return _write_deepseek(cfg, dtype)
+    _check_transformers(cfg, image_token_id)
+    return _write_transformers(cfg, dtype, image_token_id)
+
+
+def _stated_dtype(source: Mapping | None) -> str:
+    source = source or {}
+    decoder = source.get("text_config") or source.get("language_config") or {}
+    for section in (source, decoder):
+        for key in ("torch_dtype", "dtype"):
+            if key in section:
+                return section[key]
+    return "bfloat16"
+
+
+def _ratio(width: int, mlp_dim: int) -> float:
+    """Number r for which int(width * r), as both layouts compute it, is mlp_dim."""
+    ratio = mlp_dim / width
+    return ratio if int(width * ratio) == mlp_dim else math.nextafter(ratio, math.inf)
+
+
+def _write_llama(decoder: LlamaConfig) -> dict:
+    sizes = {key: getattr(decoder, key) for key in LLAMA_DEFAULTS}
+    return sizes | {
+        "model_type": "llama",
+        "num_key_value_heads": decoder.num_key_value_heads,
+        "rope_theta": decoder.rope_theta,
+        "tie_word_embeddings": False,
+    }
+
+
+def _write_deepseek(cfg: JanusConfig, dtype: str) -> dict:
+    vision, vq, width = cfg.und_encoder, cfg.gen_vq, cfg.language_model.hidden_size
+    released = vision == SiglipConfig.siglip_large_patch16_384()
+    name = SIGLIP_NAME if released else f"siglip_patch{vision.patch_size}_{vision.image_size}"
+    vision_params = {
+        "image_size": vision.image_size,
+        "model_name": name,
+        "select_feature": "same",
+        "select_layer": vision.select_layer,
+        "width": vision.width,
+        "layers": vision.num_layers,
+        "heads": vision.num_heads,
+        "patch_size": vision.patch_size,
+        "mlp_ratio": _ratio(vision.width, vision.mlp_dim),
+    }
+    vq_params = {
+        "image_token_size": vq.codebook_size,
+        "n_embed": vq.codebook_dim,
+        "ch": vq.ch,
+        "ch_mult": list(vq.ch_mult),
+        "num_res_blocks": vq.num_res_blocks,
+        "z_channels": vq.z_channels,
+        "norm_num_groups": vq.norm_num_groups,
+    }
+    aligner = {"n_embed": width, "projector_type": "mlp_gelu"}
+    und = aligner | {"depth": cfg.und_aligner_depth, "input_dim": vision.width}
+    gen = aligner | {"depth": cfg.gen_aligner_depth, "input_dim": vq.codebook_dim}
+    head = {
+        "image_token_embed": cfg.gen_head_width,
+        "image_token_size": vq.codebook_size,
+        "n_embed": width,
+    }
+    return {
+        "architectures": ["MultiModalityCausalLM"],
+        "model_type": "multi_modality",
+        "torch_dtype": dtype,
+        "vision_config": _section("vision", "CLIPVisionTower", vision_params),
+        "aligner_config": _section("aligner", "MlpProjector", und),
+        "gen_vision_config": _section("gen_vision", "VQ-16", vq_params),
+        "gen_aligner_config": _section("gen_aligner", "MlpProjector", gen),
+        "gen_head_config": _section("gen_head", "vision_head", head),
+        "language_config": _write_llama(cfg.language_model) | {"torch_dtype": dtype},
+    }
+
+
+def _section(kind: str, cls: str, params: dict) -> dict:
+    return {"cls": cls, "model_type": kind, "params": params}
+
+
+def _check_transformers(cfg: JanusConfig, image_token_id: int | None) -> None:
+    """What JanusForConditionalGeneration keeps fixed."""
+    vision, vq, width = cfg.und_encoder, cfg.gen_vq, cfg.language_model.hidden_size
+    fixed = (
+        ("32 groups in the VQ model's norms", vq.norm_num_groups, 32),
+        ("an image head as wide as the decoder", cfg.gen_head_width, width),
+        ("every vision layer in use (select_layer -1)", vision.select_layer, -1),
+        ("vision patches as large as image tokens", vision.patch_size, vq.downsample),
+    )
+    for what, value, wanted in fixed:
+        if value != wanted:
+            raise ValueError(f"the transformers layout needs {what}: {value} is not {wanted}")
+    if image_token_id is None:
+        raise ValueError("the transformers layout needs a tokenizer.json with <image_placeholder>")
+
+
+def _write_transformers(cfg: JanusConfig, dtype: str, image_token_id: int) -> dict:
+    vision, vq, width = cfg.und_encoder, cfg.gen_vq, cfg.language_model.hidden_size
+    return {
+        "architectures": ["JanusForConditionalGeneration"],
+        "model_type": "janus",
+        "torch_dtype": dtype,
+        "image_token_id": image_token_id,
+        "tie_word_embeddings": False,
+        "text_config": _write_llama(cfg.language_model),
+        "vision_config": {
+            "model_type": "janus_vision_model",
+            "image_size": vision.image_size,
+            "patch_size": vision.patch_size,
+            "hidden_size": vision.width,
+            "num_hidden_layers": vision.num_layers,
+            "num_attention_heads": vision.num_heads,
+            "num_image_tokens": vision.num_tokens,
+            "mlp_ratio": _ratio(vision.width, vision.mlp_dim),
+            "depth": cfg.und_aligner_depth,
+            "projection_dim": width,
+        },
+        "vq_config": {
+            "model_type": "janus_vqgan",
+            "num_embeddings": vq.codebook_size,
+            "embed_dim": vq.codebook_dim,
+            "base_channels": vq.ch,
+            "channel_multiplier": list(vq.ch_mult),
+            "num_res_blocks": vq.num_res_blocks,
+            "latent_channels": vq.z_channels,
+            "num_hidden_layers": cfg.gen_aligner_depth,
+            "projection_dim": width,
+            "image_token_embed_dim": width,
+        },
+    }

@@ -1,0 +1,124 @@
+"""Checkpoint folders on disk: written beside and renamed, small files copied, tensors streamed."""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from janus_jax.interop.readers import SAFETENSORS, SAFETENSORS_DTYPES
+
+CONFIG = "config.json"
+SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+SHARD_BYTES = 5 * 10**9
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+@contextlib.contextmanager
+def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+    """A temporary sibling that becomes `folder` on success and disappears on any error.
+
+    Raises:
+      FileExistsError: `folder` exists and `overwrite` is not set.
+      ValueError: `folder` would be overwritten and is not a checkpoint folder.
+    """
+    folder = Path(folder).resolve()
+    if os.path.lexists(folder):
+        if not overwrite:
+            raise FileExistsError(f"{folder} exists: choose another, or overwrite it")
+        if not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+            raise ValueError(f"{folder} is not a checkpoint folder (no {CONFIG}): not overwritten")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        beside.chmod(0o755)  # mkdtemp makes it private
+        yield beside
+        _replace(beside, folder)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _replace(beside: Path, folder: Path) -> None:
+    if not folder.exists():
+        beside.rename(folder)
+        return
+    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    folder.rename(old / "was")
+    try:
+        beside.rename(folder)
+    except OSError:
+        (old / "was").rename(folder)
+        raise
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def small_files(folder: Path) -> list[Path]:
+    """Config, tokenizer and processor files of a checkpoint folder."""
+    found = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
+    return sorted(p for p in found if p.is_file() and not p.name.endswith(".index.json"))
+
+
+def write_json(path: Path, value: Mapping) -> None:
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", "utf-8")
+
+
+def write_safetensors(
+    folder: Path,
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    read: Callable[[str], np.ndarray],
+    shard_bytes: int = SHARD_BYTES,
+) -> None:
+    """Writes a folder's weights tensor by tensor: one file, or shards with an index.
+
+    tensors: dtype and shape by name; read: the values of one name, asked for once, in order.
+    """
+    shards, total = _shards(tensors, shard_bytes)
+    if len(shards) == 1:
+        write_safetensors_file(folder / SAFETENSORS, shards[0], read)
+        return
+    stem, weight_map = SAFETENSORS.removesuffix(".safetensors"), {}
+    for i, shard in enumerate(shards, 1):
+        file = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_safetensors_file(folder / file, shard, read)
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_json(folder / f"{SAFETENSORS}.index.json", index)
+
+
+def _shards(tensors: Mapping, shard_bytes: int) -> tuple[list[dict], int]:
+    shards, held, total = [{}], 0, 0
+    for name, (dtype, shape) in tensors.items():
+        size = dtype.itemsize * math.prod(shape)
+        if shards[-1] and held + size > shard_bytes:
+            shards.append({})
+            held = 0
+        shards[-1][name] = (dtype, shape)
+        held, total = held + size, total + size
+    return shards, total
+
+
+def write_safetensors_file(
+    path: Path,
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    read: Callable[[str], np.ndarray],
+) -> None:
+    """Writes one safetensors file; only one tensor is in memory at a time."""
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape) in tensors.items():
+        start, end = end, end + dtype.itemsize * math.prod(shape)
+        fields = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": (start, end)}
+        header[name] = fields
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned, so readers can map it
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, (dtype, _) in tensors.items():
+            values = np.ascontiguousarray(read(name), dtype)
+            file.write(values.reshape(-1).view(np.uint8).data)

@@ -1,0 +1,216 @@
+"""From a checkpoint folder of any kind to parameters on devices, one tensor at a time."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from janus_jax import checkpoint
+from janus_jax.interop import deepseek, transformers
+from janus_jax.interop.config import DEEPSEEK, layout_of, read_config
+from janus_jax.interop.files import CONFIG
+from janus_jax.interop.readers import open_checkpoint, read_json, read_safetensors
+from janus_jax.interop.rules import Plan, Shape, Table, make_plan
+from janus_jax.interop.tensors import TensorSource, listed
+from janus_jax.models.janus import Janus, JanusConfig
+
+FLOAT32_PATHS = "gen_vq."  # colours decoded in bfloat16 show bands
+ShardingFor = Callable[[str, Shape], jax.sharding.Sharding | None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Folder:
+    """A checkpoint folder: its config.json, the layout that file has, and the sizes it states."""
+
+    path: Path
+    config: Mapping
+    layout: str
+    cfg: JanusConfig
+    orbax: bool
+
+
+def open_folder(path: Path | str) -> Folder:
+    """Reads a folder's config.json and tells what kind of folder it is.
+
+    Raises:
+      FileNotFoundError: no folder, or no config.json in it.
+      ValueError: JanusFlow, another model, or an unsupported value.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path} is not a folder")
+    if not (path / CONFIG).is_file():
+        raise FileNotFoundError(f"{path} holds no {CONFIG}")
+    config = read_json(path / CONFIG)
+    try:
+        layout, cfg = layout_of(config), read_config(config)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+    return Folder(path, config, layout, cfg, checkpoint.is_orbax(path))
+
+
+def table_for(layout: str, cfg: JanusConfig) -> Table:
+    """Conversion table of a PyTorch layout."""
+    return (deepseek if layout == DEEPSEEK else transformers).table(cfg)
+
+
+@functools.lru_cache(maxsize=2)
+def _abstract(cfg: JanusConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: Janus(cfg, rngs=nnx.Rngs(0))))
+
+
+def param_shapes(cfg: JanusConfig) -> dict[str, Shape]:
+    """Shape of every parameter of a Janus by path; allocates none."""
+    _, state = _abstract(cfg)
+    return {_path(keys): tuple(leaf.shape) for keys, leaf in nnx.to_flat_state(state)}
+
+
+def _path(keys: tuple) -> str:
+    return ".".join(map(str, keys))
+
+
+def plan_folder(folder: Folder) -> tuple[TensorSource, Plan]:
+    """Opens a PyTorch folder's weights and matches them with the model.
+
+    Raises:
+      ValueError: the weights do not fit config.json; every tensor at fault is listed.
+    """
+    source = open_checkpoint(folder.path)
+    table = table_for(folder.layout, folder.cfg)
+    return source, make_plan(table, source, param_shapes(folder.cfg))
+
+
+def load_params(
+    folder: Path | str, cfg: JanusConfig, sharding_for: ShardingFor, dtype
+) -> dict[str, jax.Array]:
+    """Reads a folder's parameters and places each before the next is read.
+
+    Args:
+      folder: PyTorch weights in either layout, or an Orbax folder.
+      cfg: the sizes, as `open_folder(folder).cfg` gives them.
+      sharding_for: sharding of a parameter by path and shape; None is the default device.
+      dtype: storage dtype of all parameters but those of the VQ model, which are float32.
+
+    Returns:
+      Arrays by path, for `build_model`.
+    """
+    opened = dataclasses.replace(open_folder(folder), cfg=cfg)
+    if opened.orbax:
+        return _restore(opened, sharding_for, dtype)
+    source, plan = plan_folder(opened)
+    params = {}
+    for step in plan.steps:
+        for path, view in zip(step.paths, step.op.ours(source.read(step.torch)), strict=True):
+            sharding = sharding_for(path, view.shape)
+            params[path] = _place(view, sharding, _dtype(path, dtype))
+    return params
+
+
+def _dtype(path: str, dtype) -> np.dtype:
+    return np.dtype(jnp.float32 if path.startswith(FLOAT32_PATHS) else dtype)
+
+
+def _place(view: np.ndarray, sharding: jax.sharding.Sharding | None, dtype) -> jax.Array:
+    """Puts a view of a file on devices; only the parts that they hold are read and cast."""
+
+    def part(index: tuple) -> np.ndarray:
+        # Always a copy: on CPU an array may keep the very memory it is given, here the file's.
+        return np.array(view[index], dtype, order="C")
+
+    if sharding is None:
+        return jax.block_until_ready(jnp.asarray(part(())))
+    array = jax.make_array_from_callback(view.shape, sharding, part)
+    return jax.block_until_ready(array)  # or copies of many tensors would queue up on the host
+
+
+def _restore(folder: Folder, sharding_for: ShardingFor, dtype) -> dict[str, jax.Array]:
+    check_stored(folder)
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {
+        path: jax.ShapeDtypeStruct(
+            shape, _dtype(path, dtype), sharding=sharding_for(path, shape) or here
+        )
+        for path, shape in param_shapes(folder.cfg).items()
+    }
+    return checkpoint.restore(folder.path, wanted)
+
+
+def check_stored(folder: Folder) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes in an Orbax folder, which must be those of the model.
+
+    Raises:
+      ValueError: missing, unknown or misshapen parameters, all listed.
+    """
+    expected, stored = param_shapes(folder.cfg), checkpoint.stored_params(folder.path)
+    shared = [path for path in expected if path in stored]
+    faults = {
+        "missing": [path for path in expected if path not in stored],
+        "unknown": [path for path in stored if path not in expected],
+        "of a wrong shape": [
+            f"{p} is {stored[p].shape}, expected {expected[p]}"
+            for p in shared
+            if tuple(stored[p].shape) != expected[p]
+        ],
+    }
+    text = "; ".join(f"{len(n)} {kind}: {listed(n)}" for kind, n in faults.items() if n)
+    if text:
+        raise ValueError(f"{folder.path} does not fit its config.json, parameters {text}")
+    return stored
+
+
+def build_model(cfg: JanusConfig, params: Mapping[str, jax.Array]) -> Janus:
+    """A Janus with these arrays as its parameters, without initialising it first.
+
+    Raises:
+      ValueError: `params` are not exactly the model's, by path.
+    """
+    graphdef, state = _abstract(cfg)
+    flat = [(keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
+    astray = sorted({_path(keys) for keys, _ in flat} ^ set(params))
+    if astray:
+        raise ValueError(f"parameters do not match the model's: {listed(astray)}")
+    leaves = [(keys, leaf.replace(params[_path(keys)])) for keys, leaf in flat]
+    return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredParams:
+    """Parameters of a folder as stored: dtype and shape by path, values when asked for.
+
+    `unused` holds what the model does not use, by PyTorch name.
+    """
+
+    kinds: Mapping[str, tuple[np.dtype, Shape]]
+    read: Callable[[str], np.ndarray]
+    unused: Mapping[str, np.ndarray]
+    skipped: Mapping[str, str]
+
+
+def stored_params(folder: Folder) -> StoredParams:
+    """Opens a folder's parameters on the host in their own dtypes.
+
+    Values of PyTorch folders are views of the files; an Orbax folder is read whole.
+    """
+    if folder.orbax:
+        check_stored(folder)
+        arrays = checkpoint.restore_numpy(folder.path)
+        kinds = {path: (array.dtype, array.shape) for path, array in arrays.items()}
+        tensors = read_safetensors(folder.path / checkpoint.UNUSED)
+        unused = {name: tensor.read() for name, tensor in tensors.items()}
+        return StoredParams(kinds, arrays.__getitem__, unused, {})
+    source, plan = plan_folder(folder)
+    places = {path: (step, i) for step in plan.steps for i, path in enumerate(step.paths)}
+
+    def read(path: str) -> np.ndarray:
+        step, i = places[path]
+        return step.op.ours(source.read(step.torch))[i]
+
+    shapes = param_shapes(folder.cfg)
+    kinds = {path: (source.dtype(step.torch), shapes[path]) for path, (step, _) in places.items()}
+    unused = {name: source.read(name) for name in plan.skipped}
+    return StoredParams(kinds, read, unused, plan.skipped)

@@ -1,0 +1,146 @@
+"""One door to the weight files of a PyTorch checkpoint folder: names, shapes and tensors."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from janus_jax.interop.tensors import BFLOAT16, Tensor, TensorSource
+from janus_jax.interop.torch_pickle import read_torch_file
+
+SAFETENSORS_DTYPES = {
+    "BF16": BFLOAT16,
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+    "I8": np.dtype(np.int8),
+    "I16": np.dtype(np.int16),
+    "I32": np.dtype(np.int32),
+    "I64": np.dtype(np.int64),
+    "U8": np.dtype(np.uint8),
+    "BOOL": np.dtype(np.bool_),
+}
+SAFETENSORS = "model.safetensors"
+TORCH_BIN = "pytorch_model.bin"
+
+
+def open_checkpoint(folder: Path | str) -> TensorSource:
+    """Finds a folder's weights: safetensors before `.bin`, one file before an index.
+
+    Raises:
+      FileNotFoundError: no folder, or no weights in it.
+      ValueError: truncated or damaged files, an index that names a missing shard.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} is not a folder")
+    kinds = ((SAFETENSORS, read_safetensors), (TORCH_BIN, read_torch_file))
+    for name, read in kinds:
+        index = folder / f"{name}.index.json"
+        if (folder / name).is_file():
+            return TensorSource(folder, read(folder / name))
+        if index.is_file():
+            return _open_shards(folder, index, read)
+    looked_for = ", ".join(f"{name}[.index.json]" for name, _ in kinds)
+    raise FileNotFoundError(f"{folder} holds no weights: looked for {looked_for}")
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file.
+
+    Raises:
+      ValueError: damaged JSON, or something else than an object.
+    """
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file by name; only its header is read.
+
+    Format: uint64 header size, JSON header (name -> dtype, shape, data_offsets), bytes.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        header_size = int.from_bytes(file.read(8), "little")
+        if 8 + header_size > size:
+            raise ValueError(f"{path} is truncated: its header is {header_size=}, the file {size=}")
+        raw = file.read(header_size)
+    header = _parse_header(path, raw)
+    tensors = {
+        name: _place(path, name, fields, 8 + header_size)
+        for name, fields in header.items()
+        if name != "__metadata__"
+    }
+    end = max((t.offset + t.dtype.itemsize * math.prod(t.shape) for t in tensors.values()),
+              default=0)
+    if end > size:
+        raise ValueError(f"{path} is truncated: its tensors need {end} bytes, the file has {size}")
+    return tensors
+
+
+def _parse_header(path: Path, raw: bytes) -> dict:
+    def unique(pairs: list[tuple[str, object]]) -> dict:
+        names = [name for name, _ in pairs]
+        doubled = sorted({name for name in names if names.count(name) > 1})
+        if doubled:
+            raise ValueError(f"it stores twice: {', '.join(doubled)}")
+        return dict(pairs)
+
+    try:
+        header = json.loads(raw, object_pairs_hook=unique)
+    except ValueError as error:
+        raise ValueError(f"{path} has a damaged safetensors header: {error}") from None
+    if not isinstance(header, dict):
+        raise ValueError(f"{path} has a damaged safetensors header: not a JSON object")
+    return header
+
+
+def _place(path: Path, name: str, fields: dict, data: int) -> Tensor:
+    try:
+        kind, shape = fields["dtype"], tuple(int(n) for n in fields["shape"])
+        start, end = (int(n) for n in fields["data_offsets"])
+    except (KeyError, TypeError, ValueError):
+        raise ValueError(f"{path} has a damaged safetensors header at {name}: {fields}") from None
+    if kind not in SAFETENSORS_DTYPES:
+        raise ValueError(f"{path}: {name} has dtype {kind}, not {', '.join(SAFETENSORS_DTYPES)}")
+    dtype = SAFETENSORS_DTYPES[kind]
+    needs = dtype.itemsize * math.prod(shape)
+    if min(start, end, *shape, 0) < 0 or end - start != needs:
+        raise ValueError(f"{path}: {name} of shape {shape} needs {needs} bytes, has {end - start}")
+    return Tensor(path, data + start, dtype, shape)
+
+
+def _open_shards(
+    folder: Path, index: Path, read: Callable[[Path], dict[str, Tensor]]
+) -> TensorSource:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise ValueError(f"{index} has no weight_map of tensor names to files")
+    files = sorted(set(weight_map.values()))
+    absent = [name for name in files if not (folder / name).is_file()]
+    if absent:
+        raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(absent)}")
+    tensors: dict[str, Tensor] = {}
+    doubled, unlisted = [], []
+    for file in files:
+        for name, tensor in read(folder / file).items():
+            if name in tensors:
+                doubled.append(name)
+            elif name not in weight_map:
+                unlisted.append(name)
+            tensors.setdefault(name, tensor)
+    astray = [n for n, f in weight_map.items() if n not in tensors or tensors[n].file.name != f]
+    faults = {
+        "stored in two shards": doubled,
+        "absent from the shard that the index names": [n for n in astray if n not in doubled],
+        "stored but not in the index": unlisted,
+    }
+    return TensorSource(folder, tensors, {kind: names for kind, names in faults.items() if names})

@@ -1,0 +1,73 @@
+"""A checkpoint file seen as named byte ranges: nothing is read until a tensor is asked for."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+LISTED = 20  # names of one kind that an error spells out
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """Where one tensor lies: `strides` (in elements) is None for a C-contiguous one."""
+
+    file: Path
+    offset: int
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    strides: tuple[int, ...] | None = None
+
+    def read(self) -> np.ndarray:
+        """Read-only view of the file; pages are touched when elements are used."""
+        size = math.prod(self.shape)
+        if size == 0:
+            return np.zeros(self.shape, self.dtype)
+        if self.strides is None:
+            return self._map(size).reshape(self.shape)
+        span = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
+        steps = tuple(s * self.dtype.itemsize for s in self.strides)
+        flat = self._map(span)
+        return np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
+
+    def _map(self, count: int) -> np.ndarray:
+        raw = np.memmap(self.file, np.uint8, "r", self.offset, (count * self.dtype.itemsize,))
+        # A plain ndarray: np.memmap would keep its own type (and its warnings) through every view.
+        return np.asarray(raw).view(self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSource:
+    """Every tensor of a checkpoint folder by its PyTorch name.
+
+    `faults` holds what the files contradict each other in (kind -> names); the conversion plan
+    reports them together with its own findings.
+    """
+
+    folder: Path
+    tensors: Mapping[str, Tensor]
+    faults: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.tensors[name].shape
+
+    def dtype(self, name: str) -> np.dtype:
+        return self.tensors[name].dtype
+
+    def read(self, name: str) -> np.ndarray:
+        """Read-only array (ml_dtypes.bfloat16 where stored so), backed by the file."""
+        return self.tensors[name].read()
+
+
+def listed(names: list[str]) -> str:
+    """`a, b, c`, cut after LISTED names with the number of the rest."""
+    rest = len(names) - LISTED
+    return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")
