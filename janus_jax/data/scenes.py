@@ -36,7 +36,7 @@ BACKGROUNDS = {"white": (255, 255, 255), "gray": (192, 192, 192), "black": (20, 
 RELATIONS = ("left of", "right of", "above", "below")
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "held_out")
-COUNT_WORDS = {1: "one", 2: "two", 3: "three", 4: "four"}
+COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 
 SIZES = (24, 28, 32)  # pixels, side of the bounding square
 SNAP = 4  # pixels between possible centres: few variants of a patch make codes easy to learn
@@ -155,8 +155,13 @@ def noun_phrase(item: Item) -> str:
     """ "a circle", "an orange square", "three crosses"."""
     name = item.shape if item.color is None else f"{item.color} {item.shape}"
     if item.count > 1:
-        return f"{COUNT_WORDS[item.count]} {name}{'es' if name.endswith('s') else 's'}"
+        return f"{COUNT_WORDS[item.count]} {plural(name)}"
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"
+
+
+def plural(name: str) -> str:
+    """ "circles", "red crosses"."""
+    return name + ("es" if name.endswith("s") else "s")
 
 
 def clear_relation(first: Object, second: Object) -> str | None:

@@ -1,0 +1,131 @@
+"""Tokenizer and processor files of the model that ships, in DeepSeek's formats.
+
+The vocabulary is 256 bytes and the merges that make every word of captions, questions and answers
+one token, so any other text still encodes, only longer.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
+
+from janus_jax.data import questions, scenes
+
+BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
+IMAGE, PATCH = "<image_placeholder>", "<patch_placeholder>"
+SPECIAL = (BOS, EOS, PAD, IMAGE, PATCH, "<begin_of_image>", "<end_of_image>")
+ROLES = ("<|User|>", "<|Assistant|>")
+NUM_IMAGE_TOKENS = (scenes.IMAGE_SIZE // 16) ** 2
+MAX_WORDS_TOKENS = 4096  # far more than the closed vocabulary needs: training stops when all merge
+QUESTION_SCENES = 4000  # enough that every question template and answer occurs many times
+
+
+def build(folder: str | Path) -> None:
+    """Writes tokenizer.json and the tokenizer, special token and processor configs to `folder`.
+
+    The files are the same on every call. tokenizer.json adds no BOS; the loader does. Sources of
+    the formats: a released checkpoint's files. `system_prompt` is a key of ours: empty, for this
+    model answers questions without one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(train().to_str(pretty=True), encoding="utf-8")
+    for name, content in _configs().items():
+        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
+
+
+def train() -> Tokenizer:
+    """Byte-level BPE over the closed vocabulary, split as DeepSeek-LLM splits text."""
+    tokenizer = Tokenizer(models.BPE())
+    splits = ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"\s+$")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        *(pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in splits),
+        pre_tokenizers.Digits(individual_digits=True),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+    ])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=MAX_WORDS_TOKENS,
+        min_frequency=1,
+        show_progress=False,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+    )
+    tokenizer.train_from_iterator(sorted(words()), trainer)
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ROLES])
+    return tokenizer
+
+
+def words() -> set[str]:
+    """Every word of the closed set, as it stands after a space, and question openers also without.
+
+    An opener follows a line break when the picture's tag stands before the question.
+    """
+    asked = list(_questions_and_answers())
+    captions = [p.text for split in scenes.SPLITS for k in scenes.KINDS
+                for p in scenes.prompts(split, k)]
+    inner = {f" {word.strip('?,.')}" for text in asked + captions for word in text.split()}
+    openers = {text.split()[0] for text in asked if text.endswith(("?", "."))}
+    return {word for word in inner if not word.strip().isdigit()} | openers
+
+
+def _questions_and_answers() -> Iterator[str]:
+    rng = np.random.default_rng(0)
+    for _ in range(QUESTION_SCENES):
+        yield from questions.sample_question(rng, scenes.sample_mixed(rng))
+
+
+def _configs() -> dict[str, dict]:
+    """File name -> content of everything but tokenizer.json."""
+    return {
+        "tokenizer_config.json": {
+            "add_bos_token": True,
+            "add_eos_token": False,
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": PAD,
+            "unk_token": None,
+            "clean_up_tokenization_spaces": False,
+            "tokenizer_class": "LlamaTokenizerFast",
+        },
+        "special_tokens_map.json": {
+            "additional_special_tokens": [IMAGE, PATCH],
+            "bos_token": BOS,
+            "eos_token": EOS,
+            "pad_token": PAD,
+        },
+        "preprocessor_config.json": {
+            "background_color": [127, 127, 127],
+            "do_normalize": True,
+            "image_mean": [0.5, 0.5, 0.5],
+            "image_processor_type": "VLMImageProcessor",
+            "image_size": scenes.IMAGE_SIZE,
+            "image_std": [0.5, 0.5, 0.5],
+            "min_size": 14,
+            "processor_class": "VLChatProcessor",
+            "rescale_factor": 1 / 255,
+        },
+        "processor_config.json": {
+            "add_special_token": False,
+            "ignore_id": -100,
+            "image_tag": IMAGE,
+            "mask_prompt": True,
+            "num_image_tokens": NUM_IMAGE_TOKENS,
+            "processor_class": "VLChatProcessor",
+            "sft_format": "deepseek",
+            "system_prompt": "",
+        },
+    }
