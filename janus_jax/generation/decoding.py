@@ -4,6 +4,7 @@ B rows, P prompt length (a bucket), S cache size, D model width.
 """
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,7 @@ def bucket_length(length: int) -> int:
 
     Few lengths, so that a new prompt seldom needs a new program.
     """
-    return next((b for b in _SMALL_BUCKETS if length <= b), -(-length // 128) * 128)
+    return next((b for b in _SMALL_BUCKETS if length <= b), math.ceil(length / 128) * 128)
 
 
 @jax.tree_util.register_dataclass

@@ -6,6 +6,7 @@ words when guidance is on), P prompt length, T image tokens, V codebook size, S 
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -178,7 +179,7 @@ def draw_reporting(
     compilation cache, and every run of sample.py would compile it anew.
     """
     total = model.cfg.num_image_tokens
-    stride = -(-total // _REPORTS)
+    stride = math.ceil(total / _REPORTS)
     drawing = _begin(model, requests, mesh)
     for done in range(1, total, stride):
         report(done)
@@ -199,8 +200,8 @@ def images_per_chunk(cfg: JanusConfig, length: int, rows: int, mesh: Mesh | None
 
 def chunk_size(total: int, most: int, shards: int) -> int:
     """The size of equal chunks of at most `most` images, rounded up to a multiple of the shards."""
-    chunks = -(-total // most)
-    return -(-(-(-total // chunks)) // shards) * shards
+    chunks = math.ceil(total / most)
+    return math.ceil(total / chunks / shards) * shards
 
 
 def generate(

@@ -1,0 +1,347 @@
+"""A checkpoint folder as an object that draws pictures and answers questions about them."""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from janus_jax import sharding
+from janus_jax.generation import compile_cache, decoding, image, samplers, text
+from janus_jax.interop.load import build_model, load_params, open_folder
+from janus_jax.models.janus import Janus
+from janus_jax.processing.chat import Message
+from janus_jax.processing.images import ImageSource, load_image, preprocess_generation
+from janus_jax.processing.processor import Processor
+from janus_jax.processing.tokenizer import TextStream
+
+TINY = Path(__file__).parents[1] / "assets" / "janus_tiny"
+
+# float16 is left out: Janus's activations pass its largest number, and the result is NaN.
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# What a checkpoint needs of a hub repository, in either layout.
+_HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin")
+
+Conversation = str | Sequence[Message]
+
+
+@dataclasses.dataclass(frozen=True)
+class Images:
+    """Pictures, prompt after prompt: N = prompts * num_images, S pixels and T tokens.
+
+    pixels: uint8[N, S, S, 3].
+    indices: int32[N, T], the tokens they were decoded from, row-major.
+    """
+
+    pixels: np.ndarray
+    indices: np.ndarray
+
+
+class Pipeline:
+    """A loaded model with its processor; see load."""
+
+    def __init__(self, model: Janus, processor: Processor, name: str, mesh: Mesh | None = None):
+        self.model = model
+        self.processor = processor
+        self.name = name
+        self.mesh = mesh
+
+    def generate_images(
+        self,
+        prompts: str | Sequence[str],
+        num_images: int = 1,
+        seed: int = 0,
+        guidance_weight: float = 5.0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        max_batch: int | None = None,
+        progress: image.Progress | None = None,
+    ) -> Images:
+        """Draws num_images pictures of each prompt.
+
+        Picture j of a prompt and a seed is the same whatever the other prompts, num_images,
+        max_batch and the mesh (in float32, on one kind of machine).
+
+        Args:
+            prompts: descriptions, without any template.
+            guidance_weight: w in uncond + w (cond - uncond); 1 turns guidance off.
+            temperature: 0 always takes the likeliest token.
+            top_k, top_p: sample among the top_k likeliest, and the fewest that reach top_p.
+            max_batch: the most pictures drawn at once; by default as many as have their keys and
+                values in 4 GiB on each device.
+            progress: called with the image tokens drawn so far and in all.
+        Raises:
+            ValueError: an argument out of its range, or a prompt too long for the trained context.
+        Source: generation_inference.py of the original code.
+        """
+        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        cfg = self.model.cfg
+        sampling = samplers.make_sampling(temperature, top_k, top_p, cfg.gen_vq.codebook_size)
+        samplers.check_seed(seed)
+        samplers.check_number("guidance_weight", guidance_weight)
+        samplers.check_count("num_images", num_images)
+        if max_batch is not None:
+            samplers.check_count("max_batch", max_batch)
+        requests = image.make_requests(
+            [self._image_prompt(prompt) for prompt in _at_least_one("prompts", prompts)],
+            num_images,
+            seed,
+            guidance_weight,
+            sampling,
+            self.processor.tokenizer.pad_id,
+        )
+        indices, pixels = image.generate(self.model, requests, max_batch, self.mesh, progress)
+        return Images(pixels, indices)
+
+    def _image_prompt(self, prompt: str) -> tuple[list[int], list[int]]:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise ValueError(f"a prompt must be a text that is not empty, got {prompt!r}")
+        tokens = self.processor.image_prompt(prompt)
+        self.processor.check_length(len(tokens), self.model.cfg.num_image_tokens)
+        return tokens, self.processor.unconditional(tokens)
+
+    def answer(
+        self,
+        conversation: Conversation | Sequence[Conversation],
+        images: Sequence | ImageSource | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> str | list[str]:
+        """Answers a question, or goes on with a conversation.
+
+        Args:
+            conversation: a question; or messages {"role": "user" or "assistant", "content": text},
+                the last one of the user, a first one of the role "system" allowed. Or a list of
+                these: then all are answered at once, each as it would be alone.
+            images: the pictures (path, bytes, Pillow image or uint8[H, W, 3]), in the order of the
+                placeholders in the text; without placeholders they come before the question. For a
+                list of conversations, one such list for each.
+            max_new_tokens: the longest answer.
+            temperature: 0 always takes the likeliest token; see generate_images for the others.
+        Returns:
+            The answer; for a list of conversations, a list of answers.
+        Raises:
+            ValueError: an argument out of its range, images that do not fit the placeholders or
+                cannot be read, or a conversation too long for the trained context.
+            FileNotFoundError: there is no image at a path.
+        Source: inference.py of the original code.
+        """
+        sampling = self._text_settings(max_new_tokens, temperature, top_k, top_p, seed)
+        many = not _is_conversation(conversation)
+        conversations = _at_least_one("conversations", conversation) if many else [conversation]
+        pictures = _pictures_of_each(images, len(conversations)) if many else [_listed(images)]
+        requests = self._text_requests(conversations, pictures, max_new_tokens, sampling, seed)
+        tokens = np.asarray(text.write(self.model, requests, max_new_tokens, self.mesh))
+        answers = [self._decode(row) for row in tokens]
+        return answers if many else answers[0]
+
+    def stream(
+        self,
+        conversation: Conversation,
+        images: Sequence | ImageSource | None = None,
+        max_new_tokens: int = 256,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int = 0,
+    ) -> Iterator[str]:
+        """As answer for one conversation, in pieces that never split a character.
+
+        The arguments are checked at once; the pieces, joined, are the answer.
+        """
+        sampling = self._text_settings(max_new_tokens, temperature, top_k, top_p, seed)
+        if not _is_conversation(conversation):
+            raise ValueError("stream takes one conversation, got a list of them")
+        requests = self._text_requests(
+            [conversation], [_listed(images)], max_new_tokens, sampling, seed
+        )
+        return self._pieces(requests, max_new_tokens)
+
+    def _pieces(self, requests: text.Requests, max_new_tokens: int) -> Iterator[str]:
+        pieces = TextStream(self.processor.tokenizer)
+        for token in text.stream(self.model, requests, max_new_tokens, self.mesh):
+            if piece := pieces.push(token):
+                yield piece
+        if piece := pieces.finish():
+            yield piece
+
+    def _decode(self, tokens: np.ndarray) -> str:
+        tokenizer = self.processor.tokenizer
+        ends = np.flatnonzero(tokens == tokenizer.eos_id)
+        return tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
+
+    def _text_settings(
+        self, max_new_tokens, temperature, top_k, top_p, seed
+    ) -> samplers.Sampling:
+        samplers.check_count("max_new_tokens", max_new_tokens)
+        samplers.check_seed(seed)
+        size = self.model.cfg.language_model.vocab_size
+        return samplers.make_sampling(temperature, top_k, top_p, size)
+
+    def _text_requests(
+        self, conversations, pictures, max_new_tokens: int, sampling, seed: int
+    ) -> text.Requests:
+        processor = self.processor
+        examples = [
+            processor.conversation(messages, own)
+            for messages, own in zip(conversations, pictures, strict=True)
+        ]
+        for tokens, _ in examples:
+            processor.check_length(len(tokens), max_new_tokens)
+        length = decoding.bucket_length(max(len(tokens) for tokens, _ in examples))
+        batch = processor.batch(examples, pad_to=length)
+        return text.make_requests(batch, seed, sampling, processor.tokenizer.eos_id, self.mesh)
+
+    def encode_images(self, images: Sequence[ImageSource] | ImageSource) -> np.ndarray:
+        """The image tokenizer's tokens of pictures: int32[N, T], row-major.
+
+        Args:
+            images: paths, bytes, Pillow images or arrays uint8[H, W, 3], of any size: the short
+                side is resized to the model's S and the long one cropped in its centre.
+        Raises:
+            ValueError: a picture that cannot be read. FileNotFoundError: there is no such file.
+        """
+        size = self.model.cfg.image_size
+        pixels = [
+            preprocess_generation(load_image(source), size)
+            for source in _at_least_one("images", _listed(images))
+        ]
+        # one at a time: a new number of pictures compiles nothing, and memory stays small
+        return np.concatenate([np.asarray(_encode(self.model, x[None])) for x in pixels])
+
+    def decode_indices(self, indices: np.ndarray) -> np.ndarray:
+        """Pictures of image tokens: int[N, T] -> uint8[N, S, S, 3], truncated as the reference.
+
+        Raises:
+            ValueError: another shape, or an index outside the codebook.
+        """
+        indices, cfg = np.asarray(indices), self.model.cfg
+        size, length = cfg.gen_vq.codebook_size, cfg.num_image_tokens
+        if indices.ndim != 2 or indices.shape[1] != length or not len(indices):
+            raise ValueError(f"indices must be int[N, {length}], got {list(indices.shape)}")
+        if indices.dtype.kind not in "iu" or indices.min() < 0 or indices.max() >= size:
+            raise ValueError(
+                f"indices must be whole numbers in [0, {size}), "
+                f"got {indices.dtype} from {indices.min()} to {indices.max()}"
+            )
+        rows = indices.astype(np.int32)[:, None]
+        return np.concatenate([np.asarray(image.finish(self.model, row)[1]) for row in rows])
+
+
+@jax.jit
+def _encode(model: Janus, pixels: jax.Array) -> jax.Array:
+    """float32[B, S, S, 3] in [-1, 1] -> int32[B, T], in float32 as the tokenizer's decoder."""
+    with jax.default_matmul_precision("highest"):
+        return model.gen_vq.encode(pixels)
+
+
+def _is_conversation(value) -> bool:
+    """One question or list of messages, rather than a list of those."""
+    return isinstance(value, str) or (len(value) > 0 and isinstance(value[0], Mapping))
+
+
+def _listed(images) -> list:
+    """A single picture, none, or a sequence of them, as a list."""
+    if images is None:
+        return []
+    return list(images) if isinstance(images, (list, tuple)) else [images]
+
+
+def _pictures_of_each(images, number: int) -> list[list]:
+    if images is None:
+        return [[]] * number
+    if not isinstance(images, (list, tuple)) or len(images) != number:
+        given = len(images) if isinstance(images, (list, tuple)) else type(images).__name__
+        raise ValueError(f"images must have one list for each conversation: {number}, got {given}")
+    return [_listed(own) for own in images]
+
+
+def _at_least_one(name: str, values: Sequence) -> Sequence:
+    if not len(values):
+        raise ValueError(f"{name} must hold at least one, got none")
+    return values
+
+
+def check_dtype(dtype) -> jnp.dtype:
+    """The compute and storage type: float32 or bfloat16, by name or as a type; None is the default.
+
+    The default is bfloat16 on TPU and GPU, and float32 on CPU, which is no faster in bfloat16.
+    """
+    if dtype is None:
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
+    if name not in DTYPES:
+        raise ValueError(
+            f"dtype must be one of {', '.join(DTYPES)}, got {name}"
+            + (", in which activations overflow" if name == "float16" else "")
+        )
+    return jnp.dtype(DTYPES[name])
+
+
+def find_folder(path_or_hub_id: str | Path | None) -> Path:
+    """The checkpoint folder: the path itself, the shipped janus_tiny (None), or a hub snapshot.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and the hub has none or cannot be reached.
+    """
+    if path_or_hub_id is None:
+        return TINY
+    folder, name = Path(path_or_hub_id), str(path_or_hub_id)
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return folder
+    import huggingface_hub  # slow to import, and needed here only
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # offline, unknown, gated: the library has a class for each
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise FileNotFoundError(
+            f"{name} is no folder here, and cannot be fetched from the Hugging Face hub: {reason}"
+        ) from error
+
+
+def load(
+    path_or_hub_id: str | Path | None = None, dtype=None, mesh: Mesh | None = None
+) -> Pipeline:
+    """Loads a checkpoint folder, ready to draw and to answer.
+
+    Also turns on JAX's persistent compilation cache (see compile_cache).
+
+    Args:
+        path_or_hub_id: a folder in DeepSeek's or transformers' layout, safetensors or .bin, or as
+            `python -m convert` wrote it; or an id such as "deepseek-ai/Janus-Pro-1B". None is the
+            small model that ships with the package.
+        dtype: "float32" or "bfloat16"; by default bfloat16 on TPU and GPU and float32 on CPU. The
+            image tokenizer is always float32.
+        mesh: devices to share the work and the parameters among (see sharding.make_mesh); None is
+            one device.
+    Raises:
+        FileNotFoundError: there is no such folder, or a file is missing from it.
+        ValueError: a wrong dtype, a mesh that does not divide the heads, or a broken checkpoint.
+    """
+    dtype = check_dtype(dtype)
+    compile_cache.enable()
+    folder = find_folder(path_or_hub_id)
+    cfg = open_folder(folder).cfg.with_dtype(dtype)
+    if mesh is None:
+        place = _on_default_device
+    else:
+        sharding.check_heads(mesh, cfg)
+        place = sharding.sharding_for(mesh)
+    processor = Processor.from_dir(folder)
+    model = build_model(cfg, load_params(folder, cfg, place, dtype))
+    name = Path(path_or_hub_id or TINY).resolve().name
+    return Pipeline(model, processor, name, mesh)
+
+
+def _on_default_device(path: str, shape: Sequence[int]) -> None:
+    """No sharding: what load_params takes for one device."""
