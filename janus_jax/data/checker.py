@@ -75,11 +75,10 @@ def detect(image: np.ndarray) -> list[Detection]:
     pixels = image.astype(np.float32)
     difference = pixels - _background_rgb(pixels)
     distance = np.sqrt(np.einsum("yxc,yxc->yx", difference, difference))
-    found = []
-    for rows, columns in _components(distance > FOREGROUND_DISTANCE):
-        if len(rows) >= MIN_AREA:
-            found.append(_describe(pixels, distance, rows, columns))
-    return found
+    mask = distance > FOREGROUND_DISTANCE
+    interior = _interior(mask)
+    blobs = [blob for blob in _components(mask) if len(blob[0]) >= MIN_AREA]
+    return [_describe(pixels, interior, rows, columns) for rows, columns in blobs]
 
 
 def satisfies(requirement: Requirement, detections: list[Detection]) -> bool:
@@ -113,13 +112,23 @@ def _background_rgb(pixels: np.ndarray) -> np.ndarray:
     return np.median(np.concatenate([part.reshape(-1, 3) for part in rim]), axis=0)
 
 
-def _describe(pixels, distance, rows, columns) -> Detection:
-    """Detection of the blob at pixel coordinates int[n] `rows`, `columns`."""
+def _describe(
+    pixels: np.ndarray, interior: np.ndarray, rows: np.ndarray, columns: np.ndarray
+) -> Detection:
+    """Detection of the blob at pixel coordinates int[n] `rows`, `columns`.
+
+    Its colour is that of its interior, for the rim is blended with the background.
+    """
     shape, x, y = _shape(rows, columns)
-    values = distance[rows, columns]
-    # The blended rim leans towards the background: judge the colour by the stronger half.
-    core = pixels[rows, columns][values >= np.median(values)]
-    return Detection(shape, _color(core), x, y, len(rows))
+    core = interior[rows, columns]
+    pick = core if core.any() else slice(None)
+    return Detection(shape, _color(pixels[rows, columns][pick]), x, y, len(rows))
+
+
+def _interior(mask: np.ndarray) -> np.ndarray:
+    """bool[Y, X]: pixels of the mask whose four neighbours are in it too."""
+    around = np.pad(mask, 1)
+    return mask & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
 
 
 def _color(core: np.ndarray) -> str:

@@ -1,0 +1,133 @@
+"""The checker against freshly drawn, blurred and deliberately wrong pictures."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from janus_jax.data import checker, scenes
+
+RED_CIRCLE = scenes.Object("circle", "red", 28, 24, 48)
+BLUE_SQUARE = scenes.Object("square", "blue", 28, 72, 48)
+TWO = scenes.Scene("white", (RED_CIRCLE, BLUE_SQUARE))
+LEFT = checker.Requirement(
+    (checker.Item("circle", "red"), checker.Item("square", "blue")), "left of"
+)
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """600 (picture, scene, requirement) over all kinds, one in six from held-out compositions."""
+    rng = np.random.default_rng(7)
+    samples = [scenes.sample_scene(rng, None, "held_out" if i % 6 == 5 else "train")
+               for i in range(600)]
+    return [(scenes.draw(scene), scene, prompt.requirement) for scene, prompt in samples]
+
+
+def blurred(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    soft = Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1.2))
+    noisy = np.asarray(soft, np.float32) + rng.normal(0, 8, picture.shape)
+    return np.clip(noisy, 0, 255).astype(np.uint8)
+
+
+def judge(scene: scenes.Scene, requirement: checker.Requirement) -> bool:
+    return checker.satisfies(requirement, checker.detect(scenes.draw(scene)))
+
+
+def test_clean_scenes_pass(drawn):
+    passed = [checker.satisfies(need, checker.detect(picture)) for picture, _, need in drawn]
+    assert np.mean(passed) >= 0.995
+
+
+def test_blurred_noisy_scenes_pass(drawn):
+    rng = np.random.default_rng(8)
+    passed = [checker.satisfies(need, checker.detect(blurred(picture, rng)))
+              for picture, _, need in drawn]
+    assert np.mean(passed) >= 0.97
+
+
+def test_detections_are_the_objects(drawn):
+    for picture, scene, _ in drawn[:200]:
+        assert checker.background(picture) == scene.background
+        found = {(d.shape, d.color, d.x, d.y) for d in checker.detect(picture)}
+        assert len(found) == len(scene.objects)
+        for item in scene.objects:
+            assert any(d[:2] == (item.shape, item.color) and abs(d[2] - item.x) < 1.5
+                       and abs(d[3] - item.y) < 1.5 for d in found)
+
+
+def test_every_shape_color_size_background_is_recognised():
+    for background in scenes.BACKGROUNDS:
+        for shape in scenes.SHAPES:
+            for color in scenes.COLORS:
+                for size in scenes.SIZES:
+                    scene = scenes.Scene(background, (scenes.Object(shape, color, size, 48, 44),))
+                    (found,) = checker.detect(scenes.draw(scene))
+                    assert (found.shape, found.color) == (shape, color)
+
+
+def test_true_scene_passes():
+    assert judge(TWO, LEFT)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dataclasses.replace(RED_CIRCLE, color="orange"),
+        dataclasses.replace(RED_CIRCLE, shape="triangle"),
+        dataclasses.replace(RED_CIRCLE, x=72, y=14),  # above, not left of
+    ],
+)
+def test_wrong_object_fails(wrong):
+    assert not judge(scenes.Scene("white", (wrong, BLUE_SQUARE)), LEFT)
+
+
+def test_swapped_places_and_swapped_colors_fail():
+    mirrored = (dataclasses.replace(RED_CIRCLE, x=72), dataclasses.replace(BLUE_SQUARE, x=24))
+    recolored = (dataclasses.replace(RED_CIRCLE, color="blue"),
+                 dataclasses.replace(BLUE_SQUARE, color="red"))
+    both = dataclasses.replace(LEFT, relation=None)
+    assert not judge(scenes.Scene("white", mirrored), LEFT)
+    assert judge(scenes.Scene("white", mirrored), both)
+    assert not judge(scenes.Scene("white", recolored), both)
+
+
+def test_extra_and_missing_objects_fail():
+    extra = scenes.Object("cross", "green", 24, 48, 80)
+    assert not judge(scenes.Scene("white", (*TWO.objects, extra)), LEFT)
+    assert not judge(scenes.Scene("white", (RED_CIRCLE,)), LEFT)
+    assert not judge(scenes.Scene("white", ()), LEFT)
+
+
+@pytest.mark.parametrize("required", [2, 3, 4])
+def test_wrong_count_fails(required):
+    places = [(24, 24), (72, 24), (24, 72), (72, 72)]
+    triangles = [scenes.Object("triangle", "green", 24, x, y) for x, y in places]
+    need = checker.Requirement((checker.Item("triangle", None, required),))
+    for drawn_count in range(1, 5):
+        scene = scenes.Scene("black", tuple(triangles[:drawn_count]))
+        assert judge(scene, need) == (drawn_count == required)
+
+
+def test_colorless_and_two_colored_blobs_have_no_name():
+    picture = np.full((96, 96, 3), 255, np.uint8)
+    picture[20:44, 20:44] = 90
+    picture[60:84, 20:32] = (222, 32, 44)
+    picture[60:84, 32:44] = (36, 84, 224)
+    assert [d.color for d in checker.detect(picture)] == [checker.UNKNOWN] * 2
+
+
+def test_u_shaped_blob_is_one_component_without_a_shape_name():
+    picture = np.full((96, 96, 3), 255, np.uint8)
+    picture[20:60, 20:26] = picture[20:60, 54:60] = picture[54:60, 20:60] = (222, 32, 44)
+    (found,) = checker.detect(picture)
+    assert (found.shape, found.color) == (checker.UNKNOWN, "red")
+
+
+def test_bad_arguments_are_named():
+    with pytest.raises(ValueError, match="need uint8"):
+        checker.detect(np.zeros((96, 96, 3), np.float32))
+    point = checker.Detection("circle", "red", 0.0, 0.0, 100)
+    with pytest.raises(ValueError, match="got 'near'"):
+        checker.holds("near", point, point)
