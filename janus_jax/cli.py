@@ -1,0 +1,294 @@
+"""The command behind sample.py: flags in; PNG files, or text on the screen, out."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from janus_jax.generation.pipeline import Pipeline
+
+_EXAMPLES = """examples:
+  python sample.py --prompt "a red circle left of a blue square"
+  python sample.py --model deepseek-ai/Janus-Pro-1B --prompt "a cat" --num_images 16 --seed 7
+  python sample.py --image a.png --image b.png --question "What has changed?"
+  python sample.py --chat --image a.png
+"""
+
+# What a flag is when it is not given; a flag of the other mode that IS given is an error.
+_DRAW_DEFAULTS = {
+    "num_images": 4,
+    "guidance_weight": 5.0,
+    "output_dir": Path("samples"),
+    "max_batch": None,
+    "save_indices": None,
+}
+_TEXT_DEFAULTS = {"image": [], "max_new_tokens": 256}
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """All flags."""
+    parser = _Parser(
+        prog="sample.py",
+        description="Draw pictures of a prompt, or ask about pictures, with a Janus model.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    task = parser.add_argument_group("what to do (one of these)")
+    modes = task.add_mutually_exclusive_group(required=True)
+    add = modes.add_argument
+    add("--prompt", metavar="TEXT", help="draw this")
+    add("--prompts_file", type=Path, metavar="FILE", help="draw each line of a text file")
+    add("--question", metavar="TEXT", help="answer this, about the --image files if any")
+    add("--chat", action="store_true", help="talk in several turns, about the --image files if any")
+
+    add = parser.add_argument_group("model").add_argument
+    add("--model", metavar="PATH", help="checkpoint folder, or a hub id such as "
+        "deepseek-ai/Janus-Pro-1B (default: the small model that ships)")  # fmt: skip
+    add("--dtype", metavar="TYPE", help="float32 or bfloat16 (default: float32 on CPU, "
+        "bfloat16 elsewhere)")  # fmt: skip
+    add("--mesh", metavar="AXES", help="devices to use, such as data=1,fsdp=1,tensor=4 "
+        "(default: one device)")  # fmt: skip
+
+    add = parser.add_argument_group("sampling").add_argument
+    add("--seed", type=int, default=0, metavar="N", help="another seed, other results (default: 0)")
+    add("--temperature", type=float, metavar="X", help="0 takes the likeliest token "
+        "(default: 1 for pictures, 0 for text)")  # fmt: skip
+    add("--top_k", type=int, metavar="N", help="sample among the N likeliest tokens only")
+    add("--top_p", type=float, metavar="X", help="sample among the fewest tokens that reach "
+        "probability X")  # fmt: skip
+
+    add = parser.add_argument_group("pictures to draw").add_argument
+    add("--num_images", type=int, metavar="N", help="pictures of each prompt (default: 4)")
+    add("--guidance_weight", type=float, metavar="X", help="how closely to follow the prompt; "
+        "1 is no guidance (default: 5)")  # fmt: skip
+    add("--output_dir", type=Path, metavar="DIR", help="where PNG files go; those of the same "
+        "names are replaced (default: samples)")  # fmt: skip
+    add("--max_batch", type=int, metavar="N", help="pictures drawn at once "
+        "(default: as many as have their keys and values in 4 GiB)")  # fmt: skip
+    add("--save_indices", type=Path, metavar="FILE.npz", help="keep the image tokens too")
+
+    add = parser.add_argument_group("questions").add_argument
+    add("--image", action="append", metavar="FILE", help="a picture to ask about; may be repeated")
+    add("--max_new_tokens", type=int, metavar="N", help="longest answer (default: 256)")
+    return parser
+
+
+def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Flags with the defaults of their mode filled in.
+
+    Raises:
+        ValueError: a flag that means nothing beside the others.
+    """
+    flags = make_parser().parse_args(argv)
+    drawing = flags.prompt is not None or flags.prompts_file is not None
+    mode = "--prompt and --prompts_file" if drawing else "--question and --chat"
+    own, other = (_DRAW_DEFAULTS, _TEXT_DEFAULTS)[:: 1 if drawing else -1]
+    for name in other:
+        if getattr(flags, name) is not None:
+            raise ValueError(f"--{name} has no use with {mode}")
+    for name, default in {**own, "temperature": 1.0 if drawing else 0.0}.items():
+        if getattr(flags, name) is None:
+            setattr(flags, name, default)
+    return flags
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a text file that are not blank.
+
+    Raises:
+        ValueError: it is no UTF-8 text, or there is no such line. FileNotFoundError: no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--prompts_file {path} is not a file")
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise ValueError(f"--prompts_file {path} is not UTF-8 text") from None
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"--prompts_file {path} holds no prompt: every line is blank")
+    return [line.strip() for line in lines if line.strip()]
+
+
+class ProgressBar:
+    """How far the drawing is and how long it will take, on one line of a terminal."""
+
+    WIDTH = 30
+
+    def __init__(self, stream):
+        self._stream = stream
+        self._start: tuple[float, int] | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        """To be called with the image tokens drawn so far and in all."""
+        now = time.monotonic()
+        if self._start is None:  # from the first tokens on, so that compiling does not count
+            self._start = now, done
+        since, before = self._start
+        filled = self.WIDTH * done // total
+        line = f"\rdrawing [{'#' * filled}{'.' * (self.WIDTH - filled)}] {100 * done // total:3d}%"
+        if done > before:
+            left = (now - since) / (done - before) * (total - done)
+            line += f", {_duration(left)} left"
+        self._stream.write(f"{line:<70}" + ("\n" if done == total else ""))
+        self._stream.flush()
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def _check_paths(flags: argparse.Namespace) -> None:
+    """Before the model is loaded and hours go by: can the results be kept, are the inputs there."""
+    if flags.output_dir and flags.output_dir.exists() and not flags.output_dir.is_dir():
+        raise ValueError(f"--output_dir {flags.output_dir} is a file, not a folder")
+    if flags.save_indices:
+        if flags.save_indices.suffix != ".npz":
+            raise ValueError(f"--save_indices must name a .npz file, got {flags.save_indices}")
+        if not flags.save_indices.absolute().parent.is_dir():
+            raise ValueError(f"--save_indices: no folder {flags.save_indices.absolute().parent}")
+    for image in flags.image or []:
+        if not Path(image).is_file():
+            raise FileNotFoundError(f"no image file at {image}")
+
+
+def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") -> None:
+    """Draws, writes the files and prints their paths."""
+    import numpy as np
+
+    from janus_jax import gallery
+
+    drawn = pipeline.generate_images(
+        prompts,
+        num_images=flags.num_images,
+        seed=flags.seed,
+        guidance_weight=flags.guidance_weight,
+        temperature=flags.temperature,
+        top_k=flags.top_k,
+        top_p=flags.top_p,
+        max_batch=flags.max_batch,
+        progress=ProgressBar(sys.stderr) if sys.stderr.isatty() else None,
+    )
+    names = ("guidance_weight", "temperature", "top_k", "top_p")
+    settings = {name: getattr(flags, name) for name in names}
+    dtype = pipeline.model.cfg.language_model.dtype.name
+    settings = json.dumps({**settings, "dtype": dtype})
+
+    def fields(prompt: str, number: int) -> dict[str, str]:
+        shared = {"model": pipeline.name, "settings": settings, "software": "janus_jax"}
+        return {"prompt": prompt, "seed": str(flags.seed), "image": str(number), **shared}
+
+    paths = gallery.save_pictures(flags.output_dir, drawn.pixels, prompts, flags.seed, fields)
+    if flags.save_indices:
+        with gallery.written_whole(flags.save_indices) as file:
+            np.savez(
+                file,
+                indices=drawn.indices,
+                prompt=np.repeat(prompts, flags.num_images),
+                seed=flags.seed,
+                model=pipeline.name,
+                settings=settings,
+            )
+        paths.append(flags.save_indices)
+    for path in paths:
+        print(path)
+
+
+def _print_answer(pipeline: "Pipeline", conversation, images, flags) -> str:
+    """Prints the pieces of the answer as they come, and returns it."""
+    pieces = []
+    settings = {
+        name: getattr(flags, name)
+        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    }
+    for piece in pipeline.stream(conversation, images, **settings):
+        # what the terminal cannot show is no reason to stop
+        encoding = sys.stdout.encoding or "utf-8"
+        print(piece.encode(encoding, "replace").decode(encoding), end="", flush=True)
+        pieces.append(piece)
+    print()
+    return "".join(pieces)
+
+
+def chat(flags: argparse.Namespace, pipeline: "Pipeline") -> None:
+    """Reads turns from standard input until it ends."""
+    from janus_jax.processing.images import load_image
+
+    print("Ask away. '/image FILE' shows a picture, '/quit' ends.", file=sys.stderr)
+    messages, shown = [], [load_image(image) for image in flags.image]
+    while (line := _next_line()) is not None:
+        try:
+            if line.startswith("/image "):
+                shown.append(load_image(line.removeprefix("/image ").strip()))
+                continue
+            content = f"{pipeline.processor.image_tag}\n" * len(shown) + line
+            turn = {"role": "user", "content": content, "images": shown}
+            answer = _print_answer(pipeline, [*messages, turn], None, flags)
+        except (ValueError, OSError) as error:
+            print(f"sample.py: {error}", file=sys.stderr)
+            continue
+        messages += [turn, {"role": "assistant", "content": answer}]
+        shown = []
+
+
+def _next_line() -> str | None:
+    """The next line that says something; None at the end."""
+    while True:
+        if sys.stdin.isatty():
+            print("> ", end="", file=sys.stderr, flush=True)
+        line = sys.stdin.readline()
+        if not line or line.strip() == "/quit":
+            return None
+        if line.strip():
+            return line.strip()
+
+
+def run(argv: Sequence[str] | None) -> None:
+    """The whole command; errors are raised."""
+    flags = parse_flags(argv)
+    _check_paths(flags)
+    prompts = [flags.prompt] if flags.prompt is not None else []
+    if flags.prompts_file:
+        prompts = read_prompts(flags.prompts_file)
+
+    from janus_jax import sharding
+    from janus_jax.generation.pipeline import load
+
+    mesh = sharding.parse_mesh(flags.mesh) if flags.mesh else None
+    pipeline = load(flags.model, dtype=flags.dtype, mesh=mesh)
+    if prompts:
+        draw(flags, prompts, pipeline)
+    elif flags.chat:
+        chat(flags, pipeline)
+    else:
+        _print_answer(pipeline, flags.question, flags.image, flags)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; what a user can cause ends in one line and status 2."""
+    try:
+        run(argv)
+    except (ValueError, OSError) as error:
+        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("sample.py: interrupted", file=sys.stderr)
+        return 130
+    except RuntimeError as error:  # XLA's errors are RuntimeErrors
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        print("sample.py: out of device memory; a smaller --max_batch needs less", file=sys.stderr)
+        return 2
+    return 0

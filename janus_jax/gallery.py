@@ -1,0 +1,94 @@
+"""Pictures as PNG files that say how they were made, and a contact sheet of all of them."""
+
+import contextlib
+import math
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+
+_SHEET_SIDE = 4096  # the most pixels a contact sheet is wide
+_GAP = 4
+_NAME_LENGTH = 40
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under `path` when it is complete, and leaves nothing otherwise."""
+    beside = dict(dir=path.parent, prefix=f".{path.name}.")
+    with tempfile.NamedTemporaryFile(**beside, delete=False) as file:
+        try:
+            yield file
+            file.close()
+            os.chmod(file.name, 0o644)
+            os.replace(file.name, path)
+        except BaseException:
+            file.close()
+            os.unlink(file.name)
+            raise
+
+
+def file_stem(prompt: str, seed: int) -> str:
+    """A file name that tells the prompt and the seed; other scripts than Latin are kept."""
+    words = re.sub(r"[^\w]+", "-", prompt).strip("-").lower()[:_NAME_LENGTH].strip("-")
+    return f"{words or 'image'}-seed{seed}"
+
+
+def save_png(path: Path, pixels: np.ndarray, fields: Mapping[str, str]) -> Path:
+    """Writes uint8[H, W, 3] with text fields, which any PNG reader shows; returns the path."""
+    info = PngInfo()
+    for name, value in fields.items():
+        info.add_itxt(name, value)
+    with written_whole(path) as file:
+        Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
+    return path
+
+
+def contact_sheet(pixels: np.ndarray, columns: int) -> np.ndarray:
+    """All pictures on one white sheet, row by row: uint8[N, S, S, 3] -> uint8[Y, X, 3].
+
+    Pictures are shrunk where the sheet would be more than 4096 pixels wide.
+    """
+    number, size = pixels.shape[:2]
+    cell = min(size, max(1, _SHEET_SIDE // columns - _GAP))
+    rows = math.ceil(number / columns)
+    height, width = (n * (cell + _GAP) + _GAP for n in (rows, columns))
+    sheet = Image.new("RGB", (width, height), "white")
+    for i, picture in enumerate(pixels):
+        row, column = divmod(i, columns)
+        place = (_GAP + column * (cell + _GAP), _GAP + row * (cell + _GAP))
+        image = Image.fromarray(picture)
+        sheet.paste(image if cell == size else image.resize((cell, cell)), place)
+    return np.asarray(sheet)
+
+
+def save_pictures(
+    folder: Path,
+    pixels: np.ndarray,
+    prompts: Sequence[str],
+    seed: int,
+    fields: Callable[[str, int], Mapping[str, str]],
+) -> list[Path]:
+    """Writes every picture and then the contact sheet; files of the same names are replaced.
+
+    pixels: uint8[N, S, S, 3], prompt after prompt. fields: text fields of (prompt, number of the
+    picture within its prompt). On the sheet each of several prompts has its row.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    each, paths = len(pixels) // len(prompts), []
+    for i, picture in enumerate(pixels):
+        prompt, j = prompts[i // each], i % each
+        number = f"{i // each:03d}-" if len(prompts) > 1 else ""
+        path = folder / f"{number}{file_stem(prompt, seed)}-{j:02d}.png"
+        paths.append(save_png(path, picture, fields(prompt, j)))
+    columns = each if len(prompts) > 1 else math.ceil(math.sqrt(each))
+    name = "prompts" if len(prompts) > 1 else file_stem(prompts[0], seed)
+    sheet = contact_sheet(pixels, columns)
+    shared = {**fields(prompts[0], 0), "prompt": "\n".join(prompts)}
+    return [*paths, save_png(folder / f"{name}-sheet.png", sheet, shared)]

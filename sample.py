@@ -1,0 +1,12 @@
+"""Draws pictures of a prompt, or answers questions about pictures; see --help.
+
+python sample.py --prompt "a red circle left of a blue square"
+python sample.py --image a.png --question "What is in the picture?"
+"""
+
+import sys
+
+from janus_jax.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
