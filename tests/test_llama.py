@@ -1,0 +1,278 @@
+"""The decoder against `transformers` (random weights, grouped heads), against recordings of the
+original, and against itself: cache, causality, padding and packing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+from torch_reference import (
+    assert_close,
+    call,
+    causal,
+    counting,
+    golden_janus,
+    rebuilt,
+    tiny_pair,
+    uniform,
+)
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
+
+from janus_jax.models.attention import (
+    causal_mask,
+    decode_mask,
+    positions_from_mask,
+    segment_mask,
+)
+from janus_jax.models.kv_cache import init_cache
+from janus_jax.models.llama import Llama, apply_rope, rope_angles
+
+logits_of = jax.jit(Llama.logits)
+
+
+@jax.jit
+def run_tokens(model: Llama, tokens, positions, mask):
+    """Logits of a whole sequence, float32[B, T, V]."""
+    return model.logits(model(model.embed(tokens), positions, mask)[0])
+
+
+@pytest.fixture(scope="module")
+def recording(golden):
+    return np.load(golden / "janus_llm.npz")
+
+
+@pytest.fixture(scope="module")
+def prompt(golden):
+    """The recorded left-padded batch: embeddings float32[3, 74, 48] and token_mask bool[3, 74]."""
+    embeds = np.load(golden / "janus_embeds.npz")["inputs_embeds"]
+    return embeds, np.load(golden / "janus_processor.npz")["attention_mask"].astype(bool)
+
+
+@pytest.fixture(scope="module")
+def pair():
+    theirs, ours = tiny_pair()
+    return theirs, ours.language_model
+
+
+def tokens_of(batch: int, length: int) -> np.ndarray:
+    return np.random.default_rng(2).integers(0, 95, (batch, length)).astype(np.int32)
+
+
+# --- against torch ---
+
+
+def test_rope_equals_torch_to_the_last_trained_position():
+    """Released sizes. A frequency's last float32 bit, 3e-8, turns position 4095 by 1.2e-4."""
+    config = transformers.LlamaConfig(hidden_size=2048, num_attention_heads=16, rope_theta=1e4)
+    rotary = LlamaRotaryEmbedding(config)
+    for first, atol in ((0, 1e-5), (4080, 2e-4)):
+        positions, q = first + np.array(counting(1, 16)), uniform(1, 16, 2, 128)
+        heads_first = torch.tensor(q).transpose(1, 2)
+        cos, sin = rotary(heads_first, torch.tensor(positions))
+        expected, _ = apply_rotary_pos_emb(heads_first, heads_first, cos, sin)
+        got = apply_rope(q, *rope_angles(positions, 128, 10000.0))
+        assert_close(f"RoPE from position {first}", got, expected.transpose(1, 2), atol)
+
+
+def test_norm_mlp_and_block_equal_torch(pair):
+    """Four query heads share two key heads."""
+    theirs, ours = pair
+    model, x = theirs.model.language_model, uniform(2, 7, 32)
+    layer, block = model.layers[0], ours.layers[0]
+    small = 1e-3 * x  # of the size where epsilon counts
+    expected = layer.input_layernorm(torch.tensor(small))
+    assert_close("Llama RMSNorm", call(block.input_layernorm, small), expected, 1e-5)
+    assert_close("Llama MLP", call(block.mlp, x), layer.mlp(torch.tensor(x)), 1e-5)
+    positions = np.array(counting(2, 7))
+    cos_sin = model.rotary_emb(torch.tensor(x), torch.tensor(positions))
+    mask = torch.full((2, 1, 7, 7), -1e30).triu(1)
+    expected = layer(torch.tensor(x), attention_mask=mask, position_embeddings=cos_sin)
+    angles = rope_angles(positions, ours.cfg.head_dim, ours.cfg.rope_theta)
+    got, keys, _ = call(block, x, angles, causal(2, 7), None)
+    assert keys.shape == (2, 7, 2, 8)
+    assert_close("Llama block", got, expected, 1e-5)
+
+
+def test_logits_equal_torch(pair):
+    theirs, ours = pair
+    tokens = tokens_of(2, 12)
+    expected = theirs(torch.tensor(tokens)).logits
+    got = run_tokens(ours, tokens, counting(2, 12), causal(2, 12))
+    assert_close("Llama stack, logits", got, expected, 1e-4)
+
+
+def test_left_padded_batch_equals_torch(pair):
+    theirs, ours = pair
+    tokens = tokens_of(2, 12)
+    token_mask = np.arange(12) >= np.array([[5], [0]])
+    positions = np.array(positions_from_mask(token_mask))
+    expected = theirs(
+        torch.tensor(tokens),
+        attention_mask=torch.tensor(token_mask),
+        position_ids=torch.tensor(positions),
+    ).logits
+    got = run_tokens(ours, tokens, positions, causal_mask(token_mask))
+    got, expected = np.asarray(got)[token_mask], expected.numpy()[token_mask]
+    assert_close("Llama stack, left-padded", got, expected, 1e-4)
+
+
+# --- against the recordings ---
+
+
+def test_every_layer_equals_the_recording(recording):
+    """It holds the embeddings, the output of each layer but the last, and the normed end."""
+    llama, expected = golden_janus().language_model, recording["plain_hidden_states"]
+    tokens = recording["plain_input_ids"]
+    angles = rope_angles(counting(2, 12), llama.cfg.head_dim, llama.cfg.rope_theta)
+    x = jax.jit(Llama.embed)(llama, tokens)
+    assert_close("Llama golden embedding", x, expected[0], 0)
+    for i, layer in enumerate(llama.layers):
+        x, _, _ = call(layer, x, angles, causal(2, 12), None)
+        if i + 1 < len(llama.layers):
+            assert_close(f"Llama golden layer {i}", x, expected[i + 1], 1e-5)
+    assert_close("Llama golden norm", call(llama.norm, x), expected[-1], 1e-5)
+    logits = run_tokens(llama, tokens, counting(2, 12), causal(2, 12))
+    assert_close("Llama golden logits", logits, recording["plain_logits"], 1e-4)
+
+
+def test_rope_theta_and_epsilon_come_from_the_config(recording):
+    llama = golden_janus("config_variant.json").language_model
+    assert (llama.cfg.rope_theta, llama.cfg.rms_norm_eps) == (50000.0, 1e-6)
+    logits = run_tokens(llama, recording["plain_input_ids"], counting(2, 12), causal(2, 12))
+    assert_close("Llama golden variant logits", logits, recording["variant_logits"], 1e-4)
+    assert np.abs(logits - recording["plain_logits"]).max() > 1e-2
+
+
+def test_left_padded_images_and_text_equal_the_recording(recording, prompt):
+    """As the original's direct forward does: positions 0..T-1, whatever the padding."""
+    llama, (embeds, token_mask) = golden_janus().language_model, prompt
+    hidden, _ = call(llama, embeds, counting(3, 74), causal_mask(token_mask))
+    expected = recording["mm_last_hidden_state"][token_mask]
+    assert_close("Llama golden padded", np.asarray(hidden)[token_mask], expected, 1e-4)
+    logits = logits_of(llama, hidden[:, -8:])
+    assert_close("Llama golden padded logits", logits, recording["mm_logits_last8"], 1e-4)
+
+
+def test_greedy_tokens_equal_the_recording(recording, prompt):
+    """Prefill once, then one position at a time, as `generate` of the original does."""
+    llama, (embeds, token_mask) = golden_janus().language_model, jax.tree.map(jnp.asarray, prompt)
+    length, steps = embeds.shape[1], 12
+    size = length + steps
+    positions = positions_from_mask(token_mask)
+    cache = init_cache(llama.cfg, len(embeds), size)
+    run = jax.jit(Llama.__call__)
+    hidden, cache = run(llama, embeds, positions, causal_mask(token_mask, size), cache)
+    tokens, logits = [], []
+    for step in range(steps):
+        logits.append(logits_of(llama, hidden[:, -1]))
+        tokens.append(logits[-1].argmax(-1))
+        mask = decode_mask(token_mask, cache.length, size)
+        place = positions[:, -1:] + 1 + step
+        hidden, cache = run(llama, llama.embed(tokens[-1][:, None]), place, mask, cache)
+    np.testing.assert_array_equal(np.stack(tokens, 1), recording["greedy_tokens"])
+    assert_close("Llama golden greedy", np.stack(logits), recording["greedy_logits"], 1e-4)
+
+
+# --- against itself ---
+
+
+def test_prefill_and_decode_equal_the_full_forward(pair):
+    """A prompt of 5 in one call, two more together, then one at a time; a slot stays unused."""
+    _, llama = pair
+    embeds = jax.jit(Llama.embed)(llama, tokens_of(2, 9))
+    full, none = call(llama, embeds, counting(2, 9), causal(2, 9))
+    assert none is None
+    cache, size, parts = init_cache(llama.cfg, 2, 10), 10, []
+    whole = causal_mask(jnp.ones((2, 9), bool), size)
+    for start, end in ((0, 5), (5, 7), (7, 8), (8, 9)):
+        positions, mask = counting(2, 9)[:, start:end], whole[:, start:end]
+        hidden, cache = call(llama, embeds[:, start:end], positions, mask, cache)
+        assert int(cache.length) == end
+        parts.append(hidden)
+    assert cache.size == size
+    assert_close("prefill + decode", np.concatenate(parts, 1), full, 1e-5)
+    assert not np.asarray(cache.keys[0])[:, 9].any()
+
+
+def test_no_position_sees_a_later_one(pair):
+    """The gradient of position 4's output is nonzero at 0..4 and exactly zero after."""
+    _, llama = pair
+    embeds = uniform(1, 8, 32)
+
+    def output(x):
+        return llama(x, counting(1, 8), causal(1, 8))[0][0, 4].sum()
+
+    gradient = np.abs(jax.jit(jax.grad(output))(embeds)).max(axis=(0, 2))
+    assert (gradient[:5] > 0).all()
+    np.testing.assert_array_equal(gradient[5:], 0)
+
+
+def test_left_padded_rows_equal_the_rows_alone(pair):
+    """Rows of 4 and 12 tokens: the padding's own numbers are never seen."""
+    _, llama = pair
+    tokens, token_mask = tokens_of(2, 12), np.arange(12) >= np.array([[8], [0]])
+    positions = positions_from_mask(token_mask)
+    batch = run_tokens(llama, tokens, positions, causal_mask(token_mask))
+    for row, length in enumerate((4, 12)):
+        alone = tokens[row : row + 1, -length:]
+        expected = run_tokens(llama, alone, counting(1, length), causal(1, length))
+        assert_close(f"row of {length} padded", batch[row : row + 1, -length:], expected, 1e-5)
+
+
+def test_packed_examples_equal_the_examples_alone(pair):
+    """Two examples and padding in one row, positions restarting."""
+    _, llama = pair
+    tokens = tokens_of(1, 9)
+    segment_ids = jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 0]])
+    positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 0]])
+    packed = run_tokens(llama, tokens, positions, segment_mask(segment_ids))
+    for start, end in ((0, 5), (5, 8)):
+        length = end - start
+        expected = run_tokens(llama, tokens[:, start:end], counting(1, length), causal(1, length))
+        assert_close(f"packed {start}:{end}", packed[:, start:end], expected, 1e-5)
+
+
+def test_grouped_heads_equal_repeated_key_heads(pair):
+    """With each key head written twice, the ungrouped model gives the same numbers."""
+    _, grouped = pair
+    cfg = dataclasses.replace(grouped.cfg, num_key_value_heads=4)
+    graph, _ = nnx.split(nnx.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0))))
+    flat = []
+    for path, kernel in nnx.to_flat_state(nnx.state(grouped)):
+        if "k_proj" in path or "v_proj" in path:
+            heads = kernel[...].reshape(32, 2, 8)
+            kernel = kernel.replace(jnp.repeat(heads, 2, axis=1).reshape(32, 32))
+        flat.append((path, kernel))
+    full = nnx.merge(graph, nnx.from_flat_state(flat))
+    x, positions, mask = uniform(2, 6, 32), counting(2, 6), causal(2, 6)
+    expected = call(grouped, x, positions, mask)[0]
+    assert_close("grouped heads", call(full, x, positions, mask)[0], expected, 1e-5)
+
+
+def test_bfloat16_is_near_float32(pair):
+    """Within 5 % of the largest logit: a few roundings of 2**-8 a block."""
+    _, exact = pair
+    cfg = dataclasses.replace(exact.cfg, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    rough = rebuilt(exact, cfg)
+    tokens = tokens_of(2, 12)
+    args = (tokens, counting(2, 12), causal(2, 12))
+    logits, expected = run_tokens(rough, *args), run_tokens(exact, *args)
+    assert logits.dtype == jnp.float32
+    limit = 0.05 * np.abs(expected).max()
+    assert_close("Llama bfloat16 logits", logits, expected, limit)
+    assert init_cache(cfg, 1, 2).keys[0].dtype == jnp.bfloat16
+    assert rough.embed(tokens).dtype == jnp.bfloat16
+
+
+def test_far_positions_stay_apart_in_bfloat16():
+    """bfloat16 cannot tell position 257 from 256; the angles can."""
+    cos, _ = rope_angles(jnp.array([[256, 257]]), 8, 10000.0)
+    assert cos.dtype == jnp.float32
+    x = jnp.ones((1, 2, 1, 8), jnp.bfloat16)
+    turned = apply_rope(x, *rope_angles(jnp.array([[256, 257]]), 8, 10000.0))
+    assert turned.dtype == jnp.bfloat16
+    assert np.abs(turned[0, 0] - turned[0, 1]).max() > 0.1

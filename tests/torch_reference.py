@@ -1,0 +1,159 @@
+"""What the module tests compare with: a tiny random Janus of `transformers` beside the same weights
+in janus_jax, and the golden checkpoint in janus_jax."""
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from flax import nnx
+from transformers import (
+    JanusConfig,
+    JanusForConditionalGeneration,
+    JanusVisionConfig,
+    JanusVQVAEConfig,
+    LlamaConfig,
+)
+
+from janus_jax.interop.load import build_model, load_params, open_folder
+from janus_jax.models.janus import Janus
+
+GOLDEN = Path(__file__).parent / "golden"
+IMAGE_TOKEN = 95
+
+
+def random_weights(module: torch.nn.Module) -> torch.nn.Module:
+    """Fills every parameter so that activations stay near 1 and no bias or norm is trivial."""
+    generator = torch.Generator().manual_seed(0)
+    for name, weight in module.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator)
+        if name.endswith("bias"):
+            weight.data = 0.2 * noise
+        elif weight.ndim == 1:
+            weight.data = 1 + 0.2 * noise
+        elif "embed" in name and "patch_embed" not in name:
+            weight.data = noise
+        else:
+            weight.data = noise * weight[0].numel() ** -0.5
+    return module.eval().requires_grad_(False)
+
+
+def torch_janus() -> JanusForConditionalGeneration:
+    """Two blocks a tower, two query heads for each key head, 16-pixel images of 4 x 4 tokens."""
+    text = LlamaConfig(
+        vocab_size=96,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        rms_norm_eps=3e-6,
+        rope_theta=5000.0,
+        max_position_embeddings=64,
+    )
+    vision = JanusVisionConfig(
+        hidden_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        image_size=16,
+        patch_size=4,
+        mlp_ratio=2.0,
+        projection_dim=32,
+        num_image_tokens=16,
+    )
+    vq = JanusVQVAEConfig(
+        num_embeddings=40,
+        latent_channels=12,
+        base_channels=32,
+        channel_multiplier=[1, 2, 2],
+        num_res_blocks=1,
+        projection_dim=32,
+        image_token_embed_dim=32,
+    )
+    config = JanusConfig(
+        text_config=text,
+        vision_config=vision,
+        vq_config=vq,
+        image_token_id=IMAGE_TOKEN,
+        tie_word_embeddings=False,
+        attn_implementation="eager",
+    )
+    return random_weights(JanusForConditionalGeneration(config))
+
+
+def to_numpy(x) -> np.ndarray:
+    """A torch or JAX array as NumPy."""
+    return x.detach().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
+
+
+def channels_last(x) -> np.ndarray:
+    """[B, C, Y, X] of torch or a recording -> [B, Y, X, C]."""
+    return np.moveaxis(to_numpy(x), 1, -1)
+
+
+def channels_first(x) -> torch.Tensor:
+    """[B, Y, X, C] -> torch [B, C, Y, X]."""
+    return torch.tensor(np.moveaxis(np.asarray(x), -1, 1).copy())
+
+
+def uniform(*shape: int, seed: int = 0) -> np.ndarray:
+    """float32 in [-1, 1)."""
+    return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
+
+
+def assert_close(name: str, ours, theirs, atol: float, rtol: float = 0.0) -> None:
+    """Asserts equality to atol + rtol * |theirs|; prints the largest difference (pytest -rP)."""
+    ours, theirs = to_numpy(ours), to_numpy(theirs)
+    assert ours.shape == theirs.shape, f"{name}: {ours.shape=} {theirs.shape=}"
+    print(f"{name}: largest difference {np.abs(ours - theirs).max():.1e}")
+    np.testing.assert_allclose(ours, theirs, atol=atol, rtol=rtol, err_msg=name)
+
+
+def call(module: nnx.Module, *args):
+    """module(*args) under jit."""
+    return jax.jit(type(module).__call__)(module, *args)
+
+
+def rebuilt(model, cfg):
+    """The same weights in a model of another config; cast where cfg stores another type."""
+    graph, wanted = nnx.split(nnx.eval_shape(lambda: type(model)(cfg, rngs=nnx.Rngs(0))))
+    state = jax.tree.map(lambda old, new: old.astype(new.dtype), nnx.state(model), wanted)
+    return nnx.merge(graph, state)
+
+
+def causal(batch: int, length: int) -> jnp.ndarray:
+    """The mask of unpadded rows, bool[B, T, T]."""
+    return jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+
+
+def counting(batch: int, length: int) -> jnp.ndarray:
+    """Positions 0..T-1 of every row, int32[B, T]."""
+    return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+
+
+def load_janus(folder: Path) -> Janus:
+    """A checkpoint folder through the converter, in float32."""
+    cfg = open_folder(folder).cfg
+    return build_model(cfg, load_params(folder, cfg, lambda path, shape: None, jnp.float32))
+
+
+@functools.cache
+def tiny_pair() -> tuple[JanusForConditionalGeneration, Janus]:
+    """The same random weights in torch and, saved by `transformers` and converted, in janus_jax."""
+    theirs = torch_janus()
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return theirs, load_janus(Path(folder))
+
+
+@functools.cache
+def golden_janus(config: str = "config.json") -> Janus:
+    """The golden checkpoint, with its config.json or config_variant.json."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, target in (("config.json", config), ("model.safetensors", "model.safetensors")):
+            shutil.copy(GOLDEN / "janus" / target, Path(folder) / name)
+        return load_janus(Path(folder))
