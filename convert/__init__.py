@@ -1,0 +1,1 @@
+"""Commands that convert checkpoint folders: `python -m convert --help`."""

@@ -146,7 +146,7 @@ def _deepseek_vision(params: Mapping) -> SiglipConfig:
     layer = _get(params, "select_layer", where)
     kept = min(layers, layers + layer + 1 if layer <= 0 else layer)
     if kept < 1:
-        raise ValueError(f"config.json: {where}.select_layer {layer} leaves none of {layers} layers")
+        raise ValueError(f"config.json: {where}.select_layer {layer} leaves no layer of {layers}")
     return SiglipConfig(
         image_size=_get(params, "image_size", where),
         patch_size=params.get("patch_size", SIGLIP.patch_size),

@@ -30,7 +30,7 @@ def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
     folder = Path(folder).resolve()
     if os.path.lexists(folder):
         if not overwrite:
-            raise FileExistsError(f"{folder} exists: choose another, or overwrite it")
+            raise FileExistsError(f"{folder} exists (--overwrite replaces it)")
         if not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} is not a checkpoint folder (no {CONFIG}): not overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)

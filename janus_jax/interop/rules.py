@@ -1,9 +1,9 @@
 """One table converts both ways: a row names a PyTorch tensor, our path and the transform between.
 
-Names are templates: `{i}` stands for a layer number, `{p:a|b}` for one of the words; a placeholder
-of one side has the same value on the other. Reading matches PyTorch names, writing matches our
-paths, and both use the same rows. PyTorch keeps linear kernels [out, in] and convolutions OIHW;
-ours are [in, out] and HWIO.
+Names are templates: `{i}` stands for a layer number, `{p:a|b}` for one of the words (listed on both
+sides); a placeholder of one side has the same value on the other. Reading matches PyTorch names,
+writing matches our paths, and both use the same rows. PyTorch keeps linear kernels [out, in] and
+convolutions OIHW; ours are [in, out] and HWIO.
 """
 
 import dataclasses
@@ -161,6 +161,17 @@ def skip_reasons(table: Table, name: str) -> list[str]:
     return [skip.reason for skip in table.skips if re.fullmatch(skip.torch, name)]
 
 
+def _writers(table: Table, path: str) -> dict[str, Step]:
+    """PyTorch tensors, by name, that hold a parameter; exactly one in a sound table."""
+    found = {}
+    for rule in table.rules:
+        values = _match(rule.paths, path)
+        if values is not None:
+            name = _fill(rule.torch, values)
+            found[name] = Step(name, tuple(_fill(p, values) for p in rule.paths), rule.op)
+    return found
+
+
 def export_steps(table: Table, paths: Sequence[str]) -> list[Step]:
     """PyTorch tensors, in order of name, that hold exactly these parameters.
 
@@ -169,12 +180,7 @@ def export_steps(table: Table, paths: Sequence[str]) -> list[Step]:
     """
     steps, faults = {}, []
     for path in paths:
-        found = {}
-        for rule in table.rules:
-            values = _match(rule.paths, path)
-            if values is not None:
-                name = _fill(rule.torch, values)
-                found[name] = Step(name, tuple(_fill(p, values) for p in rule.paths), rule.op)
+        found = _writers(table, path)
         if len(found) != 1:
             faults.append(f"{path} ({len(found)} rows)")
         steps.update(found)
@@ -226,8 +232,7 @@ def _check_targets(
         for path in step.paths:
             writers.setdefault(path, []).append(step.torch)
     doubled = [f"{p} by {' and '.join(names)}" for p, names in writers.items() if len(names) > 1]
-    wanted = export_steps(table, list(expected))
-    missing = [s.torch for s in wanted if not any(path in writers for path in s.paths)]
+    missing = {next(iter(_writers(table, p)), p): None for p in expected if p not in writers}
     named = {name for names in faults.values() for name in names}
     faults["set twice"] = doubled
     faults["missing"] = [name for name in missing if name not in named]

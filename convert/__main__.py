@@ -1,0 +1,77 @@
+"""python -m convert: PyTorch checkpoints of Janus to Orbax and back."""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+COMMANDS = ("export", "inspect")
+DESCRIPTION = """\
+Convert checkpoint folders of Janus-1.3B, Janus-Pro-1B and Janus-Pro-7B.
+
+  python -m convert SRC DST                    PyTorch weights to an Orbax folder
+  python -m convert export SRC DST --layout L  any folder to PyTorch safetensors
+  python -m convert inspect SRC                what a folder holds, and what would be skipped
+
+SRC is a folder in DeepSeek's layout or that of transformers (safetensors or .bin, one file or
+shards with an index), or an Orbax folder that this command wrote. Converting is not needed to
+load a folder. `export --help` and `inspect --help` say more."""
+
+
+def _parser(command: str | None) -> argparse.ArgumentParser:
+    kind = argparse.RawDescriptionHelpFormatter
+    if command == "inspect":
+        text = "Print components, parameter counts, dtypes and the tensors that would be skipped."
+        parser = argparse.ArgumentParser("python -m convert inspect", description=text)
+        parser.add_argument("src", type=Path, metavar="SRC", help="checkpoint folder to read")
+        return parser
+    if command == "export":
+        text = (
+            "Write PyTorch safetensors (shards above 5 GB) with config, tokenizer and processor "
+            "files. Tensors that DeepSeek's class expects and nothing reads (attn_pool, "
+            "codebook_used) come from SRC, or are zeros where SRC lacks them."
+        )
+        parser = argparse.ArgumentParser("python -m convert export", description=text)
+    else:
+        parser = argparse.ArgumentParser(
+            "python -m convert", description=DESCRIPTION, formatter_class=kind
+        )
+    parser.add_argument("src", type=Path, metavar="SRC", help="checkpoint folder to read")
+    parser.add_argument("dst", type=Path, metavar="DST", help="folder to write")
+    if command == "export":
+        layouts, text = ("deepseek", "transformers"), "names and files of which project"
+        parser.add_argument("--layout", required=True, choices=layouts, help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    return parser
+
+
+def _run(command: str | None, args: argparse.Namespace) -> list[str]:
+    # Here, so that --help is quick and the platform can be chosen first.
+    from janus_jax.interop import export
+
+    if command == "inspect":
+        return export.inspect_folder(args.src)
+    if command == "export":
+        return export.export_folder(args.src, args.dst, args.layout, args.overwrite)
+    return export.import_folder(args.src, args.dst, args.overwrite)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status: 0, or 2 after one line on stderr."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv.pop(0) if argv and argv[0] in COMMANDS else None
+    args = _parser(command).parse_args(argv)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # all work is on the host
+    try:
+        lines = _run(command, args)
+    # RuntimeError: how Orbax's storage reports a failed write.
+    except (OSError, ValueError, RuntimeError) as error:
+        print(f"convert: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print("\n".join(lines))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""From a model in memory to a checkpoint folder in DeepSeek's layout."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from janus_jax.interop import deepseek
+from janus_jax.interop.config import DEEPSEEK, write_config
+from janus_jax.interop.files import CONFIG, new_folder, write_json, write_safetensors
+from janus_jax.interop.rules import export_steps, torch_shape
+from janus_jax.models.janus import Janus
+
+
+def save_deepseek(
+    folder: Path | str, model: Janus, small_files: Callable[[Path], None], dtype=jnp.bfloat16
+) -> None:
+    """Writes a model's parameters and config; an existing checkpoint folder is replaced.
+
+    small_files: writes the tokenizer's and processor's files into a folder.
+    dtype: of every tensor in the file.
+    """
+    params = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(nnx.state(model))}
+    shapes = {path: value.shape for path, value in params.items()}
+    steps = {step.torch: step for step in export_steps(deepseek.table(model.cfg), list(params))}
+    dtype = np.dtype(dtype)
+
+    def read(name: str) -> np.ndarray:
+        parts = (np.asarray(params[path]).astype(dtype) for path in steps[name].paths)
+        return steps[name].op.torch(tuple(parts))
+
+    with new_folder(Path(folder), overwrite=True) as beside:
+        small_files(beside)
+        write_json(beside / CONFIG, write_config(model.cfg, None, DEEPSEEK))
+        kinds = {name: (dtype, torch_shape(step, shapes)) for name, step in steps.items()}
+        write_safetensors(beside, kinds, read)

@@ -1,0 +1,231 @@
+"""python -m convert: what it says, what it leaves behind, and that wrong input gives one line."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import checkpoints
+import pytest
+import safetensors.torch
+import torch
+
+from convert.__main__ import main
+from janus_jax.interop import files
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs a command in this process: (status, stdout, stderr)."""
+
+    def call(*args):
+        try:
+            status = main([str(arg) for arg in args])
+        except SystemExit as stopped:  # argparse
+            status = stopped.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(run, tmp_path):
+    """Runs a command that must fail: nothing is left behind; gives its one line."""
+
+    def call(*args):
+        before = sorted(tmp_path.rglob("*"))
+        status, out, err = run(*args)
+        assert (status, out) == (2, "")
+        assert err.startswith("convert: ") and err.count("\n") == 1, err
+        assert sorted(tmp_path.rglob("*")) == before
+        return err
+
+    return call
+
+
+def test_import_inspect_export(golden, run, tmp_path):
+    status, out, err = run(golden / "janus", tmp_path / "orbax")
+    assert (status, err) == (0, "")
+    assert "421 parameters, 1,109,891 numbers; 14 unused tensors kept beside" in out
+    names = {path.name for path in (golden / "janus").glob("*.json")}
+    found = {path.name for path in (tmp_path / "orbax").iterdir()}
+    assert found == names | {"params", "unused.safetensors"}
+    for folder in (golden / "janus", tmp_path / "orbax"):
+        status, out, err = run("inspect", folder)
+        assert (status, err) == (0, "")
+        assert "gen_vq" in out and "941,195  bfloat16" in out and "1,109,891" in out
+        assert "not used: gen_vision_model.quantize.codebook_used (64 numbers): a train" in out
+        assert "13 tensors such as vision_model.vision_tower.attn_pool" in out
+    status, out, err = run("export", tmp_path / "orbax", tmp_path / "d", "--layout", "deepseek")
+    assert (status, err) == (0, "") and "427 tensors" in out and "zeros" not in out
+    status, out, err = run("export", tmp_path / "d", tmp_path / "hf", "--layout", "transformers")
+    assert (status, err) == (0, "") and "left out 14 unused tensors" in out
+    status, out, err = run("export", tmp_path / "hf", tmp_path / "z", "--layout", "deepseek")
+    assert (status, err) == (0, "") and "wrote zeros for 14 tensors that nothing reads" in out
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+def test_as_a_program(golden, tmp_path):
+    def program(*args):
+        command = [sys.executable, "-m", "convert", *map(str, args)]
+        env = {key: value for key, value in os.environ.items() if key != "JAX_PLATFORMS"}
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+        return done.returncode, done.stdout, done.stderr
+
+    status, out, err = program("--help")
+    assert status == 0 and "python -m convert SRC DST" in out and "inspect SRC" in out
+    status, out, err = program(tmp_path / "absent", tmp_path / "o")
+    assert (status, out) == (2, "")
+    assert err == f"convert: {tmp_path / 'absent'} is not a folder\n"
+
+
+def test_help_and_bad_arguments(run):
+    for command in ("export", "inspect"):
+        status, out, err = run(command, "--help")
+        assert status == 0 and f"python -m convert {command}" in out
+    assert run()[0] == 2
+    status, out, err = run("export", "a", "b", "--layout", "gguf")
+    assert status == 2 and "'gguf'" in err
+
+
+def test_dst_that_exists(golden, refused, run, tmp_path):
+    (tmp_path / "o").mkdir()
+    (tmp_path / "o" / "mine.txt").write_text("keep")
+    assert "exists (--overwrite replaces it)" in refused(golden / "janus", tmp_path / "o")
+    said = refused(golden / "janus", tmp_path / "o", "--overwrite")
+    assert "is not a checkpoint folder" in said  # not even then
+    (tmp_path / "o" / "config.json").write_text("{}")
+    assert run(golden / "janus", tmp_path / "o", "--overwrite")[0] == 0
+    assert not (tmp_path / "o" / "mine.txt").exists() and (tmp_path / "o" / "params").is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["o"]
+
+
+def test_dst_that_holds_src(golden, refused, tmp_path):
+    source = checkpoints.make_single(golden, tmp_path / "a" / "b")
+    (tmp_path / "a" / "config.json").write_text("{}")
+    for target in (source, tmp_path / "a"):
+        said = refused("export", source, target, "--layout", "deepseek", "--overwrite")
+        assert "is DST or inside it" in said
+    assert len(list(source.iterdir())) > 5
+
+
+def test_truncated_safetensors(golden, refused, tmp_path):
+    source = checkpoints.make_single(golden, tmp_path / "s")
+    file = source / "model.safetensors"
+    data = file.read_bytes()
+    for size in (len(data) - 1, 5000, 4, 0):
+        file.write_bytes(data[:size])
+        said = refused(source, tmp_path / "o")
+        assert "model.safetensors" in said
+        assert "truncated" in said or size == 0
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_index_that_names_a_missing_shard(golden, refused, tmp_path, kind):
+    source = checkpoints.make_sharded(golden, tmp_path / "s", kind)
+    shard = next(source.glob(f"*-00002-of-00002.{kind}"))
+    shard.unlink()
+    said = refused(source, tmp_path / "o")
+    assert "names shards that are not there" in said and shard.name in said
+
+
+def test_index_and_shards_that_disagree(golden, refused, tmp_path):
+    source = checkpoints.make_sharded(golden, tmp_path / "s")
+    index = source / "model.safetensors.index.json"
+    shards = sorted(source.glob("model-*"))
+    first, second = (safetensors.torch.load_file(path) for path in shards)
+    names = list(first)
+    second[names[0]] = first[names[0]]
+    del first[names[1]]
+    second["stray"] = torch.zeros(2)
+    for path, state in zip(shards, (first, second), strict=True):
+        safetensors.torch.save_file(state, path)
+    weight_map = json.loads(index.read_text())["weight_map"]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    said = refused(source, tmp_path / "o")
+    assert f"1 stored in two shards: {names[0]}" in said
+    assert f"1 absent from the shard that the index names: {names[1]}" in said
+    assert "1 stored but not in the index: stray" in said and "1 unknown: stray" in said
+
+
+def test_wrong_missing_and_unknown_tensors_are_listed_at_once(golden, refused, tmp_path):
+    state = checkpoints.tensors(golden)
+    del state["language_model.model.norm.weight"], state["gen_embed.weight"]
+    state["aligner.layers.0.weight"] = torch.zeros(48, 25)
+    state["lora.a"] = state["language_model.model.layers.3.input_layernorm.weight"] = torch.ones(1)
+    state["lora.a"] = torch.ones(2)
+    said = refused(checkpoints.make_single(golden, tmp_path / "s", state), tmp_path / "o")
+    assert "2 missing: gen_embed.weight, language_model.model.norm.weight" in said
+    assert "lora.a" in said and "layers.3.input_layernorm" in said and "2 unknown" in said
+    assert "aligner.layers.0.weight is (48, 25), expected (48, 24)" in said
+
+
+def test_a_name_stored_twice_in_one_file(golden, refused, tmp_path):
+    source = checkpoints.make_single(golden, tmp_path / "s")
+    file = source / "model.safetensors"
+    data = file.read_bytes()
+    old, new = b'"aligner.layers.0.bias"', b'"aligner.layers.2.bias"'
+    file.write_bytes(data.replace(old, new))
+    assert "stores twice: aligner.layers.2.bias" in refused(source, tmp_path / "o")
+
+
+def test_a_malicious_pickle_is_not_executed(golden, refused, tmp_path):
+    source = checkpoints.make_bin(golden, tmp_path / "s")
+    state = checkpoints.tensors(golden) | {"trap": checkpoints.Trap(tmp_path / "executed")}
+    torch.save(state, source / "pytorch_model.bin")
+    assert "mkdir, and only tensors are read" in refused(source, tmp_path / "o")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_folders_without_weights_or_config(golden, refused, tmp_path):
+    checkpoints.copy_small_files(golden, tmp_path / "s")
+    assert "holds no weights: looked for model.safetensors" in refused(
+        tmp_path / "s", tmp_path / "o"
+    )
+    (tmp_path / "s" / "config.json").unlink()
+    assert "holds no config.json" in refused(tmp_path / "s", tmp_path / "o")
+    (tmp_path / "s" / "config.json").write_text("{")
+    assert "is not valid JSON" in refused(tmp_path / "s", tmp_path / "o")
+
+
+def test_a_janusflow_folder_is_named(refused, tmp_path):
+    (tmp_path / "s").mkdir()
+    config = {"model_type": "multi_modality", "vision_gen_enc_config": {}, "language_config": {}}
+    (tmp_path / "s" / "config.json").write_text(json.dumps(config))
+    said = refused(tmp_path / "s", tmp_path / "o")
+    assert "is of a JanusFlow model (it has vision_gen_enc_config)" in said
+    assert "JanusFlow" in refused("inspect", tmp_path / "s")
+
+
+def test_transformers_needs_the_tokenizer(golden, refused, tmp_path):
+    source = checkpoints.make_bin(golden, tmp_path / "s")
+    (source / "tokenizer.json").unlink()
+    said = refused("export", source, tmp_path / "o", "--layout", "transformers")
+    assert "needs a tokenizer.json with <image_placeholder>" in said
+
+
+def test_a_full_disk_leaves_nothing(golden, refused, tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.np, "ascontiguousarray", full)  # as a tensor is written
+    for args in ((), ("--layout", "deepseek")):
+        command = ("export",) if args else ()
+        said = refused(*command, golden / "janus", tmp_path / "o", *args)
+        assert "No space left on device" in said
+
+
+def test_a_failed_overwrite_keeps_what_was_there(golden, refused, run, tmp_path, monkeypatch):
+    assert run("export", golden / "janus", tmp_path / "o", "--layout", "deepseek")[0] == 0
+    data = (tmp_path / "o" / "model.safetensors").read_bytes()
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(files.np, "ascontiguousarray", full)
+    refused("export", golden / "janus", tmp_path / "o", "--layout", "deepseek", "--overwrite")
+    assert (tmp_path / "o" / "model.safetensors").read_bytes() == data
