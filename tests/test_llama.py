@@ -268,6 +268,15 @@ def test_bfloat16_is_near_float32(pair):
     assert rough.embed(tokens).dtype == jnp.bfloat16
 
 
+def test_logits_of_bfloat16_are_not_rounded_to_bfloat16(pair):
+    _, exact = pair
+    cfg = dataclasses.replace(exact.cfg, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    rough, hidden = rebuilt(exact, cfg), jnp.asarray(uniform(2, 3, 32), jnp.bfloat16)
+    kernel = rough.lm_head.kernel[...].astype(jnp.float32)
+    expected = jnp.matmul(hidden.astype(jnp.float32), kernel)
+    assert_close("Llama bfloat16 head", logits_of(rough, hidden), expected, 1e-5)
+
+
 def test_far_positions_stay_apart_in_bfloat16():
     """bfloat16 cannot tell position 257 from 256; the angles can."""
     cos, _ = rope_angles(jnp.array([[256, 257]]), 8, 10000.0)
