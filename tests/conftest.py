@@ -8,6 +8,8 @@ flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
+os.environ["JANUS_JAX_COMPILE_CACHE"] = "0"  # tests leave no files in the home directory
+
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
@@ -18,3 +20,11 @@ jax.config.update("jax_default_matmul_precision", "highest")
 def golden() -> Path:
     """Folder of the recordings of the original PyTorch code (see its README)."""
     return Path(__file__).parent / "golden"
+
+
+@pytest.fixture(scope="session")
+def pipeline(golden):
+    """The golden checkpoint, loaded once for all modules; nothing may change it."""
+    from janus_jax import load
+
+    return load(golden / "janus", dtype="float32")

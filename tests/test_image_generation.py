@@ -1,0 +1,199 @@
+"""Drawing images: against the recordings of the original, and what must not change a picture."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from janus_jax.generation import image, samplers
+
+PROMPT = "A close-up photo of a red cat, studio light."
+OTHER = "a dog"
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    return np.load(golden / "janus_t2i.npz")
+
+
+@pytest.fixture(scope="module")
+def requests(pipeline, golden):
+    """Two pictures of the recorded prompt, greedy."""
+    settings = json.loads((golden / "t2i.json").read_text())
+    return _requests(pipeline, [PROMPT], settings["parallel_size"], settings["cfg_weight"])
+
+
+def _requests(pipeline, prompts, num_images, guidance_weight=5.0, temperature=0.0, seed=0):
+    processor = pipeline.processor
+    tokens = [processor.image_prompt(prompt) for prompt in prompts]
+    sampling = samplers.make_sampling(temperature, None, None, 128)
+    pairs = [(row, processor.unconditional(row)) for row in tokens]
+    pad = processor.tokenizer.pad_id
+    return image.make_requests(pairs, num_images, seed, guidance_weight, sampling, pad)
+
+
+_prefill = jax.jit(image.prefill)
+_decode_step = jax.jit(image.decode_step)
+
+
+def _walk(pipeline, requests, choose):
+    """Draws step by step: choose(step, logits) -> indices. Returns logits and indices."""
+    logits, context = _prefill(pipeline.model, requests)
+    seen, chosen = [logits], [choose(0, logits)]
+    for step in range(1, pipeline.model.cfg.num_image_tokens):
+        logits, context = _decode_step(
+            pipeline.model, context, jnp.asarray(chosen[-1]), requests.guidance_weight
+        )
+        seen.append(logits)
+        chosen.append(choose(step, logits))
+    return np.stack(seen), np.stack(chosen, axis=1)
+
+
+def test_prompt_rows_are_those_of_the_original(pipeline, requests, recorded):
+    length = len(recorded["prompt_ids"])
+    np.testing.assert_array_equal(requests.tokens[0, 0, -length:], recorded["prompt_ids"])
+    embeds = pipeline.model.language_model.embed(requests.tokens[..., -length:])
+    expected = recorded["first_inputs_embeds"].reshape(embeds.shape)
+    np.testing.assert_allclose(embeds, expected, atol=1e-6)
+
+
+def test_greedy_tokens_and_pixels_are_those_of_the_original(pipeline, requests, recorded):
+    indices, pixels = image.generate(pipeline.model, requests)
+    np.testing.assert_array_equal(indices, recorded["greedy_tokens"])
+    difference = np.abs(pixels.astype(int) - recorded["greedy_uint8"])
+    assert difference.max() <= 1
+    assert (difference > 0).mean() < 1e-3
+
+
+def test_logits_under_forced_tokens_are_those_of_the_original(pipeline, requests, recorded):
+    logits, _ = _walk(pipeline, requests, lambda step, _: recorded["forced_tokens"][:, step])
+    np.testing.assert_allclose(logits, recorded["forced_cfg_logits"], atol=1e-4, rtol=1e-4)
+    pixels = pipeline.decode_indices(recorded["forced_tokens"])
+    assert np.abs(pixels.astype(int) - recorded["forced_uint8"]).max() <= 1
+
+
+def test_sampling_with_the_recorded_noise_gives_the_recorded_tokens(pipeline, requests, recorded):
+    sampling = samplers.make_sampling(float(recorded["gumbel_temperature"]), None, None, 128)
+    noise = recorded["gumbel"]
+    _, indices = _walk(
+        pipeline, requests, lambda step, logits: samplers.pick(logits, noise[step], sampling)
+    )
+    np.testing.assert_array_equal(indices, recorded["gumbel_tokens"])
+
+
+@pytest.fixture(scope="module")
+def five(pipeline):
+    """Five sampled pictures of the recorded prompt, drawn at once."""
+    return pipeline.generate_images(PROMPT, num_images=5, seed=3)
+
+
+def test_pictures_of_one_prompt_differ_and_repeat(pipeline, five):
+    assert len({row.tobytes() for row in five.indices}) == 5
+    other = pipeline.generate_images(PROMPT, num_images=5, seed=4)
+    assert (other.indices != five.indices).mean() > 0.5
+    again = pipeline.generate_images(PROMPT, num_images=5, seed=3)
+    np.testing.assert_array_equal(again.pixels, five.pixels)
+
+
+def test_chunks_change_nothing_and_share_one_program(pipeline, five):
+    pipeline.generate_images(PROMPT, num_images=2)
+    before = image.draw._cache_size()
+    chunked = pipeline.generate_images(PROMPT, num_images=5, seed=3, max_batch=2)
+    assert image.draw._cache_size() == before  # 2 + 2 + 1 pictures
+    np.testing.assert_array_equal(chunked.indices, five.indices)
+    np.testing.assert_array_equal(chunked.pixels, five.pixels)
+
+
+def test_a_prompt_gives_in_a_batch_what_it_gives_alone(pipeline, five):
+    batch = pipeline.generate_images([OTHER, PROMPT], num_images=2, seed=3, max_batch=2)
+    np.testing.assert_array_equal(batch.indices[2:], five.indices[:2])
+    # the short prompt alone is padded to a shorter bucket
+    alone = pipeline.generate_images(OTHER, num_images=1, seed=3)
+    np.testing.assert_array_equal(batch.indices[:1], alone.indices)
+    np.testing.assert_array_equal(batch.pixels[:1], alone.pixels)
+
+
+def test_a_new_prompt_or_setting_compiles_nothing(pipeline, five):
+    before = image.draw._cache_size()
+    changes = [
+        {"guidance_weight": 2.5},
+        {"temperature": 0.3},
+        {"seed": 9},
+        {"temperature": 0},
+    ]
+    for i, change in enumerate(changes):
+        prompt = f"{'a very ' * i}long sentence on some blue and round thing"
+        pipeline.generate_images(prompt, num_images=5, **change)
+    assert image.draw._cache_size() == before
+    pipeline.generate_images(PROMPT, num_images=5, top_k=3, top_p=0.5)
+    pipeline.generate_images(PROMPT, num_images=5, top_k=128, top_p=0.1)
+    assert image.draw._cache_size() == before + 1
+
+
+def test_top_k_1_is_greedy(pipeline, recorded):
+    drawn = pipeline.generate_images(PROMPT, num_images=5, top_k=1, top_p=1.0)
+    np.testing.assert_array_equal(drawn.indices[:2], recorded["greedy_tokens"])
+
+
+def test_guidance_weight_1_needs_no_rows_without_words(pipeline):
+    without = _requests(pipeline, [PROMPT], 2, guidance_weight=1.0, temperature=1.0)
+    assert without.tokens.shape[1] == 1
+    guided = _requests(pipeline, [PROMPT], 2, guidance_weight=2.0, temperature=1.0)
+    guided = dataclasses.replace(guided, guidance_weight=np.float32(1))
+    np.testing.assert_array_equal(
+        image.generate(pipeline.model, without)[0], image.generate(pipeline.model, guided)[0]
+    )
+
+
+def test_the_text_head_takes_no_part(pipeline, requests):
+    headless = nnx.clone(pipeline.model)
+    del headless.language_model.lm_head
+    whole, without = (
+        jax.make_jaxpr(image.draw.__wrapped__)(model, requests)
+        for model in (pipeline.model, headless)
+    )
+    assert len(whole.in_avals) == len(without.in_avals) + 1
+    assert len(whole.eqns) == len(without.eqns)
+
+
+def test_progress_reaches_the_end_and_changes_nothing(pipeline, five):
+    seen = []
+    drawn = pipeline.generate_images(
+        PROMPT, 5, seed=3, max_batch=2, progress=lambda *told: seen.append(told)
+    )
+    np.testing.assert_array_equal(drawn.indices, five.indices)
+    done, total = zip(*seen, strict=True)
+    assert set(total) == {5 * 16}
+    assert done[-1] == 5 * 16 and list(done) == sorted(done)
+    assert len(set(done)) > 16  # more than once a chunk
+
+
+def test_bfloat16_draws_with_a_float32_image_tokenizer(golden):
+    from janus_jax import load
+
+    pipeline = load(golden / "janus", dtype="bfloat16")
+    model = pipeline.model
+    assert model.language_model.layers[0].mlp.up_proj.kernel[...].dtype == jnp.bfloat16
+    assert model.gen_vq.codebook[...].dtype == jnp.float32
+    logits, _ = _prefill(model, _requests(pipeline, [PROMPT], 2))
+    assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
+
+
+@pytest.mark.parametrize(
+    ("total", "most", "shards", "size"),
+    [(5, 2, 1, 2), (10, 8, 1, 5), (1, 16, 1, 1), (1, 16, 8, 8), (9, 4, 2, 4), (16, 16, 8, 16)],
+)
+def test_chunks_are_even_and_full_multiples_of_the_shards(total, most, shards, size):
+    assert image.chunk_size(total, most, shards) == size
+
+
+def test_the_memory_bound_is_that_of_the_cache(pipeline):
+    cfg, decoder = pipeline.model.cfg, pipeline.model.cfg.language_model
+    number = image.images_per_chunk(cfg, 64, 2, None)
+    caches = jax.eval_shape(lambda: image.decoding.init_cache(decoder, 2 * number, 64 + 15))
+    taken = sum(x.size * x.dtype.itemsize for x in (*caches.keys, *caches.values))
+    assert 0.99 * image.CACHE_BYTES < taken <= image.CACHE_BYTES

@@ -1,0 +1,220 @@
+"""The public object: its arguments, encode and decode, and finding a checkpoint."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+import janus_jax
+from janus_jax.generation import compile_cache, decoding, image
+from janus_jax.generation import pipeline as pipelines
+from janus_jax.processing import images
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompts": []}, "prompts must hold at least one, got none"),
+        ({"prompts": " "}, "a prompt must be a text that is not empty, got ' '"),
+        ({"prompts": ["a", 3]}, "a prompt must be a text that is not empty, got 3"),
+        ({"prompts": "a " * 5000}, r"must fit the trained context of 4096 tokens, got \d+ \+ 16"),
+        ({"num_images": 0}, "num_images must be a whole number of at least 1, got 0"),
+        ({"num_images": 1.5}, "num_images must be a whole number of at least 1, got 1.5"),
+        ({"max_batch": 0}, "max_batch must be a whole number of at least 1, got 0"),
+        ({"seed": 0.5}, r"seed must be a whole number in \[0, 2\*\*32\), got 0.5"),
+        ({"guidance_weight": float("inf")}, "guidance_weight must be a finite number, got inf"),
+        ({"temperature": -1}, r"temperature must be at least 0 \(0 is greedy\), got -1"),
+        ({"top_k": 129}, r"top_k must be a whole number in \[1, 128\], got 129"),
+        ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
+    ],
+)
+def test_drawing_refuses_arguments_out_of_range(pipeline, settings, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.generate_images(**{"prompts": "a cat", **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"conversation": []}, "conversations must hold at least one, got none"),
+        ({"conversation": [{"role": "bot", "content": "a"}]}, "role must be .*, got 'bot'"),
+        ({"images": [[1]]}, "an image array must be uint8"),
+        ({"conversation": ["a", "b"], "images": [[]]}, "one list for each conversation: 2, got 1"),
+        ({"conversation": "<image_placeholder> a"}, "got 0 images for 1 placeholders"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+        ({"max_new_tokens": 4096}, r"must fit the trained context of 4096 tokens, got \d+ \+ 4096"),
+        ({"temperature": -1}, r"temperature must be at least 0 \(0 is greedy\), got -1"),
+        ({"top_k": 449}, r"top_k must be a whole number in \[1, 448\], got 449"),
+        ({"seed": "1"}, "seed must be a whole number"),
+    ],
+)
+def test_answering_refuses_arguments_out_of_range(pipeline, settings, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.answer(**{"conversation": "a", **settings})
+
+
+def test_streaming_checks_its_arguments_when_called(pipeline):
+    with pytest.raises(ValueError, match="stream takes one conversation, got a list"):
+        pipeline.stream(["a", "b"])
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
+        pipeline.stream("a", "nowhere.png")
+
+
+def test_a_picture_survives_decoding_and_encoding_as_the_tokenizer_has_it(pipeline, golden):
+    recorded = np.load(golden / "janus_vq.npz")
+    pixels = pipeline.decode_indices(recorded["codes"])
+    assert np.abs(pixels.astype(int) - recorded["decoded_uint8"]).max() <= 1
+    prepared = np.stack([images.preprocess_generation(Image.fromarray(x), 64) for x in pixels])
+    expected = jax.jit(pipeline.model.gen_vq.encode)(prepared)
+    np.testing.assert_array_equal(pipeline.encode_images(list(pixels)), expected)
+
+
+def test_pictures_of_any_kind_are_encoded(pipeline, golden):
+    path = golden / "preprocess" / "img0_50x120.png"
+    expected = pipeline.encode_images(path)
+    assert expected.shape == (1, 16) and expected.dtype == np.int32
+    for source in (str(path), path.read_bytes(), Image.open(path), np.asarray(Image.open(path))):
+        np.testing.assert_array_equal(pipeline.encode_images([source]), expected)
+    with pytest.raises(ValueError, match="images must hold at least one"):
+        pipeline.encode_images([])
+
+
+@pytest.mark.parametrize(
+    ("indices", "message"),
+    [
+        (np.zeros((1, 15), int), r"indices must be int\[N, 16\], got \[1, 15\]"),
+        (np.zeros((0, 16), int), r"indices must be int\[N, 16\], got \[0, 16\]"),
+        (np.full((1, 16), 128), r"whole numbers in \[0, 128\), got int64 from 128 to 128"),
+        (np.full((1, 16), -1), r"whole numbers in \[0, 128\), got int64 from -1 to -1"),
+        (np.zeros((1, 16)), r"whole numbers in \[0, 128\), got float64"),
+    ],
+)
+def test_indices_that_cannot_be_decoded_are_refused(pipeline, indices, message):
+    with pytest.raises(ValueError, match=message):
+        pipeline.decode_indices(indices)
+
+
+def test_bad_pixels_do_not_wrap_around(pipeline):
+    """Decoded values far outside [-1, 1] are clipped before they become uint8."""
+    vq = type("VQ", (), {"decode": lambda self, x: jnp.full((len(x), 2, 2, 3), x[0, 0] - 4.0)})()
+    model = type("Model", (), {"gen_vq": vq})()
+    pixels = image.decode_pixels(model, jnp.array([[0], [9]]))
+    assert np.unique(pixels[0]) == 0 and np.unique(pixels[1]) == 255
+
+
+@pytest.mark.parametrize(
+    ("length", "bucket"),
+    [(1, 32), (32, 32), (33, 64), (65, 128), (129, 256), (257, 384), (640, 640)],
+)
+def test_prompts_are_padded_to_few_lengths(length, bucket):
+    assert decoding.bucket_length(length) == bucket
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, np.dtype(jnp.bfloat16)])
+def test_dtypes_are_names_or_types(dtype):
+    assert pipelines.check_dtype(dtype) == jnp.bfloat16
+
+
+def test_the_default_dtype_on_cpu_is_float32():
+    assert pipelines.check_dtype(None) == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", ["float16", jnp.float16, "int8", 3])
+def test_other_dtypes_are_refused(dtype):
+    with pytest.raises(ValueError, match=r"dtype must be one of float32, bfloat16, got "):
+        pipelines.load("nowhere", dtype=dtype)
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nowhere"):
+        pipelines.load(tmp_path / "nowhere")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        pipelines.load(tmp_path)
+
+
+def test_the_default_is_the_model_that_ships():
+    assert pipelines.find_folder(None) == Path(janus_jax.__file__).parent / "assets" / "janus_tiny"
+
+
+def test_a_hub_id_is_fetched_only_if_there_is_no_such_folder(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def snapshot_download(name, allow_patterns):
+        asked.append(name)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "there").mkdir(parents=True)
+    assert pipelines.find_folder("org/there") == Path("org/there")
+    assert pipelines.find_folder("a/b/c") == Path("a/b/c")
+    assert asked == []
+    assert pipelines.find_folder("org/Name-1.3B") == tmp_path
+    assert asked == ["org/Name-1.3B"]
+
+
+def test_a_hub_that_cannot_be_reached_takes_one_line(monkeypatch):
+    import huggingface_hub
+
+    def snapshot_download(*_, **__):
+        raise OSError("no network\nand a long story")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(FileNotFoundError) as raised:
+        pipelines.load("org/name")
+    assert str(raised.value).endswith("from the Hugging Face hub: no network")
+
+
+@pytest.fixture
+def no_cache(monkeypatch):
+    """JAX's own settings, given back afterwards."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    saved = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    monkeypatch.delenv(compile_cache.SWITCH)
+    yield
+    for name, value in saved.items():
+        jax.config.update(name, value)
+
+
+def test_programs_are_kept_on_disk_unless_switched_off(no_cache, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(compile_cache.SWITCH, "0")
+    compile_cache.enable()
+    assert jax.config.jax_compilation_cache_dir is None
+    monkeypatch.delenv(compile_cache.SWITCH)
+    compile_cache.enable()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "janus_jax" / "xla")
+
+
+def test_a_users_own_cache_is_left_alone(no_cache, tmp_path):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    compile_cache.enable()
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_no_error(no_cache, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    compile_cache.enable()
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import janus_jax, sys; assert not {'jax', 'flax', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[1])
+
+
+def test_public_names_are_there():
+    for name in janus_jax.__all__:
+        assert callable(getattr(janus_jax, name))
+        assert name in dir(janus_jax)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = janus_jax.nothing

@@ -1,0 +1,216 @@
+"""sample.py through its main(): files, text, and one line for whatever is wrong."""
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from janus_jax import cli, gallery
+
+PROMPT = "A close-up photo of a red cat, studio light."
+
+
+@pytest.fixture
+def run(golden, capsys, tmp_path, monkeypatch):
+    """Runs the command on the golden checkpoint: (status, lines of stdout, stderr)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*flags):
+        status = cli.main(["--model", str(golden / "janus"), *map(str, flags)])
+        out, err = capsys.readouterr()
+        return status, out.splitlines(), err
+
+    return run
+
+
+@pytest.fixture
+def loaded(pipeline, monkeypatch):
+    """The session's pipeline in place of a load for every test."""
+    monkeypatch.setattr("janus_jax.generation.pipeline.load", lambda *_, **__: pipeline)
+
+
+def test_greedy_indices_are_those_of_the_original(run, golden, tmp_path):
+    recorded = np.load(golden / "janus_t2i.npz")
+    status, paths, err = run(
+        *("--prompt", PROMPT, "--num_images", 2, "--temperature", 0),
+        *("--guidance_weight", 5, "--save_indices", "kept.npz", "--output_dir", "out/deep"),
+    )
+    assert (status, err) == (0, "")
+    stem = "out/deep/a-close-up-photo-of-a-red-cat-studio-lig-seed0"
+    assert paths == [f"{stem}-00.png", f"{stem}-01.png", f"{stem}-sheet.png", "kept.npz"]
+    kept = np.load("kept.npz")
+    np.testing.assert_array_equal(kept["indices"], recorded["greedy_tokens"])
+    assert kept["prompt"].tolist() == [PROMPT, PROMPT]
+    for path, expected in zip(paths, recorded["greedy_uint8"], strict=False):
+        assert np.abs(np.asarray(Image.open(path)).astype(int) - expected).max() <= 1
+    assert Image.open(paths[2]).size == (2 * 64 + 12, 64 + 8)
+    assert sorted(p.name for p in tmp_path.rglob("*") if p.name.startswith(".")) == []
+
+
+def test_a_png_says_how_it_was_made(run, loaded):
+    flags = ("--num_images", 2, "--seed", 7, "--temperature", 0.5, "--top_k", 9)
+    _, paths, _ = run("--prompt", "ein grünes Haus 🏠", *flags)
+    text = Image.open(paths[1]).text
+    assert text["prompt"] == "ein grünes Haus 🏠"
+    assert (text["seed"], text["image"], text["model"]) == ("7", "1", "janus")
+    assert json.loads(text["settings"]) == {
+        "guidance_weight": 5.0, "temperature": 0.5, "top_k": 9, "top_p": None, "dtype": "float32",
+    }  # fmt: skip
+    assert Path(paths[1]).name == "ein-grünes-haus-seed7-01.png"
+
+
+def test_each_line_of_a_file_is_a_prompt(run, loaded, pipeline, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa dog\r\n\r\n  a cat \n".encode())
+    status, paths, _ = run("--prompts_file", "prompts.txt", "--num_images", 2)
+    assert status == 0
+    names = [Path(path).name for path in paths]
+    assert names == [
+        *("000-a-dog-seed0-00.png", "000-a-dog-seed0-01.png"),
+        *("001-a-cat-seed0-00.png", "001-a-cat-seed0-01.png", "prompts-sheet.png"),
+    ]
+    expected = pipeline.generate_images(["a dog", "a cat"], 2).pixels
+    np.testing.assert_array_equal(np.asarray(Image.open(paths[2])), expected[2])
+    sheet = np.asarray(Image.open(paths[4]))
+    np.testing.assert_array_equal(sheet[4 + 68 : 68 + 68, 4:68], expected[2])
+    assert Image.open(paths[4]).text["prompt"] == "a dog\na cat"
+
+
+def test_a_question_is_answered(run, loaded, pipeline, golden):
+    pictures = [golden / "preprocess" / name for name in ("img0_50x120.png", "img2_64x64.png")]
+    flags = [word for picture in pictures for word in ("--image", picture)]
+    status, lines, err = run(*flags, "--question", "Which?", "--max_new_tokens", 6)
+    assert (status, err) == (0, "")
+    assert "\n".join(lines) == pipeline.answer("Which?", pictures, max_new_tokens=6)
+
+
+def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
+    picture = golden / "preprocess" / "img0_50x120.png"
+    said = f"Hello\n\n/image nowhere.png\n/image {picture}\nWhat is it?\n/quit\nnever\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
+    asked = []
+    stream = pipeline.stream
+
+    def recorded(conversation, *rest, **settings):
+        asked.append(conversation)
+        return stream(conversation, *rest, **settings)
+
+    monkeypatch.setattr(pipeline, "stream", recorded)
+    status, lines, err = run("--chat", "--max_new_tokens", 6)
+    assert status == 0
+    assert "sample.py: no image file at nowhere.png" in err.splitlines()
+    assert len(asked) == 2
+    first = pipeline.answer("Hello", max_new_tokens=6)
+    assert [m["content"] for m in asked[1]] == ["Hello", first, "<image_placeholder>\nWhat is it?"]
+    assert "\n".join(lines) == f"{first}\n{pipeline.answer(asked[1], max_new_tokens=6)}"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "one of the arguments --prompt --prompts_file --question --chat is required"),
+        (["--prompt", "a", "--chat"], "argument --chat: not allowed with argument --prompt"),
+        (["--prompt", "a", "--sed", "1"], "unrecognized arguments: --sed 1"),
+        (["--prompt", "a", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["--prompt", "a", "--seed", "-1"], "seed must be a whole number in [0, 2**32), got -1"),
+        (["--prompt", "a", "--image", "b"], "--image has no use with --prompt and --prompts_file"),
+        (["--chat", "--num_images", "2"], "--num_images has no use with --question and --chat"),
+        (["--prompt", ""], "a prompt must be a text that is not empty, got ''"),
+        (["--prompt", "a", "--num_images", "0"], "num_images must be a whole number of at least 1"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
+        (["--prompt", "a", "--top_k", "1000"], "top_k must be a whole number in [1, 128]"),
+        (["--prompt", "a", "--dtype", "float16"], "dtype must be one of float32, bfloat16"),
+        (["--prompt", "a", "--mesh", "tensor=99"], "needs 99 devices, there are 8"),
+        (["--prompt", "a", "--mesh", "x"], "a mesh is written data=1,fsdp=1,tensor=1"),
+        (["--prompts_file", "none.txt"], "--prompts_file none.txt is not a file"),
+        (["--prompts_file", "blank.txt"], "--prompts_file blank.txt holds no prompt"),
+        (["--prompts_file", "bytes.txt"], "--prompts_file bytes.txt is not UTF-8 text"),
+        (["--prompt", "a", "--output_dir", "blank.txt"], "blank.txt is a file, not a folder"),
+        (["--prompt", "a", "--save_indices", "a.txt"], "must name a .npz file, got a.txt"),
+        (["--prompt", "a", "--save_indices", "no/a.npz"], "--save_indices: no folder "),
+        (["--question", "a", "--image", "none.png"], "no image file at none.png"),
+        (["--question", "a", "--image", "blank.txt"], "cannot read image blank.txt"),
+        (["--question", "a", "--max_new_tokens", "0"], "max_new_tokens must be a whole number"),
+        (["--question", "a", "--max_new_tokens", "5000"], "trained context of 4096 tokens"),
+        (["--prompt", "a", "--model", "nowhere"], "nowhere is not a folder"),
+    ],
+)
+def test_what_is_wrong_takes_one_line(flags, message, run, pipeline, monkeypatch, tmp_path, capsys):
+    from janus_jax.generation import pipeline as pipelines
+
+    real = pipelines.load
+    fine = "nowhere" not in flags and "float16" not in flags
+    monkeypatch.setattr(pipelines, "load", lambda *a, **k: pipeline if fine else real(*a, **k))
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    try:
+        status, out, err = run(*flags)
+    except SystemExit as exit:  # argparse's own
+        status, (_, err), out = exit.code, capsys.readouterr(), []
+    assert (status, out) == (2, [])
+    assert err.startswith("sample.py: ") and err.count("\n") == 1
+    assert message in err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blank.txt", "bytes.txt"]
+
+
+def test_out_of_memory_is_told_in_one_line(run, loaded, pipeline, monkeypatch):
+    def draw(*_, **__):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
+
+    monkeypatch.setattr(pipeline, "generate_images", draw)
+    status, _, err = run("--prompt", "a")
+    assert status == 2
+    assert err == "sample.py: out of device memory; a smaller --max_batch needs less\n"
+
+
+def test_a_file_that_fails_leaves_nothing_behind(tmp_path):
+    (tmp_path / "a.png").write_text("old")
+    with pytest.raises(ZeroDivisionError), gallery.written_whole(tmp_path / "a.png") as file:
+        file.write(b"half")
+        _ = 1 / 0
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert (tmp_path / "a.png").read_text() == "old"
+
+
+def test_the_bar_tells_the_time_left(monkeypatch):
+    now = iter([0.0, 10.0, 20.0, 100.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
+    out = io.StringIO()
+    bar = cli.ProgressBar(out)
+    for done in (1, 11, 21, 101):
+        bar(done, 101)
+    lines = [line.rstrip() for line in out.getvalue().split("\r")[1:]]
+    assert lines == [
+        "drawing [..............................]   0%",
+        "drawing [###...........................]  10%, 1 min 30 s left",
+        "drawing [######........................]  20%, 1 min 20 s left",
+        "drawing [##############################] 100%, 0 s left",
+    ]
+    assert out.getvalue().endswith("\n")
+
+
+def test_a_terminal_gets_a_bar(run, loaded, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    _, paths, err = run("--prompt", PROMPT, "--num_images", 1)
+    assert len(paths) == 2
+    assert err.endswith("\n") and "100%, 0 s left" in err
+
+
+def test_a_sheet_of_many_pictures_is_at_most_4096_pixels_wide():
+    pixels = np.random.default_rng(0).integers(0, 256, (100, 50, 50, 3), np.uint8)
+    sheet = gallery.contact_sheet(pixels, 100)
+    assert sheet.shape == (4 + 40, 100 * 40 + 4, 3)
+    np.testing.assert_array_equal(gallery.contact_sheet(pixels[:1], 1)[4:-4, 4:-4], pixels[0])
+
+
+def test_the_command_itself_explains_itself():
+    command = [sys.executable, "sample.py", "--help"]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=True
+    )
+    for flag in ("--prompt", "--question", "--chat", "--mesh", "--save_indices", "--top_p"):
+        assert f"\n  {flag} " in done.stdout

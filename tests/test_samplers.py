@@ -1,0 +1,122 @@
+"""Choosing an index: against NumPy, by counting, and by what must not matter."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from janus_jax.generation import samplers
+
+SIZE = 12
+
+
+@pytest.fixture(scope="module")
+def logits():
+    return np.random.default_rng(0).normal(0, 2, (3, SIZE)).astype(np.float32)
+
+
+def _sampling(temperature=1.0, top_k=None, top_p=None):
+    return samplers.make_sampling(temperature, top_k, top_p, SIZE)
+
+
+def _kept(logits, **settings):
+    return np.isfinite(samplers.keep_likeliest(jnp.asarray(logits), _sampling(**settings)))
+
+
+def _softmax(x):
+    x = np.exp(x - x.max(-1, keepdims=True))
+    return x / x.sum(-1, keepdims=True)
+
+
+def test_temperature_0_is_the_argmax_whatever_the_noise(logits):
+    noise = np.full_like(logits, 0)
+    noise[:, 3] = 1e4
+    chosen = samplers.pick(logits, noise, _sampling(temperature=0, top_k=5, top_p=0.9))
+    np.testing.assert_array_equal(chosen, logits.argmax(-1))
+
+
+def test_noise_is_scaled_as_if_the_logits_were_divided_by_the_temperature(logits):
+    noise = np.random.default_rng(1).gumbel(size=logits.shape).astype(np.float32)
+    chosen = samplers.pick(logits, noise, _sampling(temperature=0.7))
+    np.testing.assert_array_equal(chosen, (logits / 0.7 + noise).argmax(-1))
+
+
+@pytest.mark.parametrize("top_k", [1, 4, SIZE])
+def test_top_k_keeps_the_k_likeliest(logits, top_k):
+    rank = (-logits).argsort(-1).argsort(-1)
+    np.testing.assert_array_equal(_kept(logits, top_k=top_k), rank < top_k)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+@pytest.mark.parametrize("top_p", [1e-6, 0.3, 0.8, 1.0])
+def test_top_p_keeps_the_fewest_that_reach_p(logits, top_p, temperature):
+    kept = _kept(logits, top_p=top_p, temperature=temperature)
+    for row, probability in enumerate(_softmax(logits / temperature)):
+        order = (-probability).argsort()
+        reached = np.cumsum(probability[order])
+        number = 1 if top_p < 1e-3 else SIZE if top_p == 1 else int((reached < top_p).sum()) + 1
+        np.testing.assert_array_equal(np.flatnonzero(kept[row]), np.sort(order[:number]))
+
+
+def test_top_p_counts_what_top_k_left(logits):
+    kept = _kept(logits, top_k=3, top_p=0.6)
+    for row in range(len(logits)):
+        order = (-logits[row]).argsort()[:3]
+        number = int((np.cumsum(_softmax(logits[row][order])) < 0.6).sum()) + 1
+        np.testing.assert_array_equal(np.flatnonzero(kept[row]), np.sort(order[:number]))
+
+
+def test_without_filters_the_logits_are_left_alone(logits):
+    np.testing.assert_array_equal(samplers.keep_likeliest(logits, _sampling()), logits)
+
+
+def test_draws_follow_the_softmax():
+    logits, number = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32)), 20_000
+    noise = samplers.gumbel_noise(np.uint32(1), jnp.arange(number, dtype=jnp.uint32), 0, 4)
+    chosen = samplers.pick(jnp.broadcast_to(logits, (number, 4)), noise, _sampling())
+    counts = np.bincount(np.asarray(chosen), minlength=4) / number
+    # four standard deviations of the largest
+    np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=4 * (0.25 / number) ** 0.5)
+
+
+def test_noise_depends_on_seed_index_and_step_and_on_nothing_else():
+    def noise(seed, index, step):
+        index = jnp.asarray(index, jnp.uint32)
+        return np.asarray(samplers.gumbel_noise(np.uint32(seed), index, jnp.int32(step), SIZE))
+
+    batch = noise(5, [0, 1, 2], 3)
+    np.testing.assert_array_equal(noise(5, [2], 3)[0], batch[2])
+    others = [batch[0], batch[1], batch[2], noise(6, [0], 3)[0], noise(5, [0], 4)[0]]
+    for i, one in enumerate(others):
+        assert all(np.abs(one - other).max() > 0.1 for other in others[:i])
+
+
+def test_noise_does_not_follow_the_default_generator():
+    index = jnp.zeros(1, jnp.uint32)
+    usual = samplers.gumbel_noise(np.uint32(0), index, 0, SIZE)
+    with jax.default_prng_impl("rbg"):
+        np.testing.assert_array_equal(samplers.gumbel_noise(np.uint32(0), index, 0, SIZE), usual)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ((-0.1, None, None), r"temperature must be at least 0 .*, got -0.1"),
+        ((float("nan"), None, None), "temperature must be a finite number, got nan"),
+        (("1", None, None), "temperature must be a finite number, got '1'"),
+        ((1.0, 0, None), r"top_k must be a whole number in \[1, 12\], got 0"),
+        ((1.0, 13, None), r"top_k must be a whole number in \[1, 12\], got 13"),
+        ((1.0, 2.0, None), r"top_k must be a whole number in \[1, 12\], got 2.0"),
+        ((1.0, None, 0.0), r"top_p must be in \(0, 1\], got 0.0"),
+        ((1.0, None, 1.01), r"top_p must be in \(0, 1\], got 1.01"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        samplers.make_sampling(*settings, SIZE)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.0, "0", None, True])
+def test_seeds_that_are_no_32_bit_numbers_are_refused(seed):
+    with pytest.raises(ValueError, match="seed must be a whole number"):
+        samplers.check_seed(seed)

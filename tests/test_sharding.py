@@ -1,0 +1,157 @@
+"""The sharding table, and that eight devices give what one gives."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
+
+from janus_jax import load, sharding
+from janus_jax.generation import image, samplers
+from janus_jax.models.janus import JanusConfig
+
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 4)]
+PROMPTS = ["A close-up photo of a red cat, studio light.", "a dog"]
+
+
+def _params(model):
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): leaf[...] for path, leaf in flat}
+
+
+def test_every_parameter_has_one_row_that_fits_its_shape(pipeline):
+    mesh = sharding.make_mesh(2, 2, 2)
+    place = sharding.sharding_for(mesh)
+    params = _params(pipeline.model)
+    assert len(params) > 200
+    split = {path for path, x in params.items() if place(path, x.shape).spec != P()}
+    whole = [p for p in params if p not in split and not p.startswith("gen_vq")]
+    # all that is large is shared out
+    assert max(params[path].size for path in whole) <= 16 * 16 * 3 * 24
+    assert "language_model.layers.0.self_attn.q_proj.kernel" in split
+
+
+def test_every_row_is_used(pipeline):
+    params = _params(pipeline.model)
+    for rule, _ in sharding.PARAMETER_SPECS:
+        assert any(sharding.re.fullmatch(rule, path) for path in params), rule
+
+
+@pytest.mark.parametrize(
+    "path", ["language_model.layers.0.self_attn.k_norm.scale", "xlanguage_model.norm.scale", ""]
+)
+def test_a_parameter_without_a_row_is_named(path):
+    with pytest.raises(ValueError, match=f"must match parameter {path}, 0 do: none"):
+        sharding.spec_for(path)
+
+
+def test_a_parameter_with_two_rows_is_named(monkeypatch):
+    extra = (*sharding.PARAMETER_SPECS, (r"language_model\..*", P()))
+    monkeypatch.setattr(sharding, "PARAMETER_SPECS", extra)
+    with pytest.raises(ValueError, match=r"parameter language_model.norm.scale, 2 do: "):
+        sharding.spec_for("language_model.norm.scale")
+
+
+def test_an_axis_that_does_not_divide_leaves_the_dimension_whole():
+    mesh = sharding.make_mesh(1, 4, 2)
+    assert sharding.fit_spec(mesh, P("tensor", "fsdp"), (6, 8)) == P("tensor", "fsdp")
+    assert sharding.fit_spec(mesh, P("tensor", "fsdp"), (6, 6)) == P("tensor", None)
+    assert sharding.fit_spec(mesh, P(("data", "fsdp"),), (6, 6)) == P(None)
+    with pytest.raises(ValueError, match="must have no more entries"):
+        sharding.fit_spec(mesh, P("tensor", "fsdp"), (8,))
+
+
+def test_meshes_are_read_from_text():
+    mesh = sharding.parse_mesh("tensor=4, data=2")
+    assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4}
+    assert set(mesh.axis_types) == {jax.sharding.AxisType.Auto}
+    assert mesh.devices.size == 8
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("model=2", "a mesh is written data=1,fsdp=1,tensor=1, .* got 'model=2'"),
+        ("data=2,data=2", "each axis at most once, got 'data=2,data=2'"),
+        ("data=-1", "got 'data=-1'"),
+        ("data=1.5", "got 'data=1.5'"),
+        ("", "got ''"),
+        ("data=0", "mesh axis data must be a whole number of at least 1, got 0"),
+        ("data=3,tensor=3", "data=3,fsdp=1,tensor=3 needs 9 devices, there are 8"),
+    ],
+)
+def test_meshes_that_cannot_be_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        sharding.parse_mesh(text)
+
+
+def test_the_tensor_axis_must_divide_the_heads():
+    mesh = sharding.make_mesh(tensor=3)
+    with pytest.raises(ValueError, match="tensor=3 must divide the 16 attention heads of the dec"):
+        sharding.check_heads(mesh, JanusConfig.janus_pro_1b())
+    sharding.check_heads(sharding.make_mesh(tensor=8), JanusConfig.janus_pro_1b())
+
+
+def test_a_mesh_that_does_not_fit_is_refused_before_loading(golden):
+    with pytest.raises(ValueError, match="tensor=8 must divide the 4 attention heads"):
+        load(golden / "janus", mesh=sharding.make_mesh(tensor=8))
+
+
+@pytest.fixture(scope="module")
+def one_device(pipeline):
+    return pipeline.generate_images(PROMPTS, num_images=4, seed=11)
+
+
+@pytest.mark.parametrize("shape", MESHES)
+def test_eight_devices_draw_what_one_draws(golden, one_device, shape):
+    mesh = sharding.make_mesh(*shape)
+    pipeline = load(golden / "janus", dtype="float32", mesh=mesh)
+    drawn = pipeline.generate_images(PROMPTS, num_images=4, seed=11)
+    np.testing.assert_array_equal(drawn.indices, one_device.indices)
+    difference = np.abs(drawn.pixels.astype(int) - one_device.pixels)
+    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+
+
+@pytest.fixture(scope="module")
+def sharded(golden):
+    return load(golden / "janus", dtype="float32", mesh=sharding.make_mesh(2, 2, 2))
+
+
+def test_parameters_are_born_sharded(sharded):
+    kernel = sharded.model.language_model.layers[0].mlp.up_proj.kernel[...]
+    assert kernel.sharding.spec == P("fsdp", "tensor")
+    assert kernel.addressable_shards[0].data.shape == (24, 56)
+
+
+def test_the_cache_is_sharded_by_rows_and_heads(sharded):
+    tokens = list(range(5, 25))
+    sampling = samplers.make_sampling(1.0, None, None, 128)
+    requests = image.make_requests([(tokens, tokens)], 4, 0, 5.0, sampling, 0)
+    seen = []
+
+    def shapes(drawing):
+        keys = drawing.context.cache.keys[0]
+        return keys.shape, keys.addressable_shards[0].data.shape
+
+    requests = image._take(requests, np.arange(4), sharded.mesh)
+    drawing = image._begin(sharded.model, requests, sharded.mesh)
+    seen.append(shapes(drawing))
+    seen.append(shapes(image._draw_tokens(sharded.model, requests, drawing, 3)))
+    assert seen == [((8, 47, 4, 12), (2, 47, 2, 12))] * 2
+
+
+def test_images_fill_up_the_devices(sharded, one_device):
+    drawn = sharded.generate_images(PROMPTS[0], num_images=7, seed=11)
+    assert drawn.pixels.shape == (7, 64, 64, 3)
+    np.testing.assert_array_equal(drawn.indices[:4], one_device.indices[:4])
+    again = sharded.decode_indices(drawn.indices)
+    assert np.abs(again.astype(int) - drawn.pixels).max() <= 1
+    assert sharded.encode_images(list(drawn.pixels)).shape == (7, 16)
+
+
+def test_eight_devices_answer_what_one_answers(golden, sharded, pipeline):
+    picture = golden / "preprocess" / "img0_50x120.png"
+    asked = (["What is it?", "Hello"], [[picture], []])
+    expected = pipeline.answer(*asked, max_new_tokens=6)
+    assert sharded.answer(*asked, max_new_tokens=6) == expected
+    assert "".join(sharded.stream("What is it?", picture, max_new_tokens=6)) == expected[0]

@@ -1,0 +1,150 @@
+"""Writing text: against the recordings of the original, alone, in batches and streamed."""
+
+import dataclasses
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from janus_jax.generation import samplers, text
+
+NEW = 12
+
+
+@pytest.fixture(scope="module")
+def recorded(golden):
+    return np.load(golden / "janus_llm.npz")
+
+
+@pytest.fixture(scope="module")
+def conversations(golden):
+    """The three recorded conversations and the paths of their pictures."""
+    stored = json.loads((golden / "processor.json").read_text())
+    system = {"role": "system", "content": stored["system_prompt_short"]}
+    messages = [[system, *turns] for turns in stored["conversations"]]
+    return messages, [[golden / name for name in names] for names in stored["images"]]
+
+
+@pytest.fixture(scope="module")
+def requests(pipeline, conversations):
+    """The recorded batch; greedy, and with a stop token that never comes."""
+    processor = pipeline.processor
+    examples = [processor.conversation(*pair) for pair in zip(*conversations, strict=True)]
+    batch = processor.batch(examples)
+    return text.make_requests(batch, 0, samplers.make_sampling(0, None, None, 448), -1)
+
+
+def test_prompts_are_those_of_the_original(requests, golden):
+    recorded = np.load(golden / "janus_processor.npz")
+    np.testing.assert_array_equal(requests.tokens, recorded["input_ids"])
+    np.testing.assert_array_equal(requests.token_mask, recorded["attention_mask"] == 1)
+
+
+def test_embedded_prompts_are_those_of_the_original(pipeline, requests, golden):
+    embeds = jax.jit(text.embed_prompts)(pipeline.model, requests)
+    expected = np.load(golden / "janus_embeds.npz")["inputs_embeds"]
+    np.testing.assert_allclose(embeds, expected, atol=1e-5, rtol=1e-5)
+
+
+def test_logits_of_every_step_are_those_of_the_original(pipeline, requests, recorded):
+    prefill = jax.jit(functools.partial(text.prefill, max_new_tokens=NEW))
+    decode_step = jax.jit(text.decode_step)
+    logits, context = prefill(pipeline.model, requests)
+    seen = [logits]
+    for step in range(NEW - 1):
+        tokens = jnp.asarray(recorded["greedy_tokens"][:, step])
+        logits, context = decode_step(pipeline.model, context, tokens)
+        seen.append(logits)
+    np.testing.assert_allclose(np.stack(seen), recorded["greedy_logits"], atol=1e-4, rtol=1e-4)
+    assert int(context.cache.length) == context.cache.size  # no slot too many
+
+
+def test_greedy_tokens_are_those_of_the_original(pipeline, requests, recorded):
+    tokens = text.write(pipeline.model, requests, NEW)
+    np.testing.assert_array_equal(tokens, recorded["greedy_tokens"])
+
+
+def test_rows_that_ended_are_filled_with_the_stop_token(pipeline, requests, recorded):
+    stopping = dataclasses.replace(requests, eos_id=np.int32(recorded["eos_id"]))
+    before = text.write._cache_size()
+    tokens = np.asarray(text.write(pipeline.model, stopping, NEW))
+    assert text.write._cache_size() == before
+    filled = recorded["eos_tokens"].copy()
+    for row in filled:  # the original fills with the pad id, which its demos set to the stop token
+        ends = np.flatnonzero(row == recorded["eos_id"])
+        row[ends[0] if len(ends) else NEW :] = recorded["eos_id"]
+    np.testing.assert_array_equal(tokens, filled)
+    first = recorded["eos_row0_tokens"][0]
+    np.testing.assert_array_equal(tokens[0, : len(first)], first)
+
+
+def test_writing_stops_when_every_row_has_ended(pipeline, requests, recorded, monkeypatch):
+    one = jax.tree.map(lambda x: x[:1] if np.ndim(x) else x, requests)
+    stopping = dataclasses.replace(one, eos_id=np.int32(recorded["eos_id"]))
+    expected = recorded["eos_row0_tokens"][0].tolist()
+    streamed = list(text.stream(pipeline.model, stopping, NEW))
+    assert [*streamed, int(recorded["eos_id"])] == expected
+
+    steps, write_token = [], text.write_token
+
+    def counted(model, requests, writing):
+        jax.debug.callback(lambda step: steps.append(int(step)), writing.step)
+        return write_token(model, requests, writing)
+
+    monkeypatch.setattr(text, "write_token", counted)
+    write = jax.jit(text.write.__wrapped__, static_argnames="max_new_tokens")
+    jax.block_until_ready(write(pipeline.model, stopping, max_new_tokens=NEW))
+    jax.effects_barrier()
+    assert sorted(steps) == list(range(1, len(expected)))
+
+
+def test_a_batch_of_unequal_conversations_gives_the_answers_of_each_alone(pipeline, conversations):
+    messages, images = conversations
+    settings = {"max_new_tokens": NEW, "temperature": 0.8, "seed": 5}
+    batch = pipeline.answer(messages, images, **settings)
+    alone = [pipeline.answer(m, i, **settings) for m, i in zip(*conversations, strict=True)]
+    assert batch == alone
+    assert len(set(batch)) == 3
+
+
+def test_two_images_in_one_row_and_none_in_the_other(pipeline, golden):
+    pictures = [golden / "preprocess" / name for name in ("img0_50x120.png", "img2_64x64.png")]
+    asked = ["Which is larger?", "Hello"]
+    batch = pipeline.answer(asked, [pictures, []], max_new_tokens=NEW)
+    assert batch[0] == pipeline.answer(asked[0], pictures, max_new_tokens=NEW)
+    assert batch[0] != pipeline.answer(asked[0], pictures[::-1], max_new_tokens=NEW)
+    assert batch[1] == pipeline.answer(asked[1], max_new_tokens=NEW)
+
+
+def test_sampling_follows_the_seed(pipeline):
+    ask = functools.partial(pipeline.answer, "Hello", max_new_tokens=NEW, temperature=1.5)
+    assert ask(seed=1) == ask(seed=1)
+    assert ask(seed=1) != ask(seed=2)
+    assert ask(seed=1, top_k=1) == pipeline.answer("Hello", max_new_tokens=NEW)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_pieces_of_a_stream_join_to_the_answer(pipeline, golden, temperature):
+    asked = ("Was ist das?", golden / "preprocess" / "img0_50x120.png")
+    settings = {"max_new_tokens": NEW, "temperature": temperature, "seed": 2}
+    pieces = list(pipeline.stream(*asked, **settings))
+    assert len(pieces) > 2
+    assert "".join(pieces) == pipeline.answer(*asked, **settings)
+
+
+def test_a_character_of_several_tokens_is_one_piece(pipeline, monkeypatch):
+    tokens = pipeline.processor.tokenizer.encode("aé😀!")[1:]
+    assert len(tokens) > 4
+    monkeypatch.setattr(text, "stream", lambda *_: iter(tokens))
+    assert list(pipeline.stream("Hello")) == ["a", "é", "😀", "!"]
+    monkeypatch.setattr(text, "stream", lambda *_: iter(tokens[:-2]))
+    assert list(pipeline.stream("Hello")) == ["a", "é", "\ufffd"]
+
+
+def test_one_new_token_is_enough(pipeline):
+    answer = pipeline.answer("Hello", max_new_tokens=NEW)
+    first = pipeline.answer("Hello", max_new_tokens=1)
+    assert first and answer.startswith(first)
