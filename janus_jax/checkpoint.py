@@ -78,10 +78,10 @@ def restore(
 ) -> dict[str, jax.Array]:
     """Reads parameters, each straight to its own sharding and dtype.
 
-    params: shape, dtype and sharding wanted for every stored path. At most about the size of the
-    largest parameter in float32 is on the host at a time, on top of what the devices hold.
+    params: shape, dtype and sharding wanted for every stored path. About 1 GB, or the largest
+    parameter if that is more, is in flight at a time.
     """
-    largest = max(leaf.size for leaf in params.values()) * 4
+    largest = max(leaf.size * leaf.dtype.itemsize for leaf in params.values())
     tree = traverse_util.unflatten_dict(dict(params), sep=".")
     with ocp.StandardCheckpointer(restore_concurrent_gb=1 + largest // 10**9) as checkpointer:
         restored = checkpointer.restore(Path(folder).resolve() / PARAMS, tree)
