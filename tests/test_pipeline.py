@@ -137,6 +137,15 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
         pipelines.load(tmp_path)
 
 
+def test_processor_files_of_another_model_are_refused(golden, tmp_path):
+    for path in (golden / "janus").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    path = tmp_path / "processor_config.json"
+    path.write_text(path.read_text().replace('"num_image_tokens": 16', '"num_image_tokens": 576'))
+    with pytest.raises(ValueError, match=r"64 pixels and 576 tokens, config\.json takes 64 pixels"):
+        pipelines.load(tmp_path)
+
+
 def test_the_default_is_the_model_that_ships():
     assert pipelines.find_folder(None) == Path(janus_jax.__file__).parent / "assets" / "janus_tiny"
 

@@ -3,8 +3,11 @@
 B rows, P prompt length (a bucket), S cache size, D model width.
 """
 
+import contextlib
 import dataclasses
+import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +15,7 @@ from jax.sharding import Mesh
 
 from janus_jax import sharding
 from janus_jax.models.attention import causal_mask, decode_mask, positions_from_mask
+from janus_jax.models.janus import Janus
 from janus_jax.models.kv_cache import KVCache, init_cache
 from janus_jax.models.llama import Llama
 
@@ -24,6 +28,22 @@ def bucket_length(length: int) -> int:
     Few lengths, so that a new prompt seldom needs a new program.
     """
     return next((b for b in _SMALL_BUCKETS if length <= b), math.ceil(length / 128) * 128)
+
+
+def in_full_float32(function: Callable) -> Callable:
+    """Lets a function of a Janus multiply float32 as float32, where float32 is its compute type.
+
+    By default TPUs round the factors to bfloat16 and GPUs to 10 bits, and then a picture is not
+    the same in another batch.
+    """
+
+    @functools.wraps(function)
+    def exact(model: Janus, *args, **kwargs):
+        full = model.cfg.language_model.dtype == jnp.float32
+        with jax.default_matmul_precision("highest") if full else contextlib.nullcontext():
+            return function(model, *args, **kwargs)
+
+    return exact
 
 
 @jax.tree_util.register_dataclass

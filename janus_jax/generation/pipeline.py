@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from janus_jax import sharding
 from janus_jax.generation import compile_cache, decoding, image, samplers, text
 from janus_jax.interop.load import build_model, load_params, open_folder
-from janus_jax.models.janus import Janus
+from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.processing.chat import Message
 from janus_jax.processing.images import ImageSource, load_image, preprocess_generation
 from janus_jax.processing.processor import Processor
@@ -309,6 +309,16 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
         ) from error
 
 
+def check_processor(processor: Processor, cfg: JanusConfig) -> None:
+    """Raises ValueError unless the processor files prepare what the model takes."""
+    size, tokens = processor.image_config.image_size, processor.num_image_tokens
+    if (size, tokens) != (cfg.image_size, cfg.und_encoder.num_tokens):
+        raise ValueError(
+            f"the processor files prepare images of {size} pixels and {tokens} tokens, "
+            f"config.json takes {cfg.image_size} pixels and {cfg.und_encoder.num_tokens} tokens"
+        )
+
+
 def load(
     path_or_hub_id: str | Path | None = None, dtype=None, mesh: Mesh | None = None
 ) -> Pipeline:
@@ -338,6 +348,7 @@ def load(
         sharding.check_heads(mesh, cfg)
         place = sharding.sharding_for(mesh)
     processor = Processor.from_dir(folder)
+    check_processor(processor, cfg)
     model = build_model(cfg, load_params(folder, cfg, place, dtype))
     name = Path(path_or_hub_id or TINY).resolve().name
     return Pipeline(model, processor, name, mesh)

@@ -67,6 +67,7 @@ def embed_prompts(model: Janus, requests: Requests) -> jax.Array:
     return merge_features(embeds, requests.image_mask, features)
 
 
+@decoding.in_full_float32
 def prefill(
     model: Janus, requests: Requests, max_new_tokens: int, mesh: Mesh | None = None
 ) -> tuple[jax.Array, decoding.Context]:
@@ -79,6 +80,7 @@ def prefill(
     return model.language_model.logits(hidden), context
 
 
+@decoding.in_full_float32
 def decode_step(
     model: Janus, context: decoding.Context, tokens: jax.Array
 ) -> tuple[jax.Array, decoding.Context]:
@@ -140,13 +142,19 @@ def write(
 
 
 _begin = jax.jit(begin, static_argnames=("max_new_tokens", "mesh"))
-_write_token = jax.jit(write_token, donate_argnames="writing")
+
+
+@functools.partial(jax.jit, static_argnames="structure", donate_argnames="writing")
+def _write_token(structure, parameters, requests: Requests, writing: Writing) -> Writing:
+    """write_token of a model taken apart, which done anew would take as long as a token."""
+    return write_token(jax.tree.unflatten(structure, parameters), requests, writing)
 
 
 def stream(
     model: Janus, requests: Requests, max_new_tokens: int, mesh: Mesh | None = None
 ) -> Iterator[int]:
     """The tokens of a single answer as they come, without the eos_id that ends it."""
+    parameters, structure = jax.tree.flatten(model)
     writing = _begin(model, requests, max_new_tokens, mesh)
     for step in range(1, max_new_tokens + 1):
         token = int(writing.last[0])
@@ -154,7 +162,7 @@ def stream(
             return
         yield token
         if step < max_new_tokens:
-            writing = _write_token(model, requests, writing)
+            writing = _write_token(structure, parameters, requests, writing)
 
 
 def make_requests(
