@@ -48,8 +48,11 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 def _run(command: str | None, args: argparse.Namespace) -> list[str]:
     # Here, so that --help is quick and the platform can be chosen first.
+    from absl import logging
+
     from janus_jax.interop import export
 
+    logging.set_verbosity(logging.FATAL)  # Orbax logs what it raises; one line is enough
     if command == "inspect":
         return export.inspect_folder(args.src)
     if command == "export":
@@ -65,8 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # all work is on the host
     try:
         lines = _run(command, args)
-    # RuntimeError: how Orbax's storage reports a failed write.
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError) as error:
         print(f"convert: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     print("\n".join(lines))

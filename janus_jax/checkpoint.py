@@ -5,8 +5,9 @@ FOLDER/unused.safetensors    tensors of the source that the model does not use, 
 FOLDER/config.json, ...      config, tokenizer and processor files as the source has them
 """
 
+import contextlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import jax
@@ -24,6 +25,16 @@ from janus_jax.interop.files import (
 
 PARAMS = "params"
 UNUSED = "unused.safetensors"
+
+
+@contextlib.contextmanager
+def _told_as(kind: type[Exception], what: str) -> Iterator[None]:
+    """Orbax and its storage raise many kinds of exception, of many lines; here they are one."""
+    try:
+        yield
+    except Exception as error:
+        text = str(error).strip() or type(error).__name__
+        raise kind(f"{what}: {text.splitlines()[0]}") from error
 
 
 def is_orbax(folder: Path | str) -> bool:
@@ -52,24 +63,37 @@ def save(
 
     Raises:
       FileExistsError: the folder exists and `overwrite` is not set.
+      OSError: it could not be written; nothing is left behind.
     """
     unused = unused or {}
-    with new_folder(Path(folder), overwrite) as beside:
+    size = sum(array.nbytes for arrays in (params, unused) for array in arrays.values())
+    with new_folder(Path(folder), overwrite, size) as beside:
         for path in small_files(Path(files_from)):
             shutil.copyfile(path, beside / path.name)
         write_json(beside / CONFIG, config)
         kinds = {name: (array.dtype, array.shape) for name, array in unused.items()}
         write_safetensors_file(beside / UNUSED, kinds, unused.__getitem__)
         tree = traverse_util.unflatten_dict(dict(params), sep=".")
-        with ocp.StandardCheckpointer() as checkpointer:
+        failed = _told_as(OSError, f"{folder} could not be written")
+        with failed, ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(beside / PARAMS, tree)
 
 
+def _damaged(folder: Path | str) -> contextlib.AbstractContextManager[None]:
+    return _told_as(ValueError, f"{Path(folder) / PARAMS} is damaged")
+
+
 def stored_params(folder: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and stored dtype of every parameter by path; reads no values."""
-    with ocp.StandardCheckpointer() as checkpointer:
-        tree = checkpointer.metadata(Path(folder).resolve() / PARAMS).item_metadata.tree
-    flat = traverse_util.flatten_dict(tree, sep=".")
+    """Shape and stored dtype of every parameter by path; reads no values.
+
+    Raises:
+      ValueError: the folder is damaged.
+    """
+    with _damaged(folder), ocp.StandardCheckpointer() as checkpointer:
+        metadata = checkpointer.metadata(Path(folder).resolve() / PARAMS).item_metadata
+        if metadata is None:
+            raise ValueError("its list of parameters cannot be read")
+    flat = traverse_util.flatten_dict(metadata.tree, sep=".")
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
 
 
@@ -83,7 +107,9 @@ def restore(
     """
     largest = max(leaf.size * leaf.dtype.itemsize for leaf in params.values())
     tree = traverse_util.unflatten_dict(dict(params), sep=".")
-    with ocp.StandardCheckpointer(restore_concurrent_gb=1 + largest // 10**9) as checkpointer:
+    in_flight = 1 + largest // 10**9
+    reader = ocp.StandardCheckpointer(restore_concurrent_gb=in_flight)
+    with _damaged(folder), reader as checkpointer:
         restored = checkpointer.restore(Path(folder).resolve() / PARAMS, tree)
     return traverse_util.flatten_dict(restored, sep=".")
 
@@ -91,7 +117,7 @@ def restore(
 def restore_numpy(folder: Path | str) -> dict[str, np.ndarray]:
     """Reads all parameters into host memory, in the dtypes they are stored in."""
     paths = dict.fromkeys(stored_params(folder), ocp.RestoreArgs(restore_type=np.ndarray))
-    with ocp.PyTreeCheckpointer() as checkpointer:
+    with _damaged(folder), ocp.PyTreeCheckpointer() as checkpointer:
         restored = checkpointer.restore(
             Path(folder).resolve() / PARAMS,
             restore_args=traverse_util.unflatten_dict(paths, sep="."),

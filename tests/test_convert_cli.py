@@ -219,6 +219,24 @@ def test_a_full_disk_leaves_nothing(golden, refused, tmp_path, monkeypatch):
         assert "No space left on device" in said
 
 
+def test_a_disk_without_room_is_seen_before_writing(golden, refused, tmp_path, monkeypatch):
+    usage = files.shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
+    folders = (golden / "janus", tmp_path / "o")
+    for command in (folders, ("export", *folders, "--layout", "deepseek")):
+        assert "no room on the disk" in refused(*command)
+
+
+def test_a_damaged_orbax_folder(golden, refused, run, tmp_path):
+    assert run(golden / "janus", tmp_path / "o")[0] == 0
+    for path in (tmp_path / "o" / "params").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    command = ("export", tmp_path / "o", tmp_path / "d", "--layout", "deepseek")
+    assert "params is damaged: " in refused(*command)
+    (tmp_path / "o" / "params" / "_METADATA").write_text("{")
+    assert "params is damaged: " in refused(*command)
+
+
 def test_a_failed_overwrite_keeps_what_was_there(golden, refused, run, tmp_path, monkeypatch):
     assert run("export", golden / "janus", tmp_path / "o", "--layout", "deepseek")[0] == 0
     data = (tmp_path / "o" / "model.safetensors").read_bytes()

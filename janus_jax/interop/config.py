@@ -53,9 +53,9 @@ def read_config(config: Mapping) -> JanusConfig:
     read = {DEEPSEEK: _read_deepseek, TRANSFORMERS: _read_transformers}[layout_of(config)]
     try:
         cfg = read(config)
+        _check(cfg)
     except (TypeError, AttributeError) as error:
         raise ValueError(f"config.json has a value of a wrong type: {error}") from None
-    _check(cfg)
     return cfg
 
 

@@ -60,7 +60,8 @@ def export_folder(source: Path, target: Path, layout: str, overwrite: bool) -> l
             return steps[name].op.torch(tuple(map(stored.read, steps[name].paths)))
         return kept[name] if name in kept else np.zeros(zeros[name][1], zeros[name][0])
 
-    with new_folder(target, overwrite) as beside:
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in kinds.values())
+    with new_folder(target, overwrite, size) as beside:
         if folder.layout == layout:
             copy_files(source, beside)
         else:

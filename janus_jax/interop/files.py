@@ -20,11 +20,14 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(folder: Path, overwrite: bool, size: int) -> Iterator[Path]:
     """A temporary sibling that becomes `folder` on success and disappears on any error.
+
+    size: bytes about to be written.
 
     Raises:
       FileExistsError: `folder` exists and `overwrite` is not set.
+      OSError: the disk has no room.
       ValueError: `folder` would be overwritten and is not a checkpoint folder.
     """
     folder = Path(folder).resolve()
@@ -34,6 +37,10 @@ def new_folder(folder: Path, overwrite: bool = False) -> Iterator[Path]:
         if not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} is not a checkpoint folder (no {CONFIG}): not overwritten")
     folder.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder.parent).free
+    if size > free:
+        gigabytes = f"{size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
+        raise OSError(f"no room on the disk for {folder}: it needs {gigabytes}")
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         beside.chmod(0o755)  # mkdtemp makes it private
