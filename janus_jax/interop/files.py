@@ -20,10 +20,10 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, overwrite: bool, size: int) -> Iterator[Path]:
+def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator[Path]:
     """A temporary sibling that becomes `folder` on success and disappears on any error.
 
-    size: bytes about to be written.
+    size: bytes about to be written, as far as known.
 
     Raises:
       FileExistsError: `folder` exists and `overwrite` is not set.
