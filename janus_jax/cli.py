@@ -125,24 +125,34 @@ class ProgressBar:
     """How far the drawing is and how long it will take, on one line of a terminal."""
 
     WIDTH = 30
+    COMPILING = 2  # calls after which a program may still be compiled, which says nothing of speed
 
     def __init__(self, stream):
         self._stream = stream
-        self._start: tuple[float, int] | None = None
+        self._calls = 0
+        self._start = (0.0, 0)
 
     def __call__(self, done: int, total: int) -> None:
         """To be called with the image tokens drawn so far and in all."""
         now = time.monotonic()
-        if self._start is None:  # from the first tokens on, so that compiling does not count
+        if self._calls <= self.COMPILING:
             self._start = now, done
+        self._calls += 1
         since, before = self._start
         filled = self.WIDTH * done // total
-        line = f"\rdrawing [{'#' * filled}{'.' * (self.WIDTH - filled)}] {100 * done // total:3d}%"
+        line = f"drawing [{'#' * filled}{'.' * (self.WIDTH - filled)}] {100 * done // total:3d}%"
         if done > before:
             left = (now - since) / (done - before) * (total - done)
             line += f", {_duration(left)} left"
-        self._stream.write(f"{line:<70}" + ("\n" if done == total else ""))
-        self._stream.flush()
+        show_status(self._stream, line)
+        if done == total:
+            print(file=self._stream)
+
+
+def show_status(stream, line: str) -> None:
+    """Replaces the last line of a terminal; an empty line leaves nothing of it."""
+    stream.write(f"\r{line:<70}" if line else f"\r{'':70}\r")
+    stream.flush()
 
 
 def _duration(seconds: float) -> str:
@@ -267,7 +277,14 @@ def run(argv: Sequence[str] | None) -> None:
     from janus_jax.generation.pipeline import load
 
     mesh = sharding.parse_mesh(flags.mesh) if flags.mesh else None
-    pipeline = load(flags.model, dtype=flags.dtype, mesh=mesh)
+    terminal = sys.stderr.isatty()
+    if terminal:
+        show_status(sys.stderr, f"loading {flags.model or 'janus_tiny'}")
+    try:
+        pipeline = load(flags.model, dtype=flags.dtype, mesh=mesh)
+    finally:
+        if terminal:
+            show_status(sys.stderr, "")
     if prompts:
         draw(flags, prompts, pipeline)
     elif flags.chat:

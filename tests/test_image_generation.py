@@ -168,7 +168,7 @@ def test_progress_reaches_the_end_and_changes_nothing(pipeline, five):
     np.testing.assert_array_equal(drawn.indices, five.indices)
     done, total = zip(*seen, strict=True)
     assert set(total) == {5 * 16}
-    assert done[-1] == 5 * 16 and list(done) == sorted(done)
+    assert done[0] == 0 and done[-1] == 5 * 16 and list(done) == sorted(done)
     assert len(set(done)) > 16  # more than once a chunk
 
 

@@ -228,6 +228,8 @@ def generate(
     most = max_batch or images_per_chunk(model.cfg, length, rows, mesh)
     size = chunk_size(total, most, sharding.num_batch_shards(mesh))
     drawn = []
+    if progress is not None:
+        progress(0, total * per_image)
     for start in range(0, total, size):
         # the last chunk is filled up with its last image, whose copies are dropped
         chunk = _take(requests, np.minimum(np.arange(start, start + size), total - 1), mesh)
