@@ -1,6 +1,7 @@
 """python -m convert: PyTorch checkpoints of Janus to Orbax and back."""
 
 import argparse
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -48,11 +49,13 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
 
 def _run(command: str | None, args: argparse.Namespace) -> list[str]:
     # Here, so that --help is quick and the platform can be chosen first.
-    from absl import logging
+    import absl.logging
 
     from janus_jax.interop import export
 
-    logging.set_verbosity(logging.FATAL)  # Orbax logs what it raises; one line is enough
+    # Orbax and its tasks log what they raise; one line is enough.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if command == "inspect":
         return export.inspect_folder(args.src)
     if command == "export":
@@ -76,4 +79,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Storage tasks that a failure cut short report once more, to nobody, as they are collected.
+    sys.unraisablehook = lambda unraisable: None
     sys.exit(main())
