@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +18,65 @@ _EXAMPLES = """examples:
   python sample.py --image a.png --image b.png --question "What has changed?"
   python sample.py --chat --image a.png
 """
+
+# Flags by the heading they have in --help.
+_FLAGS = {
+    "model": {
+        "--model": dict(
+            metavar="PATH",
+            help="checkpoint folder, or a hub id such as deepseek-ai/Janus-Pro-1B "
+            "(default: the small model that ships)",
+        ),
+        "--dtype": dict(
+            metavar="TYPE",
+            help="float32 or bfloat16 (default: float32 on CPU, bfloat16 elsewhere)",
+        ),
+        "--mesh": dict(
+            metavar="AXES",
+            help="devices to use, such as data=1,fsdp=1,tensor=4 (default: one device)",
+        ),
+    },
+    "sampling": {
+        "--seed": dict(
+            type=int, default=0, metavar="N", help="another seed, other results (default: 0)"
+        ),
+        "--temperature": dict(
+            type=float,
+            metavar="X",
+            help="0 takes the likeliest token (default: 1 for pictures, 0 for text)",
+        ),
+        "--top_k": dict(type=int, metavar="N", help="sample among the N likeliest tokens only"),
+        "--top_p": dict(
+            type=float, metavar="X", help="sample among the fewest tokens that reach probability X"
+        ),
+    },
+    "pictures to draw": {
+        "--num_images": dict(type=int, metavar="N", help="pictures of each prompt (default: 4)"),
+        "--guidance_weight": dict(
+            type=float,
+            metavar="X",
+            help="how closely to follow the prompt; 1 is no guidance (default: 5)",
+        ),
+        "--output_dir": dict(
+            type=Path,
+            metavar="DIR",
+            help="where PNG files go; those of the same names are replaced (default: samples)",
+        ),
+        "--max_batch": dict(
+            type=int,
+            metavar="N",
+            help="pictures drawn at once "
+            "(default: as many as have their keys and values in 4 GiB a device)",
+        ),
+        "--save_indices": dict(type=Path, metavar="FILE.npz", help="keep the image tokens too"),
+    },
+    "questions": {
+        "--image": dict(
+            action="append", metavar="FILE", help="a picture to ask about; may be repeated"
+        ),
+        "--max_new_tokens": dict(type=int, metavar="N", help="longest answer (default: 256)"),
+    },
+}
 
 # What a flag is when it is not given; a flag of the other mode that IS given is an error.
 _DRAW_DEFAULTS = {
@@ -46,42 +106,15 @@ def make_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     task = parser.add_argument_group("what to do (one of these)")
-    modes = task.add_mutually_exclusive_group(required=True)
-    add = modes.add_argument
+    add = task.add_mutually_exclusive_group(required=True).add_argument
     add("--prompt", metavar="TEXT", help="draw this")
     add("--prompts_file", type=Path, metavar="FILE", help="draw each line of a text file")
     add("--question", metavar="TEXT", help="answer this, about the --image files if any")
     add("--chat", action="store_true", help="talk in several turns, about the --image files if any")
-
-    add = parser.add_argument_group("model").add_argument
-    add("--model", metavar="PATH", help="checkpoint folder, or a hub id such as "
-        "deepseek-ai/Janus-Pro-1B (default: the small model that ships)")  # fmt: skip
-    add("--dtype", metavar="TYPE", help="float32 or bfloat16 (default: float32 on CPU, "
-        "bfloat16 elsewhere)")  # fmt: skip
-    add("--mesh", metavar="AXES", help="devices to use, such as data=1,fsdp=1,tensor=4 "
-        "(default: one device)")  # fmt: skip
-
-    add = parser.add_argument_group("sampling").add_argument
-    add("--seed", type=int, default=0, metavar="N", help="another seed, other results (default: 0)")
-    add("--temperature", type=float, metavar="X", help="0 takes the likeliest token "
-        "(default: 1 for pictures, 0 for text)")  # fmt: skip
-    add("--top_k", type=int, metavar="N", help="sample among the N likeliest tokens only")
-    add("--top_p", type=float, metavar="X", help="sample among the fewest tokens that reach "
-        "probability X")  # fmt: skip
-
-    add = parser.add_argument_group("pictures to draw").add_argument
-    add("--num_images", type=int, metavar="N", help="pictures of each prompt (default: 4)")
-    add("--guidance_weight", type=float, metavar="X", help="how closely to follow the prompt; "
-        "1 is no guidance (default: 5)")  # fmt: skip
-    add("--output_dir", type=Path, metavar="DIR", help="where PNG files go; those of the same "
-        "names are replaced (default: samples)")  # fmt: skip
-    add("--max_batch", type=int, metavar="N", help="pictures drawn at once "
-        "(default: as many as have their keys and values in 4 GiB)")  # fmt: skip
-    add("--save_indices", type=Path, metavar="FILE.npz", help="keep the image tokens too")
-
-    add = parser.add_argument_group("questions").add_argument
-    add("--image", action="append", metavar="FILE", help="a picture to ask about; may be repeated")
-    add("--max_new_tokens", type=int, metavar="N", help="longest answer (default: 256)")
+    for title, flags in _FLAGS.items():
+        group = parser.add_argument_group(title)
+        for name, settings in flags.items():
+            group.add_argument(name, **settings)
     return parser
 
 
@@ -162,8 +195,13 @@ def _duration(seconds: float) -> str:
 
 def _check_paths(flags: argparse.Namespace) -> None:
     """Before the model is loaded and hours go by: can the results be kept, are the inputs there."""
-    if flags.output_dir and flags.output_dir.exists() and not flags.output_dir.is_dir():
-        raise ValueError(f"--output_dir {flags.output_dir} is a file, not a folder")
+    if flags.output_dir:
+        parents = (flags.output_dir, *flags.output_dir.absolute().parents)
+        there = next(folder for folder in parents if folder.exists())
+        if not there.is_dir():
+            raise ValueError(f"--output_dir {flags.output_dir}: {there} is a file, not a folder")
+        if not os.access(there, os.W_OK):
+            raise ValueError(f"--output_dir {flags.output_dir}: {there} cannot be written to")
     if flags.save_indices:
         if flags.save_indices.suffix != ".npz":
             raise ValueError(f"--save_indices must name a .npz file, got {flags.save_indices}")
@@ -180,25 +218,22 @@ def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") ->
 
     from janus_jax import gallery
 
+    names = ("guidance_weight", "temperature", "top_k", "top_p")
+    settings = {name: getattr(flags, name) for name in names}
     drawn = pipeline.generate_images(
         prompts,
         num_images=flags.num_images,
         seed=flags.seed,
-        guidance_weight=flags.guidance_weight,
-        temperature=flags.temperature,
-        top_k=flags.top_k,
-        top_p=flags.top_p,
+        **settings,
         max_batch=flags.max_batch,
         progress=ProgressBar(sys.stderr) if sys.stderr.isatty() else None,
     )
-    names = ("guidance_weight", "temperature", "top_k", "top_p")
-    settings = {name: getattr(flags, name) for name in names}
-    dtype = pipeline.model.cfg.language_model.dtype.name
-    settings = json.dumps({**settings, "dtype": dtype})
+    settings["dtype"] = pipeline.model.cfg.language_model.dtype.name
+    made = {"model": pipeline.name, "settings": json.dumps(settings)}
 
     def fields(prompt: str, number: int) -> dict[str, str]:
-        shared = {"model": pipeline.name, "settings": settings, "software": "janus_jax"}
-        return {"prompt": prompt, "seed": str(flags.seed), "image": str(number), **shared}
+        which = {"prompt": prompt, "seed": str(flags.seed), "image": str(number)}
+        return {**which, **made, "software": "janus_jax"}
 
     paths = gallery.save_pictures(flags.output_dir, drawn.pixels, prompts, flags.seed, fields)
     if flags.save_indices:
@@ -208,8 +243,7 @@ def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") ->
                 indices=drawn.indices,
                 prompt=np.repeat(prompts, flags.num_images),
                 seed=flags.seed,
-                model=pipeline.name,
-                settings=settings,
+                **made,
             )
         paths.append(flags.save_indices)
     for path in paths:

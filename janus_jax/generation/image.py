@@ -227,9 +227,9 @@ def generate(
     per_image = model.cfg.num_image_tokens
     most = max_batch or images_per_chunk(model.cfg, length, rows, mesh)
     size = chunk_size(total, most, sharding.num_batch_shards(mesh))
+    told = progress or (lambda done, whole: None)
+    told(0, total * per_image)
     drawn = []
-    if progress is not None:
-        progress(0, total * per_image)
     for start in range(0, total, size):
         # the last chunk is filled up with its last image, whose copies are dropped
         chunk = _take(requests, np.minimum(np.arange(start, start + size), total - 1), mesh)
@@ -239,12 +239,11 @@ def generate(
         else:
 
             def report(done: int, start=start, wanted=wanted) -> None:
-                progress(start * per_image + wanted * done, total * per_image)
+                told(start * per_image + wanted * done, total * per_image)
 
             indices, pixels = draw_reporting(model, chunk, mesh, report)
         drawn.append((np.asarray(indices)[:wanted], np.asarray(pixels)[:wanted]))
-        if progress is not None:
-            progress((start + wanted) * per_image, total * per_image)
+        told((start + wanted) * per_image, total * per_image)
     indices, pixels = zip(*drawn, strict=True)
     return np.concatenate(indices), np.concatenate(pixels)
 
