@@ -32,14 +32,14 @@ COLORS = {
     "blue": (36, 84, 224),
     "purple": (156, 48, 196),
 }
-BACKGROUNDS = {"white": (255, 255, 255), "gray": (192, 192, 192), "black": (20, 20, 20)}
+BACKGROUNDS = {"white": (255, 255, 255), "black": (20, 20, 20)}
 RELATIONS = ("left of", "right of", "above", "below")
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "held_out")
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 
-SIZES = (24, 28, 32)  # pixels, side of the bounding square
-SNAP = 4  # pixels between possible centres: few variants of a patch make codes easy to learn
+SIZES = (24, 32)  # pixels, side of the bounding square
+SNAP = 8  # pixels between possible centres: few variants of a patch make codes easy to learn
 GAP = 6  # pixels kept free between bounding squares
 MARGIN = 2  # pixels kept free at the picture's rim
 SUPERSAMPLE = 4
@@ -231,12 +231,16 @@ def _fill_colors(rng: np.random.Generator, requirement: Requirement) -> list[Pai
 
 
 def _arrange(rng: np.random.Generator, pairs: list[Pair], relation: str | None) -> Scene:
-    """Random background, sizes and free places; tries anew where the last object finds none."""
+    """Random background, sizes and free places; tries anew where the last object finds none.
+
+    Three objects and more are small ones, or most tries would find no place.
+    """
     background = _choice(rng, list(BACKGROUNDS))
+    sizes = SIZES if len(pairs) < 3 else SIZES[:1]
     while True:
         placed: list[Object] = []
         for shape, color in pairs:
-            placed += _place(rng, placed, Object(shape, color, _choice(rng, SIZES), 0, 0), relation)
+            placed += _place(rng, placed, Object(shape, color, _choice(rng, sizes), 0, 0), relation)
         if len(placed) == len(pairs):
             return Scene(background, tuple(placed))
 

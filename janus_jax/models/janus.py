@@ -66,6 +66,36 @@ class JanusConfig:
         """deepseek-ai/Janus-Pro-7B."""
         return _released(hidden_size=4096, intermediate_size=11008, layers=30, heads=32)
 
+    @classmethod
+    def janus_tiny(cls) -> "JanusConfig":
+        """The model that ships with this project: 96-pixel pictures of 36 tokens."""
+        return cls(
+            und_encoder=SiglipConfig(96, 16, width=128, num_layers=4, num_heads=4, mlp_dim=512),
+            und_aligner_depth=2,
+            gen_vq=VQConfig(
+                codebook_size=1024,
+                codebook_dim=16,
+                ch=8,
+                ch_mult=(1, 2, 4, 8, 8),
+                num_res_blocks=1,
+                z_channels=64,
+                norm_num_groups=8,
+            ),
+            gen_aligner_depth=2,
+            gen_head_width=160,
+            language_model=LlamaConfig(
+                vocab_size=448,
+                hidden_size=160,
+                intermediate_size=448,
+                num_hidden_layers=6,
+                num_attention_heads=4,
+                num_key_value_heads=4,
+                rms_norm_eps=1e-6,
+                rope_theta=10000.0,
+                max_position_embeddings=4096,
+            ),
+        )
+
 
 def _released(hidden_size: int, intermediate_size: int, layers: int, heads: int) -> JanusConfig:
     decoder = LlamaConfig(

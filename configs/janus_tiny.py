@@ -1,0 +1,37 @@
+"""The model that ships: decoder, adapters and SigLIP around the tokenizer of janus_tiny_vq.
+
+    python train.py --config=configs/janus_tiny_vq.py
+    python train.py --config=configs/janus_tiny.py
+
+Writes runs/janus_tiny, a folder in DeepSeek's layout; janus_jax/assets/janus_tiny is a copy of it.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Generation and understanding mixed in every step."""
+    return ConfigDict(
+        dict(
+            task="decoder",
+            init="runs/janus_tiny_vq",
+            output="runs/janus_tiny",
+            embed_codes=True,
+            seed=0,
+            steps=6000,
+            generation_batch_size=48,
+            understanding_batch_size=24,
+            generation_weight=1.0,
+            prompt_length=16,
+            conversation_length=112,
+            learning_rate=2e-3,
+            end_learning_rate=5e-5,
+            warmup_steps=100,
+            b1=0.9,
+            b2=0.95,
+            weight_decay=0.0,
+            clip=1.0,
+            log_every=50,
+            save_every=500,
+        )
+    )

@@ -1,0 +1,36 @@
+"""The image tokenizer of janus_tiny.
+
+    python train.py --config=configs/janus_tiny_vq.py
+
+About NN minutes on 2 CPU cores. Writes runs/janus_tiny_vq, from which configs/janus_tiny.py goes
+on.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    """Two passes: an autoencoder that becomes a tokenizer on crops, then whole pictures."""
+    return ConfigDict(
+        dict(
+            task="tokenizer",
+            output="runs/janus_tiny_vq",
+            seed=0,
+            steps=6000,
+            batch_size=16,
+            crop=48,
+            crop_batch_size=32,
+            crop_steps=3500,
+            quantise_from=700,
+            dead_code_usage=0.02,
+            learning_rate=4e-3,
+            end_learning_rate=1e-4,
+            warmup_steps=50,
+            b1=0.9,
+            b2=0.95,
+            weight_decay=0.0,
+            clip=1.0,
+            log_every=100,
+            save_every=500,
+        )
+    )

@@ -1,0 +1,98 @@
+"""Batches of drawn scenes for training, made anew from (seed, step): no file, no epoch.
+
+B batch, P prompt length, T sequence length, S pixels a side.
+"""
+
+import dataclasses
+
+import numpy as np
+
+from janus_jax.data import scenes
+from janus_jax.data.questions import sample_question
+from janus_jax.processing.chat import question_messages
+from janus_jax.processing.processor import Processor
+
+CAPTION_DROPPED = 0.1  # Janus: so that guidance has an unconditional model
+MIXED_SCENES = 0.5  # part of the pictures that follow no caption, for the tokenizer and questions
+TURNS = 3  # questions about one picture
+
+
+def scene_pictures(rng: np.random.Generator, batch_size: int) -> np.ndarray:
+    """Pictures of training scenes, uint8[B, S, S, 3]."""
+    return np.stack([scenes.draw(_any_scene(rng)) for _ in range(batch_size)])
+
+
+def _any_scene(rng: np.random.Generator) -> scenes.Scene:
+    if rng.random() < MIXED_SCENES:
+        return scenes.sample_mixed(rng)
+    return scenes.sample_scene(rng, None)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class SceneBatches:
+    """Examples as a checkpoint's processor writes them, padded on the left to fixed lengths."""
+
+    processor: Processor
+    prompt_length: int
+    conversation_length: int
+
+    def generation(self, rng: np.random.Generator, batch_size: int) -> dict[str, np.ndarray]:
+        """tokens int32[B, P], token_mask bool[B, P], images uint8[B, S, S, 3]."""
+        rows, images = [], []
+        for _ in range(batch_size):
+            scene, prompt = scenes.sample_scene(rng, None)
+            tokens = self.processor.image_prompt(prompt.text)
+            dropped = rng.random() < CAPTION_DROPPED
+            rows.append(self.processor.unconditional(tokens) if dropped else tokens)
+            images.append(scenes.draw(scene))
+        tokens, mask = self._left_padded(rows, self.prompt_length)
+        return dict(tokens=tokens, token_mask=mask, images=np.stack(images))
+
+    def understanding(self, rng: np.random.Generator, batch_size: int) -> dict[str, np.ndarray]:
+        """tokens int32[B, T]; token_mask, image_mask, loss_mask bool[B, T];
+        pixels float32[B, 1, S, S, 3]. One picture a row, asked about TURNS times."""
+        rows, wanted, pixels = [], [], []
+        for _ in range(batch_size):
+            scene = _any_scene(rng)
+            tokens, loss, image = self._conversation(rng, scene)
+            rows.append(tokens)
+            wanted.append(loss)
+            pixels.append(image)
+        tokens, mask = self._left_padded(rows, self.conversation_length)
+        loss_mask = np.zeros_like(mask)
+        for row, loss in enumerate(wanted):
+            loss_mask[row, mask.shape[1] - len(loss) :] = loss
+        image_mask = tokens == self.processor.tokenizer.image_id
+        return dict(
+            tokens=tokens,
+            token_mask=mask,
+            image_mask=image_mask,
+            loss_mask=loss_mask,
+            pixels=np.stack(pixels),
+        )
+
+    def _conversation(self, rng: np.random.Generator, scene: scenes.Scene):
+        """Tokens, a bool a token (True in answers) and pixels float32[1, S, S, 3]."""
+        picture, tokenizer = scenes.draw(scene), self.processor.tokenizer
+        messages, tokens, wanted = [], [], []
+        for turn in range(TURNS):
+            question, answer = sample_question(rng, scene)
+            images = 1 if turn == 0 else 0
+            messages += question_messages(question, images, self.processor.image_tag)
+            prompt, pixels = self.processor.conversation(messages, [picture])
+            reply = [*tokenizer.encode(f" {answer}")[1:], tokenizer.eos_id]
+            wanted += [False] * (len(prompt) - len(wanted)) + [True] * len(reply)
+            tokens = prompt + reply
+            messages[-1]["content"] = answer
+        return tokens, wanted, pixels
+
+    def _left_padded(self, rows: list[list[int]], length: int) -> tuple[np.ndarray, np.ndarray]:
+        longest = max(map(len, rows))
+        if longest > length:
+            raise ValueError(f"examples must fit the configured length, got {longest=} {length=}")
+        tokens = np.full((len(rows), length), self.processor.tokenizer.pad_id, np.int32)
+        mask = np.zeros(tokens.shape, bool)
+        for row, ids in enumerate(rows):
+            tokens[row, length - len(ids) :] = ids
+            mask[row, length - len(ids) :] = True
+        return tokens, mask

@@ -1,0 +1,86 @@
+"""Trains a small Janus around a finished image tokenizer, on drawn scenes and questions."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from janus_jax.data.scene_batches import SceneBatches
+from janus_jax.interop.load import build_model, load_params, open_folder
+from janus_jax.interop.processor_files import copy_files
+from janus_jax.interop.save import save_deepseek
+from janus_jax.models.janus import Janus
+from janus_jax.models.vq import l2_normalise
+from janus_jax.processing.processor import Processor
+from janus_jax.training.loop import drawn_batches, run_steps
+from janus_jax.training.losses import generation_loss, understanding_loss
+from janus_jax.training.state import TrainState, init_state, make_optimizer, split_model
+
+TRAINED = r"(?!gen_vq\.)"  # the tokenizer stays as it is, as in all of Janus's stages
+
+
+def train_decoder(cfg) -> None:
+    """Trains everything but the tokenizer and writes a checkpoint folder to cfg.output.
+
+    cfg: ConfigDict of configs/janus_tiny.py. cfg.init is a folder with a trained tokenizer; what
+    else it holds is trained on.
+    """
+    source = open_folder(cfg.init)
+    params = load_params(cfg.init, source.cfg, lambda path, shape: None, jnp.float32)
+    model = build_model(source.cfg, params)
+    if cfg.embed_codes:
+        # the codes' distances are a better start than noise
+        codes = l2_normalise(model.gen_vq.codebook[...])
+        model.gen_embed.embedding = nnx.Param(codes * codes.shape[-1] ** 0.5)
+    graph, trained, frozen = split_model(model, TRAINED)
+    optimizer = make_optimizer(cfg)
+    step_fn = make_decoder_step(graph, frozen, optimizer, cfg)
+    batches = SceneBatches(Processor.from_dir(cfg.init), cfg.prompt_length, cfg.conversation_length)
+
+    def make_batch(rng: np.random.Generator, step: int) -> dict:
+        return dict(
+            generation=batches.generation(rng, cfg.generation_batch_size),
+            understanding=batches.understanding(rng, cfg.understanding_batch_size),
+        )
+
+    def save(state: TrainState) -> None:
+        save_deepseek(cfg.output, nnx.merge(graph, state.params, frozen), _files_of(cfg.init))
+
+    state = init_state(trained, optimizer)
+    save(run_steps(state, step_fn, drawn_batches(make_batch, cfg), cfg, save))
+
+
+def make_decoder_step(
+    graph: nnx.GraphDef, frozen: nnx.State, optimizer: optax.GradientTransformation, cfg
+) -> Callable:
+    """The jitted step (state, batch) -> (state, metrics).
+
+    batch: dict(generation=..., understanding=...) of SceneBatches. The loss is the sum of the two
+    paths', generation weighted by cfg.generation_weight.
+    """
+
+    def loss_fn(params: nnx.State, batch: dict):
+        model: Janus = nnx.merge(graph, params, frozen)
+        drawn = batch["generation"]
+        pixels = drawn["images"].astype(jnp.float32) / 127.5 - 1.0
+        indices = jax.lax.stop_gradient(model.gen_vq.encode(pixels))
+        generation = generation_loss(model, drawn["tokens"], drawn["token_mask"], indices)
+        understanding = understanding_loss(model, batch["understanding"])
+        metrics = dict(generation=generation, understanding=understanding)
+        return cfg.generation_weight * generation + understanding, metrics
+
+    def step(state: TrainState, batch: dict):
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0)
+
+
+def _files_of(folder: str) -> Callable[[Path], None]:
+    return lambda target: copy_files(Path(folder), target)

@@ -1,0 +1,47 @@
+"""The loop that every stage of training runs."""
+
+import time
+from collections.abc import Callable
+
+import grain
+import jax
+import numpy as np
+from absl import logging
+
+
+def drawn_batches(make_batch: Callable, cfg):
+    """Batches of all steps, each made from (seed, step) alone, a few steps ahead.
+
+    make_batch: (np.random.Generator, step) -> batch. cfg: ConfigDict with seed and steps.
+    """
+
+    def make(step: int):
+        return make_batch(np.random.default_rng((cfg.seed, step)), step)
+
+    steps = grain.MapDataset.range(cfg.steps).map(make)
+    return steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
+
+
+def run_steps(state, step_fn: Callable, batches, cfg, save: Callable | None = None):
+    """Runs cfg.steps steps and returns the last state.
+
+    step_fn: (state, batch) -> (state, metrics). cfg: ConfigDict with steps, log_every and
+    save_every. save: called with the state every save_every steps.
+    Raises FloatingPointError if a logged metric is not finite.
+    """
+    start = time.monotonic()
+    for step, batch in enumerate(batches, 1):
+        state, metrics = step_fn(state, batch)
+        if step % cfg.log_every == 0 or step == cfg.steps:
+            _log(step, cfg.steps, jax.device_get(metrics), time.monotonic() - start)
+        if save is not None and step % cfg.save_every == 0:
+            save(state)
+    return state
+
+
+def _log(step: int, steps: int, metrics: dict, seconds: float) -> None:
+    text = "  ".join(f"{name} {float(value):.4f}" for name, value in sorted(metrics.items()))
+    left = seconds / step * (steps - step)
+    logging.info("step %d/%d  %s  %.0f s, %.0f s left", step, steps, text, seconds, left)
+    if not all(np.isfinite(value) for value in metrics.values()):
+        raise FloatingPointError(f"metrics must be finite, at {step=}: {text}")
