@@ -4,6 +4,7 @@ B batch, P prompt length, T sequence length, S pixels a side.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 
@@ -19,13 +20,30 @@ TURNS = 3  # questions about one picture
 
 def scene_pictures(rng: np.random.Generator, batch_size: int) -> np.ndarray:
     """Pictures of training scenes, uint8[B, S, S, 3]."""
-    return np.stack([scenes.draw(_any_scene(rng)) for _ in range(batch_size)])
+    return np.stack([scenes.draw(any_scene(rng)) for _ in range(batch_size)])
 
 
-def _any_scene(rng: np.random.Generator) -> scenes.Scene:
+def any_scene(rng: np.random.Generator, split: str = "train") -> scenes.Scene:
+    """A scene with or without a caption, as questions are asked about."""
     if rng.random() < MIXED_SCENES:
-        return scenes.sample_mixed(rng)
-    return scenes.sample_scene(rng, None)[0]
+        return scenes.sample_mixed(rng, split)
+    return scenes.sample_scene(rng, None, split)[0]
+
+
+def decoder_batch(processor: Processor, cfg) -> Callable[[np.random.Generator, int], dict]:
+    """The function (rng, step) -> dict(generation=..., understanding=...) of SceneBatches.
+
+    cfg: ConfigDict of configs/janus_tiny.py.
+    """
+    batches = SceneBatches(processor, cfg.prompt_length, cfg.conversation_length)
+
+    def make(rng: np.random.Generator, step: int) -> dict:
+        return dict(
+            generation=batches.generation(rng, cfg.generation_batch_size),
+            understanding=batches.understanding(rng, cfg.understanding_batch_size),
+        )
+
+    return make
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +71,7 @@ class SceneBatches:
         pixels float32[B, 1, S, S, 3]. One picture a row, asked about TURNS times."""
         rows, wanted, pixels = [], [], []
         for _ in range(batch_size):
-            scene = _any_scene(rng)
+            scene = any_scene(rng)
             tokens, loss, image = self._conversation(rng, scene)
             rows.append(tokens)
             wanted.append(loss)

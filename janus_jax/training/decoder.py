@@ -5,11 +5,10 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
-from janus_jax.data.scene_batches import SceneBatches
+from janus_jax.data.scene_batches import decoder_batch
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.interop.processor_files import copy_files
 from janus_jax.interop.save import save_deepseek
@@ -39,13 +38,7 @@ def train_decoder(cfg) -> None:
     graph, trained, frozen = split_model(model, TRAINED)
     optimizer = make_optimizer(cfg)
     step_fn = make_decoder_step(graph, frozen, optimizer, cfg)
-    batches = SceneBatches(Processor.from_dir(cfg.init), cfg.prompt_length, cfg.conversation_length)
-
-    def make_batch(rng: np.random.Generator, step: int) -> dict:
-        return dict(
-            generation=batches.generation(rng, cfg.generation_batch_size),
-            understanding=batches.understanding(rng, cfg.understanding_batch_size),
-        )
+    make_batch = decoder_batch(Processor.from_dir(cfg.init), cfg)
 
     def save(state: TrainState) -> None:
         save_deepseek(cfg.output, nnx.merge(graph, state.params, frozen), _files_of(cfg.init))
