@@ -1,6 +1,8 @@
 """Set up before jax is imported: float32 matmuls and eight CPU devices for the sharding tests."""
 
+import importlib.util
 import os
+import re
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,6 +16,21 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+def _files_with_torch() -> list[str]:
+    pattern = re.compile(r"^(import torch|from (torch_reference|checkpoints) )", re.MULTILINE)
+    files = Path(__file__).parent.glob("test_*.py")
+    return [file.name for file in files if pattern.search(file.read_text(encoding="utf-8"))]
+
+
+collect_ignore = [] if importlib.util.find_spec("torch") else _files_with_torch()
+
+
+def pytest_report_header() -> str | None:
+    """Says what is not run where the extra `test` is not installed."""
+    if collect_ignore:
+        return f"torch is not installed: {len(collect_ignore)} files that compare with it left out"
 
 
 @pytest.fixture(scope="session")

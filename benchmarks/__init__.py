@@ -1,0 +1,1 @@
+"""Measurements that take minutes; each writes its figures to benchmarks/results."""

@@ -1,0 +1,169 @@
+"""Scores a model on drawn scenes: pictures of prompts, and questions about pictures.
+
+    python -m benchmarks.score_scenes --model janus_jax/assets/janus_tiny --seen_in janus_tiny
+
+Pictures are judged by janus_jax/data/checker.py, which reads pixels and shares no code with the
+drawing; four pictures a prompt, as in GenEval. The guidance weight is chosen on prompts that do not
+count. Answers must equal the expected ones to the letter.
+"""
+
+import argparse
+import collections
+import hashlib
+import importlib
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from janus_jax import load
+from janus_jax.data import checker, scenes
+from janus_jax.data.questions import sample_question
+from janus_jax.data.scene_batches import any_scene, decoder_batch
+from janus_jax.generation.pipeline import Pipeline
+
+GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.0)
+NUM_IMAGES = 4  # a prompt
+TUNING_PROMPTS = 12  # a kind at most, and at most a quarter of the kind's prompts
+SCORED_PROMPTS = 60  # a kind at most
+QUESTIONS = 1200
+ANSWER_BATCH = 48
+SEED = 2026  # of prompts, questions and pictures; training has its own
+
+
+def split_prompts(split: str, kind: str) -> tuple[list[scenes.Prompt], list[scenes.Prompt]]:
+    """Prompts to choose the guidance weight on and, apart from them, prompts to score."""
+    prompts = scenes.prompts(split, kind)
+    order = np.random.default_rng(SEED).permutation(len(prompts))
+    cut = min(TUNING_PROMPTS, len(prompts) // 4)
+    tuning = [prompts[i] for i in order[:cut]]
+    return tuning, [prompts[i] for i in order[cut : cut + SCORED_PROMPTS]]
+
+
+def score_pictures(
+    pipeline: Pipeline, prompts: list[scenes.Prompt], guidance_weight: float, seed: int
+) -> float:
+    """Part of the pictures of the prompts that show what is asked for, and nothing else."""
+    drawn = pipeline.generate_images(
+        [p.text for p in prompts], NUM_IMAGES, seed, guidance_weight, max_batch=64
+    )
+    wanted = [p.requirement for p in prompts for _ in range(NUM_IMAGES)]
+    found = [checker.detect(picture) for picture in drawn.pixels]
+    return float(np.mean([checker.satisfies(*pair) for pair in zip(wanted, found, strict=True)]))
+
+
+def choose_guidance(pipeline: Pipeline) -> dict[float, float]:
+    """Score of each weight on the tuning prompts of training compositions."""
+    prompts = [p for kind in scenes.KINDS for p in split_prompts("train", kind)[0]]
+    return {weight: score_pictures(pipeline, prompts, weight, SEED + 1) for weight in GUIDANCE}
+
+
+def score_split(pipeline: Pipeline, split: str, guidance_weight: float) -> dict:
+    """Score of every kind that the split has, and their mean, as GenEval's overall score."""
+    by_kind = {}
+    for kind in scenes.KINDS:
+        if prompts := split_prompts(split, kind)[1]:
+            score = score_pictures(pipeline, prompts, guidance_weight, SEED)
+            by_kind[kind] = dict(prompts=len(prompts), score=round(score, 4))
+    mean = np.mean([entry["score"] for entry in by_kind.values()])
+    return dict(mean_of_kinds=round(float(mean), 4), kinds=by_kind)
+
+
+def score_answers(pipeline: Pipeline, split: str, seen: set[bytes]) -> dict:
+    """Exact matches on questions about scenes that are not among the seen ones."""
+    rng = np.random.default_rng((SEED, scenes.SPLITS.index(split)))
+    pictures, questions, answers, skipped = [], [], [], 0
+    while len(pictures) < QUESTIONS:
+        scene = any_scene(rng, split)
+        question, answer = sample_question(rng, scene)
+        picture = scenes.draw(scene)
+        if digest(pipeline.processor.pixels([picture])[0]) in seen:
+            skipped += 1
+            continue
+        pictures.append(picture)
+        questions.append(question)
+        answers.append(answer)
+    given = ask_all(pipeline, questions, pictures)
+    right = [a == b for a, b in zip(given, answers, strict=True)]
+    by_question = collections.defaultdict(list)
+    for question, good in zip(questions, right, strict=True):
+        by_question[" ".join(question.split()[:3])].append(good)
+    return dict(
+        exact_match=round(float(np.mean(right)), 4),
+        questions=len(right),
+        left_out_as_seen=skipped,
+        by_question={
+            start: dict(questions=len(good), score=round(float(np.mean(good)), 4))
+            for start, good in sorted(by_question.items())
+        },
+    )
+
+
+def ask_all(pipeline: Pipeline, questions: list[str], pictures: list[np.ndarray]) -> list[str]:
+    """Greedy answers, without the space before them."""
+    given = []
+    for start in range(0, len(questions), ANSWER_BATCH):
+        part = slice(start, start + ANSWER_BATCH)
+        images = [[picture] for picture in pictures[part]]
+        given += pipeline.answer(questions[part], images, max_new_tokens=32)
+    return [answer.strip() for answer in given]
+
+
+def training_pictures(pipeline: Pipeline, config: str) -> set[bytes]:
+    """Digests of every picture that the understanding path saw in training."""
+    cfg = importlib.import_module(f"configs.{config}").get_config()
+    make_batch = decoder_batch(pipeline.processor, cfg)
+    batches = (make_batch(np.random.default_rng((cfg.seed, i)), i) for i in range(cfg.steps))
+    return {digest(x) for batch in batches for x in batch["understanding"]["pixels"][:, 0]}
+
+
+def digest(pixels: np.ndarray) -> bytes:
+    """Short name of an array's content."""
+    return hashlib.blake2b(np.ascontiguousarray(pixels).tobytes(), digest_size=12).digest()
+
+
+def score(model: str | None, seen_in: str) -> dict:
+    """The whole record."""
+    start = time.monotonic()
+    pipeline = load(model, dtype="float32")
+    seen = training_pictures(pipeline, seen_in)
+    by_weight = choose_guidance(pipeline)
+    weight = max(by_weight, key=by_weight.get)
+    return dict(
+        generation=dict(
+            images_per_prompt=NUM_IMAGES,
+            guidance_weight=weight,
+            tuning_scores={str(key): round(value, 4) for key, value in by_weight.items()},
+            **{split: score_split(pipeline, split, weight) for split in scenes.SPLITS},
+        ),
+        understanding={split: score_answers(pipeline, split, seen) for split in scenes.SPLITS},
+        pictures_seen_in_training=len(seen),
+        seed=SEED,
+        seconds=round(time.monotonic() - start),
+        machine=dict(
+            devices=str(jax.devices()[0].device_kind),
+            cores=os.cpu_count(),
+            python=platform.python_version(),
+            jax=jax.__version__,
+        ),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="checkpoint folder (default: the one that ships)")
+    parser.add_argument("--seen_in", required=True, help="config (configs/NAME.py) it was made by")
+    parser.add_argument("--out", type=Path, help="JSON file for the record")
+    flags = parser.parse_args()
+    text = json.dumps(score(flags.model, flags.seen_in), indent=1) + "\n"
+    print(text, end="")
+    if flags.out:
+        flags.out.write_text(text)
+
+
+if __name__ == "__main__":
+    main()
