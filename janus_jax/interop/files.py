@@ -55,11 +55,12 @@ def _replace(beside: Path, folder: Path) -> None:
         beside.rename(folder)
         return
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
-    folder.rename(old / "was")
     try:
+        folder.rename(old / "was")
         beside.rename(folder)
-    except OSError:
-        (old / "was").rename(folder)
+    except BaseException:  # an interrupt, too, must not cost the folder that was there
+        if not folder.exists():
+            (old / "was").rename(folder)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
