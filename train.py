@@ -1,24 +1,69 @@
 """Trains a Janus: python train.py --config=configs/janus_tiny.py --config.steps=100."""
 
+import contextlib
+import itertools
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NoReturn
+
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Experiment.", lock_config=True)
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Experiment, a file of configs/; --config.NAME=VALUE changes one of its settings.",
+    lock_config=True,
+)
 flags.mark_flag_as_required("config")
 
 
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """What a user can cause ends in one line and status 2."""
+    try:
+        yield
+    except (flags.Error, ValueError, OSError, FloatingPointError) as error:
+        _stop(str(error), 2)
+    except AttributeError as error:
+        if not error.args or not isinstance(error.args[0], KeyError):  # as a ConfigDict's is
+            raise
+        _stop(f"the config has no {error.args[0].args[0]}", 2)
+    except KeyboardInterrupt:
+        _stop("interrupted", 130)
+
+
+def _stop(message: str, status: int) -> NoReturn:
+    print(f"train.py: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(status)
+
+
+@one_line_errors()
+def parse(argv: list[str]) -> list[str]:
+    """Reads the flags and the config file, which must be there."""
+    for word, after in itertools.pairwise([*argv, ""]):
+        path = after if word in ("-config", "--config") else word.partition("-config=")[2]
+        if path and not Path(path.partition(":")[0]).is_file():
+            raise FileNotFoundError(f"no config file at {path}")
+    return flags.FLAGS(argv)
+
+
+@one_line_errors()
 def main(argv: list[str]) -> None:
+    """Trains as the config says."""
     if len(argv) > 1:
-        raise app.UsageError(f"arguments must be flags, got {argv[1:]}")
+        raise ValueError(f"arguments must be flags, got {argv[1:]}")
     logging.set_verbosity(logging.INFO)
     cfg = _CONFIG.value
-    logging.info("config\n%s", cfg)
     if cfg.task == "tokenizer":
         from janus_jax.training.tokenizer import train_tokenizer as train
-    else:
+    elif cfg.task == "decoder":
         from janus_jax.training.decoder import train_decoder as train
+    else:
+        raise ValueError(f"task must be tokenizer or decoder, got {cfg.task!r}")
     train(cfg)
 
 
 if __name__ == "__main__":
-    app.run(main)
+    app.run(main, flags_parser=parse)

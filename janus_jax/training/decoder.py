@@ -9,12 +9,15 @@ import optax
 from flax import nnx
 
 from janus_jax.data.scene_batches import decoder_batch
-from janus_jax.interop.load import build_model, load_params, open_folder
+from janus_jax.data.scenes import IMAGE_SIZE
+from janus_jax.interop.files import small_files
+from janus_jax.interop.load import Folder, build_model, load_params, open_folder
 from janus_jax.interop.processor_files import copy_files
 from janus_jax.interop.save import save_deepseek
 from janus_jax.models.janus import Janus
 from janus_jax.models.vq import l2_normalise
 from janus_jax.processing.processor import Processor
+from janus_jax.training.checks import check_counts, check_output
 from janus_jax.training.loop import drawn_batches, run_steps
 from janus_jax.training.losses import generation_loss, understanding_loss
 from janus_jax.training.state import TrainState, init_state, make_optimizer, split_model
@@ -27,8 +30,13 @@ def train_decoder(cfg) -> None:
 
     cfg: ConfigDict of configs/janus_tiny.py. cfg.init is a folder with a trained tokenizer; what
     else it holds is trained on.
+    Raises FileNotFoundError or ValueError for a folder that cannot be used or a setting out of
+    its range.
     """
-    source = open_folder(cfg.init)
+    check_counts(cfg, "generation_batch_size", "understanding_batch_size")
+    source = _open_init(cfg)
+    check_output(cfg.output, source.cfg, (path.name for path in small_files(source.path)))
+    optimizer = make_optimizer(cfg)
     params = load_params(cfg.init, source.cfg, lambda path, shape: None, jnp.float32)
     model = build_model(source.cfg, params)
     if cfg.embed_codes:
@@ -36,7 +44,6 @@ def train_decoder(cfg) -> None:
         codes = l2_normalise(model.gen_vq.codebook[...])
         model.gen_embed.embedding = nnx.Param(codes * codes.shape[-1] ** 0.5)
     graph, trained, frozen = split_model(model, TRAINED)
-    optimizer = make_optimizer(cfg)
     step_fn = make_decoder_step(graph, frozen, optimizer, cfg)
     make_batch = decoder_batch(Processor.from_dir(cfg.init), cfg)
 
@@ -44,7 +51,7 @@ def train_decoder(cfg) -> None:
         save_deepseek(cfg.output, nnx.merge(graph, state.params, frozen), _files_of(cfg.init))
 
     state = init_state(trained, optimizer)
-    save(run_steps(state, step_fn, drawn_batches(make_batch, cfg), cfg, save))
+    run_steps(state, step_fn, drawn_batches(make_batch, cfg), cfg, save)
 
 
 def make_decoder_step(
@@ -73,6 +80,18 @@ def make_decoder_step(
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _open_init(cfg) -> Folder:
+    if not Path(cfg.init).is_dir():
+        raise FileNotFoundError(f"init must be a checkpoint folder, there is none at {cfg.init}")
+    if Path(cfg.init).resolve() == Path(cfg.output).resolve():
+        raise ValueError(f"init and output must be two folders, got {cfg.init} for both")
+    source = open_folder(cfg.init)
+    if source.cfg.image_size != IMAGE_SIZE:
+        sides = f"{source.cfg.image_size} pixels a side at {cfg.init}"
+        raise ValueError(f"init must be a model of {IMAGE_SIZE} pixels a side, got {sides}")
+    return source
 
 
 def _files_of(folder: str) -> Callable[[Path], None]:

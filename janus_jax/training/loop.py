@@ -1,7 +1,7 @@
 """The loop that every stage of training runs."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import grain
 import jax
@@ -22,19 +22,21 @@ def drawn_batches(make_batch: Callable, cfg):
     return steps.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=4))
 
 
-def run_steps(state, step_fn: Callable, batches, cfg, save: Callable | None = None):
+def run_steps(state, step_fn: Callable, batches: Iterable, cfg, save: Callable):
     """Runs cfg.steps steps and returns the last state.
 
     step_fn: (state, batch) -> (state, metrics). cfg: ConfigDict with steps, log_every and
-    save_every. save: called with the state every save_every steps.
-    Raises FloatingPointError if a logged metric is not finite.
+    save_every. save: called with the state every save_every steps and after the last.
+    Raises FloatingPointError if a logged metric or a state to be saved is not finite.
     """
+    logging.info("config\n%s", cfg)
     start = time.monotonic()
     for step, batch in enumerate(batches, 1):
         state, metrics = step_fn(state, batch)
         if step % cfg.log_every == 0 or step == cfg.steps:
             _log(step, cfg.steps, jax.device_get(metrics), time.monotonic() - start)
-        if save is not None and step % cfg.save_every == 0:
+        if step % cfg.save_every == 0 or step == cfg.steps:
+            _check_finite(jax.device_get(state), step)
             save(state)
     return state
 
@@ -44,4 +46,10 @@ def _log(step: int, steps: int, metrics: dict, seconds: float) -> None:
     left = seconds / step * (steps - step)
     logging.info("step %d/%d  %s  %.0f s, %.0f s left", step, steps, text, seconds, left)
     if not all(np.isfinite(value) for value in metrics.values()):
-        raise FloatingPointError(f"metrics must be finite, at {step=}: {text}")
+        raise FloatingPointError(f"metrics must be finite, got {text} at step {step}")
+
+
+def _check_finite(state, step: int) -> None:
+    """A save replaces the one before it, which may be the last good one."""
+    if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
+        raise FloatingPointError(f"parameters must be finite, not so at step {step}: not saved")

@@ -47,7 +47,11 @@ def make_optimizer(cfg) -> optax.GradientTransformation:
 
     cfg: ConfigDict with learning_rate, end_learning_rate, warmup_steps, steps, b1, b2,
     weight_decay, clip.
+    Raises ValueError if the warm-up takes all steps.
     """
+    if not 0 <= cfg.warmup_steps < cfg.steps:
+        asked = f"warmup_steps={cfg.warmup_steps} steps={cfg.steps}"
+        raise ValueError(f"warmup_steps must be at least 0 and less than steps, got {asked}")
     schedule = optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, cfg.warmup_steps, cfg.steps, cfg.end_learning_rate
     )

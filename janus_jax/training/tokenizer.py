@@ -1,6 +1,5 @@
 """Trains the image tokenizer of a small Janus on drawn scenes."""
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -9,6 +8,8 @@ from janus_jax.data import tiny_tokenizer
 from janus_jax.data.scene_batches import scene_pictures
 from janus_jax.interop.save import save_deepseek
 from janus_jax.models.janus import Janus, JanusConfig
+from janus_jax.processing.processor import CHECKPOINT_FILES
+from janus_jax.training.checks import check_counts, check_output
 from janus_jax.training.loop import drawn_batches, run_steps
 from janus_jax.training.state import init_state, make_optimizer, split_model
 from janus_jax.training.vq import make_vq_step
@@ -18,13 +19,19 @@ def train_tokenizer(cfg) -> None:
     """Trains `gen_vq` from scratch and writes a checkpoint folder with it to cfg.output.
 
     cfg: ConfigDict of configs/janus_tiny_vq.py. The other parts stay as initialised.
+    Raises ValueError for a setting out of its range, or an output folder that is not replaced.
     """
-    model = Janus(JanusConfig.janus_tiny(), rngs=nnx.Rngs(cfg.seed))
-    graph, params, frozen = split_model(model, "gen_vq")
+    sizes = JanusConfig.janus_tiny()
+    patch = sizes.gen_vq.downsample
+    check_counts(cfg, "batch_size", "crop_batch_size", "crop")
+    if cfg.crop % patch or cfg.crop > sizes.image_size:
+        limits = f"a multiple of {patch} and at most {sizes.image_size}"
+        raise ValueError(f"crop must be {limits}, got {cfg.crop}")
+    check_output(cfg.output, sizes, CHECKPOINT_FILES)
     optimizer = make_optimizer(cfg)
+    model = Janus(sizes, rngs=nnx.Rngs(cfg.seed))
+    graph, params, frozen = split_model(model, "gen_vq")
     vq_step = make_vq_step(graph, frozen, optimizer, cfg)
-
-    patch = model.cfg.gen_vq.downsample
 
     def make_batch(rng: np.random.Generator, step: int) -> np.ndarray:
         if step >= cfg.crop_steps:
@@ -39,9 +46,8 @@ def train_tokenizer(cfg) -> None:
         trained = nnx.merge(graph, state[0].params, frozen)
         save_deepseek(cfg.output, trained, tiny_tokenizer.build)
 
-    state = (init_state(params, optimizer), jnp.zeros(model.cfg.gen_vq.codebook_size))
-    state = run_steps(state, step_fn, drawn_batches(make_batch, cfg), cfg, save)
-    save(jax.block_until_ready(state))
+    state = (init_state(params, optimizer), jnp.zeros(sizes.gen_vq.codebook_size))
+    run_steps(state, step_fn, drawn_batches(make_batch, cfg), cfg, save)
 
 
 def random_crops(
