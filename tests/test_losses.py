@@ -1,0 +1,205 @@
+"""The losses against torch's cross-entropy on the same weights, and against torch's gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch.nn.functional import cross_entropy, normalize
+from torch_reference import IMAGE_TOKEN, assert_close, channels_first, tiny_pair, uniform
+
+from janus_jax.models.vq import VQ, VQConfig
+from janus_jax.training.losses import COMMITMENT, generation_loss, understanding_loss, vq_loss
+
+PAD = 7
+generation = jax.jit(generation_loss)
+understanding = jax.jit(understanding_loss)
+vq_gradients = jax.jit(jax.value_and_grad(vq_loss, has_aux=True))
+
+
+def left_padded(rows: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
+    """int32 and bool [B, length]."""
+    tokens, mask = np.full((len(rows), length), PAD, np.int32), np.zeros((len(rows), length), bool)
+    for i, row in enumerate(rows):
+        tokens[i, length - len(row) :], mask[i, length - len(row) :] = row, True
+    return tokens, mask
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Prompts of 6 and 3 tokens, each of an image of 16."""
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 95, n) for n in (6, 3)], rng.integers(0, 40, (2, 16)).astype(np.int32)
+
+
+def test_generation_loss_equals_torch(drawn):
+    """Torch runs each row alone, without padding."""
+    theirs, ours = tiny_pair()
+    prompts, indices = drawn
+    expected = []
+    for prompt, image in zip(prompts, torch.tensor(indices, dtype=torch.long), strict=True):
+        words = theirs.get_input_embeddings()(torch.tensor(prompt))
+        embeds = torch.cat([words, theirs.prepare_embeddings_for_image_generation(image)])
+        hidden = theirs.model.language_model(inputs_embeds=embeds[None]).last_hidden_state[0]
+        logits = theirs.model.generation_head(hidden[len(prompt) - 1 : -1])
+        expected.append(cross_entropy(logits, image))
+    got = generation(ours, *left_padded(prompts, 6), indices)
+    assert_close("generation loss", got, torch.stack(expected).mean(), 1e-5)
+
+
+def test_padding_says_nothing_to_the_generation_loss(drawn):
+    _, ours = tiny_pair()
+    prompts, indices = drawn
+    tokens, mask = left_padded(prompts, 6)
+    other = np.where(mask, tokens, 50)
+    assert generation(ours, other, mask, indices) == generation(ours, tokens, mask, indices)
+    assert generation(ours, other, ~mask | mask, indices) != generation(ours, tokens, mask, indices)
+
+
+@pytest.fixture(scope="module")
+def asked():
+    """Rows of 24 and 21 tokens with an image after the first; the answers end before the rows."""
+    rng = np.random.default_rng(1)
+    rows = [np.concatenate([[1], [IMAGE_TOKEN] * 16, rng.integers(2, 95, n)]) for n in (7, 4)]
+    tokens, mask = left_padded(rows, 24)
+    loss_mask = np.zeros_like(mask)
+    loss_mask[0, 18:20] = loss_mask[0, 22] = loss_mask[1, 22] = True
+    return dict(
+        tokens=tokens,
+        token_mask=mask,
+        image_mask=tokens == IMAGE_TOKEN,
+        loss_mask=loss_mask,
+        pixels=uniform(2, 1, 16, 16, 3, seed=2),
+    )
+
+
+def test_understanding_loss_equals_torch(asked):
+    """Torch runs each row alone, without padding; the mean is over the marked tokens of all."""
+    theirs, ours = tiny_pair()
+    expected = []
+    for row in range(2):
+        real = asked["token_mask"][row]
+        tokens = torch.tensor(asked["tokens"][row, real], dtype=torch.long)
+        pixels = channels_first(asked["pixels"][row])
+        logits = theirs(input_ids=tokens[None], pixel_values=pixels).logits[0]
+        losses = cross_entropy(logits[:-1], tokens[1:], reduction="none")
+        expected.append(losses[torch.tensor(asked["loss_mask"][row, real][1:])])
+    assert [len(losses) for losses in expected] == [3, 1]
+    got = understanding(ours, asked)
+    assert_close("understanding loss", got, torch.cat(expected).mean(), 1e-5)
+
+
+def test_only_marked_tokens_and_what_they_see_count(asked):
+    _, ours = tiny_pair()
+    base = understanding(ours, asked)
+
+    def with_token(row: int, column: int) -> jax.Array:
+        tokens = asked["tokens"].copy()
+        tokens[row, column] = 50
+        return understanding(ours, asked | dict(tokens=tokens))
+
+    assert with_token(0, 23) == base  # after the last marked token
+    assert with_token(1, 0) == base  # padding
+    assert with_token(0, 21) != base  # a marked token is predicted from it
+    assert with_token(0, 22) != base  # marked
+    assert understanding(ours, asked | dict(pixels=-asked["pixels"])) != base
+
+
+def test_no_marked_token_is_no_loss(asked):
+    _, ours = tiny_pair()
+    assert understanding(ours, asked | dict(loss_mask=asked["loss_mask"] & False)) == 0
+
+
+class PixelVQ(VQ):
+    """A tokenizer of single pixels: everything of VQ but its convolutions."""
+
+    def __init__(self, *, rngs: nnx.Rngs):
+        self.cfg = VQConfig(8, 4, ch=8, ch_mult=(1,), num_res_blocks=1, z_channels=5)
+        self.encoder = nnx.Linear(3, 5, rngs=rngs)
+        self.quant_conv = nnx.Linear(5, 4, rngs=rngs)
+        self.codebook = nnx.Param(jax.random.normal(rngs.params(), (8, 4)))
+        self.post_quant_conv = nnx.Linear(4, 5, rngs=rngs)
+        self.decoder = nnx.Linear(5, 3, rngs=rngs)
+
+
+class TorchVQ:
+    """The same in torch, with autograd's leaves by their names; see VQ-VAE, equation 3."""
+
+    def __init__(self, vq: PixelVQ, pixels: np.ndarray):
+        flat = nnx.to_flat_state(nnx.state(vq))
+        self.leaves = {".".join(path): torch.tensor(np.array(x[...])) for path, x in flat}
+        for leaf in self.leaves.values():
+            leaf.requires_grad_()
+        self.x = torch.tensor(pixels)
+        self.z = normalize(self.linear("quant_conv", self.linear("encoder", self.x)), dim=-1)
+        codes = normalize(self.leaves["codebook"], dim=-1)
+        self.indices = torch.cdist(self.z.detach(), codes.detach()).argmin(-1)
+        self.codes = codes[self.indices]
+
+    def linear(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.leaves[f"{name}.kernel"] + self.leaves[f"{name}.bias"]
+
+    def reconstruction_loss(self, z: torch.Tensor) -> torch.Tensor:
+        error = self.linear("decoder", self.linear("post_quant_conv", z)) - self.x
+        return error.abs().mean() + (error**2).mean()
+
+    def codebook_loss(self) -> torch.Tensor:
+        return ((self.z.detach() - self.codes) ** 2).sum(-1).mean()
+
+    def loss(self) -> torch.Tensor:
+        commitment = ((self.z - self.codes.detach()) ** 2).sum(-1).mean()
+        straight_through = self.z + (self.codes - self.z).detach()
+        losses = self.codebook_loss() + COMMITMENT * commitment
+        return self.reconstruction_loss(straight_through) + losses
+
+    def gradients(self, loss: torch.Tensor) -> dict[str, np.ndarray]:
+        """By name; zeros where there is no way from the loss."""
+        names, leaves = zip(*self.leaves.items(), strict=True)
+        found = torch.autograd.grad(loss, leaves, allow_unused=True, retain_graph=True)
+        found = [np.zeros(1) if gradient is None else gradient.numpy() for gradient in found]
+        shapes = [tuple(leaf.shape) for leaf in leaves]
+        return dict(zip(names, map(np.broadcast_to, found, shapes), strict=True))
+
+
+@pytest.fixture(scope="module")
+def vq_pair():
+    vq, pixels = PixelVQ(rngs=nnx.Rngs(3)), uniform(2, 3, 3, 3, seed=4)
+    return vq, pixels, TorchVQ(vq, pixels)
+
+
+def assert_gradients(name: str, got: nnx.State, expected: dict[str, np.ndarray]) -> None:
+    got = {".".join(path): x[...] for path, x in nnx.to_flat_state(nnx.state(got))}
+    assert got.keys() == expected.keys()
+    for path, gradient in expected.items():
+        assert_close(f"{name}, {path}", got[path], gradient, 1e-6)
+
+
+def test_vq_loss_and_its_straight_through_gradient_equal_torch(vq_pair):
+    vq, pixels, theirs = vq_pair
+    (loss, aux), gradients = vq_gradients(vq, pixels, jnp.array(True))
+    assert_close("VQ loss", loss, theirs.loss(), 1e-6)
+    expected = theirs.gradients(theirs.loss())
+    assert_gradients("VQ loss", gradients, expected)
+    assert np.abs(expected["encoder.kernel"]).max() > 0.01
+    assert_close("VQ latents", aux["latents"], theirs.z.reshape(-1, 4), 1e-6)
+    np.testing.assert_array_equal(aux["indices"], theirs.indices.reshape(-1))
+    assert len(set(aux["indices"].tolist())) > 2
+
+
+def test_the_codebook_learns_from_its_own_term_alone(vq_pair):
+    vq, pixels, theirs = vq_pair
+    _, gradients = vq_gradients(vq, pixels, jnp.array(True))
+    expected = theirs.gradients(theirs.codebook_loss())["codebook"]
+    assert_close("codebook term", gradients.codebook[...], expected, 1e-6)
+    unused = np.setdiff1d(np.arange(8), theirs.indices)
+    assert len(unused) and not gradients.codebook[...][unused].any()
+
+
+def test_without_quantising_it_is_an_autoencoder(vq_pair):
+    vq, pixels, theirs = vq_pair
+    (loss, _), gradients = vq_gradients(vq, pixels, jnp.array(False))
+    expected = theirs.reconstruction_loss(theirs.z)
+    assert_close("autoencoder loss", loss, expected, 1e-6)
+    assert_gradients("autoencoder", gradients, theirs.gradients(expected))
+    assert not gradients.codebook[...].any()
