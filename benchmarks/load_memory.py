@@ -1,0 +1,149 @@
+"""python -m benchmarks.load_memory: host memory that loading a checkpoint folder takes.
+
+Each folder is loaded by a process of its own on CPU, where parameters lie in host memory too. The
+figure is the largest resident memory of that process, less the bytes of the parameters: so it
+holds Python, JAX, and the pages of the file that are mapped while a tensor is copied. Needs Linux.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "load_memory.json"
+FORMATS = ("safetensors", "bin", "orbax")
+DTYPES = ("bfloat16", "float32")
+PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
+STATUS = Path("/proc/self/status")
+
+
+def resident_bytes(which: str) -> int:
+    """This process's resident memory: 'VmRSS' is the present one, 'VmHWM' the largest so far."""
+    if not STATUS.is_file():
+        raise ValueError(f"memory is read from {STATUS}, which only Linux has")
+    lines = STATUS.read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
+
+
+def measure_here(folder: Path, dtype: str) -> dict[str, int]:
+    """Loads a folder in this process: bytes before, of the parameters, and at the peak."""
+    import jax
+    from flax import nnx
+
+    import janus_jax
+
+    jax.devices()  # starts the backend
+    before = resident_bytes("VmRSS")
+    pipeline = janus_jax.load(folder, dtype=dtype)
+    arrays = jax.tree.leaves(nnx.state(pipeline.model))
+    parameters = sum(array.nbytes for array in arrays)
+    return {"before": before, "parameters": parameters, "peak": resident_bytes("VmHWM")}
+
+
+def _python(*arguments: str) -> str:
+    """Runs a module in a new Python on CPU; returns what it prints."""
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JANUS_JAX_COMPILE_CACHE": "0"}
+    command = [sys.executable, "-m", *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        reason = done.stderr.strip().splitlines() or [f"status {done.returncode}"]
+        raise ValueError(f"python -m {' '.join(arguments)} failed: {reason[-1]}")
+    return done.stdout
+
+
+def measure(folder: Path, dtype: str) -> dict[str, float]:
+    """Loads a folder in a new process; gigabytes (10^9 bytes), `above` is peak - parameters.
+
+    Raises:
+      ValueError: it cannot be loaded.
+    """
+    arguments = ("--measure", "--folder", str(folder.resolve()), "--dtype", dtype)
+    sizes = json.loads(_python("benchmarks.load_memory", *arguments))
+    sizes["above"] = sizes["peak"] - sizes["parameters"]
+    return {f"{name}_gb": round(size / 1e9, 3) for name, size in sizes.items()}
+
+
+def make_folder(parent: Path, kind: str) -> Path:
+    """The synthetic Janus-Pro-1B in one of FORMATS."""
+    from benchmarks import synthetic
+
+    if kind != "orbax":
+        return synthetic.write_folder(parent / kind, kind)
+    source = synthetic.write_folder(parent / "source")
+    _python("convert", str(source), str(parent / kind))
+    return parent / kind
+
+
+def measure_synthetic(kinds: Sequence[str], dtypes: Sequence[str]) -> list[dict]:
+    """Makes the synthetic folder in each format (up to 8.4 GB on disk at a time) and loads it."""
+    found = []
+    for kind in kinds:
+        with tempfile.TemporaryDirectory() as parent:
+            folder = make_folder(Path(parent), kind)
+            for dtype in dtypes:
+                found.append({"format": kind, "dtype": dtype} | measure(folder, dtype))
+                print(json.dumps(found[-1]), file=sys.stderr, flush=True)
+    return found
+
+
+def report(model: str, measurements: list[dict]) -> dict:
+    """The contents of the result file."""
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    versions["python"] = ".".join(map(str, sys.version_info[:3]))
+    return {
+        "model": model,
+        "meaning": "above_gb = peak resident memory of the process - bytes of the parameters",
+        "cpu_cores": len(os.sched_getaffinity(0)),
+        "versions": versions,
+        "measurements": measurements,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("python -m benchmarks.load_memory", description=__doc__)
+    text = "a checkpoint folder; by default a random Janus-Pro-1B is made in a temporary folder"
+    parser.add_argument("--folder", type=Path, help=text)
+    text = "formats of the made folder (default: all)"
+    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help=text)
+    parser.add_argument("--dtype", choices=DTYPES, help="default: both, one after the other")
+    text = f"JSON file to write; without --folder, benchmarks/results/{RESULT.name}"
+    parser.add_argument("--output", type=Path, help=text)
+    parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
+    return parser
+
+
+def _run(args: argparse.Namespace) -> dict:
+    dtypes = [args.dtype] if args.dtype else DTYPES
+    if args.folder is None:
+        found = measure_synthetic(args.formats, dtypes)
+        return report("Janus-Pro-1B with random weights", found)
+    found = [{"dtype": dtype} | measure(args.folder, dtype) for dtype in dtypes]
+    return report(args.folder.resolve().name, found)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command; returns the exit status: 0, or 2 after one line on stderr."""
+    args = _parser().parse_args(argv)
+    try:
+        if args.measure:
+            print(json.dumps(measure_here(args.folder, args.dtype)))
+            return 0
+        text = json.dumps(_run(args), indent=2) + "\n"
+        output = args.output or (None if args.folder else RESULT)
+        if output:
+            output.write_text(text, "utf-8")
+    except (OSError, ValueError) as error:
+        print(f"load_memory: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    print(text, end="")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
