@@ -1,0 +1,309 @@
+"""The optimizer, the steps and the loop of training, on a model of a few thousand numbers."""
+
+import functools
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from ml_collections import ConfigDict
+
+from janus_jax.models.janus import Janus, JanusConfig
+from janus_jax.models.llama import LlamaConfig
+from janus_jax.models.siglip import SiglipConfig
+from janus_jax.models.vq import VQConfig, l2_normalise
+from janus_jax.training.decoder import TRAINED, make_decoder_step
+from janus_jax.training.loop import drawn_batches, run_steps
+from janus_jax.training.state import init_state, make_optimizer, split_model
+from janus_jax.training.vq import USAGE_DECAY, make_vq_step, revive_dead_codes
+
+CODES = 12
+
+
+def config(**changes) -> ConfigDict:
+    """Settings of 12 steps."""
+    settings = dict(
+        seed=0,
+        steps=12,
+        log_every=3,
+        save_every=5,
+        learning_rate=1e-2,
+        end_learning_rate=1e-3,
+        warmup_steps=2,
+        b1=0.9,
+        b2=0.95,
+        weight_decay=0.0,
+        clip=1.0,
+        generation_weight=1.0,
+        quantise_from=0,
+        dead_code_usage=0.02,
+    )
+    return ConfigDict(settings | changes)
+
+
+def tiny_config() -> JanusConfig:
+    """4-pixel pictures of 4 tokens to draw and 4 to read, one block a tower."""
+    return JanusConfig(
+        und_encoder=SiglipConfig(4, 2, width=8, num_layers=1, num_heads=2, mlp_dim=16),
+        und_aligner_depth=1,
+        gen_vq=VQConfig(
+            CODES, 4, ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=6, norm_num_groups=2
+        ),
+        gen_aligner_depth=1,
+        gen_head_width=8,
+        language_model=LlamaConfig(
+            vocab_size=20,
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            rms_norm_eps=1e-6,
+            rope_theta=10000.0,
+            max_position_embeddings=64,
+        ),
+    )
+
+
+@functools.cache
+def tiny_params() -> tuple[nnx.GraphDef, nnx.State]:
+    """A graph and random parameters in NumPy: the buffers that a step is given are lost."""
+    graph, shapes = nnx.split(nnx.eval_shape(lambda: Janus(tiny_config(), rngs=nnx.Rngs(0))))
+    rng = np.random.default_rng(0)
+
+    def fill(leaf):
+        noise = rng.normal(size=leaf.shape).astype(np.float32)
+        return 1 + 0.1 * noise if leaf.ndim == 1 else noise / leaf.shape[-2] ** 0.5
+
+    return graph, jax.tree.map(fill, shapes)
+
+
+def tiny_model() -> Janus:
+    graph, state = tiny_params()
+    return nnx.merge(graph, jax.tree.map(jnp.array, state))
+
+
+def by_path(state) -> dict[str, np.ndarray]:
+    return {".".join(map(str, path)): np.array(x[...]) for path, x in nnx.to_flat_state(state)}
+
+
+def images(count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), np.uint8)
+
+
+def decoder_batch() -> dict:
+    """Two prompts with their pictures, and two rows of an image and three words."""
+    tokens = np.random.default_rng(1).integers(0, 19, (2, 5)).astype(np.int32)
+    asked = np.concatenate([np.full((2, 4), 19), tokens[:, :3]], 1).astype(np.int32)
+    generation = dict(tokens=tokens, token_mask=np.ones((2, 5), bool), images=images(2))
+    understanding = dict(
+        tokens=asked,
+        token_mask=np.ones((2, 7), bool),
+        image_mask=asked == 19,
+        loss_mask=np.arange(7) >= [[5], [6]],
+        pixels=images(2)[:, None] / np.float32(127.5) - 1,
+    )
+    return dict(generation=generation, understanding=understanding)
+
+
+@pytest.fixture(scope="module")
+def decoder_run():
+    """12 steps on one batch: the frozen and trained parameters, the end state, all losses."""
+    cfg = config()
+    graph, trained, frozen = split_model(tiny_model(), TRAINED)
+    optimizer = make_optimizer(cfg)
+    step = make_decoder_step(graph, frozen, optimizer, cfg)
+    state, losses = init_state(trained, optimizer), []
+
+    def counted(state, batch):
+        state, metrics = step(state, batch)
+        losses.append(float(metrics["generation"] + metrics["understanding"]))
+        return state, metrics
+
+    state = run_steps(state, counted, [decoder_batch()] * 12, cfg, lambda state: None)
+    return graph, frozen, state, losses
+
+
+def test_steps_of_the_decoder_lower_the_loss(decoder_run):
+    *_, state, losses = decoder_run
+    assert state.step == 12
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_the_decoder_is_trained_whole_and_the_tokenizer_not_at_all(decoder_run):
+    graph, frozen, state, _ = decoder_run
+    before = by_path(tiny_params()[1])
+    after = by_path(nnx.state(nnx.merge(graph, state.params, frozen)))
+    assert before.keys() == after.keys()
+    for path in before:
+        same = np.array_equal(before[path], after[path])
+        assert same == path.startswith("gen_vq."), path
+
+
+def test_frozen_parts_have_no_optimizer_state(decoder_run):
+    _, frozen, state, _ = decoder_run
+    trained = jax.tree.leaves(state.params)
+    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
+    assert sorted(x.shape for x in moments) == sorted(2 * [x.shape for x in trained if x.ndim])
+    assert not {path for path in by_path(frozen)} & {path for path in by_path(state.params)}
+
+
+def test_a_pattern_that_trains_nothing_is_refused():
+    with pytest.raises(ValueError, match="trained='vq'"):
+        split_model(tiny_model(), "vq")  # matched from the beginning of gen_vq.codebook
+    _, params, frozen = split_model(tiny_model(), r"gen_vq\.codebook")
+    assert list(by_path(params)) == ["gen_vq.codebook"]
+    assert len(by_path(frozen)) == len(by_path(tiny_params()[1])) - 1
+
+
+@pytest.fixture(scope="module")
+def vq_run():
+    """16 steps on one batch, quantised from step 4 on, codes moved up to step 8."""
+    cfg = config(steps=16, quantise_from=4, dead_code_usage=0.0)
+    graph, params, frozen = split_model(tiny_model(), "gen_vq")
+    optimizer = make_optimizer(cfg)
+    step = make_vq_step(graph, frozen, optimizer, cfg)
+    state, usage, told = init_state(params, optimizer), jnp.zeros(CODES), []
+    for _ in range(16):
+        state, usage, metrics = step(state, usage, images(4))
+        params = jax.device_get(state.params)
+        told.append(jax.device_get(metrics) | dict(params=params, usage=np.array(usage)))
+    return graph, frozen, told
+
+
+def test_steps_of_the_tokenizer_lower_the_loss(vq_run):
+    *_, told = vq_run
+    losses = [metrics["l1"] + metrics["l2"] for metrics in told]
+    assert losses[3] < 0.9 * losses[0] and losses[-1] < losses[4]
+
+
+def test_only_the_tokenizer_is_trained(vq_run):
+    graph, frozen, told = vq_run
+    after = by_path(nnx.state(nnx.merge(graph, told[-1]["params"], frozen)))
+    for path, value in by_path(tiny_params()[1]).items():
+        assert np.array_equal(value, after[path]) != path.startswith("gen_vq."), path
+
+
+def test_codes_lie_on_latents_until_these_are_quantised(vq_run):
+    """Before step 4 every code is on a latent of its batch and counts as used."""
+    graph, frozen, told = vq_run
+    for earlier, later in itertools.pairwise(told[:4]):
+        vq = nnx.merge(graph, earlier["params"], frozen).gen_vq
+        pixels = images(4).astype(np.float32) / 127.5 - 1
+        latents = np.asarray(l2_normalise(vq.latents(pixels))).reshape(-1, 4)
+        codes = np.asarray(later["params"]["gen_vq"]["codebook"][...])
+        distance = np.abs(codes[:, None] - latents).max(-1).min(-1)
+        assert distance.max() < 1e-5
+        assert (later["usage"] == 1).all()
+    before, first = told[3], told[4]
+    assert np.isclose(first["usage"].sum(), USAGE_DECAY * CODES + (1 - USAGE_DECAY) * 16)
+    moved = np.abs(first["params"]["gen_vq"]["codebook"] - before["params"]["gen_vq"]["codebook"])
+    assert moved.max() < 0.011  # a step of the optimizer at most
+
+
+def test_only_dead_codes_move_and_to_latents():
+    rng = np.random.default_rng(0)
+    codebook = rng.normal(size=(40, 4)).astype(np.float32)
+    latents = np.asarray(l2_normalise(rng.normal(size=(30, 4)).astype(np.float32)))
+    usage = rng.uniform(0, 0.1, 40).astype(np.float32)
+    dead = usage < 0.05
+    assert 10 < dead.sum() < 30
+    moved, counts = revive_dead_codes(codebook, usage, latents, jax.random.key(0), 0.05)
+    np.testing.assert_array_equal(moved[~dead], codebook[~dead])
+    np.testing.assert_array_equal(counts, np.where(dead, 1, usage))
+    chosen = (np.asarray(moved)[dead][:, None] == latents).all(-1)
+    assert (chosen.sum(1) == 1).all()
+    assert len(set(chosen.argmax(1))) > dead.sum() / 2  # not one latent for all
+
+
+def test_latents_far_from_every_code_are_preferred():
+    """Of 100 latents 95 are on the code, whatever its length: only the other 5 are taken."""
+    codebook = np.zeros((50, 3), np.float32)
+    codebook[:, 0] = np.linspace(0.5, 3, 50)
+    latents = np.tile(np.float32([1, 0, 0]), (100, 1))
+    latents[95:] = [0, 1, 0]
+    usage = np.r_[np.ones(10), np.zeros(40)].astype(np.float32)
+    moved, _ = revive_dead_codes(codebook, usage, latents, jax.random.key(1), 0.5)
+    np.testing.assert_array_equal(moved[10:], np.tile(np.float32([0, 1, 0]), (40, 1)))
+
+
+def learning_rate(cfg: ConfigDict, step: int) -> float:
+    """Linear from 0, then half a cosine: what the docstring's words mean."""
+    if step < cfg.warmup_steps:
+        return cfg.learning_rate * step / cfg.warmup_steps
+    done = (step - cfg.warmup_steps) / (cfg.steps - cfg.warmup_steps)
+    wave = 0.5 * (1 + math.cos(math.pi * done))
+    return cfg.end_learning_rate + (cfg.learning_rate - cfg.end_learning_rate) * wave
+
+
+def test_the_optimizer_is_torchs_adamw_with_clipping_and_schedule():
+    """Gradients of norm 0.3 to 30, so that some are clipped and some are not."""
+    cfg = config(steps=8, warmup_steps=3, weight_decay=0.1)
+    rng = np.random.default_rng(0)
+    params = dict(a=rng.normal(size=(3, 4)), b=rng.normal(size=5))
+    params = {name: value.astype(np.float32) for name, value in params.items()}
+    theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in params.items()}
+    adamw = torch.optim.AdamW(theirs.values(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)
+    optimizer = make_optimizer(cfg)
+    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    for step in range(8):
+        scale = 10.0 ** rng.uniform(-1, 1)
+        grads = {k: (scale * rng.normal(size=v.shape)).astype("f") for k, v in params.items()}
+        updates, state = update(grads, state, params)
+        params = {name: params[name] + updates[name] for name in params}
+        for name, parameter in theirs.items():
+            parameter.grad = torch.tensor(grads[name])
+        torch.nn.utils.clip_grad_norm_(theirs.values(), cfg.clip)
+        adamw.param_groups[0]["lr"] = learning_rate(cfg, step)
+        adamw.step()
+        for name, parameter in theirs.items():
+            expected = parameter.detach().numpy()
+            np.testing.assert_allclose(params[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("warmup_steps", [-1, 12, 20])
+def test_a_warm_up_as_long_as_the_run_is_refused(warmup_steps):
+    asked = rf"less than steps, got warmup_steps={warmup_steps} steps=12$"
+    with pytest.raises(ValueError, match=asked):
+        make_optimizer(config(warmup_steps=warmup_steps))
+
+
+def counting_step(state, batch):
+    """The state is the sum of what was seen."""
+    return state + batch, dict(loss=batch)
+
+
+def test_the_loop_saves_now_and_then_and_after_the_last_step():
+    saved = []
+    state = run_steps(np.float32(0), counting_step, range(1, 13), config(), saved.append)
+    assert saved == [15, 55, 78] and state == 78
+    saved.clear()
+    run_steps(np.float32(0), counting_step, range(1, 11), config(steps=10), saved.append)
+    assert saved == [15, 55]
+
+
+def test_a_metric_that_is_not_a_number_stops_the_run():
+    saved, batches = [], [1.0] * 7 + [math.nan] + [1.0] * 4
+    with pytest.raises(FloatingPointError, match=r"got loss nan at step 8$"):
+        run_steps(0.0, counting_step, batches, config(log_every=4), saved.append)
+    assert saved == [5]
+
+
+def test_a_state_that_is_not_finite_does_not_replace_a_good_one():
+    """The metric is told too seldom to notice."""
+    saved, batches = [], [1.0] * 6 + [math.inf] + [1.0] * 5
+    with pytest.raises(FloatingPointError, match="not so at step 10: not saved"):
+        run_steps(0.0, counting_step, batches, config(log_every=11), saved.append)
+    assert saved == [5]
+
+
+def test_every_step_draws_from_seed_and_step_alone():
+    def make(rng, step):
+        return step, int(rng.integers(10**9))
+
+    expected = [(s, int(np.random.default_rng((7, s)).integers(10**9))) for s in range(5)]
+    assert list(drawn_batches(make, config(seed=7, steps=5))) == expected
