@@ -1,0 +1,220 @@
+"""train.py as people run it: what it writes, what it refuses, and what an interrupt leaves."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from torch_reference import golden_janus
+
+import janus_jax
+import train
+from configs import janus_tiny, janus_tiny_vq
+from janus_jax.interop import files, save
+from janus_jax.models.janus import JanusConfig
+from janus_jax.training.checks import check_output
+from janus_jax.training.decoder import train_decoder
+from janus_jax.training.tokenizer import train_tokenizer
+
+ROOT = Path(__file__).parents[1]
+SHORT = dict(steps=2, warmup_steps=1, log_every=1, save_every=1)
+
+
+def run(*flags: str, **settings) -> subprocess.CompletedProcess:
+    """train.py with these flags, and --config.NAME=VALUE of each setting."""
+    flags += tuple(f"--config.{name}={value}" for name, value in settings.items())
+    env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    command = [sys.executable, "train.py", *flags]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+def tree(folder: Path) -> dict[str, bytes | None]:
+    """All that is in a folder; None stands for folders."""
+    paths = sorted(folder.rglob("*"))
+    return {str(p.relative_to(folder)): None if p.is_dir() else p.read_bytes() for p in paths}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Two steps of each config, one after the other; the folder that holds both results."""
+    folder = tmp_path_factory.mktemp("runs")
+    small = dict(crop=32, crop_batch_size=1, output=folder / "vq")
+    done = run("--config=configs/janus_tiny_vq.py", **SHORT, **small)
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stderr and "codes_used" in done.stderr
+    small = dict(generation_batch_size=1, understanding_batch_size=1, conversation_length=120)
+    small |= dict(init=folder / "vq", output=folder / "tiny")
+    done = run("--config=configs/janus_tiny.py", **SHORT, **small)
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stderr and "understanding" in done.stderr
+    return folder
+
+
+def test_what_was_trained_loads_and_draws(trained):
+    assert sorted(path.name for path in trained.iterdir()) == ["tiny", "vq"]
+    pipeline = janus_jax.load(trained / "tiny", dtype="float32")
+    drawn = pipeline.generate_images("a red circle left of a blue square", temperature=0)
+    assert (drawn.pixels.shape, drawn.indices.shape) == ((1, 96, 96, 3), (1, 36))
+    assert drawn.pixels.std() > 0
+
+
+def test_the_decoder_keeps_the_tokenizer_and_trains_the_rest(trained):
+    before, after = (load_file(trained / name / "model.safetensors") for name in ("vq", "tiny"))
+    assert before.keys() == after.keys()
+    for name in before:
+        if name.startswith("gen_vision_model."):
+            np.testing.assert_array_equal(before[name], after[name], err_msg=name)
+    same = [name for name in before if np.array_equal(before[name], after[name])]
+    others = [name for name in before if not name.startswith("gen_vision_model.")]
+    assert len(set(others) - set(same)) > 0.8 * len(others)  # biases may round back to 0
+    small = {path.name for path in (trained / "tiny").iterdir()}
+    assert small == {path.name for path in (trained / "vq").iterdir()} >= {"tokenizer.json"}
+
+
+def test_a_run_may_replace_an_earlier_one(trained):
+    small = [path.name for path in files.small_files(trained / "vq")]
+    check_output(str(trained / "tiny"), JanusConfig.janus_tiny(), small)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--config=configs/janus_tiny.py", "--config.stepz=3"], 'Did you mean "steps"'),
+        (["--config=configs/janus_tiny.py", "--config.steps=many"], "--config.steps=many: invalid"),
+        (["--config=configs/none.py", "--config.steps=3"], "no config file at configs/none.py"),
+        (["--config=configs/janus_tiny.py", "now"], "arguments must be flags, got ['now']"),
+        (["--config=configs/janus_tiny.py", "--config.init=/none"], "there is none at /none"),
+        ([], "Flag --config must have a value"),
+    ],
+)
+def test_wrong_flags_take_one_line(flags, message):
+    done = run(*flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1
+    assert message in done.stderr
+
+
+def refused(train_one, cfg, capsys) -> str:
+    """The line that a run ends with at once."""
+    with pytest.raises(SystemExit) as stopped, train.one_line_errors():
+        train_one(cfg)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert err.startswith("train.py: ") and err.count("\n") == 1
+    return err
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(steps=50), "less than steps, got warmup_steps=50 steps=50"),
+        (dict(steps=0), "steps must be at least 1, got 0"),
+        (dict(save_every=0), "save_every must be at least 1, got 0"),
+        (dict(crop_batch_size=0), "crop_batch_size must be at least 1, got 0"),
+        (dict(seed=-1), "seed must be at least 0, got -1"),
+        (dict(crop=40), "crop must be a multiple of 16 and at most 96, got 40"),
+        (dict(crop=112), "crop must be a multiple of 16 and at most 96, got 112"),
+        (dict(output="FOLDER/file"), "is a file, not a folder"),
+        (dict(output="FOLDER/file/new"), "file is not a folder that can be written to"),
+    ],
+)
+def test_the_tokenizer_s_settings_are_checked_first(settings, message, tmp_path, capsys):
+    (tmp_path / "file").write_text("mine")
+    cfg = janus_tiny_vq.get_config()
+    cfg.output = str(tmp_path / "new")
+    if "output" in settings:
+        settings = dict(output=settings["output"].replace("FOLDER", str(tmp_path)))
+    cfg.update(settings)
+    assert message in refused(train_tokenizer, cfg, capsys)
+    assert tree(tmp_path) == {"file": b"mine"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (dict(init="nowhere"), "init must be a checkpoint folder, there is none at "),
+        (dict(init="golden"), "init must be a model of 96 pixels a side, got 64 pixels"),
+        (dict(init="empty"), "empty holds no config.json"),
+        (dict(init="golden", output="golden"), "init and output must be two folders"),
+        (dict(generation_batch_size=0), "generation_batch_size must be at least 1, got 0"),
+    ],
+)
+def test_the_decoder_s_settings_are_checked_first(settings, message, tmp_path, golden, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "golden").mkdir()
+    shutil.copy(golden / "janus" / "config.json", tmp_path / "golden")
+    before = tree(tmp_path)
+    cfg = janus_tiny.get_config()
+    for name, value in (dict(init="nowhere", output="new") | settings).items():
+        cfg[name] = str(tmp_path / value) if name in ("init", "output") else value
+    assert message in refused(train_decoder, cfg, capsys)
+    assert tree(tmp_path) == before
+
+
+def test_a_folder_of_other_things_is_not_replaced(tmp_path, golden):
+    cfg, names = JanusConfig.janus_tiny(), ["tokenizer.json"]
+    folder = tmp_path / "mine"
+    check_output(str(folder), cfg, names)
+    folder.mkdir()
+    check_output(str(folder), cfg, names)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="holds no model of the sizes to train: not replaced"):
+        check_output(str(folder), cfg, names)
+    shutil.copy(golden / "janus" / "config.json", folder)
+    with pytest.raises(ValueError, match="holds no model of the sizes to train: not replaced"):
+        check_output(str(folder), cfg, names)
+    files.write_json(folder / "config.json", save.write_config(cfg, None, save.DEEPSEEK))
+    check_output(str(folder), cfg, names)
+    (folder / "holiday.jpg").write_text("")
+    with pytest.raises(ValueError, match=r"holds holiday.jpg, no file of training: not replaced"):
+        check_output(str(folder), cfg, names)
+
+
+def test_an_interrupt_takes_one_line_and_a_bug_its_traceback(capsys):
+    with pytest.raises(SystemExit) as stopped, train.one_line_errors():
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130
+    assert capsys.readouterr().err == "train.py: interrupted\n"
+    with pytest.raises(AttributeError), train.one_line_errors():
+        raise AttributeError("'NoneType' object has no attribute 'shape'")
+
+
+@pytest.fixture
+def saved(tmp_path) -> Path:
+    """A saved folder, alone in its parent."""
+    save.save_deepseek(tmp_path / "model", golden_janus(), lambda folder: None)
+    return tmp_path
+
+
+def test_an_interrupted_save_leaves_the_folder_before(saved, monkeypatch):
+    before = tree(saved)
+    write = save.write_safetensors
+
+    def interrupted(folder, kinds, read):
+        write(folder, dict(list(kinds.items())[:5]), read)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(save, "write_safetensors", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save.save_deepseek(saved / "model", golden_janus(), lambda folder: None)
+    assert tree(saved) == before and len(before) == 3
+
+
+@pytest.mark.parametrize("rename", [1, 2])
+def test_an_interrupt_between_the_renames_leaves_the_folder_before(rename, saved, monkeypatch):
+    before, calls, real = tree(saved), [], Path.rename
+
+    def interrupted(path, target):
+        calls.append(path)
+        if len(calls) == rename:
+            raise KeyboardInterrupt
+        return real(path, target)
+
+    monkeypatch.setattr(Path, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        save.save_deepseek(saved / "model", golden_janus(), lambda folder: None)
+    assert tree(saved) == before
