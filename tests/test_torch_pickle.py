@@ -144,6 +144,15 @@ def test_truncated_anywhere(tmp_path):
             read_torch_file(path)
 
 
+def test_a_damaged_directory(tmp_path):
+    path = save(tmp_path / "m.bin", {"a": torch.zeros(10)})
+    data = bytearray(path.read_bytes())
+    data[data.rindex(b"PK\x06\x07") + 16] = 5  # zip files in the set
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged: zipfiles that span multiple disks"):
+        read_torch_file(path)
+
+
 def test_a_tensor_larger_than_its_storage(tmp_path):
     path = save(tmp_path / "m.bin", {"a": torch.zeros(10)})
     rewrite(path, lambda name, data: data[:-4] if "/data/" in name else data)

@@ -37,8 +37,8 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
     Raises:
       ValueError: not such a file, damaged, or the pickle names anything but tensors.
     """
-    _check_is_zip(path)
     try:
+        _check_is_zip(path)
         with zipfile.ZipFile(path) as archive:
             return _read_archive(path, archive)
     except zipfile.BadZipFile as error:
