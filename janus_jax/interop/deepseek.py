@@ -7,7 +7,6 @@ BLOCKS = "vision_model.vision_tower.blocks.{i}"
 OUR_BLOCKS = "und_encoder.blocks.{i}"
 VQ = "gen_vision_model.{c:encoder|decoder}"
 OUR_VQ = "gen_vq.{c:encoder|decoder}"
-LAYERS = "language_model.model.layers.{i}"
 OUR_LAYERS = "language_model.layers.{i}"
 
 ATTN_POOL = "SigLIP's pooling head: Janus reads the patches before it"
