@@ -61,6 +61,11 @@ def test_config_of_both_layouts_is_the_same():
         ({"size": {"height": 64, "width": 32}}, "must be square.*64.*32"),
         ({}, "integer image size, got None"),
         ({"image_size": 8}, "min_size=14 image_size=8"),
+        ({"image_size": 64, "min_size": "14"}, "min_size must be a whole number, got '14'"),
+        ({"image_size": 64, "image_mean": 0.5}, "image_mean must be three numbers, got 0.5"),
+        ({"image_size": 64, "image_std": [1, 2, None]}, "image_std must be three numbers"),
+        ({"image_size": 64, "image_std": [1, 0, 1]}, r"image_std must be above 0, got \(1, 0, 1\)"),
+        ({"image_size": 64, "rescale_factor": "x"}, "rescale_factor must be a number, got 'x'"),
     ],
 )
 def test_config_errors(config, text):
@@ -177,6 +182,19 @@ def test_missing_file(tmp_path):
         images.load_image(tmp_path / "nowhere.png")
 
 
+def test_a_folder_is_no_image_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no image file at"):
+        images.load_image(tmp_path)
+
+
+def test_a_broken_picture_opened_by_the_caller(tmp_path):
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
+    path = save(tmp_path / "a.png", Image.fromarray(noise))
+    path.write_bytes(path.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="cannot read the image: image file is truncated"):
+        images.load_image(Image.open(path))
+
+
 def test_unreadable_files_give_one_line_with_their_name(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     stream = io.BytesIO()
@@ -185,7 +203,7 @@ def test_unreadable_files_give_one_line_with_their_name(tmp_path):
     contents = {"cut.png": whole[:5000], "head.png": whole[:40], "a.jpg": b"hello", "0.png": b""}
     for name, content in contents.items():
         (tmp_path / name).write_bytes(content)
-    for name in (*contents, "."):
+    for name in contents:
         with pytest.raises(ValueError) as error:
             images.load_image(tmp_path / name)
         assert str(error.value).startswith(f"cannot read image {tmp_path / name}: ")

@@ -6,6 +6,7 @@ Channels last everywhere. `preprocess` gives the numbers of DeepSeek's `VLMImage
 import dataclasses
 import io
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,8 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _open(source: str | os.PathLike | bytes) -> Image.Image:
     from_bytes = isinstance(source, bytes)
-    name = f"<{len(source)} bytes>" if from_bytes else os.fspath(source)
-    if not from_bytes and not Path(source).exists():
+    name = f"<{len(source)} bytes>" if from_bytes else Path(source)
+    if not from_bytes and (not name.exists() or name.is_dir()):
         raise FileNotFoundError(f"no image file at {name}")
     try:
         with Image.open(io.BytesIO(source) if from_bytes else source) as image:
@@ -83,10 +84,25 @@ def load_image(source: ImageSource) -> Image.Image:
         ValueError: the file is truncated or no picture, or the array has another dtype or shape.
     """
     if isinstance(source, Image.Image):
-        return _to_rgb(source)
+        try:
+            return _to_rgb(source)
+        except Exception as error:  # a picture opened but not yet read may be broken too
+            raise ValueError(f"cannot read the image: {' '.join(str(error).split())}") from error
     if isinstance(source, (str, os.PathLike, bytes)):
         return _open(source)
     return _to_rgb(_from_array(np.asarray(source)))
+
+
+def picture_list(images: Sequence[ImageSource] | ImageSource | None) -> list[ImageSource]:
+    """Pictures as a list: given as a list, a tuple or an array [N, H, W, C], singly, or not."""
+    if images is None:
+        return []
+    several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+    return list(images) if several else [images]
+
+
+def _is_number(value) -> bool:
+    return type(value) in (int, float) and abs(value) < 1e6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,6 +121,17 @@ class ImageConfig:
     rescale_factor: float = 1 / 255
 
     def __post_init__(self):
+        for name in ("image_mean", "image_std"):
+            values = getattr(self, name)
+            numbers = isinstance(values, tuple) and all(map(_is_number, values))
+            if not numbers or len(values) != 3:
+                raise ValueError(f"{name} must be three numbers, got {values!r}")
+        if not all(value > 0 for value in self.image_std):
+            raise ValueError(f"image_std must be above 0, got {self.image_std}")
+        if not _is_number(self.rescale_factor):
+            raise ValueError(f"rescale_factor must be a number, got {self.rescale_factor!r}")
+        if type(self.min_size) is not int:
+            raise ValueError(f"min_size must be a whole number, got {self.min_size!r}")
         if not 0 < self.min_size <= self.image_size:
             raise ValueError(
                 "min_size must be between 1 and image_size, "
@@ -128,7 +155,7 @@ class ImageConfig:
         names = ("image_mean", "image_std", "min_size", "do_normalize", "rescale_factor")
         stated = {name: config[name] for name in names if config.get(name) is not None}
         for name in ("image_mean", "image_std"):
-            if name in stated:
+            if isinstance(stated.get(name), list):
                 stated[name] = tuple(stated[name])
         return cls(image_size=size, **stated)
 
