@@ -193,6 +193,15 @@ def test_folder_as_transformers_5_saves_it(golden, tmp_path, processor):
 
 
 def test_folder_errors(folder):
+    edit(folder / "processor_config.json", num_image_tokens="16")
+    with pytest.raises(ValueError, match=r"num_image_tokens must be at least 1, got '16'"):
+        Processor.from_dir(folder)
+    edit(folder / "processor_config.json", num_image_tokens=16, image_tag=None)
+    with pytest.raises(ValueError, match=r"has no token None, which Janus needs"):
+        Processor.from_dir(folder)
+    edit(folder / "processor_config.json", sft_format=[])
+    with pytest.raises(ValueError, match=r"sft_format must be one of .*, got \[\]"):
+        Processor.from_dir(folder)
     edit(folder / "processor_config.json", sft_format="chatml")
     with pytest.raises(ValueError, match=r"sft_format must be one of .*, got 'chatml'"):
         Processor.from_dir(folder)

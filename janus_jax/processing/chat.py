@@ -4,7 +4,7 @@ A message is a dict {"role": ..., "content": text}, and may carry "images" (see 
 Source: `conversation.py` and `apply_sft_template_for_multi_turn_prompts` of the original code.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from janus_jax.processing.tokenizer import EOS
@@ -75,19 +75,23 @@ _RENDER: dict[str, Callable[[Turns, str], str]] = {
 
 def check_sft_format(sft_format: str) -> None:
     """Raises ValueError unless there is a template of this name."""
-    if sft_format not in _RENDER:
+    if not isinstance(sft_format, str) or sft_format not in _RENDER:
         raise ValueError(f"sft_format must be one of {', '.join(_RENDER)}, got {sft_format!r}")
 
 
 def _with_generic_role(message: Message) -> Message:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"a message must be a dict, got {type(message).__name__}")
     role, content = message.get("role"), message.get("content")
     if not isinstance(content, str):
         raise ValueError(f"a message's content must be a string, got {type(content).__name__}")
     texts = (_ROLES["deepseek"], _ROLES["deepseek_old"])
     names = {text: name for pair in texts for text, name in zip(pair, _GENERIC, strict=True)}
-    name = names.get(role, role)
+    name = names.get(role, role) if isinstance(role, str) else None
     if name not in ("system", *_GENERIC):
         raise ValueError(f"a role must be system, user or assistant, got {role!r}")
+    if name == "user" and not content.strip():
+        raise ValueError(f"a message of the user must say something, got {content!r}")
     return {**message, "role": name}
 
 
@@ -100,8 +104,11 @@ def generic_roles(messages: Sequence[Message]) -> list[Message]:
     assistant turn.
 
     Raises:
-        ValueError: an unknown role, a missing text, or turns that do not alternate.
+        ValueError: no dict, an unknown role, a missing text, or turns that do not alternate.
     """
+    if not isinstance(messages, Sequence):
+        kind = type(messages).__name__
+        raise ValueError(f"a conversation must be a text or a list of messages, got {kind}")
     named = [_with_generic_role(message) for message in messages]
     turns = named[1:] if named and named[0]["role"] == "system" else named
     for i, message in enumerate(turns):

@@ -12,7 +12,13 @@ from typing import Any
 import numpy as np
 
 from janus_jax.processing import chat
-from janus_jax.processing.images import ImageConfig, ImageSource, load_image, preprocess
+from janus_jax.processing.images import (
+    ImageConfig,
+    ImageSource,
+    load_image,
+    picture_list,
+    preprocess,
+)
 from janus_jax.processing.tokenizer import IMAGE, IMAGE_START, Tokenizer, read_json
 
 # The longest sequence any Janus was trained on, though max_position_embeddings says 16384.
@@ -110,6 +116,10 @@ class Processor:
         num_image_tokens = config.get("num_image_tokens")
         if num_image_tokens is None:
             num_image_tokens = _count_image_tokens(folder, image_config.image_size)
+        if type(num_image_tokens) is not int or num_image_tokens < 1:
+            raise ValueError(
+                f"{path}: num_image_tokens must be at least 1, got {num_image_tokens!r}"
+            )
         return cls(
             tokenizer=Tokenizer.from_dir(folder, image_tag),
             image_config=image_config,
@@ -157,16 +167,17 @@ class Processor:
         """
         if isinstance(messages, str):
             messages = chat.question_messages(messages, len(images), self.image_tag)
-        carried = [image for message in messages for image in message.get("images", ())]
+        messages = chat.generic_roles(messages)
+        carried = [
+            image for message in messages for image in picture_list(message.get("images"))
+        ]
         if carried and len(images):
             raise ValueError(
                 "images come in the messages or beside them, not both: "
                 f"got {len(carried)} in the messages and {len(images)} beside them"
             )
         images = carried or images
-        text = chat.format_conversation(
-            chat.generic_roles(messages), self.sft_format, self.system_prompt
-        )
+        text = chat.format_conversation(messages, self.sft_format, self.system_prompt)
         tokens = self.tokenizer.encode(text)
         self._check_images(tokens, len(images))
         return self._expand(tokens), self.pixels(images)

@@ -59,9 +59,10 @@ def _stated_token(folder: Path, name: str, default: str) -> str:
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    decoder = read_json(path).get("decoder") or {}
-    if decoder.get("type") != "ByteLevel":
-        raise ValueError(f"{path} must have a ByteLevel decoder, got {decoder.get('type')}")
+    decoder = read_json(path).get("decoder")
+    kind = decoder.get("type") if isinstance(decoder, dict) else decoder
+    if kind != "ByteLevel":
+        raise ValueError(f"{path} must have a ByteLevel decoder, got {kind}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -73,7 +74,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
 
 
 def _required_id(backend: tokenizers.Tokenizer, text: str, path: Path) -> int:
-    token = backend.token_to_id(text)
+    token = backend.token_to_id(text) if isinstance(text, str) else None
     if token is None:
         raise ValueError(f"{path} has no token {text!r}, which Janus needs")
     return token
@@ -127,11 +128,21 @@ class Tokenizer:
             added={i: (token.content.encode(), token.special) for i, token in added.items()},
         )
 
+    @property
+    def largest_id(self) -> int:
+        """The largest id that encode can give."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values())
+
     def encode(self, text: str) -> list[int]:
         """BOS and the ids of the text; the texts of special tokens become those tokens.
 
         The file's own post-processor, which may or may not add BOS, is left out.
+
+        Raises:
+            ValueError: the text holds lone surrogates, as from bytes that are not UTF-8.
         """
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"a text must be valid Unicode, got {text!r}")
         return [self.bos_id, *self.backend.encode(text, add_special_tokens=False).ids]
 
     def token_bytes(self, token: int, skip_special: bool = True) -> bytes:
