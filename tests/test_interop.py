@@ -285,6 +285,14 @@ def edited(config, where, value):
         ("gen_vision_config.cls", "VQ-8", "cls is 'VQ-8', supported: 'VQ-16'"),
         ("gen_aligner_config", {}, "gen_aligner_config.params is missing"),
         ("language_config", [], "wrong type"),
+        ("model_type", [], r"model_type \[\], not"),
+        ("vision_config.params.width", 1e400, "wrong type: cannot convert float infinity"),
+        ("language_config.vocab_size", None, "vocab_size of LlamaConfig must be whole .* got None"),
+        ("language_config.num_hidden_layers", 1.5, "num_hidden_layers .* got 1.5"),
+        ("language_config.rms_norm_eps", "x", "rms_norm_eps .* must be a number above 0, got 'x'"),
+        ("gen_vision_config.params.ch", 0, "ch of VQConfig must be whole and at least 1, got 0"),
+        ("gen_vision_config.params.ch_mult", [], r"ch_mult of VQConfig must be whole .* got \(\)"),
+        ("gen_head_config.params.image_token_embed", -1, "gen_head_width of JanusConfig .* got -1"),
     ],
 )
 def test_what_is_not_supported_is_refused(golden, where, value, says):

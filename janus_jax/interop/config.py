@@ -4,6 +4,7 @@ Released files leave most sizes to constants behind a class name and to LlamaCon
 both are filled in here. Whatever the networks do not implement is refused, never ignored.
 """
 
+import dataclasses
 import math
 from collections.abc import Mapping
 
@@ -39,7 +40,7 @@ def layout_of(config: Mapping) -> str:
         raise ValueError(f"config.json is of a JanusFlow model (it has {flow[0]}), not of a Janus")
     kind = config.get("model_type")
     layouts = {"multi_modality": DEEPSEEK, "janus": TRANSFORMERS}
-    if kind not in layouts:
+    if not isinstance(kind, str) or kind not in layouts:
         raise ValueError(f"config.json has model_type {kind!r}, not 'multi_modality' or 'janus'")
     return layouts[kind]
 
@@ -53,8 +54,9 @@ def read_config(config: Mapping) -> JanusConfig:
     read = {DEEPSEEK: _read_deepseek, TRANSFORMERS: _read_transformers}[layout_of(config)]
     try:
         cfg = read(config)
+        _check_sizes(cfg)
         _check(cfg)
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"config.json has a value of a wrong type: {error}") from None
     return cfg
 
@@ -70,6 +72,21 @@ def _get(section: Mapping, key: str, where: str):
     if key not in section:
         raise ValueError(f"config.json: {where}.{key} is missing")
     return section[key]
+
+
+def _check_sizes(cfg) -> None:
+    """Every number of a config and of those in it; select_layer is counted from the end."""
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        where = f"config.json: {field.name} of {type(cfg).__name__} must be"
+        if dataclasses.is_dataclass(value):
+            _check_sizes(value)
+        elif field.type is float and not (type(value) in (int, float) and 0 < value < math.inf):
+            raise ValueError(f"{where} a number above 0, got {value!r}")
+        elif field.type in (int, tuple[int, ...]) and field.name != "select_layer":
+            sizes = value if isinstance(value, tuple) and value else (value,)
+            if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
+                raise ValueError(f"{where} whole and at least 1, got {value!r}")
 
 
 def _check(cfg: JanusConfig) -> None:
