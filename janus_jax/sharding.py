@@ -118,7 +118,7 @@ def spec_for(path: str) -> P:
 def fit_spec(mesh: Mesh, spec: P, shape: Sequence[int]) -> P:
     """The spec without the axes that do not divide their dimension, which stays whole there.
 
-    Only the number of heads must divide (see check_heads); for the other sizes a small or oddly
+    Only the number of heads must divide (see check_mesh); for the other sizes a small or oddly
     sized model is worth more than an error, and the numbers are the same.
     """
 
@@ -140,8 +140,11 @@ def sharding_for(mesh: Mesh) -> Callable[[str, Sequence[int]], NamedSharding]:
     return of
 
 
-def check_heads(mesh: Mesh, cfg: JanusConfig) -> None:
-    """Raises ValueError unless the `tensor` axis divides every number of heads."""
+def check_mesh(mesh: Mesh, cfg: JanusConfig) -> None:
+    """Raises ValueError unless the axes are ours and `tensor` divides every number of heads."""
+    if not isinstance(mesh, Mesh) or set(mesh.axis_names) != set(AXES):
+        given = f"axes {mesh.axis_names}" if isinstance(mesh, Mesh) else repr(mesh)
+        raise ValueError(f"a mesh must have the axes {', '.join(AXES)}, got {given}")
     tensor, decoder = mesh.shape["tensor"], cfg.language_model
     heads = {
         "attention heads of the decoder": decoder.num_attention_heads,

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from janus_jax.generation import image, samplers
+from janus_jax.generation import decoding, image, samplers
 
 PROMPT = "A close-up photo of a red cat, studio light."
 OTHER = "a dog"
@@ -188,12 +188,12 @@ def test_bfloat16_draws_with_a_float32_image_tokenizer(golden):
     [(5, 2, 1, 2), (10, 8, 1, 5), (1, 16, 1, 1), (1, 16, 8, 8), (9, 4, 2, 4), (16, 16, 8, 16)],
 )
 def test_chunks_are_even_and_full_multiples_of_the_shards(total, most, shards, size):
-    assert image.chunk_size(total, most, shards) == size
+    assert decoding.chunk_size(total, most, shards) == size
 
 
 def test_the_memory_bound_is_that_of_the_cache(pipeline):
-    cfg, decoder = pipeline.model.cfg, pipeline.model.cfg.language_model
-    number = image.images_per_chunk(cfg, 64, 2, None)
-    caches = jax.eval_shape(lambda: image.decoding.init_cache(decoder, 2 * number, 64 + 15))
+    decoder = pipeline.model.cfg.language_model
+    number = decoding.batch_within_memory(decoder, 2 * (64 + 15), None)
+    caches = jax.eval_shape(lambda: decoding.init_cache(decoder, 2 * number, 64 + 15))
     taken = sum(x.size * x.dtype.itemsize for x in (*caches.keys, *caches.values))
-    assert 0.99 * image.CACHE_BYTES < taken <= image.CACHE_BYTES
+    assert 0.99 * decoding.CACHE_BYTES < taken <= decoding.CACHE_BYTES

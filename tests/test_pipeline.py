@@ -1,5 +1,6 @@
 """The public object: its arguments, encode and decode, and finding a checkpoint."""
 
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -22,6 +23,9 @@ from janus_jax.processing import images
         ({"prompts": []}, "prompts must hold at least one, got none"),
         ({"prompts": " "}, "a prompt must be a text that is not empty, got ' '"),
         ({"prompts": ["a", 3]}, "a prompt must be a text that is not empty, got 3"),
+        ({"prompts": None}, "a prompt must be a text that is not empty, got None"),
+        ({"prompts": "\udcff"}, "a text must be valid Unicode"),
+        ({"temperature": 1e39}, "temperature must be a finite number, got 1e\\+39"),
         ({"prompts": "a " * 5000}, r"must fit the trained context of 4096 tokens, got \d+ \+ 16"),
         ({"num_images": 0}, "num_images must be a whole number of at least 1, got 0"),
         ({"num_images": 1.5}, "num_images must be a whole number of at least 1, got 1.5"),
@@ -42,7 +46,14 @@ def test_drawing_refuses_arguments_out_of_range(pipeline, settings, message):
     ("settings", "message"),
     [
         ({"conversation": []}, "conversations must hold at least one, got none"),
+        ({"conversation": None}, "a text or a list of messages, got NoneType"),
+        ({"conversation": {"role": "user"}}, "a text or a list of messages, got dict"),
+        ({"conversation": [None]}, "a text or a list of messages, got NoneType"),
+        ({"conversation": [{"role": "user", "content": "a"}, "b"]}, "must be a dict, got str"),
+        ({"conversation": " "}, "a message of the user must say something, got ' '"),
+        ({"conversation": [{"role": [], "content": "a"}]}, r"role must be .*, got \[\]"),
         ({"conversation": [{"role": "bot", "content": "a"}]}, "role must be .*, got 'bot'"),
+        ({"max_batch": 0}, "max_batch must be a whole number of at least 1, got 0"),
         ({"images": [[1]]}, "an image array must be uint8"),
         ({"conversation": ["a", "b"], "images": [[]]}, "one list for each conversation: 2, got 1"),
         ({"conversation": "<image_placeholder> a"}, "got 0 images for 1 placeholders"),
@@ -80,6 +91,10 @@ def test_pictures_of_any_kind_are_encoded(pipeline, golden):
     assert expected.shape == (1, 16) and expected.dtype == np.int32
     for source in (str(path), path.read_bytes(), Image.open(path), np.asarray(Image.open(path))):
         np.testing.assert_array_equal(pipeline.encode_images([source]), expected)
+    pixels = np.asarray(Image.open(path))
+    np.testing.assert_array_equal(
+        pipeline.encode_images(np.stack([pixels, pixels])), np.repeat(expected, 2, axis=0)
+    )
     with pytest.raises(ValueError, match="images must hold at least one"):
         pipeline.encode_images([])
 
@@ -89,9 +104,10 @@ def test_pictures_of_any_kind_are_encoded(pipeline, golden):
     [
         (np.zeros((1, 15), int), r"indices must be int\[N, 16\], got \[1, 15\]"),
         (np.zeros((0, 16), int), r"indices must be int\[N, 16\], got \[0, 16\]"),
-        (np.full((1, 16), 128), r"whole numbers in \[0, 128\), got int64 from 128 to 128"),
-        (np.full((1, 16), -1), r"whole numbers in \[0, 128\), got int64 from -1 to -1"),
-        (np.zeros((1, 16)), r"whole numbers in \[0, 128\), got float64"),
+        (np.full((1, 16), 128), r"indices must be in \[0, 128\), got 128 to 128"),
+        (np.full((1, 16), -1), r"indices must be in \[0, 128\), got -1 to -1"),
+        (np.zeros((1, 16)), "indices must be whole numbers, got float64"),
+        (np.full((1, 16), None), "indices must be whole numbers, got object"),
     ],
 )
 def test_indices_that_cannot_be_decoded_are_refused(pipeline, indices, message):
@@ -144,6 +160,13 @@ def test_processor_files_of_another_model_are_refused(golden, tmp_path):
     path.write_text(path.read_text().replace('"num_image_tokens": 16', '"num_image_tokens": 576'))
     with pytest.raises(ValueError, match=r"64 pixels and 576 tokens, config\.json takes 64 pixels"):
         pipelines.load(tmp_path)
+
+
+def test_a_tokenizer_beyond_the_vocabulary_is_refused(pipeline):
+    decoder = dataclasses.replace(pipeline.model.cfg.language_model, vocab_size=100)
+    cfg = dataclasses.replace(pipeline.model.cfg, language_model=decoder)
+    with pytest.raises(ValueError, match=r"has ids up to \d+, config\.json a vocabulary of 100"):
+        pipelines.check_processor(pipeline.processor, cfg)
 
 
 def test_the_default_is_the_model_that_ships():

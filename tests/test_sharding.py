@@ -88,13 +88,19 @@ def test_meshes_that_cannot_be_are_refused(text, message):
 def test_the_tensor_axis_must_divide_the_heads():
     mesh = sharding.make_mesh(tensor=3)
     with pytest.raises(ValueError, match="tensor=3 must divide the 16 attention heads of the dec"):
-        sharding.check_heads(mesh, JanusConfig.janus_pro_1b())
-    sharding.check_heads(sharding.make_mesh(tensor=8), JanusConfig.janus_pro_1b())
+        sharding.check_mesh(mesh, JanusConfig.janus_pro_1b())
+    sharding.check_mesh(sharding.make_mesh(tensor=8), JanusConfig.janus_pro_1b())
 
 
 def test_a_mesh_that_does_not_fit_is_refused_before_loading(golden):
     with pytest.raises(ValueError, match="tensor=8 must divide the 4 attention heads"):
         load(golden / "janus", mesh=sharding.make_mesh(tensor=8))
+
+
+@pytest.mark.parametrize("mesh", ["tensor=2", jax.sharding.Mesh(jax.devices()[:2], ("x",))])
+def test_a_mesh_of_other_axes_is_refused(golden, mesh):
+    with pytest.raises(ValueError, match="a mesh must have the axes data, fsdp, tensor, got"):
+        load(golden / "janus", mesh=mesh)
 
 
 @pytest.fixture(scope="module")

@@ -110,6 +110,27 @@ def test_a_batch_of_unequal_conversations_gives_the_answers_of_each_alone(pipeli
     assert len(set(batch)) == 3
 
 
+@pytest.mark.parametrize("by_memory", [True, False])
+def test_chunks_of_conversations_give_the_same_answers(
+    pipeline, conversations, by_memory, monkeypatch
+):
+    settings = {"max_new_tokens": NEW, "temperature": 0.8, "seed": 5}
+    expected = pipeline.answer(*conversations, **settings)
+    sizes, write = [], text.write
+
+    def counted(model, requests, *rest):
+        sizes.append(len(requests.tokens))
+        return write(model, requests, *rest)
+
+    monkeypatch.setattr(text, "write", counted)
+    if by_memory:
+        monkeypatch.setattr(text.decoding, "CACHE_BYTES", 1)
+    else:
+        settings["max_batch"] = 2
+    assert pipeline.answer(*conversations, **settings) == expected
+    assert sizes == ([1, 1, 1] if by_memory else [2, 2])
+
+
 def test_two_images_in_one_row_and_none_in_the_other(pipeline, golden):
     pictures = [golden / "preprocess" / name for name in ("img0_50x120.png", "img2_64x64.png")]
     asked = ["Which is larger?", "Hello"]

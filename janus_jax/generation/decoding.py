@@ -17,9 +17,13 @@ from janus_jax import sharding
 from janus_jax.models.attention import causal_mask, decode_mask, positions_from_mask
 from janus_jax.models.janus import Janus
 from janus_jax.models.kv_cache import KVCache, init_cache
-from janus_jax.models.llama import Llama
+from janus_jax.models.llama import Llama, LlamaConfig
 
 _SMALL_BUCKETS = (32, 64, 128)
+
+# What the keys and values of one batch may take on a device, when max_batch is not given. With it
+# go the parameters and the activations.
+CACHE_BYTES = 4 * 2**30
 
 
 def bucket_length(length: int) -> int:
@@ -28,6 +32,20 @@ def bucket_length(length: int) -> int:
     Few lengths, so that a new prompt seldom needs a new program.
     """
     return next((b for b in _SMALL_BUCKETS if length <= b), math.ceil(length / 128) * 128)
+
+
+def batch_within_memory(cfg: LlamaConfig, slots: int, mesh: Mesh | None) -> int:
+    """How many entries of `slots` cached positions each have CACHE_BYTES a device; at least one."""
+    width = 2 * cfg.num_key_value_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
+    tensor = 1 if mesh is None else mesh.shape["tensor"]
+    per_device = CACHE_BYTES * tensor // (slots * width * cfg.num_hidden_layers)
+    return max(1, per_device) * sharding.num_batch_shards(mesh)
+
+
+def chunk_size(total: int, most: int, shards: int) -> int:
+    """Size of equal chunks of at most `most` entries, rounded up to a multiple of the shards."""
+    chunks = math.ceil(total / most)
+    return math.ceil(total / chunks / shards) * shards
 
 
 def in_full_float32(function: Callable) -> Callable:

@@ -17,11 +17,7 @@ from jax.sharding import Mesh
 from janus_jax import sharding
 from janus_jax.generation import decoding, samplers
 from janus_jax.generation.samplers import Sampling
-from janus_jax.models.janus import Janus, JanusConfig
-
-# What the keys and values of one chunk may take on a device, when max_batch is not given. With it
-# go the parameters, and one image's activations in the tokenizer's decoder (float32).
-CACHE_BYTES = 4 * 2**30
+from janus_jax.models.janus import Janus
 
 # Calls of a progress report in the course of one chunk, at most.
 _REPORTS = 25
@@ -190,22 +186,6 @@ def draw_reporting(
     return finish(model, drawing.indices, mesh)
 
 
-def images_per_chunk(cfg: JanusConfig, length: int, rows: int, mesh: Mesh | None) -> int:
-    """How many images may be drawn at once, their caches taking CACHE_BYTES a device."""
-    decoder = cfg.language_model
-    slots = rows * (length + cfg.num_image_tokens - 1)
-    width = 2 * decoder.num_key_value_heads * decoder.head_dim * jnp.dtype(decoder.dtype).itemsize
-    tensor = 1 if mesh is None else mesh.shape["tensor"]
-    per_device = CACHE_BYTES * tensor // (slots * width * decoder.num_hidden_layers)
-    return max(1, per_device) * sharding.num_batch_shards(mesh)
-
-
-def chunk_size(total: int, most: int, shards: int) -> int:
-    """The size of equal chunks of at most `most` images, rounded up to a multiple of the shards."""
-    chunks = math.ceil(total / most)
-    return math.ceil(total / chunks / shards) * shards
-
-
 def generate(
     model: Janus,
     requests: Requests,
@@ -217,16 +197,17 @@ def generate(
 
     Args:
         requests: arrays of the host, B entries.
-        max_batch: the most images drawn at once; by default as many as images_per_chunk says. On a
-            mesh, at least one for each group of devices that shares out the batch.
+        max_batch: the most images drawn at once; by default as many as batch_within_memory says.
+            On a mesh, at least one for each group of devices that shares out the batch.
         progress: called with the image tokens drawn so far and in all.
     Returns:
         indices int32[B, T] and pixels uint8[B, S, S, 3].
     """
     total, rows, length = requests.tokens.shape
     per_image = model.cfg.num_image_tokens
-    most = max_batch or images_per_chunk(model.cfg, length, rows, mesh)
-    size = chunk_size(total, most, sharding.num_batch_shards(mesh))
+    slots = rows * (length + per_image - 1)
+    most = max_batch or decoding.batch_within_memory(model.cfg.language_model, slots, mesh)
+    size = decoding.chunk_size(total, most, sharding.num_batch_shards(mesh))
     told = progress or (lambda done, whole: None)
     told(0, total * per_image)
     drawn = []

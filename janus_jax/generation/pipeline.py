@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -15,8 +15,13 @@ from janus_jax.generation import compile_cache, decoding, image, samplers, text
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.processing.chat import Message
-from janus_jax.processing.images import ImageSource, load_image, preprocess_generation
-from janus_jax.processing.processor import Processor
+from janus_jax.processing.images import (
+    ImageSource,
+    load_image,
+    picture_list,
+    preprocess_generation,
+)
+from janus_jax.processing.processor import Example, Processor
 from janus_jax.processing.tokenizer import TextStream
 
 TINY = Path(__file__).parents[1] / "assets" / "janus_tiny"
@@ -80,7 +85,8 @@ class Pipeline:
             ValueError: an argument out of its range, or a prompt too long for the trained context.
         Source: generation_inference.py of the original code.
         """
-        prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+        several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
+        prompts = list(prompts) if several else [prompts]
         cfg = self.model.cfg
         sampling = samplers.make_sampling(temperature, top_k, top_p, cfg.gen_vq.codebook_size)
         samplers.check_seed(seed)
@@ -115,6 +121,7 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        max_batch: int | None = None,
     ) -> str | list[str]:
         """Answers a question, or goes on with a conversation.
 
@@ -127,6 +134,8 @@ class Pipeline:
                 list of conversations, one such list for each.
             max_new_tokens: the longest answer.
             temperature: 0 always takes the likeliest token; see generate_images for the others.
+            max_batch: the most conversations answered at once; by default as many as have their
+                keys and values in 4 GiB on each device.
         Returns:
             The answer; for a list of conversations, a list of answers.
         Raises:
@@ -136,12 +145,13 @@ class Pipeline:
         Source: inference.py of the original code.
         """
         sampling = self._text_settings(max_new_tokens, temperature, top_k, top_p, seed)
+        if max_batch is not None:
+            samplers.check_count("max_batch", max_batch)
         many = not _is_conversation(conversation)
         conversations = _at_least_one("conversations", conversation) if many else [conversation]
-        pictures = _pictures_of_each(images, len(conversations)) if many else [_listed(images)]
-        requests = self._text_requests(conversations, pictures, max_new_tokens, sampling, seed)
-        tokens = np.asarray(text.write(self.model, requests, max_new_tokens, self.mesh))
-        answers = [self._decode(row) for row in tokens]
+        pictures = _pictures_of_each(images, len(conversations)) if many else [picture_list(images)]
+        examples = self._examples(conversations, pictures, max_new_tokens)
+        answers = list(self._answers(examples, max_new_tokens, max_batch, sampling, seed))
         return answers if many else answers[0]
 
     def stream(
@@ -161,9 +171,8 @@ class Pipeline:
         sampling = self._text_settings(max_new_tokens, temperature, top_k, top_p, seed)
         if not _is_conversation(conversation):
             raise ValueError("stream takes one conversation, got a list of them")
-        requests = self._text_requests(
-            [conversation], [_listed(images)], max_new_tokens, sampling, seed
-        )
+        examples = self._examples([conversation], [picture_list(images)], max_new_tokens)
+        requests = self._text_requests(examples, _prompt_length(examples), sampling, seed)
         return self._pieces(requests, max_new_tokens)
 
     def _pieces(self, requests: text.Requests, max_new_tokens: int) -> Iterator[str]:
@@ -187,33 +196,52 @@ class Pipeline:
         size = self.model.cfg.language_model.vocab_size
         return samplers.make_sampling(temperature, top_k, top_p, size)
 
-    def _text_requests(
-        self, conversations, pictures, max_new_tokens: int, sampling, seed: int
-    ) -> text.Requests:
-        processor = self.processor
+    def _examples(self, conversations, pictures, max_new_tokens: int) -> list[Example]:
         examples = [
-            processor.conversation(messages, own)
+            self.processor.conversation(messages, own)
             for messages, own in zip(conversations, pictures, strict=True)
         ]
         for tokens, _ in examples:
-            processor.check_length(len(tokens), max_new_tokens)
-        length = decoding.bucket_length(max(len(tokens) for tokens, _ in examples))
-        batch = processor.batch(examples, pad_to=length)
-        return text.make_requests(batch, seed, sampling, processor.tokenizer.eos_id, self.mesh)
+            self.processor.check_length(len(tokens), max_new_tokens)
+        return examples
+
+    def _text_requests(
+        self, examples: Sequence[Example], length: int, sampling, seed: int
+    ) -> text.Requests:
+        batch = self.processor.batch(examples, pad_to=length)
+        eos_id = self.processor.tokenizer.eos_id
+        return text.make_requests(batch, seed, sampling, eos_id, self.mesh)
+
+    def _answers(
+        self, examples: list[Example], max_new_tokens: int, max_batch, sampling, seed: int
+    ) -> Iterator[str]:
+        """One answer an example, a chunk at a time."""
+        length = _prompt_length(examples)
+        decoder, slots = self.model.cfg.language_model, length + max_new_tokens - 1
+        most = max_batch or decoding.batch_within_memory(decoder, slots, self.mesh)
+        size = decoding.chunk_size(len(examples), most, sharding.num_batch_shards(self.mesh))
+        for start in range(0, len(examples), size):
+            chunk = examples[start : start + size]
+            # the last chunk is filled up with its last example, whose copies are dropped
+            filled = chunk + chunk[-1:] * (size - len(chunk))
+            requests = self._text_requests(filled, length, sampling, seed)
+            tokens = np.asarray(text.write(self.model, requests, max_new_tokens, self.mesh))
+            yield from map(self._decode, tokens[: len(chunk)])
 
     def encode_images(self, images: Sequence[ImageSource] | ImageSource) -> np.ndarray:
         """The image tokenizer's tokens of pictures: int32[N, T], row-major.
 
         Args:
-            images: paths, bytes, Pillow images or arrays uint8[H, W, 3], of any size: the short
-                side is resized to the model's S and the long one cropped in its centre.
+            images: paths, bytes, Pillow images or arrays uint8[H, W, 3], of any size, or one array
+                uint8[N, H, W, 3]: the short side is resized to the model's S and the long one
+                cropped in its centre.
         Raises:
             ValueError: a picture that cannot be read. FileNotFoundError: there is no such file.
         """
         size = self.model.cfg.image_size
         pixels = [
             preprocess_generation(load_image(source), size)
-            for source in _at_least_one("images", _listed(images))
+            for source in _at_least_one("images", picture_list(images))
         ]
         # one at a time: a new number of pictures compiles nothing, and memory stays small
         return np.concatenate([np.asarray(_encode(self.model, x[None])) for x in pixels])
@@ -228,10 +256,11 @@ class Pipeline:
         size, length = cfg.gen_vq.codebook_size, cfg.num_image_tokens
         if indices.ndim != 2 or indices.shape[1] != length or not len(indices):
             raise ValueError(f"indices must be int[N, {length}], got {list(indices.shape)}")
-        if indices.dtype.kind not in "iu" or indices.min() < 0 or indices.max() >= size:
+        if indices.dtype.kind not in "iu":
+            raise ValueError(f"indices must be whole numbers, got {indices.dtype}")
+        if indices.min() < 0 or indices.max() >= size:
             raise ValueError(
-                f"indices must be whole numbers in [0, {size}), "
-                f"got {indices.dtype} from {indices.min()} to {indices.max()}"
+                f"indices must be in [0, {size}), got {indices.min()} to {indices.max()}"
             )
         rows = indices.astype(np.int32)[:, None]
         return np.concatenate([np.asarray(image.finish(self.model, row)[1]) for row in rows])
@@ -246,14 +275,13 @@ def _encode(model: Janus, pixels: jax.Array) -> jax.Array:
 
 def _is_conversation(value) -> bool:
     """One question or list of messages, rather than a list of those."""
-    return isinstance(value, str) or (len(value) > 0 and isinstance(value[0], Mapping))
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return True
+    return len(value) > 0 and isinstance(value[0], Mapping)
 
 
-def _listed(images) -> list:
-    """A single picture, none, or a sequence of them, as a list."""
-    if images is None:
-        return []
-    return list(images) if isinstance(images, (list, tuple)) else [images]
+def _prompt_length(examples: Sequence[Example]) -> int:
+    return decoding.bucket_length(max(len(tokens) for tokens, _ in examples))
 
 
 def _pictures_of_each(images, number: int) -> list[list]:
@@ -262,7 +290,7 @@ def _pictures_of_each(images, number: int) -> list[list]:
     if not isinstance(images, (list, tuple)) or len(images) != number:
         given = len(images) if isinstance(images, (list, tuple)) else type(images).__name__
         raise ValueError(f"images must have one list for each conversation: {number}, got {given}")
-    return [_listed(own) for own in images]
+    return [picture_list(own) for own in images]
 
 
 def _at_least_one(name: str, values: Sequence) -> Sequence:
@@ -311,6 +339,12 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
 
 def check_processor(processor: Processor, cfg: JanusConfig) -> None:
     """Raises ValueError unless the processor files prepare what the model takes."""
+    largest = processor.tokenizer.largest_id
+    if largest >= cfg.language_model.vocab_size:
+        raise ValueError(
+            f"tokenizer.json has ids up to {largest}, "
+            f"config.json a vocabulary of {cfg.language_model.vocab_size}"
+        )
     size, tokens = processor.image_config.image_size, processor.num_image_tokens
     if (size, tokens) != (cfg.image_size, cfg.und_encoder.num_tokens):
         raise ValueError(
@@ -345,7 +379,7 @@ def load(
     if mesh is None:
         place = _on_default_device
     else:
-        sharding.check_heads(mesh, cfg)
+        sharding.check_mesh(mesh, cfg)
         place = sharding.sharding_for(mesh)
     processor = Processor.from_dir(folder)
     check_processor(processor, cfg)

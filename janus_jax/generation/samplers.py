@@ -4,7 +4,6 @@ B batch, V vocabulary (the codebook, where images are drawn).
 """
 
 import dataclasses
-import math
 import numbers
 
 import jax
@@ -13,6 +12,8 @@ import numpy as np
 
 # The same numbers on every machine, whatever generator a user's settings make the default.
 _GENERATOR = "threefry2x32"
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @jax.tree_util.register_dataclass
@@ -34,8 +35,9 @@ def _is_int(value) -> bool:
 
 
 def check_number(name: str, value) -> None:
-    """Raises ValueError unless the value is a finite number."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
+    """Raises ValueError unless the value is a number that is finite in float32."""
+    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if not number or not abs(value) <= _LARGEST:
         raise ValueError(f"{name} must be a finite number, got {value!r}")
 
 
