@@ -65,12 +65,10 @@ def test_what_was_trained_loads_and_draws(trained):
 def test_the_decoder_keeps_the_tokenizer_and_trains_the_rest(trained):
     before, after = (load_file(trained / name / "model.safetensors") for name in ("vq", "tiny"))
     assert before.keys() == after.keys()
-    for name in before:
-        if name.startswith("gen_vision_model."):
-            np.testing.assert_array_equal(before[name], after[name], err_msg=name)
-    same = [name for name in before if np.array_equal(before[name], after[name])]
-    others = [name for name in before if not name.startswith("gen_vision_model.")]
-    assert len(set(others) - set(same)) > 0.8 * len(others)  # biases may round back to 0
+    for name, value in before.items():
+        same, frozen = np.array_equal(value, after[name]), name.startswith("gen_vision_model.")
+        # a step moves vectors near 1 by less than bfloat16 tells apart
+        assert same if frozen else value.ndim < 2 or not same, name
     small = {path.name for path in (trained / "tiny").iterdir()}
     assert small == {path.name for path in (trained / "vq").iterdir()} >= {"tokenizer.json"}
 
