@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 COMMANDS = ("export", "inspect")
 DESCRIPTION = """\
@@ -20,11 +21,18 @@ shards with an index), or an Orbax folder that this command wrote. Converting is
 load a folder. `export --help` and `inspect --help` say more."""
 
 
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors take one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"convert: {message}\n")
+
+
 def _parser(command: str | None) -> argparse.ArgumentParser:
     kind = argparse.RawDescriptionHelpFormatter
     if command == "inspect":
         text = "Print components, parameter counts, dtypes and the tensors that would be skipped."
-        parser = argparse.ArgumentParser("python -m convert inspect", description=text)
+        parser = _Parser("python -m convert inspect", description=text)
         parser.add_argument("src", type=Path, metavar="SRC", help="checkpoint folder to read")
         return parser
     if command == "export":
@@ -33,11 +41,9 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             "files. Tensors that DeepSeek's class expects and nothing reads (attn_pool, "
             "codebook_used) come from SRC, or are zeros where SRC lacks them."
         )
-        parser = argparse.ArgumentParser("python -m convert export", description=text)
+        parser = _Parser("python -m convert export", description=text)
     else:
-        parser = argparse.ArgumentParser(
-            "python -m convert", description=DESCRIPTION, formatter_class=kind
-        )
+        parser = _Parser("python -m convert", description=DESCRIPTION, formatter_class=kind)
     parser.add_argument("src", type=Path, metavar="SRC", help="checkpoint folder to read")
     parser.add_argument("dst", type=Path, metavar="DST", help="folder to write")
     if command == "export":
@@ -64,7 +70,7 @@ def _run(command: str | None, args: argparse.Namespace) -> list[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, or 2 after one line on stderr."""
+    """Runs a command; returns the exit status: 0, or another after one line on stderr."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv and argv[0] in COMMANDS else None
     args = _parser(command).parse_args(argv)
@@ -74,6 +80,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (OSError, ValueError) as error:
         print(f"convert: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("convert: interrupted, nothing written", file=sys.stderr)
+        return 130
     print("\n".join(lines))
     return 0
 

@@ -87,9 +87,11 @@ def test_help_and_bad_arguments(run):
     for command in ("export", "inspect"):
         status, out, err = run(command, "--help")
         assert status == 0 and f"python -m convert {command}" in out
-    assert run()[0] == 2
-    status, out, err = run("export", "a", "b", "--layout", "gguf")
-    assert status == 2 and "'gguf'" in err
+    for args in ((), ("export", "a", "b", "--layout", "gguf"), ("a", "b", "--force")):
+        status, out, err = run(*args)
+        assert (status, out) == (2, "")
+        assert err.startswith("convert: ") and err.count("\n") == 1
+    assert "--force" in err
 
 
 def test_dst_that_exists(golden, refused, run, tmp_path):
@@ -235,6 +237,16 @@ def test_a_damaged_orbax_folder(golden, refused, run, tmp_path):
     assert "params is damaged: " in refused(*command)
     (tmp_path / "o" / "params" / "_METADATA").write_text("{")
     assert "params is damaged: " in refused(*command)
+
+
+def test_an_interruption_leaves_nothing(golden, run, tmp_path, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.np, "ascontiguousarray", interrupt)  # as a tensor is written
+    command = ("export", golden / "janus", tmp_path / "o", "--layout", "deepseek")
+    assert run(*command) == (130, "", "convert: interrupted, nothing written\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_failed_overwrite_keeps_what_was_there(golden, refused, run, tmp_path, monkeypatch):
