@@ -24,8 +24,7 @@ _FLAGS = {
     "model": {
         "--model": dict(
             metavar="PATH",
-            help="checkpoint folder, or a hub id such as deepseek-ai/Janus-Pro-1B "
-            "(default: the small model that ships)",
+            help="checkpoint folder or Hugging Face hub id (default: the small model that ships)",
         ),
         "--dtype": dict(
             metavar="TYPE",
@@ -274,8 +273,9 @@ def chat(flags: argparse.Namespace, pipeline: "Pipeline") -> None:
     messages, shown = [], [load_image(image) for image in flags.image]
     while (line := _next_line()) is not None:
         try:
-            if line.startswith("/image "):
-                shown.append(load_image(line.removeprefix("/image ").strip()))
+            command, _, path = line.partition(" ")
+            if command == "/image":
+                shown.append(load_image(path.strip()))
                 continue
             content = f"{pipeline.processor.image_tag}\n" * len(shown) + line
             turn = {"role": "user", "content": content, "images": shown}
@@ -310,7 +310,7 @@ def run(argv: Sequence[str] | None) -> None:
     from janus_jax import sharding
     from janus_jax.generation.pipeline import load
 
-    mesh = sharding.parse_mesh(flags.mesh) if flags.mesh else None
+    mesh = None if flags.mesh is None else sharding.parse_mesh(flags.mesh)
     terminal = sys.stderr.isatty()
     if terminal:
         show_status(sys.stderr, f"loading {flags.model or 'janus_tiny'}")
@@ -337,6 +337,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("sample.py: interrupted", file=sys.stderr)
         return 130
+    except MemoryError as error:
+        print(f"sample.py: out of memory: {error}", file=sys.stderr)
+        return 2
     except RuntimeError as error:  # XLA's errors are RuntimeErrors
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
