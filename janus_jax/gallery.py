@@ -50,13 +50,17 @@ def save_png(path: Path, pixels: np.ndarray, fields: Mapping[str, str]) -> Path:
     return path
 
 
+def _cell_side(size: int, columns: int) -> int:
+    return min(size, max(1, _SHEET_SIDE // columns - _GAP))
+
+
 def contact_sheet(pixels: np.ndarray, columns: int) -> np.ndarray:
     """All pictures on one white sheet, row by row: uint8[N, S, S, 3] -> uint8[Y, X, 3].
 
     Pictures are shrunk where the sheet would be more than 4096 pixels wide.
     """
     number, size = pixels.shape[:2]
-    cell = min(size, max(1, _SHEET_SIDE // columns - _GAP))
+    cell = _cell_side(size, columns)
     rows = math.ceil(number / columns)
     height, width = (n * (cell + _GAP) + _GAP for n in (rows, columns))
     sheet = Image.new("RGB", (width, height), "white")
@@ -75,10 +79,10 @@ def save_pictures(
     seed: int,
     fields: Callable[[str, int], Mapping[str, str]],
 ) -> list[Path]:
-    """Writes every picture and then the contact sheet; files of the same names are replaced.
+    """Writes every picture and then contact sheets; files of the same names are replaced.
 
     pixels: uint8[N, S, S, 3], prompt after prompt. fields: text fields of (prompt, number of the
-    picture within its prompt). On the sheet each of several prompts has its row.
+    picture within its prompt).
     """
     folder.mkdir(parents=True, exist_ok=True)
     each, paths = len(pixels) // len(prompts), []
@@ -87,8 +91,27 @@ def save_pictures(
         number = f"{i // each:03d}-" if len(prompts) > 1 else ""
         path = folder / f"{number}{file_stem(prompt, seed)}-{j:02d}.png"
         paths.append(save_png(path, picture, fields(prompt, j)))
+    return [*paths, *_save_sheets(folder, pixels, prompts, seed, fields)]
+
+
+def _save_sheets(
+    folder: Path, pixels: np.ndarray, prompts: Sequence[str], seed: int, fields
+) -> list[Path]:
+    """A sheet with a row for each of several prompts, or several sheets rather than a tall one.
+
+    Image viewers refuse pictures of some 180 megapixels, which 553 prompts would make.
+    """
+    each, paths = len(pixels) // len(prompts), []
     columns = each if len(prompts) > 1 else math.ceil(math.sqrt(each))
     name = "prompts" if len(prompts) > 1 else file_stem(prompts[0], seed)
-    sheet = contact_sheet(pixels, columns)
-    shared = {**fields(prompts[0], 0), "prompt": "\n".join(prompts)}
-    return [*paths, save_png(folder / f"{name}-sheet.png", sheet, shared)]
+    rows = max(1, _SHEET_SIDE // (_cell_side(pixels.shape[1], columns) + _GAP))
+    starts = range(0, len(pixels), rows * columns)
+    for i, start in enumerate(starts):
+        shown = pixels[start : start + rows * columns]
+        number = f"-{i:02d}" if len(starts) > 1 else ""
+        first = start // each
+        told = "\n".join(prompts[first : first + math.ceil(len(shown) / each)])
+        shared = {**fields(prompts[first], 0), "prompt": told}
+        path = folder / f"{name}-sheet{number}.png"
+        paths.append(save_png(path, contact_sheet(shown, columns), shared))
+    return paths

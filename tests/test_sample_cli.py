@@ -90,7 +90,7 @@ def test_a_question_is_answered(run, loaded, pipeline, golden):
 
 def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
     picture = golden / "preprocess" / "img0_50x120.png"
-    said = f"Hello\n\n/image nowhere.png\n/image {picture}\nWhat is it?\n/quit\nnever\n"
+    said = f"Hello\n\n/image nowhere.png\n/image\n/image {picture}\nWhat is it?\n/quit\nnever\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
     asked = []
     stream = pipeline.stream
@@ -103,6 +103,7 @@ def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
     status, lines, err = run("--chat", "--max_new_tokens", 6)
     assert status == 0
     assert "sample.py: no image file at nowhere.png" in err.splitlines()
+    assert "sample.py: no image file at ." in err.splitlines()
     assert len(asked) == 2
     first = pipeline.answer("Hello", max_new_tokens=6)
     assert [m["content"] for m in asked[1]] == ["Hello", first, "<image_placeholder>\nWhat is it?"]
@@ -126,6 +127,10 @@ def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
         (["--prompt", "a", "--dtype", "float16"], "dtype must be one of float32, bfloat16"),
         (["--prompt", "a", "--mesh", "tensor=99"], "needs 99 devices, there are 8"),
         (["--prompt", "a", "--mesh", "x"], "a mesh is written data=1,fsdp=1,tensor=1"),
+        (["--prompt", "a", "--mesh", ""], "a mesh is written data=1,fsdp=1,tensor=1"),
+        (["--prompt", "a", "--num_images", str(10**12)], "out of memory: Unable to allocate"),
+        (["--prompt", "\udcff"], "a text must be valid Unicode"),
+        (["--question", " "], "a message of the user must say something"),
         (["--prompts_file", "none.txt"], "--prompts_file none.txt is not a file"),
         (["--prompts_file", "blank.txt"], "--prompts_file blank.txt holds no prompt"),
         (["--prompts_file", "bytes.txt"], "--prompts_file bytes.txt is not UTF-8 text"),
@@ -209,6 +214,19 @@ def test_a_sheet_of_many_pictures_is_at_most_4096_pixels_wide():
     sheet = gallery.contact_sheet(pixels, 100)
     assert sheet.shape == (4 + 40, 100 * 40 + 4, 3)
     np.testing.assert_array_equal(gallery.contact_sheet(pixels[:1], 1)[4:-4, 4:-4], pixels[0])
+
+
+def test_many_prompts_take_several_sheets(tmp_path):
+    prompts = [f"p{i}" for i in range(130)]
+    pixels = np.zeros((260, 60, 60, 3), np.uint8)
+    pixels[2 * 64] = 255
+    paths = gallery.save_pictures(tmp_path, pixels, prompts, 0, lambda *_: {"model": "a"})
+    assert [path.name for path in paths[260:]] == [f"prompts-sheet-{i:02d}.png" for i in range(3)]
+    sheets = [Image.open(path) for path in paths[260:]]
+    assert [sheet.height for sheet in sheets] == [64 * 64 + 4, 64 * 64 + 4, 2 * 64 + 4]
+    assert [sheet.text["prompt"].count("\n") for sheet in sheets] == [63, 63, 1]
+    assert sheets[1].text["prompt"].startswith("p64\n")
+    np.testing.assert_array_equal(np.asarray(sheets[1])[4:64, 4:64], pixels[128])
 
 
 def test_the_command_itself_explains_itself():
