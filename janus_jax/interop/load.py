@@ -14,10 +14,11 @@ from janus_jax import checkpoint
 from janus_jax.interop import deepseek, transformers
 from janus_jax.interop.config import DEEPSEEK, layout_of, read_config
 from janus_jax.interop.files import CONFIG
-from janus_jax.interop.readers import open_checkpoint, read_json, read_safetensors
+from janus_jax.interop.readers import open_checkpoint, read_safetensors
 from janus_jax.interop.rules import Plan, Shape, Table, make_plan, skip_reasons
 from janus_jax.interop.tensors import TensorSource, listed
 from janus_jax.models.janus import Janus, JanusConfig
+from janus_jax.processing.json_files import read_json
 
 FLOAT32_PATHS = "gen_vq."  # colours decoded in bfloat16 show bands
 ALIGNMENT = 64  # bytes, of jax's CPU buffers

@@ -10,8 +10,8 @@ from pathlib import Path
 
 from janus_jax.interop.config import DEEPSEEK
 from janus_jax.interop.files import small_files, write_json
-from janus_jax.interop.readers import read_json
 from janus_jax.models.janus import JanusConfig
+from janus_jax.processing.json_files import read_json
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"

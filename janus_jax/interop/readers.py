@@ -9,6 +9,7 @@ import numpy as np
 
 from janus_jax.interop.tensors import BFLOAT16, Tensor, TensorSource
 from janus_jax.interop.torch_pickle import read_torch_file
+from janus_jax.processing.json_files import read_json
 
 SAFETENSORS_DTYPES = {
     "BF16": BFLOAT16,
@@ -47,21 +48,6 @@ def open_checkpoint(folder: Path | str) -> TensorSource:
     raise FileNotFoundError(f"{folder} holds no weights: looked for {looked_for}")
 
 
-def read_json(path: Path) -> dict:
-    """A JSON object from a file.
-
-    Raises:
-      ValueError: damaged JSON, or something else than an object.
-    """
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} holds a JSON {type(value).__name__}, not an object")
-    return value
-
-
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file by name; only its header is read.
 
@@ -96,7 +82,7 @@ def _parse_header(path: Path, raw: bytes) -> dict:
 
     try:
         header = json.loads(raw, object_pairs_hook=unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} has a damaged safetensors header: {error}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path} has a damaged safetensors header: not a JSON object")

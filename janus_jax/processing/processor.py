@@ -19,7 +19,8 @@ from janus_jax.processing.images import (
     picture_list,
     preprocess,
 )
-from janus_jax.processing.tokenizer import IMAGE, IMAGE_START, Tokenizer, read_json
+from janus_jax.processing.json_files import read_json
+from janus_jax.processing.tokenizer import IMAGE, IMAGE_START, Tokenizer
 
 # The longest sequence any Janus was trained on, though max_position_embeddings says 16384.
 TRAINED_CONTEXT = 4096

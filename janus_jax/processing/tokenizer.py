@@ -5,12 +5,12 @@ No id is written in code: the released checkpoints differ, so each is looked up 
 
 import codecs
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import tokenizers
+
+from janus_jax.processing.json_files import read_json
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -28,24 +28,6 @@ def _byte_of_character() -> dict[str, int]:
 
 
 _BYTE_OF_CHARACTER = _byte_of_character()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or not an object.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
-    return value
 
 
 def _stated_token(folder: Path, name: str, default: str) -> str:
