@@ -58,10 +58,12 @@ def main(argv: list[str]) -> None:
     cfg = _CONFIG.value
     if cfg.task == "tokenizer":
         from janus_jax.training.tokenizer import train_tokenizer as train
+    elif cfg.task == "encoder":
+        from janus_jax.training.encoder import train_encoder as train
     elif cfg.task == "decoder":
         from janus_jax.training.decoder import train_decoder as train
     else:
-        raise ValueError(f"task must be tokenizer or decoder, got {cfg.task!r}")
+        raise ValueError(f"task must be tokenizer, encoder or decoder, got {cfg.task!r}")
     train(cfg)
 
 

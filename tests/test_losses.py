@@ -10,12 +10,19 @@ from torch.nn.functional import cross_entropy, normalize
 from torch_reference import IMAGE_TOKEN, assert_close, channels_first, tiny_pair, uniform
 
 from janus_jax.models.vq import VQ, VQConfig
-from janus_jax.training.losses import COMMITMENT, generation_loss, understanding_loss, vq_loss
+from janus_jax.training.losses import (
+    COMMITMENT,
+    generation_loss,
+    understanding_loss,
+    variance_within,
+    vq_loss,
+)
 
 PAD = 7
 generation = jax.jit(generation_loss)
 understanding = jax.jit(understanding_loss)
 vq_gradients = jax.jit(jax.value_and_grad(vq_loss, has_aux=True))
+ALONE = np.arange(18, dtype=np.int32)  # no two patches of the same pixels: no locality loss
 
 
 def left_padded(rows: list[np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
@@ -177,7 +184,7 @@ def assert_gradients(name: str, got: nnx.State, expected: dict[str, np.ndarray])
 
 def test_vq_loss_and_its_straight_through_gradient_equal_torch(vq_pair):
     vq, pixels, theirs = vq_pair
-    (loss, aux), gradients = vq_gradients(vq, pixels, jnp.array(True))
+    (loss, aux), gradients = vq_gradients(vq, pixels, ALONE, jnp.array(True))
     assert_close("VQ loss", loss, theirs.loss(), 1e-6)
     expected = theirs.gradients(theirs.loss())
     assert_gradients("VQ loss", gradients, expected)
@@ -189,7 +196,7 @@ def test_vq_loss_and_its_straight_through_gradient_equal_torch(vq_pair):
 
 def test_the_codebook_learns_from_its_own_term_alone(vq_pair):
     vq, pixels, theirs = vq_pair
-    _, gradients = vq_gradients(vq, pixels, jnp.array(True))
+    _, gradients = vq_gradients(vq, pixels, ALONE, jnp.array(True))
     expected = theirs.gradients(theirs.codebook_loss())["codebook"]
     assert_close("codebook term", gradients.codebook[...], expected, 1e-6)
     unused = np.setdiff1d(np.arange(8), theirs.indices)
@@ -198,8 +205,29 @@ def test_the_codebook_learns_from_its_own_term_alone(vq_pair):
 
 def test_without_quantising_it_is_an_autoencoder(vq_pair):
     vq, pixels, theirs = vq_pair
-    (loss, _), gradients = vq_gradients(vq, pixels, jnp.array(False))
+    (loss, _), gradients = vq_gradients(vq, pixels, ALONE, jnp.array(False))
     expected = theirs.reconstruction_loss(theirs.z)
     assert_close("autoencoder loss", loss, expected, 1e-6)
     assert_gradients("autoencoder", gradients, theirs.gradients(expected))
     assert not gradients.codebook[...].any()
+
+
+def test_locality_is_the_part_of_the_variance_within_equal_patches(vq_pair):
+    vq, pixels, theirs = vq_pair
+    groups = np.repeat(np.int32([0, 3, 7, 9, 17, 4]), 3)
+    (loss, aux), gradients = vq_gradients(vq, pixels, groups, jnp.array(False))
+    z = theirs.z.reshape(6, 3, 4)
+    within = ((z - z.mean(1, keepdim=True)) ** 2).sum(-1).mean()
+    locality = within / ((z - z.mean((0, 1))) ** 2).sum(-1).mean()
+    assert 0.05 < locality < 1
+    assert_close("locality", aux["locality"], locality, 1e-5)
+    expected = theirs.reconstruction_loss(theirs.z) + locality
+    assert_close("loss with locality", loss, expected, 1e-5)
+    expected = theirs.gradients(expected)["encoder.kernel"]
+    assert_close("locality, encoder.kernel", gradients.encoder.kernel[...], expected, 1e-5)
+
+
+def test_variance_within_groups():
+    vectors = np.float32([[0, 0], [2, 0], [5, 5], [1, 1], [1, 3]])
+    got = variance_within(vectors, np.int32([4, 4, 1, 0, 0]))
+    assert_close("variance within", got, np.float32((1 + 1 + 0 + 1 + 1) / 5), 1e-7)

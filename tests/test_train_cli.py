@@ -16,8 +16,8 @@ import train
 from configs import janus_tiny, janus_tiny_vq
 from janus_jax.interop import files, save
 from janus_jax.models.janus import JanusConfig
-from janus_jax.training.checks import check_output
 from janus_jax.training.decoder import train_decoder
+from janus_jax.training.folders import check_output
 from janus_jax.training.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -40,14 +40,18 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Two steps of each config, one after the other; the folder that holds both results."""
+    """Two steps of each config, one after the other; the folder that holds all results."""
     folder = tmp_path_factory.mktemp("runs")
     small = dict(crop=32, crop_batch_size=1, output=folder / "vq")
     done = run("--config=configs/janus_tiny_vq.py", **SHORT, **small)
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stderr and "codes_used" in done.stderr
+    small = dict(batch_size=2, init=folder / "vq", output=folder / "encoder")
+    done = run("--config=configs/janus_tiny_encoder.py", **SHORT, **small)
+    assert done.returncode == 0, done.stderr
+    assert "step 2/2" in done.stderr and "pictures_right" in done.stderr
     small = dict(generation_batch_size=1, understanding_batch_size=1, conversation_length=120)
-    small |= dict(init=folder / "vq", output=folder / "tiny")
+    small |= dict(init=folder / "encoder", output=folder / "tiny")
     done = run("--config=configs/janus_tiny.py", **SHORT, **small)
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stderr and "understanding" in done.stderr
@@ -55,15 +59,22 @@ def trained(tmp_path_factory) -> Path:
 
 
 def test_what_was_trained_loads_and_draws(trained):
-    assert sorted(path.name for path in trained.iterdir()) == ["tiny", "vq"]
+    assert sorted(path.name for path in trained.iterdir()) == ["encoder", "tiny", "vq"]
     pipeline = janus_jax.load(trained / "tiny", dtype="float32")
     drawn = pipeline.generate_images("a red circle left of a blue square", temperature=0)
     assert (drawn.pixels.shape, drawn.indices.shape) == ((1, 96, 96, 3), (1, 36))
     assert drawn.pixels.std() > 0
 
 
+def test_the_encoder_is_trained_alone(trained):
+    before, after = (load_file(trained / name / "model.safetensors") for name in ("vq", "encoder"))
+    changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
+    assert changed and all(name.startswith("vision_model.") for name in changed)
+
+
 def test_the_decoder_keeps_the_tokenizer_and_trains_the_rest(trained):
-    before, after = (load_file(trained / name / "model.safetensors") for name in ("vq", "tiny"))
+    names = ("encoder", "tiny")
+    before, after = (load_file(trained / name / "model.safetensors") for name in names)
     assert before.keys() == after.keys()
     for name, value in before.items():
         same, frozen = np.array_equal(value, after[name]), name.startswith("gen_vision_model.")

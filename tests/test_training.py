@@ -19,7 +19,7 @@ from janus_jax.models.vq import VQConfig, l2_normalise
 from janus_jax.training.decoder import TRAINED, make_decoder_step
 from janus_jax.training.loop import drawn_batches, run_steps
 from janus_jax.training.state import init_state, make_optimizer, split_model
-from janus_jax.training.vq import USAGE_DECAY, make_vq_step, revive_dead_codes
+from janus_jax.training.vq import USAGE_DECAY, make_vq_step, move_spare_codes
 
 CODES = 12
 
@@ -162,14 +162,14 @@ def test_a_pattern_that_trains_nothing_is_refused():
 
 @pytest.fixture(scope="module")
 def vq_run():
-    """16 steps on one batch, quantised from step 4 on, codes moved up to step 8."""
+    """16 steps on one batch, quantised from step 4 on, codes moved up to step 12."""
     cfg = config(steps=16, quantise_from=4, dead_code_usage=0.0)
     graph, params, frozen = split_model(tiny_model(), "gen_vq")
     optimizer = make_optimizer(cfg)
     step = make_vq_step(graph, frozen, optimizer, cfg)
     state, usage, told = init_state(params, optimizer), jnp.zeros(CODES), []
     for _ in range(16):
-        state, usage, metrics = step(state, usage, images(4))
+        state, usage, metrics = step(state, usage, images(4), np.arange(16, dtype=np.int32))
         params = jax.device_get(state.params)
         told.append(jax.device_get(metrics) | dict(params=params, usage=np.array(usage)))
     return graph, frozen, told
@@ -212,7 +212,7 @@ def test_only_dead_codes_move_and_to_latents():
     usage = rng.uniform(0, 0.1, 40).astype(np.float32)
     dead = usage < 0.05
     assert 10 < dead.sum() < 30
-    moved, counts = revive_dead_codes(codebook, usage, latents, jax.random.key(0), 0.05)
+    moved, counts = move_spare_codes(codebook, usage, latents, jax.random.key(0), 0.05)
     np.testing.assert_array_equal(moved[~dead], codebook[~dead])
     np.testing.assert_array_equal(counts, np.where(dead, 1, usage))
     chosen = (np.asarray(moved)[dead][:, None] == latents).all(-1)
@@ -227,8 +227,21 @@ def test_latents_far_from_every_code_are_preferred():
     latents = np.tile(np.float32([1, 0, 0]), (100, 1))
     latents[95:] = [0, 1, 0]
     usage = np.r_[np.ones(10), np.zeros(40)].astype(np.float32)
-    moved, _ = revive_dead_codes(codebook, usage, latents, jax.random.key(1), 0.5)
+    moved, _ = move_spare_codes(codebook, usage, latents, jax.random.key(1), 0.5)
     np.testing.assert_array_equal(moved[10:], np.tile(np.float32([0, 1, 0]), (40, 1)))
+
+
+def test_of_codes_that_mean_the_same_the_most_used_stays():
+    """Codes 0, 1 and 2 point the same way, 3 another; all are used."""
+    codebook = np.float32([[1, 0, 0], [2, 0.1, 0], [1, 0, 0.05], [0, 1, 0]])
+    usage = np.float32([2, 3, 1, 1])
+    latents = np.float32([[0, 0, 1]])
+    key = jax.random.key(0)
+    moved, counts = move_spare_codes(codebook, usage, latents, key, 0.5)
+    np.testing.assert_array_equal(moved, [[0, 0, 1], codebook[1], [0, 0, 1], codebook[3]])
+    np.testing.assert_array_equal(counts, [1, 3, 1, 1])
+    unmoved, _ = move_spare_codes(codebook, usage, latents, key, -1.0)
+    np.testing.assert_array_equal(unmoved, codebook)
 
 
 def learning_rate(cfg: ConfigDict, step: int) -> float:

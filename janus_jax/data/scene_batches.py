@@ -16,6 +16,7 @@ from janus_jax.processing.processor import Processor
 CAPTION_DROPPED = 0.1  # Janus: so that guidance has an unconditional model
 MIXED_SCENES = 0.5  # part of the pictures that follow no caption, for the tokenizer and questions
 TURNS = 3  # questions about one picture
+NUM_PATCH_LABELS = 1 + len(scenes.SHAPES) * len(scenes.COLORS)
 
 
 def scene_pictures(rng: np.random.Generator, batch_size: int) -> np.ndarray:
@@ -28,6 +29,27 @@ def any_scene(rng: np.random.Generator, split: str = "train") -> scenes.Scene:
     if rng.random() < MIXED_SCENES:
         return scenes.sample_mixed(rng, split)
     return scenes.sample_scene(rng, None, split)[0]
+
+
+def labelled_pictures(
+    rng: np.random.Generator, batch_size: int, patch: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures uint8[B, S, S, 3] and what has its centre in each patch, int32[B, T], row-major.
+
+    patch: pixels a side. Label 0 is nothing, the others below NUM_PATCH_LABELS a shape and color.
+    """
+    drawn = [any_scene(rng) for _ in range(batch_size)]
+    grid = scenes.IMAGE_SIZE // patch
+    labels = np.zeros((batch_size, grid, grid), np.int32)
+    for row, scene in enumerate(drawn):
+        for item in scene.objects:
+            labels[row, item.y // patch, item.x // patch] = _patch_label(item)
+    return np.stack([scenes.draw(scene) for scene in drawn]), labels.reshape(batch_size, -1)
+
+
+def _patch_label(item: scenes.Object) -> int:
+    colors = list(scenes.COLORS)
+    return 1 + scenes.SHAPES.index(item.shape) * len(colors) + colors.index(item.color)
 
 
 def decoder_batch(processor: Processor, cfg) -> Callable[[np.random.Generator, int], dict]:

@@ -1,7 +1,6 @@
 """Trains a small Janus around a finished image tokenizer, on drawn scenes and questions."""
 
 from collections.abc import Callable
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,18 +8,19 @@ import optax
 from flax import nnx
 
 from janus_jax.data.scene_batches import decoder_batch
-from janus_jax.data.scenes import IMAGE_SIZE
-from janus_jax.interop.files import small_files
-from janus_jax.interop.load import Folder, build_model, load_params, open_folder
-from janus_jax.interop.processor_files import copy_files
-from janus_jax.interop.save import save_deepseek
 from janus_jax.models.janus import Janus
 from janus_jax.models.vq import l2_normalise
 from janus_jax.processing.processor import Processor
-from janus_jax.training.checks import check_counts, check_output
+from janus_jax.training.folders import Start, check_counts
 from janus_jax.training.loop import drawn_batches, run_steps
 from janus_jax.training.losses import generation_loss, understanding_loss
-from janus_jax.training.state import TrainState, init_state, make_optimizer, split_model
+from janus_jax.training.state import (
+    TrainState,
+    apply_gradients,
+    init_state,
+    make_optimizer,
+    split_model,
+)
 
 TRAINED = r"(?!gen_vq\.)"  # the tokenizer stays as it is, as in all of Janus's stages
 
@@ -34,11 +34,9 @@ def train_decoder(cfg) -> None:
     its range.
     """
     check_counts(cfg, "generation_batch_size", "understanding_batch_size")
-    source = _open_init(cfg)
-    check_output(cfg.output, source.cfg, (path.name for path in small_files(source.path)))
     optimizer = make_optimizer(cfg)
-    params = load_params(cfg.init, source.cfg, lambda path, shape: None, jnp.float32)
-    model = build_model(source.cfg, params)
+    start = Start.from_config(cfg)
+    model = start.load()
     if cfg.embed_codes:
         # the codes' distances are a better start than noise
         codes = l2_normalise(model.gen_vq.codebook[...])
@@ -48,7 +46,7 @@ def train_decoder(cfg) -> None:
     make_batch = decoder_batch(Processor.from_dir(cfg.init), cfg)
 
     def save(state: TrainState) -> None:
-        save_deepseek(cfg.output, nnx.merge(graph, state.params, frozen), _files_of(cfg.init))
+        start.save(nnx.merge(graph, state.params, frozen))
 
     state = init_state(trained, optimizer)
     run_steps(state, step_fn, drawn_batches(make_batch, cfg), cfg, save)
@@ -75,24 +73,6 @@ def make_decoder_step(
 
     def step(state: TrainState, batch: dict):
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return apply_gradients(state, grads, optimizer), metrics
 
     return jax.jit(step, donate_argnums=0)
-
-
-def _open_init(cfg) -> Folder:
-    if not Path(cfg.init).is_dir():
-        raise FileNotFoundError(f"init must be a checkpoint folder, there is none at {cfg.init}")
-    if Path(cfg.init).resolve() == Path(cfg.output).resolve():
-        raise ValueError(f"init and output must be two folders, got {cfg.init} for both")
-    source = open_folder(cfg.init)
-    if source.cfg.image_size != IMAGE_SIZE:
-        sides = f"{source.cfg.image_size} pixels a side at {cfg.init}"
-        raise ValueError(f"init must be a model of {IMAGE_SIZE} pixels a side, got {sides}")
-    return source
-
-
-def _files_of(folder: str) -> Callable[[Path], None]:
-    return lambda target: copy_files(Path(folder), target)

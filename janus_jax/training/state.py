@@ -42,6 +42,14 @@ def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> Tr
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
 
 
+def apply_gradients(
+    state: TrainState, grads: nnx.State, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """The state one step on."""
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+
+
 def make_optimizer(cfg) -> optax.GradientTransformation:
     """AdamW after clipping by global norm, as in Janus-Pro's Table 2, with a cosine decay.
 

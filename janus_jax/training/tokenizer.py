@@ -9,7 +9,7 @@ from janus_jax.data.scene_batches import scene_pictures
 from janus_jax.interop.save import save_deepseek
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.processing.processor import CHECKPOINT_FILES
-from janus_jax.training.checks import check_counts, check_output
+from janus_jax.training.folders import check_counts, check_output
 from janus_jax.training.loop import drawn_batches, run_steps
 from janus_jax.training.state import init_state, make_optimizer, split_model
 from janus_jax.training.vq import make_vq_step
@@ -33,13 +33,16 @@ def train_tokenizer(cfg) -> None:
     graph, params, frozen = split_model(model, "gen_vq")
     vq_step = make_vq_step(graph, frozen, optimizer, cfg)
 
-    def make_batch(rng: np.random.Generator, step: int) -> np.ndarray:
+    def make_batch(rng: np.random.Generator, step: int) -> tuple[np.ndarray, np.ndarray]:
         if step >= cfg.crop_steps:
-            return scene_pictures(rng, cfg.batch_size)
-        return random_crops(rng, scene_pictures(rng, cfg.crop_batch_size), cfg.crop, patch)
+            images = scene_pictures(rng, cfg.batch_size)
+        else:
+            images = scene_pictures(rng, cfg.crop_batch_size)
+            images = random_crops(rng, images, cfg.crop, patch)
+        return images, patch_groups(images, patch)
 
-    def step_fn(state, images):
-        train_state, usage, metrics = vq_step(*state, images)
+    def step_fn(state, batch):
+        train_state, usage, metrics = vq_step(*state, *batch)
         return (train_state, usage), metrics
 
     def save(state):
@@ -65,3 +68,15 @@ def random_crops(
         for image, y, x in zip(images, rows, columns, strict=True)
     ]
     return np.stack(crops)
+
+
+def patch_groups(images: np.ndarray, patch: int) -> np.ndarray:
+    """A number for each patch, the same for patches of the same pixels.
+
+    images: uint8[B, Y, X, 3]; patch: pixels a side. Returns int32[B * y * x], row-major.
+    """
+    b, y, x, c = images.shape
+    grid = images.reshape(b, y // patch, patch, x // patch, patch, c).swapaxes(2, 3)
+    rows = np.ascontiguousarray(grid).reshape(-1, patch * patch * c)
+    names = rows.view(np.dtype((np.void, rows.shape[1]))).reshape(-1)
+    return np.unique(names, return_inverse=True)[1].reshape(-1).astype(np.int32)
