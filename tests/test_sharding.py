@@ -114,8 +114,7 @@ def test_eight_devices_draw_what_one_draws(golden, one_device, shape):
     pipeline = load(golden / "janus", dtype="float32", mesh=mesh)
     drawn = pipeline.generate_images(PROMPTS, num_images=4, seed=11)
     np.testing.assert_array_equal(drawn.indices, one_device.indices)
-    difference = np.abs(drawn.pixels.astype(int) - one_device.pixels)
-    assert difference.max() <= 1 and (difference > 0).mean() < 1e-3
+    np.testing.assert_array_equal(drawn.pixels, one_device.pixels)
 
 
 @pytest.fixture(scope="module")
@@ -150,8 +149,7 @@ def test_images_fill_up_the_devices(sharded, one_device):
     drawn = sharded.generate_images(PROMPTS[0], num_images=7, seed=11)
     assert drawn.pixels.shape == (7, 64, 64, 3)
     np.testing.assert_array_equal(drawn.indices[:4], one_device.indices[:4])
-    again = sharded.decode_indices(drawn.indices)
-    assert np.abs(again.astype(int) - drawn.pixels).max() <= 1
+    np.testing.assert_array_equal(sharded.decode_indices(drawn.indices), drawn.pixels)
     assert sharded.encode_images(list(drawn.pixels)).shape == (7, 16)
 
 

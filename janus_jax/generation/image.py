@@ -13,11 +13,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from janus_jax import sharding
 from janus_jax.generation import decoding, samplers
 from janus_jax.generation.samplers import Sampling
 from janus_jax.models.janus import Janus
+from janus_jax.models.vq import VQ
 
 # Calls of a progress report in the course of one chunk, at most.
 _REPORTS = 25
@@ -124,18 +126,24 @@ def decode_pixels(model: Janus, indices: jax.Array, mesh: Mesh | None = None) ->
     """Indices int32[B, T] -> pixels uint8[B, S, S, 3], truncated as in the reference.
 
     One image at a time on each device: its activations are large (75 MB a layer at 384 pixels),
-    and an image comes out the same whatever the others.
+    and an image comes out the same whatever the others and the mesh.
     """
-    shards = sharding.num_batch_shards(mesh)
-    groups = indices.reshape(shards, -1, indices.shape[1]).swapaxes(0, 1)
 
-    def decode(group: jax.Array) -> jax.Array:
-        with jax.default_matmul_precision("highest"):  # bands would show in bfloat16
-            pixels = model.gen_vq.decode(group)
-        return jnp.clip((pixels + 1) / 2 * 255, 0, 255).astype(jnp.uint8)
+    def decode(vq: VQ, indices: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda row: _decode_one(vq, row), indices)
 
-    pixels = jax.lax.map(decode, groups).swapaxes(0, 1)
-    return pixels.reshape(len(indices), *pixels.shape[2:])
+    if mesh is None:
+        return decode(model.gen_vq, indices)
+    batch = P(sharding.BATCH_AXES)
+    decode = jax.shard_map(decode, mesh=mesh, in_specs=(P(), batch), out_specs=batch)
+    return decode(model.gen_vq, indices)
+
+
+def _decode_one(vq: VQ, indices: jax.Array) -> jax.Array:
+    """int32[T] -> uint8[S, S, 3]."""
+    with jax.default_matmul_precision("highest"):  # bands would show in bfloat16
+        pixels = vq.decode(indices[None])[0]
+    return jnp.clip((pixels + 1) / 2 * 255, 0, 255).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
