@@ -1,0 +1,89 @@
+"""The measurement of what loading a folder takes, on the tiny checkpoint; and its random folder."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks import load_memory, synthetic
+from janus_jax.interop.readers import TORCH_BIN, open_checkpoint
+from janus_jax.interop.tensors import BFLOAT16
+
+NAMES = (  # of every kind of shape, none large
+    "vision_model.vision_tower.blocks.3.attn.qkv.bias",
+    "vision_model.vision_tower.norm.weight",
+    "gen_vision_model.quant_conv.weight",
+    "gen_aligner.layers.0.weight",
+    "gen_vision_model.decoder.conv_in.weight",
+)
+
+
+def run(capsys, *args) -> tuple[int, str, str]:
+    status = load_memory.main([str(arg) for arg in args])
+    return status, *capsys.readouterr()
+
+
+def test_a_load_is_measured_in_its_own_process(golden, tmp_path, capsys):
+    ballast = np.ones(10**9, np.uint8)  # of this process, so no figure may hold it
+    target = tmp_path / "figures.json"
+    args = ("--folder", golden / "janus", "--dtype", "float32", "--output", target)
+    status, out, _ = run(capsys, *args)
+    assert (status, json.loads(out)) == (0, json.loads(target.read_text()))
+    found = json.loads(out)
+    assert found["model"] == "janus" and found["versions"]["jax"]
+    (figures,) = found["measurements"]
+    assert figures["parameters_gb"] == pytest.approx(4 * 1_109_891 / 1e9, abs=6e-4)
+    assert 0.05 < figures["before_gb"] < figures["peak_gb"] < 0.9 * ballast.nbytes / 1e9
+    above = figures["peak_gb"] - figures["parameters_gb"]
+    assert figures["above_gb"] == pytest.approx(above, abs=2e-3)
+
+
+def test_resident_memory_counts_what_is_touched():
+    before = load_memory.resident_bytes("VmRSS")
+    ballast = np.ones(2 * 10**8, np.uint8)
+    grown = load_memory.resident_bytes("VmRSS") - before
+    assert 1.9e8 < grown < 3e8
+    del ballast
+    assert load_memory.resident_bytes("VmHWM") >= before + grown
+
+
+def test_a_folder_that_does_not_load_is_told_in_one_line(golden, capsys):
+    status, out, err = run(capsys, "--folder", golden / "listings", "--dtype", "float32")
+    assert (status, out) == (2, "")
+    assert err.startswith("load_memory: ") and err.count("\n") == 1
+    assert "holds no config.json" in err
+
+
+def test_the_torch_file_is_one(tmp_path):
+    shapes = {name: synthetic.listing()["tensors"][name] for name in NAMES}
+    path = tmp_path / TORCH_BIN
+    synthetic.write_torch_file(path, shapes)
+    stored = torch.load(path, weights_only=True)
+    read = open_checkpoint(tmp_path)
+    assert list(stored) == list(NAMES) == list(read.names)
+    for name in NAMES:
+        want = synthetic.values(name)
+        assert stored[name].is_contiguous() and want.dtype == BFLOAT16
+        np.testing.assert_array_equal(stored[name].view(torch.int16), want.view(np.int16))
+        np.testing.assert_array_equal(read.read(name), want)
+
+
+def test_values_are_random_and_no_rows_are_equal():
+    values = synthetic.values("language_model.model.layers.0.self_attn.q_proj.weight")
+    values = values.astype(np.float32)
+    assert values.std() == pytest.approx(synthetic.STD, rel=0.01)
+    assert len(np.unique(values[:, :4], axis=0)) == len(values)
+    scales = synthetic.values("language_model.model.norm.weight").astype(np.float32)
+    assert scales.mean() == pytest.approx(1, rel=0.01) and scales.std() > 0
+
+
+def test_the_committed_figures_are_within_the_limit():
+    found = json.loads(load_memory.RESULT.read_text())
+    kinds = {(m["format"], m["dtype"]) for m in found["measurements"]}
+    assert kinds == {(f, d) for f in load_memory.FORMATS for d in load_memory.DTYPES}
+    numbers = sum(math.prod(shape) for shape in synthetic.listing()["tensors"].values())
+    for figures in found["measurements"]:
+        assert 0 < figures["above_gb"] < 3
+        assert figures["parameters_gb"] < 4 * numbers / 1e9
