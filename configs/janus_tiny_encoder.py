@@ -2,7 +2,8 @@
 
     python train.py --config=configs/janus_tiny_encoder.py
 
-About 5 minutes on 2 CPU cores. Goes on from runs/janus_tiny_vq and writes runs/janus_tiny_encoder.
+About 5 minutes on 2 CPU cores. Goes on from runs/janus_tiny_vq_refined and writes
+runs/janus_tiny_encoder.
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +14,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         dict(
             task="encoder",
-            init="runs/janus_tiny_vq",
+            init="runs/janus_tiny_vq_refined",
             output="runs/janus_tiny_encoder",
             seed=0,
             steps=1500,

@@ -14,6 +14,7 @@ def get_config() -> ConfigDict:
     return ConfigDict(
         dict(
             task="tokenizer",
+            init="",
             output="runs/janus_tiny_vq",
             seed=0,
             steps=4500,

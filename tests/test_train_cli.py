@@ -46,7 +46,10 @@ def trained(tmp_path_factory) -> Path:
     done = run("--config=configs/janus_tiny_vq.py", **SHORT, **small)
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stderr and "codes_used" in done.stderr
-    small = dict(batch_size=2, init=folder / "vq", output=folder / "encoder")
+    small = dict(batch_size=1, init=folder / "vq", output=folder / "refined")
+    done = run("--config=configs/janus_tiny_vq_refine.py", **SHORT, **small)
+    assert done.returncode == 0, done.stderr
+    small = dict(batch_size=2, init=folder / "refined", output=folder / "encoder")
     done = run("--config=configs/janus_tiny_encoder.py", **SHORT, **small)
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stderr and "pictures_right" in done.stderr
@@ -59,15 +62,23 @@ def trained(tmp_path_factory) -> Path:
 
 
 def test_what_was_trained_loads_and_draws(trained):
-    assert sorted(path.name for path in trained.iterdir()) == ["encoder", "tiny", "vq"]
+    assert sorted(path.name for path in trained.iterdir()) == ["encoder", "refined", "tiny", "vq"]
     pipeline = janus_jax.load(trained / "tiny", dtype="float32")
     drawn = pipeline.generate_images("a red circle left of a blue square", temperature=0)
     assert (drawn.pixels.shape, drawn.indices.shape) == ((1, 96, 96, 3), (1, 36))
     assert drawn.pixels.std() > 0
 
 
+def test_the_tokenizer_is_trained_on_alone(trained):
+    names = ("vq", "refined")
+    before, after = (load_file(trained / name / "model.safetensors") for name in names)
+    changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
+    assert changed and all(name.startswith("gen_vision_model.") for name in changed)
+
+
 def test_the_encoder_is_trained_alone(trained):
-    before, after = (load_file(trained / name / "model.safetensors") for name in ("vq", "encoder"))
+    names = ("refined", "encoder")
+    before, after = (load_file(trained / name / "model.safetensors") for name in names)
     changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
     assert changed and all(name.startswith("vision_model.") for name in changed)
 

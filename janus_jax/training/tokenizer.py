@@ -1,5 +1,7 @@
 """Trains the image tokenizer of a small Janus on drawn scenes."""
 
+from collections.abc import Callable
+
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
@@ -9,28 +11,28 @@ from janus_jax.data.scene_batches import scene_pictures
 from janus_jax.interop.save import save_deepseek
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.processing.processor import CHECKPOINT_FILES
-from janus_jax.training.folders import check_counts, check_output
+from janus_jax.training.folders import Start, check_counts, check_output
 from janus_jax.training.loop import drawn_batches, run_steps
 from janus_jax.training.state import init_state, make_optimizer, split_model
 from janus_jax.training.vq import make_vq_step
 
 
 def train_tokenizer(cfg) -> None:
-    """Trains `gen_vq` from scratch and writes a checkpoint folder with it to cfg.output.
+    """Trains `gen_vq` and writes a checkpoint folder with it to cfg.output.
 
-    cfg: ConfigDict of configs/janus_tiny_vq.py. The other parts stay as initialised.
-    Raises ValueError for a setting out of its range, or an output folder that is not replaced.
+    cfg: ConfigDict of configs/janus_tiny_vq.py. cfg.init is the folder to go on from, or empty to
+    start from scratch. The other parts stay as they are.
+    Raises FileNotFoundError or ValueError for a folder that cannot be used or a setting out of
+    its range.
     """
-    sizes = JanusConfig.janus_tiny()
-    patch = sizes.gen_vq.downsample
     check_counts(cfg, "batch_size", "crop_batch_size", "crop")
+    optimizer = make_optimizer(cfg)
+    sizes, make_model, save_model = _start(cfg)
+    patch = sizes.gen_vq.downsample
     if cfg.crop % patch or cfg.crop > sizes.image_size:
         limits = f"a multiple of {patch} and at most {sizes.image_size}"
         raise ValueError(f"crop must be {limits}, got {cfg.crop}")
-    check_output(cfg.output, sizes, CHECKPOINT_FILES)
-    optimizer = make_optimizer(cfg)
-    model = Janus(sizes, rngs=nnx.Rngs(cfg.seed))
-    graph, params, frozen = split_model(model, "gen_vq")
+    graph, params, frozen = split_model(make_model(), "gen_vq")
     vq_step = make_vq_step(graph, frozen, optimizer, cfg)
 
     def make_batch(rng: np.random.Generator, step: int) -> tuple[np.ndarray, np.ndarray]:
@@ -46,11 +48,26 @@ def train_tokenizer(cfg) -> None:
         return (train_state, usage), metrics
 
     def save(state):
-        trained = nnx.merge(graph, state[0].params, frozen)
-        save_deepseek(cfg.output, trained, tiny_tokenizer.build)
+        save_model(nnx.merge(graph, state[0].params, frozen))
 
-    state = (init_state(params, optimizer), jnp.zeros(sizes.gen_vq.codebook_size))
+    # codes that were trained count as used until it shows that they are not
+    usage = jnp.full(sizes.gen_vq.codebook_size, 1.0 if cfg.init else 0.0)
+    state = (init_state(params, optimizer), usage)
     run_steps(state, step_fn, drawn_batches(make_batch, cfg), cfg, save)
+
+
+def _start(cfg) -> tuple[JanusConfig, Callable[[], Janus], Callable[[Janus], None]]:
+    """The model's sizes, what makes it, and what writes it to cfg.output."""
+    if cfg.init:
+        start = Start.from_config(cfg)
+        return start.source.cfg, start.load, start.save
+    sizes = JanusConfig.janus_tiny()
+    check_output(cfg.output, sizes, CHECKPOINT_FILES)
+
+    def save(model: Janus) -> None:
+        save_deepseek(cfg.output, model, tiny_tokenizer.build)
+
+    return sizes, lambda: Janus(sizes, rngs=nnx.Rngs(cfg.seed)), save
 
 
 def random_crops(

@@ -1,0 +1,25 @@
+"""The image tokenizer of janus_tiny, once more on whole pictures: the colors come out right.
+
+    python train.py --config=configs/janus_tiny_vq_refine.py
+
+About MINUTES on 2 CPU cores. Goes on from runs/janus_tiny_vq and writes runs/janus_tiny_vq_refined.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import janus_tiny_vq
+
+
+def get_config() -> ConfigDict:
+    """As janus_tiny_vq, but shorter, and quantised from the first step."""
+    config = janus_tiny_vq.get_config()
+    config.update(
+        init="runs/janus_tiny_vq",
+        output="runs/janus_tiny_vq_refined",
+        seed=1,
+        steps=1500,
+        crop_steps=0,
+        quantise_from=0,
+        learning_rate=2e-3,
+    )
+    return config
