@@ -1,9 +1,12 @@
-"""The model that ships: decoder, adapters and SigLIP around the tokenizer of janus_tiny_vq.
+"""The model that ships: decoder and adapters between a finished encoder and tokenizer.
 
     python train.py --config=configs/janus_tiny_vq.py
+    python train.py --config=configs/janus_tiny_vq_refine.py
+    python train.py --config=configs/janus_tiny_encoder.py
     python train.py --config=configs/janus_tiny.py
 
-Writes runs/janus_tiny, a folder in DeepSeek's layout; janus_jax/assets/janus_tiny is a copy of it.
+The last takes about 40 minutes on 2 CPU cores. Goes on from runs/janus_tiny_encoder and writes
+runs/janus_tiny, in DeepSeek's layout; janus_jax/assets/janus_tiny is a copy of it.
 """
 
 from ml_collections import ConfigDict

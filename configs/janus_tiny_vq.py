@@ -2,8 +2,8 @@
 
     python train.py --config=configs/janus_tiny_vq.py
 
-About NN minutes on 2 CPU cores. Writes runs/janus_tiny_vq, from which configs/janus_tiny.py goes
-on.
+About 20 minutes on 2 CPU cores. Writes runs/janus_tiny_vq, from which
+configs/janus_tiny_vq_refine.py goes on.
 """
 
 from ml_collections import ConfigDict

@@ -2,7 +2,8 @@
 
     python train.py --config=configs/janus_tiny_vq_refine.py
 
-About MINUTES on 2 CPU cores. Goes on from runs/janus_tiny_vq and writes runs/janus_tiny_vq_refined.
+About 10 minutes on 2 CPU cores. Goes on from runs/janus_tiny_vq and writes
+runs/janus_tiny_vq_refined.
 """
 
 from ml_collections import ConfigDict

@@ -19,7 +19,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def _files_with_torch() -> list[str]:
-    pattern = re.compile(r"^(import torch|from (torch_reference|checkpoints) )", re.MULTILINE)
+    modules = "torch|transformers|torch_reference|checkpoints"
+    pattern = re.compile(rf"^ *(import|from) ({modules})\b", re.MULTILINE)
     files = Path(__file__).parent.glob("test_*.py")
     return [file.name for file in files if pattern.search(file.read_text(encoding="utf-8"))]
 

@@ -1,0 +1,101 @@
+"""The scoring script, with a painter and an oracle in place of a model."""
+
+from types import SimpleNamespace
+
+import numpy as np
+
+import janus_jax
+from benchmarks import score_scenes
+from configs import janus_tiny, janus_tiny_encoder
+from janus_jax.data import questions, scenes
+
+
+class Oracle:
+    """Draws what is asked for (turned upside down on demand) and answers rightly (or "yes")."""
+
+    def __init__(self, upside_down=False, honest=True):
+        self.upside_down, self.honest = upside_down, honest
+        self.pictures, self.answers = {}, {}
+
+    def generate_images(self, prompts, num_images, seed, guidance_weight, max_batch):
+        drawn = [self.pictures[text] for text in prompts for _ in range(num_images)]
+        return SimpleNamespace(pixels=[x[::-1] if self.upside_down else x for x in drawn])
+
+    def answer(self, asked, images, max_new_tokens):
+        keys = [(q, own[0].tobytes()) for q, own in zip(asked, images, strict=True)]
+        return [" " + self.answers[key] if self.honest else " yes" for key in keys]
+
+
+def painter(**kind) -> tuple[Oracle, list[scenes.Prompt]]:
+    rng, oracle = np.random.default_rng(0), Oracle(**kind)
+    prompts = []
+    for _ in range(12):
+        scene, prompt = scenes.sample_scene(rng, "position")
+        if prompt.requirement.relation in ("above", "below"):
+            prompts.append(prompt)
+            oracle.pictures[prompt.text] = scenes.draw(scene)
+    return oracle, prompts
+
+
+def test_pictures_of_the_prompt_count_and_others_do_not():
+    oracle, prompts = painter()
+    assert score_scenes.score_pictures(oracle, prompts, 1.0, 0) == 1
+    oracle, prompts = painter(upside_down=True)
+    assert score_scenes.score_pictures(oracle, prompts, 1.0, 0) == 0
+
+
+def test_prompts_that_choose_the_guidance_do_not_count():
+    for kind in scenes.KINDS:
+        tuning, scored = score_scenes.split_prompts("train", kind)
+        assert tuning and scored
+        assert not {p.text for p in tuning} & {p.text for p in scored}
+
+
+def taught(monkeypatch, **kind) -> Oracle:
+    """An oracle that hears every question and answer that the script makes up."""
+    oracle = Oracle(**kind)
+
+    def sample(rng, scene):
+        question, answer = questions.sample_question(rng, scene)
+        oracle.answers[question, scenes.draw(scene).tobytes()] = answer
+        return question, answer
+
+    monkeypatch.setattr(score_scenes, "sample_question", sample)
+    monkeypatch.setattr(score_scenes, "QUESTIONS", 60)
+    return oracle
+
+
+def test_answers_must_equal_the_expected_ones(monkeypatch):
+    record = score_scenes.score_answers(taught(monkeypatch), "train", set())
+    assert (record["exact_match"], record["questions"], record["left_out_as_seen"]) == (1, 60, 0)
+    assert sum(entry["questions"] for entry in record["by_question"].values()) == 60
+    record = score_scenes.score_answers(taught(monkeypatch, honest=False), "train", set())
+    assert 0 < record["exact_match"] < 0.3
+
+
+def test_scenes_of_the_training_are_left_out(monkeypatch):
+    rng = np.random.default_rng((score_scenes.SEED, 0))
+    first = scenes.draw(score_scenes.any_scene(rng, "train"))
+    seen = {score_scenes.digest(first)}
+    record = score_scenes.score_answers(taught(monkeypatch), "train", seen)
+    assert record["left_out_as_seen"] >= 1 and record["questions"] == 60
+
+
+def test_pictures_of_a_training_step_are_told_as_they_were_drawn(monkeypatch):
+    """By the encoder's config, and by both halves of the decoder's."""
+    pipeline = janus_jax.load(dtype="float32")
+    drawn = []
+
+    def draw(scene):
+        drawn.append(scene)
+        return draw_scene(scene)
+
+    draw_scene = scenes.draw
+    monkeypatch.setattr(scenes, "draw", draw)
+    for config, size in ((janus_tiny_encoder, 64), (janus_tiny, 64)):
+        drawn.clear()
+        rng = np.random.default_rng(0)
+        told = score_scenes.batch_pictures(pipeline, config.get_config(), rng, 0)
+        assert len(told) == size
+        want = {score_scenes.digest(draw_scene(scene)) for scene in drawn}
+        assert {score_scenes.digest(picture) for picture in told} == want
