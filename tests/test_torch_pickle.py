@@ -135,6 +135,44 @@ def test_pickles_of_other_things_give_one_line(tmp_path, data):
     assert "\n" not in str(error.value) and "m.bin" in str(error.value)
 
 
+def spelled_pickle(**after):
+    """{"a": a tensor of 2 floats}; `after` appends opcodes to what pushes one of its parts."""
+    storage = f"ctorch\nFloatStorage\n{after.get('kind', '')}"
+    storage = f"(S'storage'\n{storage}S'0'\nS'cpu'\nI2\ntQ{after.get('storage', '')}"
+    rebuild = f"ctorch._utils\n_rebuild_tensor_v2\n{after.get('rebuild', '')}"
+    hooks = f"ccollections\nOrderedDict\n{after.get('class_', '')})R"
+    tensor = f"{rebuild}({storage}I0\n(I2\nt(I1\ntI00\n{hooks}tR{after.get('tensor', '')}"
+    top = f"ccollections\nOrderedDict\n)R{after.get('top', '')}"
+    return f"{top}S'a'\n{tensor}s.".encode("latin-1")
+
+
+STRIDES = "S'strides'\n(I100000000\nI-100000000\nt"
+BUILT = {
+    "tensor": STRIDES,
+    "storage": "S'dtype'\nccollections\nOrderedDict\n)R",
+    "kind": "S'dtype'\nccollections\nOrderedDict\n)R",
+    "rebuild": "S'__defaults__'\n(t",
+    "class_": "S'items'\n(t",
+}
+
+
+@pytest.mark.parametrize("state", ["(d{}sb", "N(d{}s\x86b"], ids=["dict", "slots"])
+@pytest.mark.parametrize("part", BUILT)
+def test_attributes_cannot_be_set_behind_the_checks(tmp_path, part, state):
+    path = save(tmp_path / "m.bin", {"a": torch.arange(2.0)})
+    replace_pickle(path, spelled_pickle(**{part: state.format(BUILT[part])}))
+    with pytest.raises(ValueError, match=r"m\.bin is refused: ") as error:
+        read_torch_file(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["items", "_metadata"])
+def test_attributes_of_a_dict_change_nothing(tmp_path, name):
+    path = save(tmp_path / "m.bin", {"a": torch.arange(2.0)})
+    replace_pickle(path, spelled_pickle(top=f"(dS'{name}'\nccollections\nOrderedDict\nsb"))
+    np.testing.assert_array_equal(read_torch_file(path)["a"].read(), [0, 1])
+
+
 def test_truncated_anywhere(tmp_path):
     path = save(tmp_path / "m.bin", {"a": torch.zeros(1000)})
     data = path.read_bytes()

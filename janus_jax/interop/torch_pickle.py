@@ -2,15 +2,17 @@
 
 The unpickler can name a tensor's storage, build a tensor from it and build an OrderedDict. Any
 other name in the pickle is refused before it is looked up, so nothing in the file is executed.
+What these names give holds no attributes that can be set: the opcode BUILD, which would write
+behind the checks (or into a function), fails on all of it but an OrderedDict.
 Format: a stored (not compressed) zip holding `X/data.pkl`, `X/byteorder` and `X/data/<key>`.
 """
 
 import collections
-import dataclasses
 import pickle
 import struct
 import zipfile
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -78,36 +80,40 @@ def _read_archive(path: Path, archive: zipfile.ZipFile) -> dict[str, Tensor]:
     return tensors
 
 
-@dataclasses.dataclass(frozen=True)
-class _Dtype:
+class _Dtype(NamedTuple):
     """What a storage class of the pickle stands for; not callable, so a pickle cannot call it."""
 
     dtype: np.dtype
 
 
-@dataclasses.dataclass(frozen=True)
-class _Storage:
+class _Storage(NamedTuple):
     key: str
     dtype: np.dtype
-    size: int
 
 
-@dataclasses.dataclass(frozen=True)
-class _View:
+class _View(NamedTuple):
     storage: _Storage
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
-def _rebuild_tensor(storage, offset, shape, strides, requires_grad, hooks, metadata=None) -> _View:
-    """Stands in for torch._utils._rebuild_tensor_v2; the last three do not concern the values."""
-    numbers = (offset, *shape, *strides)
-    if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
-        raise ValueError("a tensor is described by something other than a storage and sizes")
-    if len(shape) != len(strides):
-        raise ValueError(f"a tensor has shape {shape} and strides {strides}")
-    return _View(storage, offset, tuple(shape), tuple(strides))
+class _Rebuild:
+    """Stands in for torch._utils._rebuild_tensor_v2; no function, whose defaults could be set."""
+
+    __slots__ = ()
+
+    def __call__(
+        self, storage, offset, shape, strides, requires_grad, hooks, metadata=None
+    ) -> _View:
+        """The last three do not concern the values."""
+        shape, strides = tuple(shape), tuple(strides)
+        numbers = (offset, *shape, *strides)
+        if not isinstance(storage, _Storage) or not all(type(n) is int and n >= 0 for n in numbers):
+            raise ValueError("a tensor is described by something other than a storage and sizes")
+        if len(shape) != len(strides):
+            raise ValueError(f"a tensor has shape {shape} and strides {strides}")
+        return _View(storage, offset, shape, strides)
 
 
 class _TensorUnpickler(pickle.Unpickler):
@@ -115,7 +121,7 @@ class _TensorUnpickler(pickle.Unpickler):
         if (module, name) == ("collections", "OrderedDict"):
             return collections.OrderedDict
         if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
-            return _rebuild_tensor
+            return _Rebuild()
         if module == "torch" and name in STORAGES:
             return _Dtype(STORAGES[name])
         raise ValueError(f"its pickle names {module}.{name}, and only tensors are read")
@@ -126,7 +132,7 @@ class _TensorUnpickler(pickle.Unpickler):
         _, kind, key, _, size = pid
         if not (isinstance(kind, _Dtype) and isinstance(key, str) and type(size) is int):
             raise ValueError(f"its pickle describes a storage as {pid!r}")
-        return _Storage(key, kind.dtype, size)
+        return _Storage(key, kind.dtype)
 
 
 def _unpickle(path: Path, stream) -> dict[str, _View]:
@@ -139,6 +145,8 @@ def _unpickle(path: Path, stream) -> dict[str, _View]:
         raise ValueError(f"{path} is refused: {text}") from None
     if not isinstance(stored, dict):
         raise ValueError(f"{path} holds a {type(stored).__name__}, not a dict of tensors")
+    # not stored.items(): an OrderedDict may hold an attribute of that name
+    stored = dict(dict.items(stored))
     for name, item in stored.items():
         if not (isinstance(name, str) and isinstance(item, _View)):
             raise ValueError(f"{path} holds {name!r}: {type(item).__name__}, not a named tensor")
