@@ -58,6 +58,15 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits, top_p, temperature):
         np.testing.assert_array_equal(np.flatnonzero(kept[row]), np.sort(order[:number]))
 
 
+def test_top_p_1_keeps_all_of_a_whole_codebook():
+    peaked = np.linspace(0, -30, 16384, dtype=np.float32)[None]
+    for top_p in (1, 1.0, 1 - 1e-12):
+        sampling = samplers.make_sampling(1.0, None, top_p, 16384)
+        assert np.isfinite(samplers.keep_likeliest(jnp.asarray(peaked), sampling)).all()
+    below = samplers.make_sampling(1.0, None, 0.999, 16384)
+    assert not np.isfinite(samplers.keep_likeliest(jnp.asarray(peaked), below)).all()
+
+
 def test_top_p_counts_what_top_k_left(logits):
     kept = _kept(logits, top_k=3, top_p=0.6)
     for row in range(len(logits)):

@@ -56,6 +56,8 @@ def check_seed(seed) -> None:
 def make_sampling(temperature, top_k, top_p, size: int) -> Sampling:
     """Checked settings for choosing among `size` indices.
 
+    top_p = 1 is no filter: sums of probabilities in float32 reach 1 before the last of them.
+
     Raises:
         ValueError: temperature < 0, top_k outside [1, size], or top_p outside (0, 1].
     """
@@ -71,7 +73,7 @@ def make_sampling(temperature, top_k, top_p, size: int) -> Sampling:
     return Sampling(
         np.float32(temperature),
         None if top_k is None else np.int32(top_k),
-        None if top_p is None else np.float32(top_p),
+        None if top_p is None or np.float32(top_p) == 1 else np.float32(top_p),
     )
 
 
