@@ -107,6 +107,29 @@ def test_a_question_takes_its_images_in_front(processor):
     assert pixels.shape == (2, 64, 64, 3) and pixels.dtype == np.float32
 
 
+def test_without_placeholders_images_come_before_the_first_text_of_the_user(processor):
+    first, second = (np.full((8, 8, 3), value, np.uint8) for value in (0, 255))
+
+    def turns(*texts, **user):
+        roles = ("user", "assistant", "user")
+        messages = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=False)]
+        return [{"role": "system", "content": "s"}, messages[0] | user, *messages[1:]]
+
+    tag = f"{processor.image_tag}\n"
+    expected, _ = processor.conversation(turns(f"{tag}{tag}A?", "yes", "B?"), [first, second])
+    tokens, pixels = processor.conversation(turns("A?", "yes", "B?"), [first, second])
+    assert tokens == expected
+    assert pixels[0].max() == -1 and pixels[1].min() == 1
+    single, _ = processor.conversation([{"role": "user", "content": "A?"}], [first])
+    assert single == processor.conversation("A?", [first])[0]
+    carried = turns("A?", "yes", "B?", images=[first])
+    carried[3]["images"] = [second]
+    tokens, pixels = processor.conversation(carried)
+    expected, _ = processor.conversation(turns(f"{tag}A?", "yes", f"{tag}B?"), [first, second])
+    assert tokens == expected
+    assert pixels[0].max() == -1 and pixels[1].min() == 1
+
+
 def test_images_in_the_messages_and_beside_them_are_the_same(processor):
     first, second = (np.full((8, 8, 3), value, np.uint8) for value in (0, 255))
     texts = ("<image_placeholder>\nA?", "yes", "and <image_placeholder>?")
@@ -128,8 +151,9 @@ def test_numbers_of_images_and_placeholders_must_agree(processor):
         processor.conversation("what is <image_placeholder>?")
     with pytest.raises(ValueError, match="got 2 images for 1 placeholders"):
         processor.conversation("what is <image_placeholder>?", [grey, grey])
-    with pytest.raises(ValueError, match="got 1 images for 0 placeholders"):
-        processor.conversation([{"role": "user", "content": "what?"}], [grey])
+    messages = [{"role": "user", "content": "what is <image_placeholder>?"}]
+    with pytest.raises(ValueError, match="got 2 images for 1 placeholders"):
+        processor.conversation(messages, [grey, grey])
     with pytest.raises(ValueError, match="got 0 images for 1 placeholders"):
         processor.image_prompt("a <image_placeholder>")
 

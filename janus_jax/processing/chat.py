@@ -149,6 +149,22 @@ def question_messages(question: str, num_images: int, image_tag: str) -> list[Me
     Without a placeholder in the question, one for each image is put in front of it, each on its own
     line, as the reference's demo does.
     """
-    if image_tag not in question:
-        question = f"{image_tag}\n" * num_images + question
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": ""}]
+    asked = [{"role": "user", "content": question}]
+    asked = with_placeholders(asked, [num_images], image_tag)
+    return [*asked, {"role": "assistant", "content": ""}]
+
+
+def with_placeholders(
+    messages: Sequence[Message], num_images: Sequence[int], image_tag: str
+) -> list[Message]:
+    """Puts placeholders into a conversation that has none, and leaves any other as it is.
+
+    Args:
+        num_images: how many go in front of each message, each on its own line.
+    """
+    if any(image_tag in message["content"] for message in messages):
+        return list(messages)
+    return [
+        {**message, "content": f"{image_tag}\n" * number + message["content"]}
+        for message, number in zip(messages, num_images, strict=True)
+    ]

@@ -74,6 +74,22 @@ def _count_image_tokens(folder: Path, image_size: int) -> int:
     return (image_size // vision.get("patch_size", 16)) ** 2
 
 
+def _images_of_each(
+    messages: Sequence[chat.Message], images: Sequence[ImageSource]
+) -> list[list[ImageSource]]:
+    """The images that each message carries; those beside the messages go to the user's first."""
+    shown = [picture_list(message.get("images")) for message in messages]
+    carried = sum(map(len, shown))
+    if carried and len(images):
+        raise ValueError(
+            "images come in the messages or beside them, not both: "
+            f"got {carried} in the messages and {len(images)} beside them"
+        )
+    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+    shown[first] += images
+    return shown
+
+
 @dataclasses.dataclass(frozen=True)
 class Processor:
     """Everything between a person's words and images and a model's arrays.
@@ -155,11 +171,10 @@ class Processor:
 
         Args:
             messages: a question, or messages with roles "user" and "assistant" (and at first
-                "system"); one that ends with the user is made ready to be answered. In a question
-                without placeholders, the images come first. Messages need one `image_tag` for
-                each image in their contents.
-            images: in the order of their placeholders; or each message carries its own in
-                "images".
+                "system"); one that ends with the user is made ready to be answered.
+            images: in the order of the placeholders (`image_tag`), one for each; or each message
+                carries its own in "images". Where no message has a placeholder, the images come
+                before the first text of the user, and those of a message before its text.
         Returns:
             tokens, and pixels float32[n, S, S, 3].
         Raises:
@@ -169,15 +184,9 @@ class Processor:
         if isinstance(messages, str):
             messages = chat.question_messages(messages, len(images), self.image_tag)
         messages = chat.generic_roles(messages)
-        carried = [
-            image for message in messages for image in picture_list(message.get("images"))
-        ]
-        if carried and len(images):
-            raise ValueError(
-                "images come in the messages or beside them, not both: "
-                f"got {len(carried)} in the messages and {len(images)} beside them"
-            )
-        images = carried or images
+        shown = _images_of_each(messages, images)
+        messages = chat.with_placeholders(messages, list(map(len, shown)), self.image_tag)
+        images = [image for own in shown for image in own]
         text = chat.format_conversation(messages, self.sft_format, self.system_prompt)
         tokens = self.tokenizer.encode(text)
         self._check_images(tokens, len(images))
