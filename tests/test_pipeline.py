@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import janus_jax
-from janus_jax.generation import compile_cache, decoding, image
+from janus_jax.generation import compile_cache, decoding, image, loading
 from janus_jax.generation import pipeline as pipelines
 from janus_jax.processing import images
 
@@ -133,11 +133,11 @@ def test_prompts_are_padded_to_few_lengths(length, bucket):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, np.dtype(jnp.bfloat16)])
 def test_dtypes_are_names_or_types(dtype):
-    assert pipelines.check_dtype(dtype) == jnp.bfloat16
+    assert loading.check_dtype(dtype) == jnp.bfloat16
 
 
 def test_the_default_dtype_on_cpu_is_float32():
-    assert pipelines.check_dtype(None) == jnp.float32
+    assert loading.check_dtype(None) == jnp.float32
 
 
 @pytest.mark.parametrize("dtype", ["float16", jnp.float16, "int8", 3])
@@ -166,11 +166,11 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(pipeline):
     decoder = dataclasses.replace(pipeline.model.cfg.language_model, vocab_size=100)
     cfg = dataclasses.replace(pipeline.model.cfg, language_model=decoder)
     with pytest.raises(ValueError, match=r"has ids up to \d+, config\.json a vocabulary of 100"):
-        pipelines.check_processor(pipeline.processor, cfg)
+        loading.check_processor(pipeline.processor, cfg)
 
 
 def test_the_default_is_the_model_that_ships():
-    assert pipelines.find_folder(None) == Path(janus_jax.__file__).parent / "assets" / "janus_tiny"
+    assert loading.find_folder(None) == Path(janus_jax.__file__).parent / "assets" / "janus_tiny"
 
 
 def test_a_hub_id_is_fetched_only_if_there_is_no_such_folder(tmp_path, monkeypatch):
@@ -185,10 +185,10 @@ def test_a_hub_id_is_fetched_only_if_there_is_no_such_folder(tmp_path, monkeypat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "there").mkdir(parents=True)
-    assert pipelines.find_folder("org/there") == Path("org/there")
-    assert pipelines.find_folder("a/b/c") == Path("a/b/c")
+    assert loading.find_folder("org/there") == Path("org/there")
+    assert loading.find_folder("a/b/c") == Path("a/b/c")
     assert asked == []
-    assert pipelines.find_folder("org/Name-1.3B") == tmp_path
+    assert loading.find_folder("org/Name-1.3B") == tmp_path
     assert asked == ["org/Name-1.3B"]
 
 

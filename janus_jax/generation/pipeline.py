@@ -1,19 +1,17 @@
 """A checkpoint folder as an object that draws pictures and answers questions about them."""
 
 import dataclasses
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from janus_jax import sharding
-from janus_jax.generation import compile_cache, decoding, image, samplers, text
+from janus_jax.generation import compile_cache, decoding, image, loading, samplers, text
 from janus_jax.interop.load import build_model, load_params, open_folder
-from janus_jax.models.janus import Janus, JanusConfig
+from janus_jax.models.janus import Janus
 from janus_jax.processing.chat import Message
 from janus_jax.processing.images import (
     ImageSource,
@@ -23,14 +21,6 @@ from janus_jax.processing.images import (
 )
 from janus_jax.processing.processor import Example, Processor
 from janus_jax.processing.tokenizer import TextStream
-
-TINY = Path(__file__).parents[1] / "assets" / "janus_tiny"
-
-# float16 is left out: Janus's activations pass its largest number, and the result is NaN.
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-# What a checkpoint needs of a hub repository, in either layout.
-_HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin")
 
 Conversation = str | Sequence[Message]
 
@@ -299,60 +289,6 @@ def _at_least_one(name: str, values: Sequence) -> Sequence:
     return values
 
 
-def check_dtype(dtype) -> jnp.dtype:
-    """The compute and storage type: float32 or bfloat16, by name or as a type; None is the default.
-
-    The default is bfloat16 on TPU and GPU, and float32 on CPU, which is no faster in bfloat16.
-    """
-    if dtype is None:
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
-    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
-    if name not in DTYPES:
-        raise ValueError(
-            f"dtype must be one of {', '.join(DTYPES)}, got {name}"
-            + (", in which activations overflow" if name == "float16" else "")
-        )
-    return jnp.dtype(DTYPES[name])
-
-
-def find_folder(path_or_hub_id: str | Path | None) -> Path:
-    """The checkpoint folder: the path itself, the shipped janus_tiny (None), or a hub snapshot.
-
-    Raises:
-        FileNotFoundError: there is no such folder, and the hub has none or cannot be reached.
-    """
-    if path_or_hub_id is None:
-        return TINY
-    folder, name = Path(path_or_hub_id), str(path_or_hub_id)
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        return folder
-    import huggingface_hub  # slow to import, and needed here only
-
-    try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # offline, unknown, gated: the library has a class for each
-        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
-        raise FileNotFoundError(
-            f"{name} is no folder here, and cannot be fetched from the Hugging Face hub: {reason}"
-        ) from error
-
-
-def check_processor(processor: Processor, cfg: JanusConfig) -> None:
-    """Raises ValueError unless the processor files prepare what the model takes."""
-    largest = processor.tokenizer.largest_id
-    if largest >= cfg.language_model.vocab_size:
-        raise ValueError(
-            f"tokenizer.json has ids up to {largest}, "
-            f"config.json a vocabulary of {cfg.language_model.vocab_size}"
-        )
-    size, tokens = processor.image_config.image_size, processor.num_image_tokens
-    if (size, tokens) != (cfg.image_size, cfg.und_encoder.num_tokens):
-        raise ValueError(
-            f"the processor files prepare images of {size} pixels and {tokens} tokens, "
-            f"config.json takes {cfg.image_size} pixels and {cfg.und_encoder.num_tokens} tokens"
-        )
-
-
 def load(
     path_or_hub_id: str | Path | None = None, dtype=None, mesh: Mesh | None = None
 ) -> Pipeline:
@@ -372,9 +308,9 @@ def load(
         FileNotFoundError: there is no such folder, or a file is missing from it.
         ValueError: a wrong dtype, a mesh that does not divide the heads, or a broken checkpoint.
     """
-    dtype = check_dtype(dtype)
+    dtype = loading.check_dtype(dtype)
     compile_cache.enable()
-    folder = find_folder(path_or_hub_id)
+    folder = loading.find_folder(path_or_hub_id)
     cfg = open_folder(folder).cfg.with_dtype(dtype)
     if mesh is None:
         place = _on_default_device
@@ -382,9 +318,9 @@ def load(
         sharding.check_mesh(mesh, cfg)
         place = sharding.sharding_for(mesh)
     processor = Processor.from_dir(folder)
-    check_processor(processor, cfg)
+    loading.check_processor(processor, cfg)
     model = build_model(cfg, load_params(folder, cfg, place, dtype))
-    name = Path(path_or_hub_id or TINY).resolve().name
+    name = Path(path_or_hub_id or loading.TINY).resolve().name
     return Pipeline(model, processor, name, mesh)
 
 

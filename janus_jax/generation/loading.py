@@ -1,0 +1,72 @@
+"""What a checkpoint is loaded from and as: its folder, its dtype, processor files that fit."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from janus_jax.models.janus import JanusConfig
+from janus_jax.processing.processor import Processor
+
+TINY = Path(__file__).parents[1] / "assets" / "janus_tiny"
+
+# float16 is left out: Janus's activations pass its largest number, and the result is NaN.
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+# What a checkpoint needs of a hub repository, in either layout.
+_HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin")
+
+
+def check_dtype(dtype) -> jnp.dtype:
+    """The compute and storage type: float32 or bfloat16, by name or as a type; None is the default.
+
+    The default is bfloat16 on TPU and GPU, and float32 on CPU, which is no faster in bfloat16.
+    """
+    if dtype is None:
+        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
+    if name not in DTYPES:
+        raise ValueError(
+            f"dtype must be one of {', '.join(DTYPES)}, got {name}"
+            + (", in which activations overflow" if name == "float16" else "")
+        )
+    return jnp.dtype(DTYPES[name])
+
+
+def find_folder(path_or_hub_id: str | Path | None) -> Path:
+    """The checkpoint folder: the path itself, the shipped janus_tiny (None), or a hub snapshot.
+
+    Raises:
+        FileNotFoundError: there is no such folder, and the hub has none or cannot be reached.
+    """
+    if path_or_hub_id is None:
+        return TINY
+    folder, name = Path(path_or_hub_id), str(path_or_hub_id)
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return folder
+    import huggingface_hub  # slow to import, and needed here only
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # offline, unknown, gated: the library has a class for each
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise FileNotFoundError(
+            f"{name} is no folder here, and cannot be fetched from the Hugging Face hub: {reason}"
+        ) from error
+
+
+def check_processor(processor: Processor, cfg: JanusConfig) -> None:
+    """Raises ValueError unless the processor files prepare what the model takes."""
+    largest = processor.tokenizer.largest_id
+    if largest >= cfg.language_model.vocab_size:
+        raise ValueError(
+            f"tokenizer.json has ids up to {largest}, "
+            f"config.json a vocabulary of {cfg.language_model.vocab_size}"
+        )
+    size, tokens = processor.image_config.image_size, processor.num_image_tokens
+    if (size, tokens) != (cfg.image_size, cfg.und_encoder.num_tokens):
+        raise ValueError(
+            f"the processor files prepare images of {size} pixels and {tokens} tokens, "
+            f"config.json takes {cfg.image_size} pixels and {cfg.und_encoder.num_tokens} tokens"
+        )
