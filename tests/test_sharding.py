@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from janus_jax import load, sharding
 from janus_jax.generation import image, samplers
+from janus_jax.generation import pipeline as pipelines
 from janus_jax.models.janus import JanusConfig
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 4)]
@@ -151,6 +152,29 @@ def test_images_fill_up_the_devices(sharded, one_device):
     np.testing.assert_array_equal(drawn.indices[:4], one_device.indices[:4])
     np.testing.assert_array_equal(sharded.decode_indices(drawn.indices), drawn.pixels)
     assert sharded.encode_images(list(drawn.pixels)).shape == (7, 16)
+
+
+def test_tokens_and_pixels_are_whole_on_every_device(golden, sharded, pipeline, monkeypatch):
+    """So that each of several processes can read them."""
+    seen = []
+
+    def recorded(function):
+        def call(*args):
+            result = function(*args)
+            seen.extend(x.sharding for x in jax.tree.leaves(result))
+            return result
+
+        return call
+
+    monkeypatch.setattr(image, "finish", recorded(image.finish))
+    monkeypatch.setattr(pipelines, "_encode", recorded(pipelines._encode))
+    codes = np.load(golden / "janus_vq.npz")["codes"]
+    codes = np.resize(codes, (5, codes.shape[1]))
+    pixels = sharded.decode_indices(codes)
+    encoded = sharded.encode_images(pixels[0])
+    assert len(seen) == 2 * 2 + 1  # four pictures at once, then one
+    assert all(len(s.device_set) == 8 and s.is_fully_replicated for s in seen)
+    np.testing.assert_array_equal(encoded, pipeline.encode_images(pixels[0]))
 
 
 def test_eight_devices_answer_what_one_answers(golden, sharded, pipeline):

@@ -1,6 +1,7 @@
 """A checkpoint folder as an object that draws pictures and answers questions about them."""
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -234,7 +235,8 @@ class Pipeline:
             for source in _at_least_one("images", picture_list(images))
         ]
         # one at a time: a new number of pictures compiles nothing, and memory stays small
-        return np.concatenate([np.asarray(_encode(self.model, x[None])) for x in pixels])
+        rows = [sharding.put_batch(x[None], self.mesh) for x in pixels]
+        return np.concatenate([np.asarray(_encode(self.model, x, self.mesh)) for x in rows])
 
     def decode_indices(self, indices: np.ndarray) -> np.ndarray:
         """Pictures of image tokens: int[N, T] -> uint8[N, S, S, 3], truncated as the reference.
@@ -252,15 +254,21 @@ class Pipeline:
             raise ValueError(
                 f"indices must be in [0, {size}), got {indices.min()} to {indices.max()}"
             )
-        rows = indices.astype(np.int32)[:, None]
-        return np.concatenate([np.asarray(image.finish(self.model, row)[1]) for row in rows])
+        # one at a time on each device, as encode_images; the last call is filled up with the last
+        step, last, decoded = sharding.num_batch_shards(self.mesh), len(indices) - 1, []
+        for start in range(0, len(indices), step):
+            rows = indices[np.minimum(np.arange(start, start + step), last)].astype(np.int32)
+            rows = sharding.put_batch(rows, self.mesh)
+            _, pixels = image.finish(self.model, rows, self.mesh)
+            decoded.append(np.asarray(pixels))
+        return np.concatenate(decoded)[: len(indices)]
 
 
-@jax.jit
-def _encode(model: Janus, pixels: jax.Array) -> jax.Array:
+@functools.partial(jax.jit, static_argnames="mesh")
+def _encode(model: Janus, pixels: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """float32[B, S, S, 3] in [-1, 1] -> int32[B, T], in float32 as the tokenizer's decoder."""
     with jax.default_matmul_precision("highest"):
-        return model.gen_vq.encode(pixels)
+        return sharding.replicate(model.gen_vq.encode(pixels), mesh)
 
 
 def _is_conversation(value) -> bool:
