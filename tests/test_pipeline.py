@@ -14,7 +14,9 @@ from PIL import Image
 import janus_jax
 from janus_jax.generation import compile_cache, decoding, image, loading
 from janus_jax.generation import pipeline as pipelines
+from janus_jax.models.janus import JanusConfig
 from janus_jax.processing import images
+from janus_jax.processing.processor import Processor
 
 
 @pytest.mark.parametrize(
@@ -26,7 +28,7 @@ from janus_jax.processing import images
         ({"prompts": None}, "a prompt must be a text that is not empty, got None"),
         ({"prompts": "\udcff"}, "a text must be valid Unicode"),
         ({"temperature": 1e39}, "temperature must be a finite number, got 1e\\+39"),
-        ({"prompts": "a " * 5000}, r"must fit the trained context of 4096 tokens, got \d+ \+ 16"),
+        ({"prompts": "a " * 5000}, r"must fit the trained context of 512 tokens, got \d+ \+ 16"),
         ({"num_images": 0}, "num_images must be a whole number of at least 1, got 0"),
         ({"num_images": 1.5}, "num_images must be a whole number of at least 1, got 1.5"),
         ({"max_batch": 0}, "max_batch must be a whole number of at least 1, got 0"),
@@ -58,7 +60,7 @@ def test_drawing_refuses_arguments_out_of_range(pipeline, settings, message):
         ({"conversation": ["a", "b"], "images": [[]]}, "one list for each conversation: 2, got 1"),
         ({"conversation": "<image_placeholder> a"}, "got 0 images for 1 placeholders"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
-        ({"max_new_tokens": 4096}, r"must fit the trained context of 4096 tokens, got \d+ \+ 4096"),
+        ({"max_new_tokens": 4096}, r"must fit the trained context of 512 tokens, got \d+ \+ 4096"),
         ({"temperature": -1}, r"temperature must be at least 0 \(0 is greedy\), got -1"),
         ({"top_k": 449}, r"top_k must be a whole number in \[1, 448\], got 449"),
         ({"seed": "1"}, "seed must be a whole number"),
@@ -67,6 +69,21 @@ def test_drawing_refuses_arguments_out_of_range(pipeline, settings, message):
 def test_answering_refuses_arguments_out_of_range(pipeline, settings, message):
     with pytest.raises(ValueError, match=message):
         pipeline.answer(**{"conversation": "a", **settings})
+
+
+def test_a_prompt_may_fill_the_context_of_config_json_and_no_more(pipeline):
+    number = len(pipeline.processor.conversation("a")[0])
+    pipeline.stream("a", max_new_tokens=512 - number)
+    message = f"trained context of 512 tokens, got {number} . {513 - number} = 513"
+    with pytest.raises(ValueError, match=message):
+        pipeline.stream("a", max_new_tokens=513 - number)
+
+
+def test_no_config_json_lengthens_the_trained_context(golden):
+    model = type("Model", (), {"cfg": JanusConfig.janus_pro_1b()})()
+    assert model.cfg.language_model.max_position_embeddings == 16384
+    processor = Processor.from_dir(golden / "janus")
+    assert pipelines.Pipeline(model, processor, "name").processor.trained_context == 4096
 
 
 def test_streaming_checks_its_arguments_when_called(pipeline):

@@ -141,7 +141,7 @@ def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
         (["--question", "a", "--image", "none.png"], "no image file at none.png"),
         (["--question", "a", "--image", "blank.txt"], "cannot read image blank.txt"),
         (["--question", "a", "--max_new_tokens", "0"], "max_new_tokens must be a whole number"),
-        (["--question", "a", "--max_new_tokens", "5000"], "trained context of 4096 tokens"),
+        (["--question", "a", "--max_new_tokens", "5000"], "trained context of 512 tokens"),
         (["--prompt", "a", "--model", "nowhere"], "nowhere is not a folder"),
     ],
 )

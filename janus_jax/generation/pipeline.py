@@ -42,8 +42,9 @@ class Pipeline:
     """A loaded model with its processor; see load."""
 
     def __init__(self, model: Janus, processor: Processor, name: str, mesh: Mesh | None = None):
+        context = min(processor.trained_context, model.cfg.language_model.max_position_embeddings)
         self.model = model
-        self.processor = processor
+        self.processor = dataclasses.replace(processor, trained_context=context)
         self.name = name
         self.mesh = mesh
 

@@ -99,7 +99,8 @@ class Processor:
         num_image_tokens: placeholders, and so features, that stand for one image.
         image_tag: the text that stands for one image in a conversation.
         system_prompt: put before a conversation that brings none; never before a prompt for images.
-        trained_context: the most tokens a sequence may have.
+        trained_context: the most tokens a sequence may have (a Pipeline lowers it to the
+            max_position_embeddings of its model).
     """
 
     tokenizer: Tokenizer
