@@ -1,11 +1,12 @@
 """The command behind sample.py: flags in; PNG files, or text on the screen, out."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -299,6 +300,22 @@ def _next_line() -> str | None:
             return line.strip()
 
 
+_LOADING_NEEDS = "while loading; --dtype bfloat16, or --mesh with more devices, needs less of each"
+_DRAWING_NEEDS = "while drawing; a smaller --max_batch needs less"
+_WRITING_NEEDS = "while answering; fewer images or a smaller --max_new_tokens needs less"
+
+
+@contextlib.contextmanager
+def _device_memory(advice: str) -> Iterator[None]:
+    """Raises XLA's report that a device has no memory left as a MemoryError with advice."""
+    try:
+        yield
+    except RuntimeError as error:  # XLA's errors are RuntimeErrors
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(f"on the device, {advice}") from error
+
+
 def run(argv: Sequence[str] | None) -> None:
     """The whole command; errors are raised."""
     flags = parse_flags(argv)
@@ -315,16 +332,18 @@ def run(argv: Sequence[str] | None) -> None:
     if terminal:
         show_status(sys.stderr, f"loading {flags.model or 'janus_tiny'}")
     try:
-        pipeline = load(flags.model, dtype=flags.dtype, mesh=mesh)
+        with _device_memory(_LOADING_NEEDS):
+            pipeline = load(flags.model, dtype=flags.dtype, mesh=mesh)
     finally:
         if terminal:
             show_status(sys.stderr, "")
-    if prompts:
-        draw(flags, prompts, pipeline)
-    elif flags.chat:
-        chat(flags, pipeline)
-    else:
-        _print_answer(pipeline, flags.question, flags.image, flags)
+    with _device_memory(_DRAWING_NEEDS if prompts else _WRITING_NEEDS):
+        if prompts:
+            draw(flags, prompts, pipeline)
+        elif flags.chat:
+            chat(flags, pipeline)
+        else:
+            _print_answer(pipeline, flags.question, flags.image, flags)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -339,10 +358,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
     except MemoryError as error:
         print(f"sample.py: out of memory: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:  # XLA's errors are RuntimeErrors
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        print("sample.py: out of device memory; a smaller --max_batch needs less", file=sys.stderr)
         return 2
     return 0

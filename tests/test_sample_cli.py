@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -163,14 +164,47 @@ def test_what_is_wrong_takes_one_line(flags, message, run, pipeline, monkeypatch
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blank.txt", "bytes.txt"]
 
 
-def test_out_of_memory_is_told_in_one_line(run, loaded, pipeline, monkeypatch):
-    def draw(*_, **__):
+@pytest.mark.parametrize(
+    ("flags", "fails", "advice"),
+    [
+        (["--prompt", "a"], "generate_images", "while drawing; a smaller --max_batch needs less"),
+        (
+            ["--question", "a"],
+            "stream",
+            "while answering; fewer images or a smaller --max_new_tokens needs less",
+        ),
+        (["--chat"], "stream", "while answering; fewer images or a smaller --max_new_tokens"),
+        (
+            ["--question", "a"],
+            "load",
+            "while loading; --dtype bfloat16, or --mesh with more devices, needs less of each",
+        ),
+    ],
+)
+def test_out_of_memory_is_told_in_one_line(flags, fails, advice, run, pipeline, monkeypatch):
+    def exhausted(*_, **__):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    monkeypatch.setattr(pipeline, "generate_images", draw)
-    status, _, err = run("--prompt", "a")
+    load = exhausted if fails == "load" else lambda *_, **__: pipeline
+    monkeypatch.setattr("janus_jax.generation.pipeline.load", load)
+    if fails != "load":
+        monkeypatch.setattr(pipeline, fails, exhausted)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
+    status, _, err = run(*flags)
     assert status == 2
-    assert err == "sample.py: out of device memory; a smaller --max_batch needs less\n"
+    said = err.splitlines()[-1]
+    assert said.startswith(f"sample.py: out of memory: on the device, {advice}")
+    for flag in re.findall(r"--\w+", advice):  # what it advises must be possible
+        cli.parse_flags([*flags, flag, "1"])
+
+
+def test_other_errors_of_the_runtime_are_not_hidden(run, loaded, pipeline, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("INTERNAL: a bug")
+
+    monkeypatch.setattr(pipeline, "generate_images", broken)
+    with pytest.raises(RuntimeError, match="INTERNAL: a bug"):
+        run("--prompt", "a")
 
 
 def test_a_file_that_fails_leaves_nothing_behind(tmp_path):
