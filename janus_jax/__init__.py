@@ -1,8 +1,11 @@
-"""Janus, Janus-Pro and JanusFlow in pure JAX.
+"""Janus and Janus-Pro in pure JAX.
 
 >>> import janus_jax
 >>> janus = janus_jax.load()
->>> images = janus.generate_images("a red circle left of a blue square")
+>>> drawn = janus.generate_images("a red circle left of a blue square", num_images=4)
+>>> drawn.pixels.shape  # uint8
+(4, 96, 96, 3)
+>>> janus.answer("What is in this picture?", images=drawn.pixels[0])
 """
 
 import importlib

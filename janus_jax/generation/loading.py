@@ -22,6 +22,9 @@ def check_dtype(dtype) -> jnp.dtype:
     """The compute and storage type: float32 or bfloat16, by name or as a type; None is the default.
 
     The default is bfloat16 on TPU and GPU, and float32 on CPU, which is no faster in bfloat16.
+
+    Raises:
+        ValueError: another dtype.
     """
     if dtype is None:
         return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)

@@ -66,13 +66,18 @@ class Pipeline:
         max_batch and the mesh (in float32, on one kind of machine).
 
         Args:
-            prompts: descriptions, without any template.
+            prompts: a description, or P of them, without any template.
+            num_images: pictures of each prompt.
+            seed: in [0, 2**32); another one gives other pictures.
             guidance_weight: w in uncond + w (cond - uncond); 1 turns guidance off.
             temperature: 0 always takes the likeliest token.
-            top_k, top_p: sample among the top_k likeliest, and the fewest that reach top_p.
+            top_k, top_p: sample among the top_k likeliest, and of these the fewest whose
+                probabilities reach top_p, in (0, 1]; None is all.
             max_batch: the most pictures drawn at once; by default as many as have their keys and
                 values in 4 GiB on each device.
             progress: called with the image tokens drawn so far and in all.
+        Returns:
+            P * num_images pictures uint8[N, S, S, 3] with their tokens, prompt after prompt.
         Raises:
             ValueError: an argument out of its range, or a prompt too long for the trained context.
         Source: generation_inference.py of the original code.
@@ -122,10 +127,13 @@ class Pipeline:
                 the last one of the user, a first one of the role "system" allowed. Or a list of
                 these: then all are answered at once, each as it would be alone.
             images: the pictures (path, bytes, Pillow image or uint8[H, W, 3]), in the order of the
-                placeholders in the text; without placeholders they come before the question. For a
-                list of conversations, one such list for each.
-            max_new_tokens: the longest answer.
-            temperature: 0 always takes the likeliest token; see generate_images for the others.
+                placeholders in the text; where no message has a placeholder they come before the
+                first text of the user. For a list of conversations, one such list for each.
+            max_new_tokens: the longest answer, in tokens.
+            temperature: 0 always takes the likeliest token, whatever the seed.
+            top_k, top_p: see generate_images.
+            seed: in [0, 2**32); above temperature 0 another one gives another answer, and the same
+                one the same (in float32, on one kind of machine), alone as among others.
             max_batch: the most conversations answered at once; by default as many as have their
                 keys and values in 4 GiB on each device.
         Returns:
@@ -159,6 +167,14 @@ class Pipeline:
         """As answer for one conversation, in pieces that never split a character.
 
         The arguments are checked at once; the pieces, joined, are the answer.
+
+        Args:
+            conversation, images and the rest: see answer.
+        Returns:
+            An iterator of texts that are not empty; it computes a token when asked for the next.
+        Raises:
+            ValueError, FileNotFoundError: as answer; also for a list of conversations.
+        Source: inference.py of the original code, which does not stream.
         """
         sampling = self._text_settings(max_new_tokens, temperature, top_k, top_p, seed)
         if not _is_conversation(conversation):
@@ -221,14 +237,18 @@ class Pipeline:
             yield from map(self._decode, tokens[: len(chunk)])
 
     def encode_images(self, images: Sequence[ImageSource] | ImageSource) -> np.ndarray:
-        """The image tokenizer's tokens of pictures: int32[N, T], row-major.
+        """The image tokenizer's tokens of N pictures, one picture at a time.
 
         Args:
             images: paths, bytes, Pillow images or arrays uint8[H, W, 3], of any size, or one array
                 uint8[N, H, W, 3]: the short side is resized to the model's S and the long one
                 cropped in its centre.
+        Returns:
+            int32[N, T], row-major, indices into the codebook.
         Raises:
-            ValueError: a picture that cannot be read. FileNotFoundError: there is no such file.
+            ValueError: no picture, or one that cannot be read.
+            FileNotFoundError: there is no such file.
+        Source: VQModel.encode of the original code; report of Janus, section 3.1 (resizing).
         """
         size = self.model.cfg.image_size
         pixels = [
@@ -240,10 +260,15 @@ class Pipeline:
         return np.concatenate([np.asarray(_encode(self.model, x, self.mesh)) for x in rows])
 
     def decode_indices(self, indices: np.ndarray) -> np.ndarray:
-        """Pictures of image tokens: int[N, T] -> uint8[N, S, S, 3], truncated as the reference.
+        """Pictures of image tokens, one at a time on each device.
 
+        Args:
+            indices: int[N, T], row-major, as encode_images and Images have them.
+        Returns:
+            uint8[N, S, S, 3], truncated to whole levels as the reference does.
         Raises:
-            ValueError: another shape, or an index outside the codebook.
+            ValueError: another shape or type, or an index outside the codebook.
+        Source: VQModel.decode_code and generation_inference.py of the original code.
         """
         indices, cfg = np.asarray(indices), self.model.cfg
         size, length = cfg.gen_vq.codebook_size, cfg.num_image_tokens
@@ -313,9 +338,13 @@ def load(
             image tokenizer is always float32.
         mesh: devices to share the work and the parameters among (see sharding.make_mesh); None is
             one device.
+    Returns:
+        The model with its processor.
     Raises:
         FileNotFoundError: there is no such folder, or a file is missing from it.
         ValueError: a wrong dtype, a mesh that does not divide the heads, or a broken checkpoint.
+    Source: the folders of MultiModalityCausalLM (the original code) and of transformers'
+    JanusForConditionalGeneration.
     """
     dtype = loading.check_dtype(dtype)
     compile_cache.enable()
