@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from janus_jax.generation.image import to_uint8
 from janus_jax.processing import images
 
 NAMES = ("img0_50x120", "img1_300x37", "img2_64x64", "img3_1x200")
@@ -247,13 +248,13 @@ def test_generation_target_range_and_way_back():
     assert pixels.min() == -1 and pixels.max() == 1
     every = np.arange(256, dtype=np.uint8).reshape(16, 16)
     image = images.load_image(every)
-    back = images.to_uint8(images.preprocess_generation(image, 16))
+    back = to_uint8(images.preprocess_generation(image, 16))
     assert np.abs(back[..., 0].astype(int) - every).max() <= 1  # truncation may lose one level
 
 
 def test_to_uint8_truncates_as_recorded(golden):
     recorded = np.load(golden / "janus_vq.npz")
-    pixels = images.to_uint8(recorded["decoded"].transpose(0, 2, 3, 1))
+    pixels = to_uint8(recorded["decoded"].transpose(0, 2, 3, 1))
     np.testing.assert_array_equal(pixels, recorded["decoded_uint8"])
-    levels = images.to_uint8(np.array([-1.5, -1, 0, 0.999, 1, 2]))
+    levels = to_uint8(np.array([-1.5, -1, 0, 0.999, 1, 2]))
     assert levels.tolist() == [0, 0, 127, 254, 255, 255]

@@ -142,7 +142,11 @@ def decode_pixels(model: Janus, indices: jax.Array, mesh: Mesh | None = None) ->
 def _decode_one(vq: VQ, indices: jax.Array) -> jax.Array:
     """int32[T] -> uint8[S, S, 3]."""
     with jax.default_matmul_precision("highest"):  # bands would show in bfloat16
-        pixels = vq.decode(indices[None])[0]
+        return to_uint8(vq.decode(indices[None])[0])
+
+
+def to_uint8(pixels: jax.Array) -> jax.Array:
+    """float32 in [-1, 1], any shape -> uint8 of it; clipped and truncated, as in the reference."""
     return jnp.clip((pixels + 1) / 2 * 255, 0, 255).astype(jnp.uint8)
 
 

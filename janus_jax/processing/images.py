@@ -204,9 +204,3 @@ def preprocess_generation(image: Image.Image, size: int) -> np.ndarray:
     box = (left, top, left + short_side, top + short_side)
     square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
     return np.asarray(square).astype(np.float32) / np.float32(127.5) - np.float32(1)
-
-
-def to_uint8(pixels: np.ndarray) -> np.ndarray:
-    """Pixels in [-1, 1] (any shape) as uint8 of the same shape; truncates, as the reference."""
-    pixels = np.asarray(pixels, np.float32)
-    return np.clip((pixels + 1) / 2 * 255, 0, 255).astype(np.uint8)
