@@ -7,6 +7,7 @@ convolutions OIHW; ours are [in, out] and HWIO.
 """
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable, Mapping, Sequence
 
@@ -116,6 +117,7 @@ class Plan:
 PLACEHOLDER = re.compile(r"\{(\w+)(?::([^}]*))?\}")
 
 
+@functools.cache
 def _regex(template: str) -> re.Pattern:
     parts, end = [], 0
     for found in PLACEHOLDER.finditer(template):
@@ -131,19 +133,10 @@ def _fill(template: str, values: Mapping[str, str]) -> str:
 
 def _match(templates: Sequence[str], name: str) -> dict[str, str] | None:
     for template in templates:
-        found = _regex_cached(template).fullmatch(name)
+        found = _regex(template).fullmatch(name)
         if found:
             return found.groupdict()
     return None
-
-
-_compiled: dict[str, re.Pattern] = {}
-
-
-def _regex_cached(template: str) -> re.Pattern:
-    if template not in _compiled:
-        _compiled[template] = _regex(template)
-    return _compiled[template]
 
 
 def find_steps(table: Table, name: str) -> list[Step]:
