@@ -274,11 +274,10 @@ def _write_llama(decoder: LlamaConfig) -> dict:
     }
 
 
-def _write_deepseek(cfg: JanusConfig, dtype: str) -> dict:
-    vision, vq, width = cfg.und_encoder, cfg.gen_vq, cfg.language_model.hidden_size
+def _write_deepseek_vision(vision: SiglipConfig) -> dict:
     released = vision == SiglipConfig.siglip_large_patch16_384()
     name = SIGLIP_NAME if released else f"siglip_patch{vision.patch_size}_{vision.image_size}"
-    vision_params = {
+    return {
         "image_size": vision.image_size,
         "model_name": name,
         "select_feature": "same",
@@ -289,7 +288,10 @@ def _write_deepseek(cfg: JanusConfig, dtype: str) -> dict:
         "patch_size": vision.patch_size,
         "mlp_ratio": _ratio(vision.width, vision.mlp_dim),
     }
-    vq_params = {
+
+
+def _write_deepseek_vq(vq: VQConfig) -> dict:
+    return {
         "image_token_size": vq.codebook_size,
         "n_embed": vq.codebook_dim,
         "ch": vq.ch,
@@ -298,6 +300,10 @@ def _write_deepseek(cfg: JanusConfig, dtype: str) -> dict:
         "z_channels": vq.z_channels,
         "norm_num_groups": vq.norm_num_groups,
     }
+
+
+def _write_deepseek(cfg: JanusConfig, dtype: str) -> dict:
+    vision, vq, width = cfg.und_encoder, cfg.gen_vq, cfg.language_model.hidden_size
     aligner = {"n_embed": width, "projector_type": "mlp_gelu"}
     und = aligner | {"depth": cfg.und_aligner_depth, "input_dim": vision.width}
     gen = aligner | {"depth": cfg.gen_aligner_depth, "input_dim": vq.codebook_dim}
@@ -310,9 +316,9 @@ def _write_deepseek(cfg: JanusConfig, dtype: str) -> dict:
         "architectures": ["MultiModalityCausalLM"],
         "model_type": "multi_modality",
         "torch_dtype": dtype,
-        "vision_config": _section("vision", "CLIPVisionTower", vision_params),
+        "vision_config": _section("vision", "CLIPVisionTower", _write_deepseek_vision(vision)),
         "aligner_config": _section("aligner", "MlpProjector", und),
-        "gen_vision_config": _section("gen_vision", "VQ-16", vq_params),
+        "gen_vision_config": _section("gen_vision", "VQ-16", _write_deepseek_vq(vq)),
         "gen_aligner_config": _section("gen_aligner", "MlpProjector", gen),
         "gen_head_config": _section("gen_head", "vision_head", head),
         "language_config": _write_llama(cfg.language_model) | {"torch_dtype": dtype},
