@@ -220,25 +220,41 @@ def generate(
     slots = rows * (length + per_image - 1)
     most = max_batch or decoding.batch_within_memory(model.cfg.language_model, slots, mesh)
     size = decoding.chunk_size(total, most, sharding.num_batch_shards(mesh))
-    told = progress or (lambda done, whole: None)
-    told(0, total * per_image)
-    drawn = []
-    for start in range(0, total, size):
-        # the last chunk is filled up with its last image, whose copies are dropped
-        chunk = _take(requests, np.minimum(np.arange(start, start + size), total - 1), mesh)
-        wanted = min(size, total - start)
-        if progress is None:
-            indices, pixels = draw(model, chunk, mesh)
-        else:
-
-            def report(done: int, start=start, wanted=wanted) -> None:
-                told(start * per_image + wanted * done, total * per_image)
-
-            indices, pixels = draw_reporting(model, chunk, mesh, report)
-        drawn.append((np.asarray(indices)[:wanted], np.asarray(pixels)[:wanted]))
-        told((start + wanted) * per_image, total * per_image)
-    indices, pixels = zip(*drawn, strict=True)
+    if progress is not None:
+        progress(0, total * per_image)
+    chunks = [
+        _draw_chunk(model, requests, start, size, mesh, progress)
+        for start in range(0, total, size)
+    ]
+    indices, pixels = zip(*chunks, strict=True)
     return np.concatenate(indices), np.concatenate(pixels)
+
+
+def _draw_chunk(
+    model: Janus,
+    requests: Requests,
+    start: int,
+    size: int,
+    mesh: Mesh | None,
+    progress: Progress | None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The next `size` images from `start` on, or as many as there are, as generate gives them."""
+    total, per_image = len(requests.tokens), model.cfg.num_image_tokens
+    wanted = min(size, total - start)
+    # the last chunk is filled up with its last image, whose copies are dropped
+    chunk = _take(requests, np.minimum(np.arange(start, start + size), total - 1), mesh)
+
+    def report(done: int) -> None:
+        progress(start * per_image + wanted * done, total * per_image)
+
+    if progress is None:
+        drawn = draw(model, chunk, mesh)
+    else:
+        drawn = draw_reporting(model, chunk, mesh, report)
+    indices, pixels = (np.asarray(x)[:wanted] for x in drawn)
+    if progress is not None:
+        report(per_image)
+    return indices, pixels
 
 
 def _take(requests: Requests, index: np.ndarray, mesh: Mesh | None) -> Requests:
