@@ -166,6 +166,7 @@ def test_progress_reaches_the_end_and_changes_nothing(pipeline, five):
         PROMPT, 5, seed=3, max_batch=2, progress=lambda *told: seen.append(told)
     )
     np.testing.assert_array_equal(drawn.indices, five.indices)
+    np.testing.assert_array_equal(drawn.pixels, five.pixels)
     done, total = zip(*seen, strict=True)
     assert set(total) == {5 * 16}
     assert done[0] == 0 and done[-1] == 5 * 16 and list(done) == sorted(done)
@@ -179,8 +180,12 @@ def test_bfloat16_draws_with_a_float32_image_tokenizer(golden):
     model = pipeline.model
     assert model.language_model.layers[0].mlp.up_proj.kernel[...].dtype == jnp.bfloat16
     assert model.gen_vq.codebook[...].dtype == jnp.float32
-    logits, _ = _prefill(model, _requests(pipeline, [PROMPT], 2))
+    logits, _ = _prefill(model, _requests(pipeline, [PROMPT], 1))
     assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
+    drawn = pipeline.generate_images(PROMPT, num_images=1)
+    assert drawn.pixels.shape == (1, 64, 64, 3) and drawn.pixels.dtype == np.uint8
+    assert len(np.unique(drawn.indices)) > 1
+    np.testing.assert_array_equal(pipeline.decode_indices(drawn.indices), drawn.pixels)
 
 
 @pytest.mark.parametrize(
