@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+
+from janus_jax.flags import OneLineParser
 
 COMMANDS = ("export", "inspect")
 DESCRIPTION = """\
@@ -21,18 +22,11 @@ shards with an index), or an Orbax folder that this command wrote. Converting is
 load a folder. `export --help` and `inspect --help` say more."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors take one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"convert: {message}\n")
-
-
-def _parser(command: str | None) -> argparse.ArgumentParser:
+def _parser(command: str | None) -> OneLineParser:
     kind = argparse.RawDescriptionHelpFormatter
     if command == "inspect":
         text = "Print components, parameter counts, dtypes and the tensors that would be skipped."
-        parser = _Parser("python -m convert inspect", description=text)
+        parser = OneLineParser("convert", prog="python -m convert inspect", description=text)
         parser.add_argument("src", type=Path, metavar="SRC", help="checkpoint folder to read")
         return parser
     if command == "export":
@@ -41,9 +35,11 @@ def _parser(command: str | None) -> argparse.ArgumentParser:
             "files. Tensors that DeepSeek's class expects and nothing reads (attn_pool, "
             "codebook_used) come from SRC, or are zeros where SRC lacks them."
         )
-        parser = _Parser("python -m convert export", description=text)
+        parser = OneLineParser("convert", prog="python -m convert export", description=text)
     else:
-        parser = _Parser("python -m convert", description=DESCRIPTION, formatter_class=kind)
+        parser = OneLineParser(
+            "convert", prog="python -m convert", description=DESCRIPTION, formatter_class=kind
+        )
     parser.add_argument("src", type=Path, metavar="SRC", help="checkpoint folder to read")
     parser.add_argument("dst", type=Path, metavar="DST", help="folder to write")
     if command == "export":

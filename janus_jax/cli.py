@@ -8,7 +8,9 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
+
+from janus_jax.flags import OneLineParser
 
 if TYPE_CHECKING:
     from janus_jax.generation.pipeline import Pipeline
@@ -89,16 +91,10 @@ _DRAW_DEFAULTS = {
 _TEXT_DEFAULTS = {"image": [], "max_new_tokens": 256}
 
 
-class _Parser(argparse.ArgumentParser):
-    """A parser whose errors take one line."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """All flags."""
-    parser = _Parser(
+    parser = OneLineParser(
+        "sample.py",
         prog="sample.py",
         description="Draw pictures of a prompt, or ask about pictures, with a Janus model.",
         epilog=_EXAMPLES,
