@@ -11,6 +11,7 @@ from pathlib import Path
 from janus_jax.interop.config import DEEPSEEK
 from janus_jax.interop.files import small_files, write_json
 from janus_jax.models.janus import JanusConfig
+from janus_jax.processing.chat import JANUS_ROLES
 from janus_jax.processing.json_files import read_json
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
@@ -20,7 +21,6 @@ IMAGE_TOKENS = {
     "boi_token": "<begin_of_image>",
     "eoi_token": "<end_of_image>",
 }
-ROLES = {"deepseek": ("<|User|>", "<|Assistant|>"), "deepseek_old": ("User", "Assistant")}
 SHARED_IMAGE_KEYS = (
     "image_mean",
     "image_std",
@@ -128,7 +128,8 @@ def _to_transformers(folder: Path, cfg: JanusConfig) -> None:
     }
     write_json(folder / PROCESSOR, _kept(processor) | named)
     _write_tokenizer(folder)
-    user, assistant = ROLES.get(processor.get("sft_format", "deepseek"), ROLES["deepseek"])
+    sft_format = processor.get("sft_format", "deepseek")
+    user, assistant = JANUS_ROLES.get(sft_format, JANUS_ROLES["deepseek"])
     template = CHAT_TEMPLATE.replace("USER", user).replace("ASSISTANT", assistant)
     (folder / "chat_template.jinja").write_text(template, "utf-8")
     _write_generation_config(folder)

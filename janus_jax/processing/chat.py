@@ -18,10 +18,14 @@ DEFAULT_SYSTEM_PROMPT = (
 Message = dict[str, Any]
 Turns = list[tuple[str, str]]  # (role text, stripped content)
 
-# sft_format -> what the roles "user" and "assistant" are called in its prompts.
-_ROLES = {
+# sft_format -> what the roles "user" and "assistant" are called in its prompts. Released checkpoints
+# state one of the first two.
+JANUS_ROLES = {
     "deepseek": ("<|User|>", "<|Assistant|>"),
     "deepseek_old": ("User", "Assistant"),
+}
+_ROLES = {
+    **JANUS_ROLES,
     "llama-2": ("[INST]", "[/INST]"),
     "llava_llama2": ("[INST]", "[/INST]"),
     "plain": ("", ""),
@@ -85,7 +89,7 @@ def _with_generic_role(message: Message) -> Message:
     role, content = message.get("role"), message.get("content")
     if not isinstance(content, str):
         raise ValueError(f"a message's content must be a string, got {type(content).__name__}")
-    texts = (_ROLES["deepseek"], _ROLES["deepseek_old"])
+    texts = JANUS_ROLES.values()
     names = {text: name for pair in texts for text, name in zip(pair, _GENERIC, strict=True)}
     name = names.get(role, role) if isinstance(role, str) else None
     if name not in ("system", *_GENERIC):
