@@ -73,6 +73,7 @@ def small_files(folder: Path) -> list[Path]:
 
 
 def write_json(path: Path, value: Mapping) -> None:
+    """Writes UTF-8 text as a person may edit it: indented by 2, letters as they are."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", "utf-8")
 

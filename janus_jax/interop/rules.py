@@ -78,6 +78,7 @@ class Rule:
 
     @property
     def op(self) -> Transform:
+        """The transform of that name."""
         return TRANSFORMS[self.transform]
 
 

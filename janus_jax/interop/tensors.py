@@ -54,12 +54,15 @@ class TensorSource:
 
     @property
     def names(self) -> tuple[str, ...]:
+        """PyTorch names of all tensors."""
         return tuple(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Shape as stored, in PyTorch's layout; reads nothing."""
         return self.tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
+        """Dtype as stored (ml_dtypes.bfloat16 for bfloat16); reads nothing."""
         return self.tensors[name].dtype
 
     def read(self, name: str) -> np.ndarray:

@@ -4,9 +4,13 @@ B batch, S cache size, K key/value heads, H head dim.
 """
 
 import dataclasses
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+
+if TYPE_CHECKING:  # llama imports this file
+    from janus_jax.models.llama import LlamaConfig
 
 
 @jax.tree_util.register_dataclass
@@ -29,8 +33,8 @@ class KVCache:
         return self.keys[0].shape[1]
 
 
-def init_cache(cfg, batch: int, size: int) -> KVCache:
-    """An empty cache for `batch` rows of at most `size` tokens; cfg is a LlamaConfig."""
+def init_cache(cfg: "LlamaConfig", batch: int, size: int) -> KVCache:
+    """An empty cache for `batch` rows of at most `size` tokens."""
     shape = (batch, size, cfg.num_key_value_heads, cfg.head_dim)
     empty = [jnp.zeros(shape, cfg.dtype) for _ in range(2 * cfg.num_hidden_layers)]
     half = cfg.num_hidden_layers

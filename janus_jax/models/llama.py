@@ -14,6 +14,9 @@ from flax import nnx
 from janus_jax.models.attention import attention
 from janus_jax.models.kv_cache import KVCache
 
+Angles = tuple[jax.Array, jax.Array]  # cosines and sines
+Slots = tuple[jax.Array, jax.Array, jax.Array]  # keys, values, length
+
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
@@ -37,7 +40,7 @@ class LlamaConfig:
         return self.hidden_size // self.num_attention_heads
 
 
-def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> tuple[jax.Array, jax.Array]:
+def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> Angles:
     """Cosines and sines of the rotary embedding, float32[B, T, 1, H / 2] each.
 
     positions: int32[B, T]. In float32 whatever the compute type: bfloat16 cannot tell
@@ -83,9 +86,13 @@ class SelfAttention(nnx.Module):
         self.v_proj = _linear(cfg, cfg.hidden_size, key_width, rngs)
         self.o_proj = _linear(cfg, query_width, cfg.hidden_size, rngs)
 
-    def __call__(self, x, angles, attn_mask, slots):
-        """x: float[B, T, D]; slots: this layer's (keys, values, length) or None.
+    def __call__(
+        self, x: jax.Array, angles: Angles, attn_mask: jax.Array, slots: Slots | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """x: float[B, T, D]; angles: of rope_angles; attn_mask: bool[B, T, S].
 
+        slots: this layer's keys and values so far, float[B, S, K, H] each, and how many of the S
+        are written, int32 scalar; None (and S = T) attends to the new positions only.
         Returns float[B, T, D] and the keys and values attended to, float[B, S, K, H] each.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
@@ -122,8 +129,10 @@ class Block(nnx.Module):
         self.post_attention_layernorm = _norm(cfg, rngs)
         self.mlp = MLP(cfg, rngs=rngs)
 
-    def __call__(self, x, angles, attn_mask, slots):
-        """As SelfAttention's."""
+    def __call__(
+        self, x: jax.Array, angles: Angles, attn_mask: jax.Array, slots: Slots | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """As SelfAttention's: float[B, T, D] -> float[B, T, D], and its keys and values."""
         attended, k, v = self.self_attn(self.input_layernorm(x), angles, attn_mask, slots)
         x = x + attended
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
