@@ -18,8 +18,8 @@ DEFAULT_SYSTEM_PROMPT = (
 Message = dict[str, Any]
 Turns = list[tuple[str, str]]  # (role text, stripped content)
 
-# sft_format -> what the roles "user" and "assistant" are called in its prompts. Released checkpoints
-# state one of the first two.
+# sft_format -> what the roles "user" and "assistant" are called in its prompts. Released
+# checkpoints state one of these two.
 JANUS_ROLES = {
     "deepseek": ("<|User|>", "<|Assistant|>"),
     "deepseek_old": ("User", "Assistant"),
