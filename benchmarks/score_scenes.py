@@ -28,7 +28,7 @@ from janus_jax.data.questions import sample_question
 from janus_jax.data.scene_batches import any_scene, decoder_batch, labelled_pictures
 from janus_jax.generation.pipeline import Pipeline
 
-GUIDANCE = (1.0, 2.0, 3.0, 5.0, 7.0)
+GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0)
 NUM_IMAGES = 4  # a prompt
 TUNING_PROMPTS = 12  # a kind at most, and at most a quarter of the kind's prompts
 SCORED_PROMPTS = 60  # a kind at most

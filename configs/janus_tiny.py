@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
             generation_batch_size=32,
             understanding_batch_size=32,
             generation_weight=1.0,
+            guidance_weight=1.5,  # chosen by benchmarks/score_scenes.py on prompts of its own
             prompt_length=16,
             conversation_length=120,
             learning_rate=1.5e-3,

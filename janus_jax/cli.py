@@ -57,7 +57,8 @@ _FLAGS = {
         "--guidance_weight": dict(
             type=float,
             metavar="X",
-            help="how closely to follow the prompt; 1 is no guidance (default: 5)",
+            help="how closely to follow the prompt; 1 is no guidance "
+            "(default: the checkpoint's own, or 5)",
         ),
         "--output_dir": dict(
             type=Path,
@@ -83,7 +84,7 @@ _FLAGS = {
 # What a flag is when it is not given; a flag of the other mode that IS given is an error.
 _DRAW_DEFAULTS = {
     "num_images": 4,
-    "guidance_weight": 5.0,
+    "guidance_weight": None,
     "output_dir": Path("samples"),
     "max_batch": None,
     "save_indices": None,
@@ -216,6 +217,8 @@ def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") ->
 
     names = ("guidance_weight", "temperature", "top_k", "top_p")
     settings = {name: getattr(flags, name) for name in names}
+    if flags.guidance_weight is None:
+        settings["guidance_weight"] = pipeline.guidance_weight
     drawn = pipeline.generate_images(
         prompts,
         num_images=flags.num_images,

@@ -1,6 +1,7 @@
 """The public object: its arguments, encode and decode, and finding a checkpoint."""
 
 import dataclasses
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -83,7 +84,7 @@ def test_no_config_json_lengthens_the_trained_context(golden):
     model = type("Model", (), {"cfg": JanusConfig.janus_pro_1b()})()
     assert model.cfg.language_model.max_position_embeddings == 16384
     processor = Processor.from_dir(golden / "janus")
-    assert pipelines.Pipeline(model, processor, "name").processor.trained_context == 4096
+    assert pipelines.Pipeline(model, processor, "name", 5.0).processor.trained_context == 4096
 
 
 def test_streaming_checks_its_arguments_when_called(pipeline):
@@ -267,3 +268,18 @@ def test_public_names_are_there():
         assert name in dir(janus_jax)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         _ = janus_jax.nothing
+
+
+def test_the_checkpoint_states_its_own_guidance_weight(pipeline, golden, tmp_path):
+    assert pipeline.guidance_weight == 5  # the golden folder states none
+    shutil.copytree(golden / "janus", tmp_path / "janus")
+    stated = tmp_path / "janus" / "generation_config.json"
+    stated.write_text('{"guidance_scale": 2}')
+    own = janus_jax.load(tmp_path / "janus", dtype="float32")
+    assert own.guidance_weight == 2
+    drawn = own.generate_images("a red cat", temperature=0)
+    want = pipeline.generate_images("a red cat", temperature=0, guidance_weight=2.0)
+    np.testing.assert_array_equal(drawn.indices, want.indices)
+    stated.write_text('{"guidance_scale": "much"}')
+    with pytest.raises(ValueError, match="must be a finite number, got 'much'"):
+        janus_jax.load(tmp_path / "janus", dtype="float32")

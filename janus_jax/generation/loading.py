@@ -6,13 +6,17 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
+from janus_jax.generation import samplers
 from janus_jax.models.janus import JanusConfig
+from janus_jax.processing.json_files import read_json
 from janus_jax.processing.processor import Processor
 
 TINY = Path(__file__).parents[1] / "assets" / "janus_tiny"
 
 # float16 is left out: Janus's activations pass its largest number, and the result is NaN.
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
+
+GUIDANCE_WEIGHT = 5.0  # generation_inference.py of the original code
 
 # What a checkpoint needs of a hub repository, in either layout.
 _HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin")
@@ -57,6 +61,22 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
         raise FileNotFoundError(
             f"{name} is no folder here, and cannot be fetched from the Hugging Face hub: {reason}"
         ) from error
+
+
+def guidance_weight(folder: Path) -> float:
+    """The checkpoint's own guidance weight, or the original code's.
+
+    Its name is that of transformers: guidance_scale in generation_config.json.
+
+    Raises:
+        ValueError: it is not a finite number.
+    """
+    path = folder / "generation_config.json"
+    stated = read_json(path).get("guidance_scale") if path.is_file() else None
+    if stated is None:
+        return GUIDANCE_WEIGHT
+    samplers.check_number(f"guidance_scale in {path}", stated)
+    return float(stated)
 
 
 def check_processor(processor: Processor, cfg: JanusConfig) -> None:

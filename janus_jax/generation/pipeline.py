@@ -41,11 +41,19 @@ class Images:
 class Pipeline:
     """A loaded model with its processor; see load."""
 
-    def __init__(self, model: Janus, processor: Processor, name: str, mesh: Mesh | None = None):
+    def __init__(
+        self,
+        model: Janus,
+        processor: Processor,
+        name: str,
+        guidance_weight: float,
+        mesh: Mesh | None = None,
+    ):
         context = min(processor.trained_context, model.cfg.language_model.max_position_embeddings)
         self.model = model
         self.processor = dataclasses.replace(processor, trained_context=context)
         self.name = name
+        self.guidance_weight = guidance_weight
         self.mesh = mesh
 
     def generate_images(
@@ -53,7 +61,7 @@ class Pipeline:
         prompts: str | Sequence[str],
         num_images: int = 1,
         seed: int = 0,
-        guidance_weight: float = 5.0,
+        guidance_weight: float | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -69,7 +77,8 @@ class Pipeline:
             prompts: a description, or P of them, without any template.
             num_images: pictures of each prompt.
             seed: in [0, 2**32); another one gives other pictures.
-            guidance_weight: w in uncond + w (cond - uncond); 1 turns guidance off.
+            guidance_weight: w in uncond + w (cond - uncond); 1 turns guidance off. None is the
+                checkpoint's own: guidance_scale in its generation_config.json, or else 5.
             temperature: 0 always takes the likeliest token.
             top_k, top_p: sample among the top_k likeliest, and of these the fewest whose
                 probabilities reach top_p, in (0, 1]; None is all.
@@ -87,6 +96,8 @@ class Pipeline:
         cfg = self.model.cfg
         sampling = samplers.make_sampling(temperature, top_k, top_p, cfg.gen_vq.codebook_size)
         samplers.check_seed(seed)
+        if guidance_weight is None:
+            guidance_weight = self.guidance_weight
         samplers.check_number("guidance_weight", guidance_weight)
         samplers.check_count("num_images", num_images)
         if max_batch is not None:
@@ -359,7 +370,7 @@ def load(
     loading.check_processor(processor, cfg)
     model = build_model(cfg, load_params(folder, cfg, place, dtype))
     name = Path(path_or_hub_id or loading.TINY).resolve().name
-    return Pipeline(model, processor, name, mesh)
+    return Pipeline(model, processor, name, loading.guidance_weight(folder), mesh)
 
 
 def _on_default_device(path: str, shape: Sequence[int]) -> None:

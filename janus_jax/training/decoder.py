@@ -46,7 +46,7 @@ def train_decoder(cfg) -> None:
     make_batch = decoder_batch(Processor.from_dir(cfg.init), cfg)
 
     def save(state: TrainState) -> None:
-        start.save(nnx.merge(graph, state.params, frozen))
+        start.save(nnx.merge(graph, state.params, frozen), cfg.guidance_weight)
 
     state = init_state(trained, optimizer)
     run_steps(state, step_fn, drawn_batches(make_batch, cfg), cfg, save)
