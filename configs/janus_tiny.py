@@ -5,7 +5,7 @@
     python train.py --config=configs/janus_tiny_encoder.py
     python train.py --config=configs/janus_tiny.py
 
-The last takes about 40 minutes on 2 CPU cores. Goes on from runs/janus_tiny_encoder and writes
+The last takes half an hour on 2 CPU cores. Goes on from runs/janus_tiny_encoder and writes
 runs/janus_tiny, in DeepSeek's layout; janus_jax/assets/janus_tiny is a copy of it.
 """
 
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
             generation_batch_size=32,
             understanding_batch_size=32,
             generation_weight=1.0,
-            guidance_weight=1.5,  # chosen by benchmarks/score_scenes.py on prompts of its own
+            guidance_weight=1.0,  # chosen by benchmarks/score_scenes.py on prompts of its own
             prompt_length=16,
             conversation_length=120,
             learning_rate=1.5e-3,

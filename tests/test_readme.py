@@ -1,0 +1,120 @@
+"""Every command and every line of Python in the README is run, on small stand-ins.
+
+The lines that install are run by .ci/run, those that train, with fewer steps, by test_train_cli.py.
+"""
+
+import configparser
+import importlib
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    """Contents of the code blocks of a language on a page."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+
+
+def commands(start: str) -> list[str]:
+    """Shell lines that begin so."""
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    return [line for line in lines if line.startswith(start)]
+
+
+@pytest.fixture(scope="module")
+def home(golden, tmp_path_factory) -> Path:
+    """What a user has: a clone, a released checkpoint beside it, a file of prompts."""
+    home = tmp_path_factory.mktemp("clone")
+    for name in ("sample.py", "train.py", "convert", "configs", "janus_jax", "docs", "README.md"):
+        (home / name).symlink_to(ROOT / name)
+    (home / "Janus-Pro-1B").symlink_to(golden / "janus")
+    (home / "prompts.txt").write_text("a red circle\n\ntwo blue squares\n")
+    return home
+
+
+def run(home: Path, command: str) -> subprocess.CompletedProcess:
+    """A README line as a shell runs it, with this Python and without the tests' settings."""
+    words = shlex.split(command)
+    assert words[0] == "python"
+    env = {name: value for name, value in os.environ.items() if not name.startswith("XLA_")}
+    env["XDG_CACHE_HOME"] = str(home / "cache")
+    env.pop("JANUS_JAX_COMPILE_CACHE", None)
+    done = subprocess.run(
+        [sys.executable, *words[1:]], cwd=home, env=env, input="What shape is it?\n/quit\n",
+        capture_output=True, text=True, timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def test_the_readme_is_short_and_its_files_exist():
+    assert len(README.splitlines()) < 200
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links
+    assert [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_command_is_known_here():
+    python = ("python sample.py", "python -m convert", "python train.py")
+    known = ("python3 -m venv", ". .venv/bin/activate", *python)
+    lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
+    assert [line for line in lines if not line.startswith(known)] == []
+
+
+def test_the_extras_exist():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    named = set(re.findall(r"\.\[(\w+)\]", README))
+    assert named and named <= set(config["options.extras_require"])
+
+
+@pytest.mark.parametrize("command", commands("python sample.py --"))
+def test_sample(home, command):
+    written = run(home, command).stdout
+    if "--prompt" not in command:
+        assert written.strip()
+        return
+    paths = [home / line for line in written.splitlines()]
+    assert paths and all(path.is_file() for path in paths)
+    for path in paths:
+        if path.suffix == ".png":
+            assert Image.open(path).text["software"] == "janus_jax"
+
+
+def test_the_first_line_draws(home):
+    (line,) = commands("python3 -m venv")
+    drawn = run(home, line.rsplit("&& ", 1)[1]).stdout.splitlines()
+    assert Image.open(home / drawn[0]).text["prompt"] == "a red circle left of a blue square"
+
+
+def test_convert(home):
+    for command in commands("python -m convert"):
+        assert run(home, command).stdout.strip()
+
+
+def test_each_training_line_goes_on_from_one_before():
+    lines = commands("python train.py")
+    assert lines[-1].endswith("configs/janus_tiny.py")
+    assert "\n".join(lines) in (ROOT / "docs" / "janus_tiny.md").read_text(encoding="utf-8")
+    written = {""}
+    for line in lines:
+        name = line.removeprefix("python train.py --config=configs/").removesuffix(".py")
+        cfg = importlib.import_module(f"configs.{name}").get_config()
+        assert cfg.init in written
+        written.add(cfg.output)
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])
+def test_python(page):
+    for code in blocks("python", page):
+        exec(compile(code, page, "exec"), {"__name__": "readme"})
