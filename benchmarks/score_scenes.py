@@ -34,7 +34,8 @@ TUNING_PROMPTS = 12  # a kind at most, and at most a quarter of the kind's promp
 SCORED_PROMPTS = 60  # a kind at most
 QUESTIONS = 1200
 ANSWER_BATCH = 48
-TRAINED_BY = ("janus_tiny_encoder", "janus_tiny")  # configs that show the model whole pictures
+# configs that show the model whole pictures
+TRAINED_BY = ("janus_tiny_encoder", "janus_tiny_decoder", "janus_tiny")
 SEED = 2026  # of prompts, questions and pictures; training has its own
 
 

@@ -27,7 +27,7 @@ def processor(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batches(processor):
-    return SceneBatches(processor, PROMPT, CONVERSATION)
+    return SceneBatches(processor, PROMPT, CONVERSATION, dict.fromkeys(scenes.KINDS, 1))
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +155,7 @@ def test_a_conversation_reads_as_the_processor_writes_it(processor, batches):
 def test_a_batch_is_made_of_seed_and_step_alone(processor):
     cfg = ConfigDict(dict(seed=5, steps=4, prompt_length=PROMPT, conversation_length=CONVERSATION))
     cfg.generation_batch_size, cfg.understanding_batch_size = 3, 2
+    cfg.caption_weights = dict(colors=1, position=3)
     make = decoder_batch(processor, cfg)
     run = list(drawn_batches(make, cfg))
     assert [len(part["tokens"]) for part in run[0].values()] == [3, 2]
@@ -170,12 +171,27 @@ def test_a_batch_is_made_of_seed_and_step_alone(processor):
 
 
 def test_examples_that_do_not_fit_are_refused_with_both_numbers(processor):
-    short = SceneBatches(processor, 8, 50)
+    short = SceneBatches(processor, 8, 50, dict.fromkeys(scenes.KINDS, 1))
     rng = np.random.default_rng(0)
     with pytest.raises(ValueError, match=r"longest=1\d length=8$"):
         short.generation(rng, 20)
     with pytest.raises(ValueError, match=r"longest=\d\d length=50$"):
         short.understanding(rng, 20)
+
+
+def test_captions_are_drawn_by_their_weights(processor):
+    weights = dict(single_object=0, colors=1, counting=3)
+    drawn = SceneBatches(processor, PROMPT, 0, weights).generation(np.random.default_rng(0), 400)
+    kinds = {p.text: kind for kind in scenes.KINDS for p in scenes.prompts("train", kind)}
+    found = [kinds[text] for text in captions(processor, drawn) if text]
+    assert set(found) == {"colors", "counting"}
+    assert 0.68 < found.count("counting") / len(found) < 0.82
+
+
+@pytest.mark.parametrize("weights", [{}, dict(colors=0), dict(colors=2, position=-1), dict(dogs=1)])
+def test_wrong_caption_weights_are_refused(processor, weights):
+    with pytest.raises(ValueError, match=f"one above 0, got {weights}"):
+        SceneBatches(processor, PROMPT, 0, weights)
 
 
 def test_the_config_has_room_for_the_longest_examples(processor, monkeypatch):
@@ -187,7 +203,7 @@ def test_the_config_has_room_for_the_longest_examples(processor, monkeypatch):
     found = [sample_question(rng, scenes.sample_mixed(rng)) for _ in range(3000)]
     longest = max(found, key=lambda pair: len(tokenizer.encode(" ".join(pair))))
     monkeypatch.setattr(scene_batches, "sample_question", lambda rng, scene: longest)
-    SceneBatches(processor, 0, cfg.conversation_length).understanding(rng, 1)
+    SceneBatches(processor, 0, cfg.conversation_length, dict(colors=1)).understanding(rng, 1)
 
 
 def test_crops_lie_between_patches():

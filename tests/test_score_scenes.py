@@ -6,7 +6,7 @@ import numpy as np
 
 import janus_jax
 from benchmarks import score_scenes
-from configs import janus_tiny, janus_tiny_encoder
+from configs import janus_tiny, janus_tiny_decoder, janus_tiny_encoder
 from janus_jax.data import questions, scenes
 
 
@@ -92,7 +92,7 @@ def test_pictures_of_a_training_step_are_told_as_they_were_drawn(monkeypatch):
 
     draw_scene = scenes.draw
     monkeypatch.setattr(scenes, "draw", draw)
-    for config, size in ((janus_tiny_encoder, 64), (janus_tiny, 64)):
+    for config, size in ((janus_tiny_encoder, 64), (janus_tiny_decoder, 64), (janus_tiny, 80)):
         drawn.clear()
         rng = np.random.default_rng(0)
         told = score_scenes.batch_pictures(pipeline, config.get_config(), rng, 0)

@@ -54,15 +54,19 @@ def trained(tmp_path_factory) -> Path:
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stderr and "pictures_right" in done.stderr
     small = dict(generation_batch_size=1, understanding_batch_size=1, conversation_length=120)
-    small |= dict(init=folder / "encoder", output=folder / "tiny")
-    done = run("--config=configs/janus_tiny.py", **SHORT, **small)
+    folders = dict(init=folder / "encoder", output=folder / "decoder")
+    done = run("--config=configs/janus_tiny_decoder.py", **SHORT, **small, **folders)
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stderr and "understanding" in done.stderr
+    folders = dict(init=folder / "decoder", output=folder / "tiny")
+    done = run("--config=configs/janus_tiny.py", **SHORT, **small, **folders)
+    assert done.returncode == 0, done.stderr
     return folder
 
 
 def test_what_was_trained_loads_and_draws(trained):
-    assert sorted(path.name for path in trained.iterdir()) == ["encoder", "refined", "tiny", "vq"]
+    names = ["decoder", "encoder", "refined", "tiny", "vq"]
+    assert sorted(path.name for path in trained.iterdir()) == names
     pipeline = janus_jax.load(trained / "tiny", dtype="float32")
     drawn = pipeline.generate_images("a red circle left of a blue square", temperature=0)
     assert (drawn.pixels.shape, drawn.indices.shape) == ((1, 96, 96, 3), (1, 36))
@@ -84,7 +88,7 @@ def test_the_encoder_is_trained_alone(trained):
 
 
 def test_the_decoder_keeps_the_tokenizer_and_trains_the_rest(trained):
-    names = ("encoder", "tiny")
+    names = ("encoder", "decoder")
     before, after = (load_file(trained / name / "model.safetensors") for name in names)
     assert before.keys() == after.keys()
     for name, value in before.items():
@@ -93,6 +97,9 @@ def test_the_decoder_keeps_the_tokenizer_and_trains_the_rest(trained):
         assert same if frozen else value.ndim < 2 or not same, name
     before, after = ({path.name for path in (trained / name).iterdir()} for name in names)
     assert after == before | {"generation_config.json"} and "tokenizer.json" in before
+
+
+def test_the_last_folder_states_the_config_s_guidance_weight(trained):
     own = janus_tiny.get_config().guidance_weight
     assert janus_jax.load(trained / "tiny", dtype="float32").guidance_weight == own
 

@@ -55,9 +55,10 @@ def _patch_label(item: scenes.Object) -> int:
 def decoder_batch(processor: Processor, cfg) -> Callable[[np.random.Generator, int], dict]:
     """The function (rng, step) -> dict(generation=..., understanding=...) of SceneBatches.
 
-    cfg: ConfigDict of configs/janus_tiny.py.
+    cfg: ConfigDict of configs/janus_tiny_decoder.py.
     """
-    batches = SceneBatches(processor, cfg.prompt_length, cfg.conversation_length)
+    lengths = cfg.prompt_length, cfg.conversation_length
+    batches = SceneBatches(processor, *lengths, dict(cfg.caption_weights))
 
     def make(rng: np.random.Generator, step: int) -> dict:
         return dict(
@@ -70,17 +71,31 @@ def decoder_batch(processor: Processor, cfg) -> Callable[[np.random.Generator, i
 
 @dataclasses.dataclass(frozen=True)
 class SceneBatches:
-    """Examples as a checkpoint's processor writes them, padded on the left to fixed lengths."""
+    """Examples as a checkpoint's processor writes them, padded on the left to fixed lengths.
+
+    caption_weights: how often captions of each of scenes.KINDS are drawn, relative to the others.
+    Raises ValueError for weights that cannot be drawn by.
+    """
 
     processor: Processor
     prompt_length: int
     conversation_length: int
+    caption_weights: dict[str, float]
+
+    def __post_init__(self):
+        weights = self.caption_weights
+        known = set(weights) <= set(scenes.KINDS)
+        if not known or min(weights.values(), default=0) < 0 or not any(weights.values()):
+            asked = "be of the kinds of scenes.KINDS, none below 0 and one above 0"
+            raise ValueError(f"caption_weights must {asked}, got {weights}")
 
     def generation(self, rng: np.random.Generator, batch_size: int) -> dict[str, np.ndarray]:
         """tokens int32[B, P], token_mask bool[B, P], images uint8[B, S, S, 3]."""
+        weights = np.array(list(self.caption_weights.values()), float)
+        kinds = rng.choice(list(self.caption_weights), batch_size, p=weights / weights.sum())
         rows, images = [], []
-        for _ in range(batch_size):
-            scene, prompt = scenes.sample_scene(rng, None)
+        for kind in kinds:
+            scene, prompt = scenes.sample_scene(rng, str(kind))
             tokens = self.processor.image_prompt(prompt.text)
             dropped = rng.random() < CAPTION_DROPPED
             rows.append(self.processor.unconditional(tokens) if dropped else tokens)

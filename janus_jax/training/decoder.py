@@ -28,8 +28,8 @@ TRAINED = r"(?!gen_vq\.)"  # the tokenizer stays as it is, as in all of Janus's 
 def train_decoder(cfg) -> None:
     """Trains everything but the tokenizer and writes a checkpoint folder to cfg.output.
 
-    cfg: ConfigDict of configs/janus_tiny.py. cfg.init is a folder with a trained tokenizer; what
-    else it holds is trained on.
+    cfg: ConfigDict of configs/janus_tiny_decoder.py. cfg.init is a folder with a trained
+    tokenizer; what else it holds is trained on.
     Raises FileNotFoundError or ValueError for a folder that cannot be used or a setting out of
     its range.
     """
