@@ -4,9 +4,7 @@ python sample.py --prompt "a red circle left of a blue square"
 python sample.py --image a.png --question "What is in the picture?"
 """
 
-import sys
-
 from janus_jax.cli import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

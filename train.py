@@ -2,13 +2,13 @@
 
 import contextlib
 import itertools
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
+
+from janus_jax.flags import one_line_errors
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -20,26 +20,18 @@ flags.mark_flag_as_required("config")
 
 
 @contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """What a user can cause ends in one line and status 2."""
-    try:
-        yield
-    except (flags.Error, ValueError, OSError, FloatingPointError) as error:
-        _stop(str(error), 2)
-    except AttributeError as error:
-        if not error.args or not isinstance(error.args[0], KeyError):  # as a ConfigDict's is
-            raise
-        _stop(f"the config has no {error.args[0].args[0]}", 2)
-    except KeyboardInterrupt:
-        _stop("interrupted", 130)
+def settings_errors() -> Iterator[None]:
+    """Tells of a setting that the config lacks, and of what the flags and the run complain of."""
+    with one_line_errors("train.py", flags.Error, FloatingPointError):
+        try:
+            yield
+        except AttributeError as error:
+            if not error.args or not isinstance(error.args[0], KeyError):  # as a ConfigDict's is
+                raise
+            raise ValueError(f"the config has no {error.args[0].args[0]}") from error
 
 
-def _stop(message: str, status: int) -> NoReturn:
-    print(f"train.py: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(status)
-
-
-@one_line_errors()
+@settings_errors()
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags and the config file, which must be there."""
     for word, after in itertools.pairwise([*argv, ""]):
@@ -49,7 +41,7 @@ def parse(argv: list[str]) -> list[str]:
     return flags.FLAGS(argv)
 
 
-@one_line_errors()
+@settings_errors()
 def main(argv: list[str]) -> None:
     """Trains as the config says."""
     if len(argv) > 1:

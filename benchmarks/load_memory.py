@@ -15,6 +15,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from janus_jax.flags import one_line_errors
+
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "load_memory.json"
 FORMATS = ("safetensors", "bin", "orbax")
@@ -127,23 +129,19 @@ def _run(args: argparse.Namespace) -> dict:
     return report(args.folder.resolve().name, found)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command; returns the exit status: 0, or 2 after one line on stderr."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; what a user can cause ends in one line and status 2."""
     args = _parser().parse_args(argv)
-    try:
+    with one_line_errors("load_memory"):
         if args.measure:
             print(json.dumps(measure_here(args.folder, args.dtype)))
-            return 0
+            return
         text = json.dumps(_run(args), indent=2) + "\n"
         output = args.output or (None if args.folder else RESULT)
         if output:
             output.write_text(text, "utf-8")
-    except (OSError, ValueError) as error:
-        print(f"load_memory: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
     print(text, end="")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

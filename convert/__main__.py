@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from janus_jax.flags import OneLineParser
+from janus_jax.flags import OneLineParser, one_line_errors
 
 COMMANDS = ("export", "inspect")
 DESCRIPTION = """\
@@ -65,25 +65,18 @@ def _run(command: str | None, args: argparse.Namespace) -> list[str]:
     return export.import_folder(args.src, args.dst, args.overwrite)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns the exit status: 0, or another after one line on stderr."""
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs a command; what a user can cause ends in one line and status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv and argv[0] in COMMANDS else None
     args = _parser(command).parse_args(argv)
     os.environ.setdefault("JAX_PLATFORMS", "cpu")  # all work is on the host
-    try:
+    with one_line_errors("convert"):
         lines = _run(command, args)
-    except (OSError, ValueError) as error:
-        print(f"convert: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("convert: interrupted, nothing written", file=sys.stderr)
-        return 130
     print("\n".join(lines))
-    return 0
 
 
 if __name__ == "__main__":
     # Storage tasks that a failure cut short report once more, to nobody, as they are collected.
     sys.unraisablehook = lambda unraisable: None
-    sys.exit(main())
+    main()

@@ -6,6 +6,7 @@ FOLDER/config.json, ...      config, tokenizer and processor files as the source
 """
 
 import contextlib
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from janus_jax.interop.files import (
 
 PARAMS = "params"
 UNUSED = "unused.safetensors"
+GROUP_BYTES = 2.5e8  # read at a time
 
 
 @contextlib.contextmanager
@@ -33,6 +35,8 @@ def _told_as(kind: type[Exception], what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            raise  # no fault of the folder's
         text = str(error).strip() or type(error).__name__
         raise kind(f"{what}: {text.splitlines()[0]}") from error
 
@@ -100,18 +104,42 @@ def stored_params(folder: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
 def restore(
     folder: Path | str, params: Mapping[str, jax.ShapeDtypeStruct]
 ) -> dict[str, jax.Array]:
-    """Reads parameters, each straight to its own sharding and dtype.
+    """Reads parameters, each straight to its own sharding, and gives it its dtype there.
 
-    params: shape, dtype and sharding wanted for every stored path. About 1 GB, or the largest
-    parameter if that is more, is in flight at a time.
+    params: shape, dtype and sharding wanted for every stored path. They are read in groups of
+    GROUP_BYTES, or of one parameter that is larger; no more than that is in memory beside them.
+
+    Raises:
+      ValueError: the folder is damaged.
     """
-    largest = max(leaf.size * leaf.dtype.itemsize for leaf in params.values())
-    tree = traverse_util.unflatten_dict(dict(params), sep=".")
-    in_flight = 1 + largest // 10**9
-    reader = ocp.StandardCheckpointer(restore_concurrent_gb=in_flight)
-    with _damaged(folder), reader as checkpointer:
-        restored = checkpointer.restore(Path(folder).resolve() / PARAMS, tree)
-    return traverse_util.flatten_dict(restored, sep=".")
+    stored, restored = stored_params(folder), {}
+    with _damaged(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        for group in _groups(stored):
+            wanted = {path: params[path].update(dtype=stored[path].dtype) for path in group}
+            tree = traverse_util.unflatten_dict(wanted, sep=".")
+            how = ocp.args.PyTreeRestore(
+                item=tree,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+                partial_restore=True,
+            )
+            read = reader.restore(Path(folder).resolve() / PARAMS, args=how)
+            for path, array in traverse_util.flatten_dict(read, sep=".").items():
+                # waited for, or the arrays of many groups would be there at once
+                restored[path] = jax.block_until_ready(array.astype(params[path].dtype))
+    return restored
+
+
+def _groups(stored: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
+    group, held = [], 0
+    for path, leaf in stored.items():
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        if group and held + size > GROUP_BYTES:
+            yield group
+            group, held = [], 0
+        group.append(path)
+        held += size
+    if group:
+        yield group
 
 
 def restore_numpy(folder: Path | str) -> dict[str, np.ndarray]:

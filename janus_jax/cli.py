@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from janus_jax.flags import OneLineParser
+from janus_jax.flags import OneLineParser, one_line, one_line_errors
 
 if TYPE_CHECKING:
     from janus_jax.generation.pipeline import Pipeline
@@ -152,15 +152,21 @@ def read_prompts(path: Path) -> list[str]:
 
 
 class ProgressBar:
-    """How far the drawing is and how long it will take, on one line of a terminal."""
+    """How far the drawing is and how long it will take: on one line of a terminal.
+
+    Elsewhere, as in a log file, a line now and then.
+    """
 
     WIDTH = 30
+    PAUSE = 30.0  # seconds between lines of a log
     COMPILING = 2  # calls after which a program may still be compiled, which says nothing of speed
 
     def __init__(self, stream):
         self._stream = stream
         self._calls = 0
         self._start = (0.0, 0)
+        self._terminal = stream.isatty()
+        self._said = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         """To be called with the image tokens drawn so far and in all."""
@@ -169,14 +175,19 @@ class ProgressBar:
             self._start = now, done
         self._calls += 1
         since, before = self._start
-        filled = self.WIDTH * done // total
-        line = f"drawing [{'#' * filled}{'.' * (self.WIDTH - filled)}] {100 * done // total:3d}%"
+        line = f"{100 * done // total:3d}%"
         if done > before:
             left = (now - since) / (done - before) * (total - done)
             line += f", {_duration(left)} left"
-        show_status(self._stream, line)
-        if done == total:
-            print(file=self._stream)
+        if self._terminal:
+            filled = self.WIDTH * done // total
+            bar = "#" * filled + "." * (self.WIDTH - filled)
+            show_status(self._stream, f"drawing [{bar}] {line}")
+            if done == total:
+                print(file=self._stream)
+        elif now - self._said >= self.PAUSE:
+            self._said = now
+            print(f"drawing {line}", file=self._stream, flush=True)
 
 
 def show_status(stream, line: str) -> None:
@@ -202,11 +213,29 @@ def _check_paths(flags: argparse.Namespace) -> None:
     if flags.save_indices:
         if flags.save_indices.suffix != ".npz":
             raise ValueError(f"--save_indices must name a .npz file, got {flags.save_indices}")
-        if not flags.save_indices.absolute().parent.is_dir():
-            raise ValueError(f"--save_indices: no folder {flags.save_indices.absolute().parent}")
-    for image in flags.image or []:
-        if not Path(image).is_file():
-            raise FileNotFoundError(f"no image file at {image}")
+        folder = flags.save_indices.absolute().parent
+        if not folder.is_dir():
+            raise ValueError(f"--save_indices: no folder {folder}")
+        if not os.access(folder, os.W_OK):
+            raise ValueError(f"--save_indices: {folder} cannot be written to")
+
+
+def _check_values(flags: argparse.Namespace) -> None:
+    """Before the model is loaded: what needs no model to be refused; reads the --image files."""
+    from janus_jax.generation import samplers
+    from janus_jax.processing.images import load_image
+
+    for name in ("prompt", "question"):
+        if getattr(flags, name) is not None and not getattr(flags, name).strip():
+            raise ValueError(f"--{name} must say something, got {getattr(flags, name)!r}")
+    samplers.check_sampling(flags.temperature, flags.top_k, flags.top_p)
+    samplers.check_seed(flags.seed)
+    if flags.guidance_weight is not None:
+        samplers.check_number("guidance_weight", flags.guidance_weight)
+    for name in ("num_images", "max_batch", "max_new_tokens"):
+        if getattr(flags, name) is not None:
+            samplers.check_count(name, getattr(flags, name))
+    flags.image = [load_image(image) for image in flags.image or []]
 
 
 def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") -> None:
@@ -225,7 +254,7 @@ def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") ->
         seed=flags.seed,
         **settings,
         max_batch=flags.max_batch,
-        progress=ProgressBar(sys.stderr) if sys.stderr.isatty() else None,
+        progress=ProgressBar(sys.stderr),
     )
     settings["dtype"] = pipeline.model.cfg.language_model.dtype.name
     made = {"model": pipeline.name, "settings": json.dumps(settings)}
@@ -269,19 +298,23 @@ def chat(flags: argparse.Namespace, pipeline: "Pipeline") -> None:
     """Reads turns from standard input until it ends."""
     from janus_jax.processing.images import load_image
 
-    print("Ask away. '/image FILE' shows a picture, '/quit' ends.", file=sys.stderr)
-    messages, shown = [], [load_image(image) for image in flags.image]
+    commands = "'/image FILE' shows a picture, '/new' forgets all that was said, '/quit' ends."
+    print(f"Ask away. {commands}", file=sys.stderr)
+    messages, shown = [], flags.image
     while (line := _next_line()) is not None:
         try:
             command, _, path = line.partition(" ")
             if command == "/image":
                 shown.append(load_image(path.strip()))
                 continue
+            if line == "/new":
+                messages, shown = [], []
+                continue
             content = f"{pipeline.processor.image_tag}\n" * len(shown) + line
             turn = {"role": "user", "content": content, "images": shown}
             answer = _print_answer(pipeline, [*messages, turn], None, flags)
         except (ValueError, OSError) as error:
-            print(f"sample.py: {error}", file=sys.stderr)
+            print(one_line("sample.py", str(error)), file=sys.stderr)
             continue
         messages += [turn, {"role": "assistant", "content": answer}]
         shown = []
@@ -323,6 +356,8 @@ def run(argv: Sequence[str] | None) -> None:
     if flags.prompts_file:
         prompts = read_prompts(flags.prompts_file)
 
+    _check_values(flags)
+
     from janus_jax import sharding
     from janus_jax.generation.pipeline import load
 
@@ -345,17 +380,7 @@ def run(argv: Sequence[str] | None) -> None:
             _print_answer(pipeline, flags.question, flags.image, flags)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; what a user can cause ends in one line and status 2."""
-    try:
+    with one_line_errors("sample.py"):
         run(argv)
-    except (ValueError, OSError) as error:
-        print(f"sample.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("sample.py: interrupted", file=sys.stderr)
-        return 130
-    except MemoryError as error:
-        print(f"sample.py: out of memory: {error}", file=sys.stderr)
-        return 2
-    return 0

@@ -1,6 +1,9 @@
-"""What the commands' flags have in common."""
+"""What the commands have in common: how they take flags and how they end."""
 
 import argparse
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import NoReturn
 
 
@@ -13,4 +16,31 @@ class OneLineParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Ends the program with status 2."""
-        self.exit(2, f"{self._name}: {message}\n")
+        stop(self._name, message)
+
+
+def stop(name: str, message: str, status: int = 2) -> NoReturn:
+    """Ends the program with one line on stderr."""
+    print(one_line(name, message), file=sys.stderr)
+    sys.exit(status)
+
+
+def one_line(name: str, message: str) -> str:
+    """What a command has to say of an error."""
+    return f"{name}: {' '.join(message.split())}"
+
+
+@contextlib.contextmanager
+def one_line_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Ends the program in one line and status 2 after what a user can cause.
+
+    That is ValueError, OSError, MemoryError and `kinds`; an interrupt ends it with status 130.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop(name, "interrupted", 130)
+    except MemoryError as error:
+        stop(name, f"out of memory: {error}")
+    except (ValueError, OSError, *kinds) as error:
+        stop(name, str(error))

@@ -3,22 +3,26 @@
 import copy
 import dataclasses
 import json
+import shutil
 
 import checkpoints
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import safetensors.torch
 import torch
 import transformers
 
 from janus_jax import checkpoint
+from janus_jax.generation import loading
 from janus_jax.interop import export, files
 from janus_jax.interop.config import read_config, write_config
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.interop.readers import open_checkpoint
 from janus_jax.models.janus import JanusConfig
+from janus_jax.processing.processor import Processor
 
 
 def anywhere(path, shape):
@@ -166,6 +170,51 @@ def test_there_and_back_keeps_all_but_the_unused(golden, folders, tmp_path):
     assert processor == json.loads((golden / "janus" / "processor_config.json").read_text())
 
 
+def with_settings(source, folder, name, **settings):
+    """A copy of a checkpoint folder with some keys of one JSON file set."""
+    shutil.copytree(source, folder)
+    path = folder / name
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(config | settings))
+    return folder
+
+
+def test_another_layout_keeps_guidance_and_system_prompt(folders, tmp_path):
+    name = "generation_config.json"
+    source = with_settings(folders["single"], tmp_path / "s", name, guidance_scale=1.5)
+    config = json.loads((source / "processor_config.json").read_text())
+    (source / "processor_config.json").write_text(json.dumps(config | {"system_prompt": ""}))
+    export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+    stated = json.loads((tmp_path / "hf" / "processor_config.json").read_text())
+    assert stated["use_default_system_prompt"] is False
+    export.export_folder(tmp_path / "hf", tmp_path / "back", "deepseek", overwrite=False)
+    for folder in (tmp_path / "hf", tmp_path / "back"):
+        assert loading.guidance_weight(folder) == 1.5
+        assert Processor.from_dir(folder).system_prompt == ""
+
+
+def test_bos_is_added_wherever_its_name_stands(folders, tmp_path):
+    source = with_settings(folders["single"], tmp_path / "s", "tokenizer_config.json")
+    (source / "tokenizer_config.json").write_text("{}")
+    export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("a").input_ids[0] == Processor.from_dir(source).tokenizer.bos_id
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(sft_format="plain"), "sft_format deepseek or deepseek_old, not 'plain'"),
+        (dict(system_prompt="Rhyme."), "DeepSeek's system prompt or none, not 'Rhyme.'"),
+    ],
+)
+def test_what_transformers_cannot_hold_is_refused(settings, says, folders, tmp_path):
+    source = with_settings(folders["single"], tmp_path / "s", "processor_config.json", **settings)
+    with pytest.raises(ValueError, match=says):
+        export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+    assert not (tmp_path / "hf").exists()
+
+
 def test_large_exports_are_sharded(golden, tmp_path):
     source = open_checkpoint(golden / "janus")
     kinds = {name: (source.dtype(name), source.shape(name)) for name in source.names}
@@ -227,7 +276,7 @@ def test_released_configs_fill_in_the_constants(golden):
     sizes["gen_head_config"]["params"] = head
     assert read_config(sizes) == JanusConfig.janus_pro_7b()
     head["n_embed"] = 2048
-    with pytest.raises(ValueError, match="n_embed is 2048, supported: 4096"):
+    with pytest.raises(ValueError, match="n_embed must be 4096, got 2048"):
         read_config(sizes)
 
 
@@ -272,17 +321,17 @@ def edited(config, where, value):
     [
         ("model_type", "llama", "model_type 'llama', not 'multi_modality' or 'janus'"),
         ("vision_gen_enc_config", {}, "JanusFlow model .it has vision_gen_enc_config"),
-        ("language_config.tie_word_embeddings", True, "tie_word_embeddings is True"),
+        ("language_config.tie_word_embeddings", True, "tie_word_embeddings must be False"),
         ("language_config.rope_scaling", {"type": "linear"}, "rope scaling 'linear'"),
-        ("language_config.hidden_act", "gelu", "hidden_act is 'gelu', supported: 'silu'"),
-        ("language_config.attention_bias", True, "attention_bias is True"),
-        ("language_config.head_dim", 16, "head_dim is 16, supported: 12"),
+        ("language_config.hidden_act", "gelu", "hidden_act must be 'silu', got 'gelu'"),
+        ("language_config.attention_bias", True, "attention_bias must be False, got True"),
+        ("language_config.head_dim", 16, "head_dim must be 12, got 16"),
         ("language_config.num_attention_heads", 5, "hidden_size by heads is not whole: 48 / 5"),
-        ("vision_config.cls", "HybridVisionTower", "cls is 'HybridVisionTower'"),
+        ("vision_config.cls", "HybridVisionTower", "cls must be .*, got 'HybridVisionTower'"),
         ("vision_config.params.select_feature", "patch", "select_feature is 'patch'"),
         ("vision_config.params.select_layer", -4, "select_layer -4 leaves no layer of 2"),
-        ("aligner_config.params.projector_type", "linear", "projector_type is 'linear'"),
-        ("gen_vision_config.cls", "VQ-8", "cls is 'VQ-8', supported: 'VQ-16'"),
+        ("aligner_config.params.projector_type", "linear", "projector_type must be .* 'linear'"),
+        ("gen_vision_config.cls", "VQ-8", "cls must be 'VQ-16', got 'VQ-8'"),
         ("gen_aligner_config", {}, "gen_aligner_config.params is missing"),
         ("language_config", [], "wrong type"),
         ("model_type", [], r"model_type \[\], not"),
@@ -293,6 +342,9 @@ def edited(config, where, value):
         ("gen_vision_config.params.ch", 0, "ch of VQConfig must be whole and at least 1, got 0"),
         ("gen_vision_config.params.ch_mult", [], r"ch_mult of VQConfig must be whole .* got \(\)"),
         ("gen_head_config.params.image_token_embed", -1, "gen_head_width of JanusConfig .* got -1"),
+        ("gen_vision_config.params.norm_num_groups", 7, "VQ channels by norm_num_groups is not"),
+        ("language_config.num_attention_heads", 16, "head_dim by 2 is not whole: 3 / 2"),
+        ("language_config.rope_theta", "x", "rope_theta .* must be a number above 0, got 'x'"),
     ],
 )
 def test_what_is_not_supported_is_refused(golden, where, value, says):
@@ -305,10 +357,10 @@ def test_what_is_not_supported_is_refused(golden, where, value, says):
     ("where", "value", "says"),
     [
         ("text_config.rope_parameters", {"rope_type": "yarn"}, "rope scaling 'yarn'"),
-        ("tie_word_embeddings", True, "tie_word_embeddings is True"),
-        ("vision_config.use_qk_norm", True, "use_qk_norm is True"),
-        ("vision_config.projection_dim", 2048, "projection_dim is 2048, supported: 48"),
-        ("vq_config.double_latent", True, "double_latent is True"),
+        ("tie_word_embeddings", True, "tie_word_embeddings must be False"),
+        ("vision_config.use_qk_norm", True, "use_qk_norm must be False"),
+        ("vision_config.projection_dim", 2048, "projection_dim must be 48, got 2048"),
+        ("vq_config.double_latent", True, "double_latent must be False"),
     ],
 )
 def test_what_is_not_supported_in_transformers_is_refused(where, value, says):
@@ -345,6 +397,22 @@ def test_an_orbax_folder_that_does_not_fit_lists_all(golden, folders, tmp_path):
 
 def sizes(folders):
     return checkpoint.stored_params(folders["orbax_single"])
+
+
+def test_orbax_is_read_in_groups(folders, monkeypatch):
+    """So that loading takes little more memory than the parameters do."""
+    whole = load(folders["orbax_single"])
+    groups, restore = [], ocp.Checkpointer.restore
+
+    def recorded(self, directory, args):
+        groups.append([leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(args.item)])
+        return restore(self, directory, args=args)
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", recorded)
+    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 200_000)
+    assert_same_params(load(folders["orbax_single"]), whole)
+    assert sum(map(sum, groups)) == 2 * 1_109_891 and len(groups) > 5
+    assert all(sum(sizes) <= 200_000 or len(sizes) == 1 for sizes in groups)
 
 
 def test_orbax_keeps_the_dtype_of_the_source(folders):

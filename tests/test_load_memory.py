@@ -1,7 +1,6 @@
 """The measurement of what loading a folder takes, on the tiny checkpoint; and its random folder."""
 
 import json
-import math
 
 import numpy as np
 import pytest
@@ -21,7 +20,11 @@ NAMES = (  # of every kind of shape, none large
 
 
 def run(capsys, *args) -> tuple[int, str, str]:
-    status = load_memory.main([str(arg) for arg in args])
+    status = 0
+    try:
+        load_memory.main([str(arg) for arg in args])
+    except SystemExit as stopped:
+        status = stopped.code
     return status, *capsys.readouterr()
 
 
@@ -77,13 +80,3 @@ def test_values_are_random_and_no_rows_are_equal():
     assert len(np.unique(values[:, :4], axis=0)) == len(values)
     scales = synthetic.values("language_model.model.norm.weight").astype(np.float32)
     assert scales.mean() == pytest.approx(1, rel=0.01) and scales.std() > 0
-
-
-def test_the_committed_figures_are_within_the_limit():
-    found = json.loads(load_memory.RESULT.read_text())
-    kinds = {(m["format"], m["dtype"]) for m in found["measurements"]}
-    assert kinds == {(f, d) for f in load_memory.FORMATS for d in load_memory.DTYPES}
-    numbers = sum(math.prod(shape) for shape in synthetic.listing()["tensors"].values())
-    for figures in found["measurements"]:
-        assert 0 < figures["above_gb"] < 3
-        assert figures["parameters_gb"] < 4 * numbers / 1e9

@@ -6,16 +6,16 @@ import shutil
 import numpy as np
 import pytest
 
+from janus_jax.interop.files import small_files
 from janus_jax.processing import chat
-from janus_jax.processing.processor import CHECKPOINT_FILES, TRAINED_CONTEXT, Processor
+from janus_jax.processing.processor import TRAINED_CONTEXT, Processor
 
 
 @pytest.fixture
 def folder(golden, tmp_path):
     """The small files of the recorded checkpoint, to be changed."""
-    for file in CHECKPOINT_FILES:
-        if (golden / "janus" / file).is_file():
-            shutil.copy(golden / "janus" / file, tmp_path)
+    for file in small_files(golden / "janus"):
+        shutil.copy(file, tmp_path)
     return tmp_path
 
 
@@ -207,10 +207,14 @@ def test_folder_as_transformers_5_saves_it(golden, tmp_path, processor):
         size={"height": 64, "width": 64}, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     theirs = transformers.JanusProcessor(
-        image_processor, tokenizer, chat_template="{{ messages }}", num_image_tokens=16
+        image_processor,
+        tokenizer,
+        chat_template="{{ messages }}",
+        use_default_system_prompt=True,
+        num_image_tokens=16,
     )
     theirs.save_pretrained(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} <= set(CHECKPOINT_FILES)
+    assert set(tmp_path.iterdir()) == set(small_files(tmp_path))
     ours = Processor.from_dir(tmp_path)
     assert ours == processor
     assert ours.image_prompt("a cat") == processor.image_prompt("a cat")

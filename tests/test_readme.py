@@ -95,6 +95,7 @@ def test_the_first_line_draws(home):
     (line,) = commands("python3 -m venv")
     drawn = run(home, line.rsplit("&& ", 1)[1]).stdout.splitlines()
     assert Image.open(home / drawn[0]).text["prompt"] == "a red circle left of a blue square"
+    assert any((home / "cache" / "janus_jax" / "xla").iterdir())  # so that the next run is quicker
 
 
 def test_convert(home):

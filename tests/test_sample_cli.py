@@ -22,7 +22,11 @@ def run(golden, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
-        status = cli.main(["--model", str(golden / "janus"), *map(str, flags)])
+        status = 0
+        try:
+            cli.main(["--model", str(golden / "janus"), *map(str, flags)])
+        except SystemExit as stopped:
+            status = stopped.code
         out, err = capsys.readouterr()
         return status, out.splitlines(), err
 
@@ -91,7 +95,8 @@ def test_a_question_is_answered(run, loaded, pipeline, golden):
 
 def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
     picture = golden / "preprocess" / "img0_50x120.png"
-    said = f"Hello\n\n/image nowhere.png\n/image\n/image {picture}\nWhat is it?\n/quit\nnever\n"
+    said = f"Hi\n/image {picture}\n/new\n"
+    said += f"Hello\n\n/image nowhere.png\n/image\n/image {picture}\nWhat is it?\n/quit\nnever\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
     asked = []
     stream = pipeline.stream
@@ -105,10 +110,11 @@ def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
     assert status == 0
     assert "sample.py: no image file at nowhere.png" in err.splitlines()
     assert "sample.py: no image file at ." in err.splitlines()
-    assert len(asked) == 2
-    first = pipeline.answer("Hello", max_new_tokens=6)
-    assert [m["content"] for m in asked[1]] == ["Hello", first, "<image_placeholder>\nWhat is it?"]
-    assert "\n".join(lines) == f"{first}\n{pipeline.answer(asked[1], max_new_tokens=6)}"
+    assert len(asked) == 3
+    forgotten, first = (pipeline.answer(text, max_new_tokens=6) for text in ("Hi", "Hello"))
+    assert [m["content"] for m in asked[2]] == ["Hello", first, "<image_placeholder>\nWhat is it?"]
+    last = pipeline.answer(asked[2], max_new_tokens=6)
+    assert "\n".join(lines) == f"{forgotten}\n{first}\n{last}"
 
 
 @pytest.mark.parametrize(
@@ -121,17 +127,17 @@ def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
         (["--prompt", "a", "--seed", "-1"], "seed must be a whole number in [0, 2**32), got -1"),
         (["--prompt", "a", "--image", "b"], "--image has no use with --prompt and --prompts_file"),
         (["--chat", "--num_images", "2"], "--num_images has no use with --question and --chat"),
-        (["--prompt", ""], "a prompt must be a text that is not empty, got ''"),
+        (["--prompt", ""], "--prompt must say something, got ''"),
         (["--prompt", "a", "--num_images", "0"], "num_images must be a whole number of at least 1"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
-        (["--prompt", "a", "--top_k", "1000"], "top_k must be a whole number in [1, 128]"),
+        (["--prompt", "a", "--top_k", "1000"], "top_k must be at most 128, got 1000"),
         (["--prompt", "a", "--dtype", "float16"], "dtype must be one of float32, bfloat16"),
         (["--prompt", "a", "--mesh", "tensor=99"], "needs 99 devices, there are 8"),
         (["--prompt", "a", "--mesh", "x"], "a mesh is written data=1,fsdp=1,tensor=1"),
         (["--prompt", "a", "--mesh", ""], "a mesh is written data=1,fsdp=1,tensor=1"),
         (["--prompt", "a", "--num_images", str(10**12)], "out of memory: Unable to allocate"),
         (["--prompt", "\udcff"], "a text must be valid Unicode"),
-        (["--question", " "], "a message of the user must say something"),
+        (["--question", " "], "--question must say something, got ' '"),
         (["--prompts_file", "none.txt"], "--prompts_file none.txt is not a file"),
         (["--prompts_file", "blank.txt"], "--prompts_file blank.txt holds no prompt"),
         (["--prompts_file", "bytes.txt"], "--prompts_file bytes.txt is not UTF-8 text"),
@@ -146,7 +152,7 @@ def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
         (["--prompt", "a", "--model", "nowhere"], "nowhere is not a folder"),
     ],
 )
-def test_what_is_wrong_takes_one_line(flags, message, run, pipeline, monkeypatch, tmp_path, capsys):
+def test_what_is_wrong_takes_one_line(flags, message, run, pipeline, monkeypatch, tmp_path):
     from janus_jax.generation import pipeline as pipelines
 
     real = pipelines.load
@@ -154,14 +160,36 @@ def test_what_is_wrong_takes_one_line(flags, message, run, pipeline, monkeypatch
     monkeypatch.setattr(pipelines, "load", lambda *a, **k: pipeline if fine else real(*a, **k))
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
-    try:
-        status, out, err = run(*flags)
-    except SystemExit as exit:  # argparse's own
-        status, (_, err), out = exit.code, capsys.readouterr(), []
+    status, out, err = run(*flags)
     assert (status, out) == (2, [])
     assert err.startswith("sample.py: ") and err.count("\n") == 1
     assert message in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["blank.txt", "bytes.txt"]
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--prompt", ""],
+        ["--prompt", "a", "--num_images", "0"],
+        ["--prompt", "a", "--seed", "-1"],
+        ["--prompt", "a", "--temperature", "-1"],
+        ["--prompt", "a", "--top_k", "0"],
+        ["--prompt", "a", "--top_p", "2"],
+        ["--prompt", "a", "--guidance_weight", "nan"],
+        ["--prompt", "a", "--max_batch", "0"],
+        ["--prompt", "a", "--save_indices", "no/a.npz"],
+        ["--question", "a", "--image", "broken.png"],
+        ["--chat", "--image", "none.png"],
+        ["--chat", "--max_new_tokens", "0"],
+    ],
+)
+def test_what_needs_no_model_is_refused_before_one_is_loaded(flags, run, monkeypatch, tmp_path):
+    loads = []
+    monkeypatch.setattr("janus_jax.generation.pipeline.load", lambda *_, **__: loads.append(1))
+    (tmp_path / "broken.png").write_bytes(b"\x89PNG\r\n")
+    assert run(*flags)[0] == 2
+    assert not loads
 
 
 @pytest.mark.parametrize(
@@ -217,9 +245,10 @@ def test_a_file_that_fails_leaves_nothing_behind(tmp_path):
 
 
 def test_the_bar_tells_the_time_left_without_the_time_to_compile(monkeypatch):
-    now = iter([0.0, 30.0, 60.0, 70.0, 80.0, 160.0])
+    now = iter([0.0, 0.0, 30.0, 60.0, 70.0, 80.0, 160.0])
     monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
     out = io.StringIO()
+    out.isatty = lambda: True
     bar = cli.ProgressBar(out)
     for done in (0, 1, 11, 21, 31, 111):
         bar(done, 111)
@@ -233,6 +262,16 @@ def test_the_bar_tells_the_time_left_without_the_time_to_compile(monkeypatch):
         "drawing [##############################] 100%, 0 s left",
     ]
     assert out.getvalue().endswith("\n")
+
+
+def test_a_log_gets_a_line_now_and_then(monkeypatch):
+    now = iter([0.0, 0.0, 5.0, 10.0, 20.0, 40.0, 45.0, 80.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
+    out = io.StringIO()
+    bar = cli.ProgressBar(out)
+    for done in (0, 10, 20, 30, 50, 55, 90):
+        bar(done, 100)
+    assert out.getvalue() == "drawing  50%, 50 s left\ndrawing  90%, 10 s left\n"
 
 
 def test_a_terminal_gets_a_bar(run, loaded, monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from janus_jax.data import checker, questions, scenes, tiny_tokenizer
+from janus_jax.processing import chat
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
@@ -170,5 +171,5 @@ def test_tokenizer_keeps_words_whole_and_any_text(tmp_path):
         ids = tokenizer.encode(text).ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
         assert tokenizer.token_to_id(tiny_tokenizer.BOS) not in ids
-    for token in (*tiny_tokenizer.SPECIAL, *tiny_tokenizer.ROLES):
+    for token in (*tiny_tokenizer.SPECIAL, *chat.JANUS_ROLES["deepseek"]):
         assert len(tokenizer.encode(token).ids) == 1

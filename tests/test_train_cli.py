@@ -129,7 +129,7 @@ def test_wrong_flags_take_one_line(flags, message):
 
 def refused(train_one, cfg, capsys) -> str:
     """The line that a run ends with at once."""
-    with pytest.raises(SystemExit) as stopped, train.one_line_errors():
+    with pytest.raises(SystemExit) as stopped, train.settings_errors():
         train_one(cfg)
     err = capsys.readouterr().err
     assert stopped.value.code == 2
@@ -204,11 +204,11 @@ def test_a_folder_of_other_things_is_not_replaced(tmp_path, golden):
 
 
 def test_an_interrupt_takes_one_line_and_a_bug_its_traceback(capsys):
-    with pytest.raises(SystemExit) as stopped, train.one_line_errors():
+    with pytest.raises(SystemExit) as stopped, train.settings_errors():
         raise KeyboardInterrupt
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "train.py: interrupted\n"
-    with pytest.raises(AttributeError), train.one_line_errors():
+    with pytest.raises(AttributeError), train.settings_errors():
         raise AttributeError("'NoneType' object has no attribute 'shape'")
 
 

@@ -34,7 +34,7 @@ def ask_shape(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer |
     known = _alone(scene, "color")
     if not known:
         return None
-    chosen = _choice(rng, known)
+    chosen = scenes.choice(rng, known)
     return f"What shape is the {chosen.color} object?", chosen.shape
 
 
@@ -43,7 +43,7 @@ def ask_color(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer |
     known = _alone(scene, "shape")
     if not known:
         return None
-    chosen = _choice(rng, known)
+    chosen = scenes.choice(rng, known)
     name = "object" if len(scene.objects) == 1 and rng.random() < 0.5 else chosen.shape
     return f"What color is the {name}?", chosen.color
 
@@ -56,14 +56,14 @@ def ask_count(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer:
 def ask_count_color(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer:
     """Number of objects of a colour; one time in four of any colour, so often 0."""
     present = [item.color for item in scene.objects]
-    color = _choice(rng, list(scenes.COLORS) if rng.random() < 0.25 else present)
+    color = scenes.choice(rng, list(scenes.COLORS) if rng.random() < 0.25 else present)
     return f"How many {color} objects are there?", str(present.count(color))
 
 
 def ask_count_shape(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer:
     """Number of objects of a shape; one time in four of any shape, so often 0."""
     present = [item.shape for item in scene.objects]
-    shape = _choice(rng, scenes.SHAPES if rng.random() < 0.25 else present)
+    shape = scenes.choice(rng, scenes.SHAPES if rng.random() < 0.25 else present)
     return f"How many {scenes.plural(shape)} are there?", str(present.count(shape))
 
 
@@ -73,14 +73,14 @@ def ask_presence(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswe
     Absent pairs are those that training could show, so that "never drawn" is not a hint.
     """
     present = {(item.shape, item.color) for item in scene.objects}
-    answer = _choice(rng, ("yes", "no"))
+    answer = scenes.choice(rng, ("yes", "no"))
     if answer == "yes":
-        pair = _choice(rng, sorted(present))
+        pair = scenes.choice(rng, sorted(present))
     else:
         absent = [(s, c) for s in scenes.SHAPES for c in scenes.COLORS
                   if (s, c) not in present | scenes.held_out_pairs()]
         near = [(s, c) for s, c in absent if any(s == p or c == q for p, q in present)]
-        pair = _choice(rng, near if near and rng.random() < 0.5 else absent)
+        pair = scenes.choice(rng, near if near and rng.random() < 0.5 else absent)
     return f"Is there {scenes.noun_phrase(Item(*pair))}?", answer
 
 
@@ -89,8 +89,8 @@ def ask_relation(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswe
     related = _related(scene)
     if not related:
         return None
-    first, second, relation = _choice(rng, related)
-    answer = _choice(rng, ("yes", "no"))
+    first, second, relation = scenes.choice(rng, related)
+    answer = scenes.choice(rng, ("yes", "no"))
     asked = relation if answer == "yes" else OPPOSITE[relation]
     return f"Is the {_name(scene, first)} {asked} the {_name(scene, second)}?", answer
 
@@ -100,7 +100,7 @@ def ask_neighbor(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswe
     related = _related(scene)
     if len(scene.objects) != 2 or not related:
         return None
-    first, second, relation = _choice(rng, related)
+    first, second, relation = scenes.choice(rng, related)
     return f"What is {relation} the {_name(scene, second)}?", first.shape
 
 
@@ -155,10 +155,6 @@ def _alone(scene: scenes.Scene, attribute: str) -> list[scenes.Object]:
     """Objects whose attribute no other object shares."""
     counts = collections.Counter(getattr(item, attribute) for item in scene.objects)
     return [item for item in scene.objects if counts[getattr(item, attribute)] == 1]
-
-
-def _choice(rng: np.random.Generator, options):
-    return options[int(rng.integers(len(options)))]
 
 
 ASKERS = (

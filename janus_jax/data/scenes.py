@@ -98,11 +98,11 @@ def sample_scene(
     both, for there are far fewer of the latter.
     """
     if kind is None:
-        kind = _choice(rng, [k for k in KINDS if prompts(split, k)])
+        kind = choice(rng, [k for k in KINDS if prompts(split, k)])
     groups = _prompt_groups(split, kind)
     if not groups:
         raise ValueError(f"kind must have prompts in the split, got {kind=} {split=}")
-    prompt = _choice(rng, _choice(rng, groups))
+    prompt = choice(rng, choice(rng, groups))
     while True:
         pairs = _fill_colors(rng, prompt.requirement)
         if (split == "held_out") == is_held_out(pairs):
@@ -116,7 +116,7 @@ def sample_mixed(rng: np.random.Generator, split: str = "train") -> Scene:
     count = int(rng.integers(1, 5))
     everything = list(itertools.product(SHAPES, COLORS))
     while True:
-        pairs = [_choice(rng, everything) for _ in range(count)]
+        pairs = [choice(rng, everything) for _ in range(count)]
         if (split == "held_out") == is_held_out(pairs):
             return _arrange(rng, pairs, None)
 
@@ -225,7 +225,7 @@ def _fill_colors(rng: np.random.Generator, requirement: Requirement) -> list[Pai
     """One pair per object, in the order of the items; objects of one item share a colour."""
     pairs = []
     for item in requirement.items:
-        color = item.color or _choice(rng, list(COLORS))
+        color = item.color or choice(rng, list(COLORS))
         pairs += [(item.shape, color)] * item.count
     return pairs
 
@@ -235,12 +235,12 @@ def _arrange(rng: np.random.Generator, pairs: list[Pair], relation: str | None) 
 
     Three objects and more are small ones, or most tries would find no place.
     """
-    background = _choice(rng, list(BACKGROUNDS))
+    background = choice(rng, list(BACKGROUNDS))
     sizes = SIZES if len(pairs) < 3 else SIZES[:1]
     while True:
         placed: list[Object] = []
         for shape, color in pairs:
-            placed += _place(rng, placed, Object(shape, color, _choice(rng, sizes), 0, 0), relation)
+            placed += _place(rng, placed, Object(shape, color, choice(rng, sizes), 0, 0), relation)
         if len(placed) == len(pairs):
             return Scene(background, tuple(placed))
 
@@ -298,7 +298,7 @@ def _sprite(shape: str, size: int) -> np.ndarray:
     return np.asarray(small, np.float32)[..., None] / 255
 
 
-def _choice(rng: np.random.Generator, options):
+def choice(rng: np.random.Generator, options):
     """One of a sequence, kept as it is (rng.choice would turn tuples into arrays)."""
     return options[int(rng.integers(len(options)))]
 

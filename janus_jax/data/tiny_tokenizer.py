@@ -4,7 +4,6 @@ The vocabulary is 256 bytes and the merges that make every word of captions, que
 one token, so any other text still encodes, only longer.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,14 +20,56 @@ from tokenizers import (
 )
 
 from janus_jax.data import questions, scenes
+from janus_jax.interop.files import write_json
+from janus_jax.processing.chat import JANUS_ROLES
+from janus_jax.processing.tokenizer import BOS, EOS, IMAGE, IMAGE_END, IMAGE_START, PAD
 
-BOS, EOS, PAD = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>", "<｜▁pad▁｜>"
-IMAGE, PATCH = "<image_placeholder>", "<patch_placeholder>"
-SPECIAL = (BOS, EOS, PAD, IMAGE, PATCH, "<begin_of_image>", "<end_of_image>")
-ROLES = ("<|User|>", "<|Assistant|>")
+PATCH = "<patch_placeholder>"  # in the released tokenizers, used by nothing
+SPECIAL = (BOS, EOS, PAD, IMAGE, PATCH, IMAGE_START, IMAGE_END)
 NUM_IMAGE_TOKENS = (scenes.IMAGE_SIZE // 16) ** 2
 MAX_WORDS_TOKENS = 4096  # far more than the closed vocabulary needs: training stops when all merge
 QUESTION_SCENES = 4000  # enough that every question template and answer occurs many times
+# File name -> content of everything but tokenizer.json.
+CONFIGS = {
+    "tokenizer_config.json": {
+        "add_bos_token": True,
+        "add_eos_token": False,
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+        "unk_token": None,
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "LlamaTokenizerFast",
+    },
+    "special_tokens_map.json": {
+        "additional_special_tokens": [IMAGE, PATCH],
+        "bos_token": BOS,
+        "eos_token": EOS,
+        "pad_token": PAD,
+    },
+    "preprocessor_config.json": {
+        "background_color": [127, 127, 127],
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_processor_type": "VLMImageProcessor",
+        "image_size": scenes.IMAGE_SIZE,
+        "image_std": [0.5, 0.5, 0.5],
+        "min_size": 14,
+        "processor_class": "VLChatProcessor",
+        "rescale_factor": 1 / 255,
+    },
+    "processor_config.json": {
+        "add_special_token": False,
+        "ignore_id": -100,
+        "image_tag": IMAGE,
+        "mask_prompt": True,
+        "num_image_tokens": NUM_IMAGE_TOKENS,
+        "processor_class": "VLChatProcessor",
+        "sft_format": "deepseek",
+        "system_prompt": "",
+    },
+}
+FILES = ("tokenizer.json", *CONFIGS)
 
 
 def build(folder: str | Path) -> None:
@@ -41,9 +82,8 @@ def build(folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(train().to_str(pretty=True), encoding="utf-8")
-    for name, content in _configs().items():
-        text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
-        (folder / name).write_text(text, encoding="utf-8")
+    for name, content in CONFIGS.items():
+        write_json(folder / name, content)
 
 
 def train() -> Tokenizer:
@@ -65,7 +105,8 @@ def train() -> Tokenizer:
     )
     tokenizer.train_from_iterator(sorted(words()), trainer)
     tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in SPECIAL])
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in ROLES])
+    roles = JANUS_ROLES["deepseek"]
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in roles])
     return tokenizer
 
 
@@ -86,46 +127,3 @@ def _questions_and_answers() -> Iterator[str]:
     rng = np.random.default_rng(0)
     for _ in range(QUESTION_SCENES):
         yield from questions.sample_question(rng, scenes.sample_mixed(rng))
-
-
-def _configs() -> dict[str, dict]:
-    """File name -> content of everything but tokenizer.json."""
-    return {
-        "tokenizer_config.json": {
-            "add_bos_token": True,
-            "add_eos_token": False,
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "pad_token": PAD,
-            "unk_token": None,
-            "clean_up_tokenization_spaces": False,
-            "tokenizer_class": "LlamaTokenizerFast",
-        },
-        "special_tokens_map.json": {
-            "additional_special_tokens": [IMAGE, PATCH],
-            "bos_token": BOS,
-            "eos_token": EOS,
-            "pad_token": PAD,
-        },
-        "preprocessor_config.json": {
-            "background_color": [127, 127, 127],
-            "do_normalize": True,
-            "image_mean": [0.5, 0.5, 0.5],
-            "image_processor_type": "VLMImageProcessor",
-            "image_size": scenes.IMAGE_SIZE,
-            "image_std": [0.5, 0.5, 0.5],
-            "min_size": 14,
-            "processor_class": "VLChatProcessor",
-            "rescale_factor": 1 / 255,
-        },
-        "processor_config.json": {
-            "add_special_token": False,
-            "ignore_id": -100,
-            "image_tag": IMAGE,
-            "mask_prompt": True,
-            "num_image_tokens": NUM_IMAGE_TOKENS,
-            "processor_class": "VLChatProcessor",
-            "sft_format": "deepseek",
-            "system_prompt": "",
-        },
-    }

@@ -368,9 +368,10 @@ def load(
         place = sharding.sharding_for(mesh)
     processor = Processor.from_dir(folder)
     loading.check_processor(processor, cfg)
+    guidance_weight = loading.guidance_weight(folder)
     model = build_model(cfg, load_params(folder, cfg, place, dtype))
     name = Path(path_or_hub_id or loading.TINY).resolve().name
-    return Pipeline(model, processor, name, loading.guidance_weight(folder), mesh)
+    return Pipeline(model, processor, name, guidance_weight, mesh)
 
 
 def _on_default_device(path: str, shape: Sequence[int]) -> None:

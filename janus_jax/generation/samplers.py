@@ -53,23 +53,30 @@ def check_seed(seed) -> None:
         raise ValueError(f"seed must be a whole number in [0, 2**32), got {seed!r}")
 
 
+def check_sampling(temperature, top_k, top_p) -> None:
+    """Raises ValueError if temperature < 0, top_k < 1, or top_p is outside (0, 1]."""
+    check_number("temperature", temperature)
+    if temperature < 0:
+        raise ValueError(f"temperature must be at least 0 (0 is greedy), got {temperature}")
+    if top_k is not None:
+        check_count("top_k", top_k)
+    if top_p is not None:
+        check_number("top_p", top_p)
+        if not 0 < top_p <= 1:
+            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+
+
 def make_sampling(temperature, top_k, top_p, size: int) -> Sampling:
     """Checked settings for choosing among `size` indices.
 
     top_p = 1 is no filter: sums of probabilities in float32 reach 1 before the last of them.
 
     Raises:
-        ValueError: temperature < 0, top_k outside [1, size], or top_p outside (0, 1].
+        ValueError: as check_sampling, or top_k above `size`.
     """
-    check_number("temperature", temperature)
-    if temperature < 0:
-        raise ValueError(f"temperature must be at least 0 (0 is greedy), got {temperature}")
-    if top_k is not None and not (_is_int(top_k) and 1 <= top_k <= size):
-        raise ValueError(f"top_k must be a whole number in [1, {size}], got {top_k!r}")
-    if top_p is not None:
-        check_number("top_p", top_p)
-        if not 0 < top_p <= 1:
-            raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    check_sampling(temperature, top_k, top_p)
+    if top_k is not None and top_k > size:
+        raise ValueError(f"top_k must be at most {size}, got {top_k}")
     return Sampling(
         np.float32(temperature),
         None if top_k is None else np.int32(top_k),

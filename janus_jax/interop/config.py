@@ -65,7 +65,7 @@ def _require(section: Mapping, where: str, **wanted) -> None:
     """Refuses a stated value that the networks do not implement; absent means the only one."""
     for key, value in wanted.items():
         if section.get(key, value) != value:
-            raise ValueError(f"config.json: {where}{key} is {section[key]!r}, supported: {value!r}")
+            raise ValueError(f"config.json: {where}{key} must be {value!r}, got {section[key]!r}")
 
 
 def _get(section: Mapping, key: str, where: str):
@@ -97,6 +97,9 @@ def _check(cfg: JanusConfig) -> None:
         ("vision width by heads", vision.width, vision.num_heads),
         ("hidden_size by heads", decoder.hidden_size, decoder.num_attention_heads),
         ("heads by key/value heads", decoder.num_attention_heads, decoder.num_key_value_heads),
+        ("head_dim by 2", decoder.head_dim, 2),
+        *(("VQ channels by norm_num_groups", cfg.gen_vq.ch * mult, cfg.gen_vq.norm_num_groups)
+          for mult in (1, *cfg.gen_vq.ch_mult)),
     )
     for what, whole, part in divisions:
         if part < 1 or whole % part:
@@ -113,7 +116,7 @@ def _llama(section: Mapping, where: str) -> LlamaConfig:
     sizes = {key: section.get(key, default) for key, default in LLAMA_DEFAULTS.items()}
     heads = section.get("num_key_value_heads") or sizes["num_attention_heads"]
     theta = rope.get("rope_theta", section.get("rope_theta", 10000.0))
-    cfg = LlamaConfig(**sizes, num_key_value_heads=heads, rope_theta=float(theta))
+    cfg = LlamaConfig(**sizes, num_key_value_heads=heads, rope_theta=theta)
     if section.get("head_dim") is not None:
         _require(section, f"{where}.", head_dim=cfg.head_dim)
     return cfg

@@ -9,11 +9,12 @@ import numpy as np
 
 from janus_jax import checkpoint
 from janus_jax.interop import deepseek
-from janus_jax.interop.config import DEEPSEEK, write_config
+from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS, write_config
 from janus_jax.interop.files import CONFIG, new_folder, write_json, write_safetensors
 from janus_jax.interop.load import Folder, StoredParams, open_folder, stored_params, table_for
-from janus_jax.interop.processor_files import copy_files, image_token_id, translate_files
+from janus_jax.interop.processor_files import copy_files, translate_files
 from janus_jax.interop.rules import Shape, export_steps, torch_shape
+from janus_jax.processing.tokenizer import Tokenizer
 
 Kinds = dict[str, tuple[np.dtype, Shape]]
 
@@ -48,7 +49,8 @@ def export_folder(source: Path, target: Path, layout: str, overwrite: bool) -> l
     """
     _check_apart(source, target)
     folder = open_folder(source)
-    config = write_config(folder.cfg, folder.config, layout, image_token_id(source))
+    image_token_id = Tokenizer.from_dir(source).image_id if layout == TRANSFORMERS else None
+    config = write_config(folder.cfg, folder.config, layout, image_token_id)
     stored = stored_params(folder)
     steps = {step.torch: step for step in export_steps(table_for(layout, folder.cfg), stored.kinds)}
     kinds = {name: _kind(step, stored.kinds) for name, step in steps.items()}
@@ -136,6 +138,5 @@ def inspect_folder(source: Path) -> list[str]:
         reasons[stored.skipped[name]].append(name)
     for reason, names in reasons.items():
         numbers = sum(stored.unused[name].size for name in names)
-        what = names[0] if len(names) == 1 else f"{len(names)} tensors such as {names[0]}"
-        lines.append(f"  not used: {what} ({numbers:,} numbers): {reason}")
+        lines.append(f"  not used: {', '.join(names)} ({numbers:,} numbers): {reason}")
     return lines

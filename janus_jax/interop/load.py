@@ -16,7 +16,7 @@ from janus_jax.interop.config import DEEPSEEK, layout_of, read_config
 from janus_jax.interop.files import CONFIG
 from janus_jax.interop.readers import open_checkpoint, read_safetensors
 from janus_jax.interop.rules import Plan, Shape, Table, make_plan, skip_reasons
-from janus_jax.interop.tensors import TensorSource, listed
+from janus_jax.interop.tensors import TensorSource
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.processing.json_files import read_json
 
@@ -187,7 +187,7 @@ def check_stored(folder: Folder) -> dict[str, jax.ShapeDtypeStruct]:
             if tuple(stored[p].shape) != expected[p]
         ],
     }
-    text = "; ".join(f"{len(n)} {kind}: {listed(n)}" for kind, n in faults.items() if n)
+    text = "; ".join(f"{len(n)} {kind}: {', '.join(n)}" for kind, n in faults.items() if n)
     if text:
         raise ValueError(f"{folder.path} does not fit its config.json, parameters {text}")
     return stored
@@ -203,7 +203,7 @@ def build_model(cfg: JanusConfig, params: Mapping[str, jax.Array]) -> Janus:
     flat = [(keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
     astray = sorted({_path(keys) for keys, _ in flat} ^ set(params))
     if astray:
-        raise ValueError(f"parameters do not match the model's: {listed(astray)}")
+        raise ValueError(f"parameters do not match the model's: {', '.join(astray)}")
     leaves = [(keys, leaf.replace(params[_path(keys)])) for keys, leaf in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 

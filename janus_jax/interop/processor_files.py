@@ -11,16 +11,21 @@ from pathlib import Path
 from janus_jax.interop.config import DEEPSEEK
 from janus_jax.interop.files import small_files, write_json
 from janus_jax.models.janus import JanusConfig
-from janus_jax.processing.chat import JANUS_ROLES
+from janus_jax.processing.chat import DEFAULT_SYSTEM_PROMPT, JANUS_ROLES
 from janus_jax.processing.json_files import read_json
+from janus_jax.processing.tokenizer import (
+    BOS,
+    IMAGE,
+    IMAGE_END,
+    IMAGE_START,
+    Tokenizer,
+    stated_token,
+)
 
 PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-IMAGE_TOKENS = {
-    "image_token": "<image_placeholder>",
-    "boi_token": "<begin_of_image>",
-    "eoi_token": "<end_of_image>",
-}
+GENERATION = "generation_config.json"
+IMAGE_TOKENS = {"image_token": IMAGE, "boi_token": IMAGE_START, "eoi_token": IMAGE_END}
 SHARED_IMAGE_KEYS = (
     "image_mean",
     "image_std",
@@ -43,19 +48,6 @@ CHAT_TEMPLATE = """\
 """
 
 
-def image_token_id(folder: Path) -> int | None:
-    """Id of the image placeholder in a folder's tokenizer.json; None if there is none."""
-    return _token_id(folder, IMAGE_TOKENS["image_token"])
-
-
-def _token_id(folder: Path, token: str) -> int | None:
-    if not (folder / TOKENIZER).is_file():
-        return None
-    tokenizer = read_json(folder / TOKENIZER)
-    added = {entry["content"]: entry["id"] for entry in tokenizer.get("added_tokens", [])}
-    return added.get(token, tokenizer.get("model", {}).get("vocab", {}).get(token))
-
-
 def copy_files(source: Path, target: Path) -> None:
     """Copies a folder's config, tokenizer and processor files."""
     for path in small_files(source):
@@ -63,7 +55,11 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def translate_files(source: Path, target: Path, layout: str, cfg: JanusConfig) -> None:
-    """Copies a folder's small files and rewrites the processor's for another layout."""
+    """Copies a folder's small files and rewrites the processor's for another layout.
+
+    Raises:
+      ValueError: the layout cannot express the folder's template or system prompt.
+    """
     copy_files(source, target)
     if layout == DEEPSEEK:
         _to_deepseek(target, cfg)
@@ -98,8 +94,11 @@ def _to_deepseek(folder: Path, cfg: JanusConfig) -> None:
         "sft_format": processor.get("sft_format", "deepseek"),
     }
     write_json(folder / PROCESSOR, _kept(processor) | named)
-    for name in ("chat_template.jinja", "chat_template.json", "generation_config.json"):
+    own = _optional(folder / GENERATION)
+    for name in ("chat_template.jinja", "chat_template.json", GENERATION):
         (folder / name).unlink(missing_ok=True)
+    if "guidance_scale" in own:  # what the model draws best with; DeepSeek's code reads none
+        write_json(folder / GENERATION, {"guidance_scale": own["guidance_scale"]})
 
 
 def _kept(processor: dict) -> dict:
@@ -109,6 +108,7 @@ def _kept(processor: dict) -> dict:
 
 def _to_transformers(folder: Path, cfg: JanusConfig) -> None:
     images, processor = _optional(folder / PREPROCESSOR), _optional(folder / PROCESSOR)
+    user, assistant = _roles(processor.get("sft_format", "deepseek"))
     if images:
         side = _side(images, cfg)
         shared = {key: images[key] for key in SHARED_IMAGE_KEYS if key in images}
@@ -124,18 +124,33 @@ def _to_transformers(folder: Path, cfg: JanusConfig) -> None:
     named = {
         "processor_class": "JanusProcessor",
         "num_image_tokens": cfg.und_encoder.num_tokens,
-        "use_default_system_prompt": True,
+        "use_default_system_prompt": _has_default_system_prompt(processor),
     }
     write_json(folder / PROCESSOR, _kept(processor) | named)
-    _write_tokenizer(folder)
-    sft_format = processor.get("sft_format", "deepseek")
-    user, assistant = JANUS_ROLES.get(sft_format, JANUS_ROLES["deepseek"])
+    tokenizer = Tokenizer.from_dir(folder, processor.get("image_tag", IMAGE))
+    _write_tokenizer(folder, tokenizer.bos_id)
     template = CHAT_TEMPLATE.replace("USER", user).replace("ASSISTANT", assistant)
     (folder / "chat_template.jinja").write_text(template, "utf-8")
-    _write_generation_config(folder)
+    _write_generation_config(folder, tokenizer)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def _roles(sft_format: str) -> tuple[str, str]:
+    if sft_format not in JANUS_ROLES:
+        known = " or ".join(JANUS_ROLES)
+        raise ValueError(f"the transformers layout needs sft_format {known}, not {sft_format!r}")
+    return JANUS_ROLES[sft_format]
+
+
+def _has_default_system_prompt(processor: dict) -> bool:
+    prompt = processor.get("system_prompt", DEFAULT_SYSTEM_PROMPT)
+    if prompt not in ("", DEFAULT_SYSTEM_PROMPT):
+        raise ValueError(
+            f"the transformers layout needs DeepSeek's system prompt or none, not {prompt!r}"
+        )
+    return prompt != ""
+
+
+def _write_tokenizer(folder: Path, bos_id: int) -> None:
     """Names the image tokens, and makes tokenizer.json itself add BOS.
 
     DeepSeek's files leave BOS to the tokenizer class; the class that reads a tokenizer.json as it
@@ -144,10 +159,9 @@ def _write_tokenizer(folder: Path) -> None:
     config = _optional(folder / TOKENIZER_CONFIG)
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": IMAGE_TOKENS}
     write_json(folder / TOKENIZER_CONFIG, config | IMAGE_TOKENS | named)
-    bos, tokenizer = _bos(folder), read_json(folder / TOKENIZER)
-    token_id = _token_id(folder, bos) if bos else None
+    bos, tokenizer = stated_token(folder, "bos_token", BOS), read_json(folder / TOKENIZER)
     steps = tokenizer.get("post_processor") or {"type": "Sequence", "processors": []}
-    if token_id is None or "TemplateProcessing" in str(steps):
+    if "TemplateProcessing" in str(steps):
         return
     steps = steps["processors"] if steps["type"] == "Sequence" else [steps]
     first = {"SpecialToken": {"id": bos, "type_id": 0}}
@@ -156,26 +170,20 @@ def _write_tokenizer(folder: Path) -> None:
         "type": "TemplateProcessing",
         "single": [first, one],
         "pair": [first, one, first, two],
-        "special_tokens": {bos: {"id": bos, "ids": [token_id], "tokens": [bos]}},
+        "special_tokens": {bos: {"id": bos, "ids": [bos_id], "tokens": [bos]}},
     }
     tokenizer["post_processor"] = {"type": "Sequence", "processors": [*steps, template]}
     write_json(folder / TOKENIZER, tokenizer)
 
 
-def _bos(folder: Path) -> str | None:
-    bos = _optional(folder / TOKENIZER_CONFIG).get("bos_token")
-    return bos["content"] if isinstance(bos, dict) else bos
-
-
-def _write_generation_config(folder: Path) -> None:
-    begin = _token_id(folder, IMAGE_TOKENS["boi_token"])
-    settings = {"guidance_scale": 5, "temperature": 1.0}
-    settings["generation_kwargs"] = {"boi_token_id": begin}
-    config = _optional(folder / TOKENIZER_CONFIG)
-    for name in ("bos", "eos", "pad"):
-        token = config.get(f"{name}_token")
-        token = token["content"] if isinstance(token, dict) else token
-        token_id = _token_id(folder, token) if token else None
-        if token_id is not None:
-            settings[f"{name}_token_id"] = token_id
-    write_json(folder / "generation_config.json", settings)
+def _write_generation_config(folder: Path, tokenizer: Tokenizer) -> None:
+    settings = {
+        "guidance_scale": 5,  # transformers' default, and DeepSeek's
+        "temperature": 1.0,
+        **_optional(folder / GENERATION),
+        "generation_kwargs": {"boi_token_id": tokenizer.image_start_id},
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": tokenizer.eos_id,
+        "pad_token_id": tokenizer.pad_id,
+    }
+    write_json(folder / GENERATION, settings)

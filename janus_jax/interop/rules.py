@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from janus_jax.interop.tensors import TensorSource, listed
+from janus_jax.interop.tensors import TensorSource
 
 Shape = tuple[int, ...]
 
@@ -180,7 +180,7 @@ def export_steps(table: Table, paths: Sequence[str]) -> list[Step]:
         steps.update(found)
     absent = sorted({p for step in steps.values() for p in step.paths} - set(paths))
     if faults or absent:
-        raise ValueError(f"parameters that cannot be written: {listed(faults + absent)}")
+        raise ValueError(f"parameters that cannot be written: {', '.join(faults + absent)}")
     return [steps[name] for name in sorted(steps)]
 
 
@@ -213,7 +213,7 @@ def make_plan(table: Table, source: TensorSource, expected: Mapping[str, Shape])
     for step in steps:
         _check_tensor(step, source, expected, faults)
     if any(faults.values()):
-        text = "; ".join(f"{len(n)} {kind}: {listed(n)}" for kind, n in faults.items() if n)
+        text = "; ".join(f"{len(n)} {kind}: {', '.join(n)}" for kind, n in faults.items() if n)
         raise ValueError(f"{source.folder} does not fit its config.json, tensors {text}")
     return Plan(tuple(steps), skipped)
 

@@ -15,11 +15,11 @@ from janus_jax.models.janus import Janus
 
 
 def save_deepseek(
-    folder: Path | str, model: Janus, small_files: Callable[[Path], None], dtype=jnp.bfloat16
+    folder: Path | str, model: Janus, write_small_files: Callable[[Path], None], dtype=jnp.bfloat16
 ) -> None:
     """Writes a model's parameters and config; an existing checkpoint folder is replaced.
 
-    small_files: writes the tokenizer's and processor's files into a folder.
+    write_small_files: writes the tokenizer's and processor's files into a folder.
     dtype: of every tensor in the file.
     """
     params = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(nnx.state(model))}
@@ -32,7 +32,7 @@ def save_deepseek(
         return steps[name].op.torch(tuple(parts))
 
     with new_folder(Path(folder), overwrite=True) as beside:
-        small_files(beside)
+        write_small_files(beside)
         write_json(beside / CONFIG, write_config(model.cfg, None, DEEPSEEK))
         kinds = {name: (dtype, torch_shape(step, shapes)) for name, step in steps.items()}
         write_safetensors(beside, kinds, read)

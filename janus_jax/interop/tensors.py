@@ -9,7 +9,6 @@ import ml_dtypes
 import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-LISTED = 20  # names of one kind that an error spells out
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,9 +67,3 @@ class TensorSource:
     def read(self, name: str) -> np.ndarray:
         """Read-only array (ml_dtypes.bfloat16 where stored so), backed by the file."""
         return self.tensors[name].read()
-
-
-def listed(names: list[str]) -> str:
-    """`a, b, c`, cut after LISTED names with the number of the rest."""
-    rest = len(names) - LISTED
-    return ", ".join(names[:LISTED]) + (f" and {rest} more" if rest > 0 else "")

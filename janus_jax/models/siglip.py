@@ -83,7 +83,8 @@ class MLP(nnx.Module):
         self.fc2 = _linear(cfg, cfg.mlp_dim, cfg.width, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
+        with jax.named_scope("mlp"):
+            return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
 
 
 class Block(nnx.Module):

@@ -128,6 +128,8 @@ class ImageConfig:
                 raise ValueError(f"{name} must be three numbers, got {values!r}")
         if not all(value > 0 for value in self.image_std):
             raise ValueError(f"image_std must be above 0, got {self.image_std}")
+        if type(self.do_normalize) is not bool:
+            raise ValueError(f"do_normalize must be true or false, got {self.do_normalize!r}")
         if not _is_number(self.rescale_factor):
             raise ValueError(f"rescale_factor must be a number, got {self.rescale_factor!r}")
         if type(self.min_size) is not int:

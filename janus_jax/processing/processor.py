@@ -25,19 +25,6 @@ from janus_jax.processing.tokenizer import IMAGE, IMAGE_START, Tokenizer
 # The longest sequence any Janus was trained on, though max_position_embeddings says 16384.
 TRAINED_CONTEXT = 4096
 
-# The small files of a checkpoint folder, in either layout; a folder may lack some of them.
-CHECKPOINT_FILES = (
-    "config.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-
 Example = tuple[list[int], np.ndarray]  # tokens and pixels float32[n, S, S, 3] of one prompt
 
 
@@ -72,6 +59,15 @@ def _count_image_tokens(folder: Path, image_size: int) -> int:
     vision = read_json(folder / "config.json").get("vision_config", {})
     vision = vision.get("params", vision)
     return (image_size // vision.get("patch_size", 16)) ** 2
+
+
+def _system_prompt(path: Path, processor: dict[str, Any]) -> str:
+    prompt = processor.get("system_prompt", chat.DEFAULT_SYSTEM_PROMPT)
+    if processor.get("use_default_system_prompt") is False and "system_prompt" not in processor:
+        prompt = ""
+    if not isinstance(prompt, str):
+        raise ValueError(f"{path}: system_prompt must be a text, got {prompt!r}")
+    return prompt
 
 
 def _images_of_each(
@@ -118,7 +114,8 @@ class Processor:
         What processor_config.json leaves out, or all of it where there is none: `sft_format` is
         "deepseek" (`VLChatProcessor`'s default; the checkpoints in transformers' layout do not
         state it, and are Janus-Pro), `num_image_tokens` is counted from config.json's patches, and
-        the system prompt (a key of ours, "system_prompt") is DeepSeek's.
+        the system prompt (a key of ours, "system_prompt") is DeepSeek's, or none where
+        transformers' `use_default_system_prompt` is false.
 
         Raises:
             FileNotFoundError: no tokenizer.json, or no image settings.
@@ -144,7 +141,7 @@ class Processor:
             sft_format=sft_format,
             num_image_tokens=num_image_tokens,
             image_tag=image_tag,
-            system_prompt=config.get("system_prompt", chat.DEFAULT_SYSTEM_PROMPT),
+            system_prompt=_system_prompt(path, config),
         )
 
     def image_prompt(self, prompt: str) -> list[int]:

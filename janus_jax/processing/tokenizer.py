@@ -30,8 +30,8 @@ def _byte_of_character() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_of_character()
 
 
-def _stated_token(folder: Path, name: str, default: str) -> str:
-    """The text of `bos_token` and the like, as the folder's small files state it."""
+def stated_token(folder: Path, name: str, default: str) -> str:
+    """The text of `bos_token` and the like, as a folder's small files state it."""
     for file in ("tokenizer_config.json", "special_tokens_map.json"):
         stated = read_json(folder / file).get(name) if (folder / file).is_file() else None
         text = stated.get("content") if isinstance(stated, dict) else stated
@@ -95,13 +95,13 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / "tokenizer.json"
         backend = _read_backend(path)
-        eos_id = _required_id(backend, _stated_token(folder, "eos_token", EOS), path)
+        eos_id = _required_id(backend, stated_token(folder, "eos_token", EOS), path)
         # The reference takes pad by this text too, whatever pad_token the files state.
         pad_id = backend.token_to_id(PAD)
         added = backend.get_added_tokens_decoder()
         return cls(
             backend=backend,
-            bos_id=_required_id(backend, _stated_token(folder, "bos_token", BOS), path),
+            bos_id=_required_id(backend, stated_token(folder, "bos_token", BOS), path),
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
             image_id=_required_id(backend, image_tag, path),

@@ -55,12 +55,12 @@ class Start:
         guidance_weight: what the model draws best with, for its generation_config.json.
         """
 
-        def small_files(target: Path) -> None:
+        def write_small_files(target: Path) -> None:
             copy_files(self.source.path, target)
             if guidance_weight is not None:
                 write_json(target / "generation_config.json", {"guidance_scale": guidance_weight})
 
-        save_deepseek(self.output, model, small_files)
+        save_deepseek(self.output, model, write_small_files)
 
 
 def check_counts(cfg, *names: str) -> None:
@@ -72,11 +72,11 @@ def check_counts(cfg, *names: str) -> None:
         raise ValueError(f"seed must be at least 0, got {cfg.seed}")
 
 
-def check_output(output: str, cfg: JanusConfig, small_files: Iterable[str]) -> None:
+def check_output(output: str, cfg: JanusConfig, others: Iterable[str]) -> None:
     """May training make the folder `output`, or replace what is there?
 
     It may replace what an earlier run left: a model of the same sizes, and no other file than
-    that one's and `small_files`.
+    that one's and `others`.
 
     Raises:
       ValueError: it may not, or the folder cannot be written.
@@ -90,7 +90,7 @@ def check_output(output: str, cfg: JanusConfig, small_files: Iterable[str]) -> N
     if not folder.is_dir():
         raise ValueError(f"output {output} is a file, not a folder")
     names = {path.name for path in folder.iterdir()}
-    astray = sorted(names - {CONFIG, SAFETENSORS, *small_files})
+    astray = sorted(names - {CONFIG, SAFETENSORS, *others})
     if astray:
         raise ValueError(f"output {output} holds {astray[0]}, no file of training: not replaced")
     if names and ((CONFIG not in names) or open_folder(folder).cfg != cfg):

@@ -10,7 +10,6 @@ from janus_jax.data import tiny_tokenizer
 from janus_jax.data.scene_batches import scene_pictures
 from janus_jax.interop.save import save_deepseek
 from janus_jax.models.janus import Janus, JanusConfig
-from janus_jax.processing.processor import CHECKPOINT_FILES
 from janus_jax.training.folders import Start, check_counts, check_output
 from janus_jax.training.loop import drawn_batches, run_steps
 from janus_jax.training.state import init_state, make_optimizer, split_model
@@ -62,7 +61,7 @@ def _start(cfg) -> tuple[JanusConfig, Callable[[], Janus], Callable[[Janus], Non
         start = Start.from_config(cfg)
         return start.source.cfg, start.load, start.save
     sizes = JanusConfig.janus_tiny()
-    check_output(cfg.output, sizes, CHECKPOINT_FILES)
+    check_output(cfg.output, sizes, tiny_tokenizer.FILES)
 
     def save(model: Janus) -> None:
         save_deepseek(cfg.output, model, tiny_tokenizer.build)
