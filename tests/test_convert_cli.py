@@ -150,7 +150,7 @@ def test_index_and_shards_that_disagree(golden, refused, tmp_path):
     weight_map = json.loads(index.read_text())["weight_map"]
     index.write_text(json.dumps({"weight_map": weight_map}))
     said = refused(source, tmp_path / "o")
-    assert f"1 stored in two shards: {names[0]}" in said
+    assert f"1 stored twice: {names[0]}" in said
     assert f"1 absent from the shard that the index names: {names[1]}" in said
     assert "1 stored but not in the index: stray" in said and "1 unknown: stray" in said
 
@@ -173,7 +173,9 @@ def test_a_name_stored_twice_in_one_file(golden, refused, tmp_path):
     data = file.read_bytes()
     old, new = b'"aligner.layers.0.bias"', b'"aligner.layers.2.bias"'
     file.write_bytes(data.replace(old, new))
-    assert "stores twice: aligner.layers.2.bias" in refused(source, tmp_path / "o")
+    said = refused(source, tmp_path / "o")
+    assert "1 stored twice: aligner.layers.2.bias" in said
+    assert "1 missing: aligner.layers.0.bias" in said
 
 
 def test_a_malicious_pickle_is_not_executed(golden, refused, tmp_path):

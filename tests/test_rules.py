@@ -88,11 +88,11 @@ def test_all_faults_come_together_on_one_line():
     }
     expected = EXPECTED | {"ours.1.q.kernel": (2, 3)}
     with pytest.raises(ValueError) as caught:
-        faults = {"stored in two shards": ["net.0.k.bias"]}
+        faults = {"stored twice": ["net.0.k.bias"]}
         make_plan(TABLE, source(stored, faults=faults), expected)
     text = str(caught.value)
     assert "\n" not in text
-    assert "1 stored in two shards: net.0.k.bias" in text
+    assert "1 stored twice: net.0.k.bias" in text
     assert "1 unknown: stranger" in text
     assert "1 set twice: ours.1.q.kernel by net.1.q.weight and other.weight" in text
     assert "1 missing: net.0.k.weight" in text

@@ -1,5 +1,6 @@
 """One door to the weight files of a PyTorch checkpoint folder: names, shapes and tensors."""
 
+import collections
 import json
 import math
 from collections.abc import Callable
@@ -23,8 +24,11 @@ SAFETENSORS_DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+DOUBLED = "stored twice"
 SAFETENSORS = "model.safetensors"
 TORCH_BIN = "pytorch_model.bin"
+
+Read = tuple[dict[str, Tensor], list[str]]  # tensors by name, and names that the file holds twice
 
 
 def open_checkpoint(folder: Path | str) -> TensorSource:
@@ -37,19 +41,24 @@ def open_checkpoint(folder: Path | str) -> TensorSource:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
-    kinds = ((SAFETENSORS, read_safetensors), (TORCH_BIN, read_torch_file))
+    kinds = ((SAFETENSORS, read_safetensors), (TORCH_BIN, _read_torch))
     for name, read in kinds:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
-            return TensorSource(folder, read(folder / name))
+            tensors, doubled = read(folder / name)
+            return TensorSource(folder, tensors, {DOUBLED: doubled} if doubled else {})
         if index.is_file():
             return _open_shards(folder, index, read)
     looked_for = ", ".join(f"{name}[.index.json]" for name, _ in kinds)
     raise FileNotFoundError(f"{folder} holds no weights: looked for {looked_for}")
 
 
-def read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file by name; only its header is read.
+def _read_torch(path: Path) -> Read:
+    return read_torch_file(path), []
+
+
+def read_safetensors(path: Path) -> Read:
+    """Tensors of a safetensors file by name, and the names it holds twice; reads only its header.
 
     Format: uint64 header size, JSON header (name -> dtype, shape, data_offsets), bytes.
     """
@@ -59,7 +68,7 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
         if 8 + header_size > size:
             raise ValueError(f"{path} is truncated: its header is {header_size=}, the file {size=}")
         raw = file.read(header_size)
-    header = _parse_header(path, raw)
+    header, doubled = _parse_header(path, raw)
     tensors = {
         name: _place(path, name, fields, 8 + header_size)
         for name, fields in header.items()
@@ -69,24 +78,24 @@ def read_safetensors(path: Path) -> dict[str, Tensor]:
               default=0)
     if end > size:
         raise ValueError(f"{path} is truncated: its tensors need {end} bytes, the file has {size}")
-    return tensors
+    return tensors, doubled
 
 
-def _parse_header(path: Path, raw: bytes) -> dict:
-    def unique(pairs: list[tuple[str, object]]) -> dict:
-        names = [name for name, _ in pairs]
-        doubled = sorted({name for name in names if names.count(name) > 1})
-        if doubled:
-            raise ValueError(f"it stores twice: {', '.join(doubled)}")
+def _parse_header(path: Path, raw: bytes) -> tuple[dict, list[str]]:
+    doubled: list[str] = []
+
+    def noted(pairs: list[tuple[str, object]]) -> dict:
+        counts = collections.Counter(name for name, _ in pairs)
+        doubled.extend(name for name, count in counts.items() if count > 1)
         return dict(pairs)
 
     try:
-        header = json.loads(raw, object_pairs_hook=unique)
+        header = json.loads(raw, object_pairs_hook=noted)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} has a damaged safetensors header: {error}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path} has a damaged safetensors header: not a JSON object")
-    return header
+    return header, doubled
 
 
 def _place(path: Path, name: str, fields: dict, data: int) -> Tensor:
@@ -105,7 +114,7 @@ def _place(path: Path, name: str, fields: dict, data: int) -> Tensor:
 
 
 def _open_shards(
-    folder: Path, index: Path, read: Callable[[Path], dict[str, Tensor]]
+    folder: Path, index: Path, read: Callable[[Path], Read]
 ) -> TensorSource:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
@@ -117,7 +126,9 @@ def _open_shards(
     tensors: dict[str, Tensor] = {}
     doubled, unlisted = [], []
     for file in files:
-        for name, tensor in read(folder / file).items():
+        found, twice = read(folder / file)
+        doubled += twice
+        for name, tensor in found.items():
             if name in tensors:
                 doubled.append(name)
             elif name not in weight_map:
@@ -125,7 +136,7 @@ def _open_shards(
             tensors.setdefault(name, tensor)
     astray = [n for n, f in weight_map.items() if n not in tensors or tensors[n].file.name != f]
     faults = {
-        "stored in two shards": doubled,
+        DOUBLED: doubled,
         "absent from the shard that the index names": [n for n in astray if n not in doubled],
         "stored but not in the index": unlisted,
     }
