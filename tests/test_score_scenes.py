@@ -1,5 +1,6 @@
 """The scoring script, with a painter and an oracle in place of a model."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import janus_jax
 from benchmarks import score_scenes
 from configs import janus_tiny, janus_tiny_decoder, janus_tiny_encoder
 from janus_jax.data import questions, scenes
+from janus_jax.data.scene_batches import decoder_batch, labelled_pictures, step_scenes
 
 
 class Oracle:
@@ -75,27 +77,33 @@ def test_answers_must_equal_the_expected_ones(monkeypatch):
 
 def test_scenes_of_the_training_are_left_out(monkeypatch):
     rng = np.random.default_rng((score_scenes.SEED, 0))
-    first = scenes.draw(score_scenes.any_scene(rng, "train"))
+    first = score_scenes.any_scene(rng, "train")
     seen = {score_scenes.digest(first)}
     record = score_scenes.score_answers(taught(monkeypatch), "train", seen)
     assert record["left_out_as_seen"] >= 1 and record["questions"] == 60
 
 
-def test_pictures_of_a_training_step_are_told_as_they_were_drawn(monkeypatch):
+def test_scenes_of_a_training_step_are_those_that_it_draws(monkeypatch):
     """By the encoder's config, and by both halves of the decoder's."""
-    pipeline = janus_jax.load(dtype="float32")
-    drawn = []
-
-    def draw(scene):
-        drawn.append(scene)
-        return draw_scene(scene)
-
-    draw_scene = scenes.draw
-    monkeypatch.setattr(scenes, "draw", draw)
+    processor = janus_jax.load(dtype="float32").processor
+    drawn, draw = [], scenes.draw
+    monkeypatch.setattr(scenes, "draw", lambda scene: drawn.append(scene) or draw(scene))
     for config, size in ((janus_tiny_encoder, 64), (janus_tiny_decoder, 64), (janus_tiny, 80)):
         drawn.clear()
-        rng = np.random.default_rng(0)
-        told = score_scenes.batch_pictures(pipeline, config.get_config(), rng, 0)
-        assert len(told) == size
-        want = {score_scenes.digest(draw_scene(scene)) for scene in drawn}
-        assert {score_scenes.digest(picture) for picture in told} == want
+        cfg, step = config.get_config(), 3
+        rng = np.random.default_rng((cfg.seed, step))
+        if cfg.task == "encoder":
+            labelled_pictures(rng, cfg.batch_size, patch=16)
+        else:
+            decoder_batch(processor, cfg)(rng, step)
+        assert step_scenes(cfg, step) == drawn and len(drawn) == size
+
+
+def test_a_scene_s_name_is_that_of_its_picture():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        scene, other = (scenes.sample_mixed(rng) for _ in range(2))
+        turned = dataclasses.replace(scene, objects=scene.objects[::-1])
+        assert np.array_equal(scenes.draw(scene), scenes.draw(turned))
+        assert score_scenes.digest(scene) == score_scenes.digest(turned)
+        assert score_scenes.digest(scene) != score_scenes.digest(other)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from janus_jax.data import scenes
-from janus_jax.data.questions import sample_question
+from janus_jax.data.questions import QuestionAnswer, sample_question
 from janus_jax.processing.chat import question_messages
 from janus_jax.processing.processor import Processor
 
@@ -29,6 +29,28 @@ def any_scene(rng: np.random.Generator, split: str = "train") -> scenes.Scene:
     if rng.random() < MIXED_SCENES:
         return scenes.sample_mixed(rng, split)
     return scenes.sample_scene(rng, None, split)[0]
+
+
+def captioned(
+    rng: np.random.Generator, batch_size: int, weights: dict[str, float]
+) -> list[tuple[scenes.Scene, scenes.Prompt, bool]]:
+    """Scenes with their captions, and whether the caption is dropped; weights: of scenes.KINDS."""
+    likely = np.array(list(weights.values()), float)
+    kinds = rng.choice(list(weights), batch_size, p=likely / likely.sum())
+    return [
+        (*scenes.sample_scene(rng, str(kind)), rng.random() < CAPTION_DROPPED) for kind in kinds
+    ]
+
+
+def asked(
+    rng: np.random.Generator, batch_size: int
+) -> list[tuple[scenes.Scene, list[QuestionAnswer]]]:
+    """Scenes with TURNS questions and answers about each."""
+    drawn = []
+    for _ in range(batch_size):
+        scene = any_scene(rng)
+        drawn.append((scene, [sample_question(rng, scene) for _ in range(TURNS)]))
+    return drawn
 
 
 def labelled_pictures(
@@ -69,6 +91,19 @@ def decoder_batch(processor: Processor, cfg) -> Callable[[np.random.Generator, i
     return make
 
 
+def step_scenes(cfg, step: int) -> list[scenes.Scene]:
+    """The scenes that one step of training shows to the encoder or the decoder.
+
+    cfg: ConfigDict of the task "encoder" or "decoder".
+    """
+    rng = np.random.default_rng((cfg.seed, step))
+    if cfg.task == "encoder":
+        return [any_scene(rng) for _ in range(cfg.batch_size)]
+    drawn = captioned(rng, cfg.generation_batch_size, dict(cfg.caption_weights))
+    answered = asked(rng, cfg.understanding_batch_size)
+    return [scene for scene, *_ in (*drawn, *answered)]
+
+
 @dataclasses.dataclass(frozen=True)
 class SceneBatches:
     """Examples as a checkpoint's processor writes them, padded on the left to fixed lengths.
@@ -91,13 +126,9 @@ class SceneBatches:
 
     def generation(self, rng: np.random.Generator, batch_size: int) -> dict[str, np.ndarray]:
         """tokens int32[B, P], token_mask bool[B, P], images uint8[B, S, S, 3]."""
-        weights = np.array(list(self.caption_weights.values()), float)
-        kinds = rng.choice(list(self.caption_weights), batch_size, p=weights / weights.sum())
         rows, images = [], []
-        for kind in kinds:
-            scene, prompt = scenes.sample_scene(rng, str(kind))
+        for scene, prompt, dropped in captioned(rng, batch_size, self.caption_weights):
             tokens = self.processor.image_prompt(prompt.text)
-            dropped = rng.random() < CAPTION_DROPPED
             rows.append(self.processor.unconditional(tokens) if dropped else tokens)
             images.append(scenes.draw(scene))
         tokens, mask = self._left_padded(rows, self.prompt_length)
@@ -107,9 +138,8 @@ class SceneBatches:
         """tokens int32[B, T]; token_mask, image_mask, loss_mask bool[B, T];
         pixels float32[B, 1, S, S, 3]. One picture a row, asked about TURNS times."""
         rows, wanted, pixels = [], [], []
-        for _ in range(batch_size):
-            scene = any_scene(rng)
-            tokens, loss, image = self._conversation(rng, scene)
+        for scene, questions in asked(rng, batch_size):
+            tokens, loss, image = self._conversation(scene, questions)
             rows.append(tokens)
             wanted.append(loss)
             pixels.append(image)
@@ -126,12 +156,11 @@ class SceneBatches:
             pixels=np.stack(pixels),
         )
 
-    def _conversation(self, rng: np.random.Generator, scene: scenes.Scene):
+    def _conversation(self, scene: scenes.Scene, questions: list[QuestionAnswer]):
         """Tokens, a bool a token (True in answers) and pixels float32[1, S, S, 3]."""
         picture, tokenizer = scenes.draw(scene), self.processor.tokenizer
         messages, tokens, wanted = [], [], []
-        for turn in range(TURNS):
-            question, answer = sample_question(rng, scene)
+        for turn, (question, answer) in enumerate(questions):
             images = 1 if turn == 0 else 0
             messages += question_messages(question, images, self.processor.image_tag)
             prompt, pixels = self.processor.conversation(messages, [picture])
