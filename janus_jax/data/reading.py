@@ -1,0 +1,145 @@
+"""What all sources of records share: numbering, where a record is, and the reading of its parts."""
+
+import abc
+import io
+import json
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from janus_jax.data.records import BadRecord, Record, check_object
+
+Paths = str | Path | Sequence[str | Path]
+PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+INDICES_SUFFIX = ".npy"
+
+
+class Source(abc.ABC):
+    """Records in parts (files, row groups, classes), numbered from 0 through all of them."""
+
+    def __init__(self, path: Paths, counts: Sequence[int]):
+        """counts: the records in each part. Raises ValueError if there are none."""
+        self._path = path
+        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
+        if not len(self):
+            raise ValueError(f"a source must hold a record, there is none in {_named(path)}")
+
+    @abc.abstractmethod
+    def _read(self, part: int, position: int) -> Record:
+        """Raises BadRecord."""
+
+    @abc.abstractmethod
+    def _where(self, part: int, position: int) -> str:
+        """The part's file, as it was given, and the place in it, for a person to look up."""
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({_named(self._path)})"
+
+    def __getitem__(self, index: int) -> Record | BadRecord:
+        """The record, or why it is none: a BadRecord is returned, not raised."""
+        index = operator.index(index)
+        if not 0 <= index < len(self):
+            raise IndexError(f"a record of {self} must be in [0, {len(self)}), got {index}")
+        part = int(np.searchsorted(self._starts, index, side="right")) - 1
+        position = index - int(self._starts[part])
+        where = self._where(part, position)
+        try:
+            return replace(self._read(part, position), where=where)
+        except BadRecord as error:  # a new one: the frames of this one would stay in memory
+            return BadRecord(error.reason, error.detail, where)
+
+
+def find_files(path: Paths, pattern: str) -> list[Path]:
+    """The files of a source: a file, several, or those of a folder that the pattern fits, sorted.
+
+    Raises FileNotFoundError for one that is not there, ValueError for a folder without any and for
+    a file that is given twice.
+    """
+    if isinstance(path, (str, Path)):
+        return _files_at(Path(path), pattern)
+    files = [file for one in path for file in _files_at(Path(one), pattern)]
+    seen = set()
+    for file in files:
+        if (resolved := file.resolve()) in seen:
+            raise ValueError(f"a source must be given each file once, got {file} twice")
+        seen.add(resolved)
+    return files
+
+
+def _files_at(path: Path, pattern: str) -> list[Path]:
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise FileNotFoundError(f"a source must be a file or a folder, there is none at {path}")
+    found = sorted(file for file in path.glob(pattern) if not file.name.startswith("."))
+    if not found:
+        raise ValueError(f"a source must hold a record, there is no {pattern} in {path}")
+    return found
+
+
+def _named(path: Paths) -> str:
+    if isinstance(path, (str, Path)):
+        return str(path)
+    return f"{path[0]} and {len(path) - 1} more" if path else "no path"
+
+
+def opened(path: Path, kind: str, read: Callable[[Path], Any]) -> Any:
+    """What read makes of a file; what it raises about the contents, in one line."""
+    try:
+        return read(path)
+    except (ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split()) or "it is truncated"
+        raise ValueError(f"{path} must be {kind} file: {reason}") from None
+
+
+def read_span(path: Path, offset: int, size: int) -> bytes:
+    """A part of a file."""
+    with path.open("rb") as file:
+        file.seek(offset)
+        return file.read(size)
+
+
+def parse_json(raw: bytes) -> dict[str, Any]:
+    """The object in a JSON text. Raises BadRecord."""
+    try:
+        value = json.loads(raw.strip())
+    except (ValueError, RecursionError) as error:
+        raise BadRecord("malformed", f"not JSON: {error}") from None
+    check_object(value)
+    return value
+
+
+def parse_npy(raw: bytes) -> np.ndarray:
+    """The array in a .npy file, never a pickle. Raises BadRecord."""
+    try:
+        return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
+    except Exception as error:  # its header is Python source, which breaks in many ways
+        raise BadRecord("malformed", f"not a .npy file: {' '.join(str(error).split())}") from None
+
+
+def picture_bytes(value: Any) -> bytes:
+    """A picture that must be bytes already. Raises BadRecord."""
+    if not isinstance(value, bytes):
+        got = type(value).__name__
+        raise BadRecord("malformed", f"a picture must be the bytes of its file, got {got}")
+    return value
+
+
+def picture_file(root: Path, value: Any) -> bytes:
+    """A picture that must be a path from root. Raises BadRecord."""
+    if not isinstance(value, str):
+        raise BadRecord("malformed", f"a picture must be a path, got {type(value).__name__}")
+    try:
+        return (root / value).read_bytes()
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise BadRecord("missing file", f"no picture at {root / value}") from None
+    except (OSError, ValueError) as error:  # ValueError: no path at all
+        reason = getattr(error, "strerror", None) or str(error)
+        raise BadRecord("unreadable file", f"{str(root / value)[:200]}: {reason}") from None

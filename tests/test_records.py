@@ -1,0 +1,164 @@
+"""The fields of records: pictures, conversations, captions; those that are refused."""
+
+import io
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from source_files import SAID, assert_bad, assert_same, picture, write_lines, write_tar
+
+from janus_jax.data.records import Record
+from janus_jax.data.sources import JsonlSource, ParquetSource, TarSource
+
+
+def test_jsonl_pictures(tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(picture(1))
+    path = tmp_path / "a.jsonl"
+    names = ["a.png", "b.png", "", "a.png/b", "x" * 300, "a\0b", 7]
+    write_lines(path, *[{"caption": "a", "image": name} for name in names])
+    source = JsonlSource(path, image_root=tmp_path / "pictures")
+    assert source[0].pictures == (picture(1),)
+    assert_bad(source[1], "missing file", f"{path}:2", "pictures/b.png")
+    assert_bad(source[2], "missing file", f"{path}:3")
+    assert_bad(source[3], "missing file", f"{path}:4")
+    assert_bad(source[4], "unreadable file", f"{path}:5", "too long")
+    assert_bad(source[5], "unreadable file", f"{path}:6", "null")
+    assert_bad(source[6], "malformed", f"{path}:7", "must be a path, got int")
+    assert_bad(JsonlSource(path)[0], "missing file", f"{path}:1")
+
+
+TOLD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+BAD_FIELDS = [
+    ({"caption": " ", "indices": [1]}, "empty caption", "say something"),
+    ({"caption": 1, "indices": [1]}, "malformed", "must be text, got a int"),
+    ({"caption": "a"}, "malformed", "needs one picture, got 0"),
+    ({"caption": "a", "indices": [1, [2]]}, "malformed", "one list of whole numbers"),
+    ({"caption": "a", "indices": [1.5]}, "malformed", "of one or more, got float64[1]"),
+    ({"caption": "a", "indices": []}, "malformed", "list of whole numbers"),
+    ({"caption": "a", "indices": [-1]}, "malformed", "at least 0 and fit 32 bits, got -1"),
+    ({"caption": "a", "indices": [2**31]}, "malformed", "fit 32 bits"),
+    ({"caption": "a", "images": "x"}, "malformed", "images must be a list, got str"),
+    ({"text": ""}, "empty text", ""),
+    ({"other": 1}, "malformed", "no conversations, caption or text in ['other']"),
+    ({"conversations": [{"from": "system", "value": "Be brief."}, *SAID]}, "system turn", "same"),
+    (
+        {"messages": [{"role": "system", "content": [{"type": "text", "text": "a"}]}, *TOLD]},
+        "system turn",
+        "the prompt of the system is the same for all records",
+    ),
+    ({"conversations": "hello"}, "malformed", "must be a list of objects"),
+    ({"conversations": []}, "malformed", "must alternate, got []"),
+    ({"conversations": [{"from": ["human"], "value": "a"}]}, "malformed", "must alternate"),
+    ({"conversations": [{"from": "gpt", "value": "a"}]}, "malformed", "must alternate"),
+    (
+        {"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]},
+        "malformed",
+        "must be text",
+    ),
+    (
+        {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]},
+        "empty answer",
+        "",
+    ),
+]
+
+
+@pytest.mark.parametrize("fields, reason, detail", BAD_FIELDS)
+def test_bad_fields(fields, reason, detail, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", fields)
+    bad = JsonlSource(path)[0]
+    assert_bad(bad, reason, f"{path}:1", detail)
+    again = pickle.loads(pickle.dumps(bad))
+    assert str(again) == str(bad) == f"{path}:1: {reason}: {bad.detail}"
+
+
+def test_conversations_and_messages_are_the_same(tmp_path):
+    said = [("human", "Hi?"), ("gpt", "Ho.")]
+    path = write_lines(
+        tmp_path / "a.jsonl",
+        {"conversations": [{"from": role, "value": text} for role, text in said]},
+        {
+            "conversations": None,
+            "messages": [
+                {"role": {"human": "user", "gpt": "assistant"}[role], "content": text}
+                for role, text in said
+            ],
+        },
+    )
+    for record in JsonlSource(path):
+        assert_same(record, Record("understanding", (("Hi?", "Ho."),)))
+
+
+@pytest.mark.parametrize("type", [np.int32, np.int64, np.uint8])
+def test_indices_of_no_length(type, tmp_path):
+    file = io.BytesIO()
+    np.save(file, np.zeros(0, type))
+    path = write_tar(tmp_path / "a.tar", {"1.txt": b"a", "1.npy": file.getvalue()})
+    detail = f"whole numbers, of one or more, got {np.dtype(type)}[0]"
+    assert_bad(TarSource(path)[0], "malformed", f"{path}:1", detail)
+
+
+def asked(*parts) -> dict:
+    return {"messages": [{"role": "user", "content": parts}, TOLD[1]]}
+
+
+def words(text) -> dict:
+    return {"type": "text", "text": text}
+
+
+PLACE = {"type": "image"}
+
+
+def test_messages_in_parts_are_joined(tmp_path):
+    names = [f"{i}.png" for i in range(3)]
+    for i, name in enumerate(names):
+        (tmp_path / name).write_bytes(picture(i))
+    answer = {"role": "assistant", "content": [words("Red"), words(".")]}
+    more = [{"role": "user", "content": [words("And this? "), PLACE]}, TOLD[1]]
+    messages = [{"role": "user", "content": [PLACE, PLACE, words("Color?")]}, answer, *more]
+    path = write_lines(
+        tmp_path / "a.jsonl", {"messages": messages, "images": names}, asked(words("Hi"))
+    )
+    several, alone = JsonlSource(path)
+    turns = ("<image>\n<image>\nColor?", "Red."), ("And this? <image>\n", "!")
+    pictures = tuple(picture(i) for i in range(3))
+    assert_same(several, Record("understanding", turns, pictures=pictures))
+    assert_same(alone, Record("understanding", (("Hi", "!"),)))
+
+
+def test_parquet_messages_in_parts(tmp_path):
+    # all parts have all fields there, as Hugging Face's data sets number their pictures
+    content = [
+        [{"index": None, "text": "Color? ", "type": "text"}, {"index": 0, "text": None} | PLACE],
+        [{"index": None, "text": "Red.", "type": "text"}],
+    ]
+    messages = [
+        {"role": role, "content": parts}
+        for role, parts in zip(("user", "assistant"), content, strict=True)
+    ]
+    images = [{"bytes": picture(1), "path": None}]
+    pq.write_table(pa.table({"messages": [messages], "images": [images]}), tmp_path / "a.parquet")
+    (found,) = ParquetSource(tmp_path)
+    turns = (("Color? <image>\n", "Red."),)
+    assert_same(found, Record("understanding", turns, pictures=(picture(1),)))
+
+
+BAD_PARTS = [
+    (asked({"type": "video"}), "parts must be text, or in a question the places of pictures"),
+    (asked("a"), "parts must be text"),
+    (asked(words(None)), "parts must be text"),
+    (asked(words("\ud800")), "parts must be text"),
+    ({"messages": [TOLD[0], {"role": "assistant", "content": [PLACE]}]}, "parts must be text"),
+    (asked(PLACE | {"url": "a.png"}), "leave its picture to the field images, got ['type', 'url']"),
+    (asked(PLACE | {"index": 1}), "in the order of the pictures, got 1 for 0"),
+    (asked(PLACE, PLACE | {"index": 0}), "in the order of the pictures, got 0 for 1"),
+]
+
+
+@pytest.mark.parametrize("fields, detail", BAD_PARTS)
+def test_bad_parts(fields, detail, tmp_path):
+    path = write_lines(tmp_path / "a.jsonl", fields)
+    assert_bad(JsonlSource(path)[0], "malformed", f"{path}:1", detail)
