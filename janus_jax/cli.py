@@ -338,7 +338,7 @@ _WRITING_NEEDS = "while answering; fewer images or a smaller --max_new_tokens ne
 
 
 @contextlib.contextmanager
-def _device_memory(advice: str) -> Iterator[None]:
+def device_memory(advice: str) -> Iterator[None]:
     """Raises XLA's report that a device has no memory left as a MemoryError with advice."""
     try:
         yield
@@ -366,12 +366,12 @@ def run(argv: Sequence[str] | None) -> None:
     if terminal:
         show_status(sys.stderr, f"loading {flags.model or 'janus_tiny'}")
     try:
-        with _device_memory(_LOADING_NEEDS):
+        with device_memory(_LOADING_NEEDS):
             pipeline = load(flags.model, dtype=flags.dtype, mesh=mesh)
     finally:
         if terminal:
             show_status(sys.stderr, "")
-    with _device_memory(_DRAWING_NEEDS if prompts else _WRITING_NEEDS):
+    with device_memory(_DRAWING_NEEDS if prompts else _WRITING_NEEDS):
         if prompts:
             draw(flags, prompts, pipeline)
         elif flags.chat:

@@ -167,7 +167,7 @@ def test_tokens_and_pixels_are_whole_on_every_device(golden, sharded, pipeline, 
         return call
 
     monkeypatch.setattr(image, "finish", recorded(image.finish))
-    monkeypatch.setattr(pipelines, "_encode", recorded(pipelines._encode))
+    monkeypatch.setattr(pipelines, "encode_pixels", recorded(pipelines.encode_pixels))
     codes = np.load(golden / "janus_vq.npz")["codes"]
     codes = np.resize(codes, (5, codes.shape[1]))
     pixels = sharded.decode_indices(codes)

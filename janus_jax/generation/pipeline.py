@@ -13,6 +13,7 @@ from janus_jax import sharding
 from janus_jax.generation import compile_cache, decoding, image, loading, samplers, text
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.models.janus import Janus
+from janus_jax.models.vq import VQ
 from janus_jax.processing.chat import Message
 from janus_jax.processing.images import (
     ImageSource,
@@ -268,7 +269,8 @@ class Pipeline:
         ]
         # one at a time: a new number of pictures compiles nothing, and memory stays small
         rows = [sharding.put_batch(x[None], self.mesh) for x in pixels]
-        return np.concatenate([np.asarray(_encode(self.model, x, self.mesh)) for x in rows])
+        vq = self.model.gen_vq
+        return np.concatenate([np.asarray(encode_pixels(vq, x, self.mesh)) for x in rows])
 
     def decode_indices(self, indices: np.ndarray) -> np.ndarray:
         """Pictures of image tokens, one at a time on each device.
@@ -302,10 +304,10 @@ class Pipeline:
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def _encode(model: Janus, pixels: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+def encode_pixels(vq: VQ, pixels: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """float32[B, S, S, 3] in [-1, 1] -> int32[B, T], in float32 as the tokenizer's decoder."""
     with jax.default_matmul_precision("highest"):
-        return sharding.replicate(model.gen_vq.encode(pixels), mesh)
+        return sharding.replicate(vq.encode(pixels), mesh)
 
 
 def _is_conversation(value) -> bool:

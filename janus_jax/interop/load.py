@@ -18,6 +18,7 @@ from janus_jax.interop.readers import open_checkpoint, read_safetensors
 from janus_jax.interop.rules import Plan, Shape, Table, make_plan, skip_reasons
 from janus_jax.interop.tensors import TensorSource
 from janus_jax.models.janus import Janus, JanusConfig
+from janus_jax.models.vq import VQ
 from janus_jax.processing.json_files import read_json
 
 FLOAT32_PATHS = "gen_vq."  # colours decoded in bfloat16 show bands
@@ -200,12 +201,29 @@ def build_model(cfg: JanusConfig, params: Mapping[str, jax.Array]) -> Janus:
       ValueError: `params` are not exactly the model's, by path.
     """
     graphdef, state = _abstract(cfg)
-    flat = [(keys, leaf) for keys, leaf in nnx.to_flat_state(state)]
-    astray = sorted({_path(keys) for keys, _ in flat} ^ set(params))
+    astray = sorted({_path(keys) for keys, _ in nnx.to_flat_state(state)} ^ set(params))
     if astray:
         raise ValueError(f"parameters do not match the model's: {', '.join(astray)}")
-    leaves = [(keys, leaf.replace(params[_path(keys)])) for keys, leaf in flat]
+    return _filled(graphdef, state, lambda path: params[path])
+
+
+def _filled(graphdef: nnx.GraphDef, state: nnx.State, array: Callable[[str], jax.Array]):
+    """The module with these arrays, by path, as its parameters."""
+    flat = nnx.to_flat_state(state)
+    leaves = [(keys, leaf.replace(array(_path(keys)))) for keys, leaf in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def load_vq(folder: Folder) -> VQ:
+    """A folder's image tokenizer alone, on the default device; of an Orbax folder the host reads
+    all parameters."""
+    stored = stored_params(folder)
+
+    def array(path: str) -> jax.Array:
+        return jnp.array(stored.read(f"gen_vq.{path}"), jnp.float32)
+
+    abstract = nnx.eval_shape(lambda: VQ(folder.cfg.gen_vq, rngs=_OneKey()))
+    return _filled(*nnx.split(abstract), array)
 
 
 @dataclasses.dataclass(frozen=True)

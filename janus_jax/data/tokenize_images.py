@@ -1,0 +1,331 @@
+"""python -m janus_jax.data.tokenize_images: the tokens of pictures to be drawn, computed once.
+
+Training on them need not run the image tokenizer. Every generation record is written again with
+`indices` in place of its picture; records of other kinds, and those that have indices already, are
+copied.
+
+The output is a folder of shards, each of as many records of the source (class_folder: of files
+named after the records). Each finished shard has a report in its folder .tokenize_images, and a run
+goes on behind the last one. Records that nothing could be made of are listed there too.
+"""
+
+import argparse
+import collections
+import dataclasses
+import hashlib
+import json
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from janus_jax.data.reading import Source
+from janus_jax.data.records import BadRecord, Record
+from janus_jax.data.sources import FORMATS, open_source
+from janus_jax.data.writers import SUFFIXES, write_records
+from janus_jax.flags import OneLineParser, one_line_errors
+from janus_jax.gallery import written_whole
+from janus_jax.processing.images import load_image, preprocess_generation
+from janus_jax.processing.json_files import read_json
+
+Skipped = dict[str, str]  # record (where it is), reason and detail
+
+if TYPE_CHECKING:
+    from janus_jax.models.vq import VQ
+
+_REPORTS = ".tokenize_images"
+_MANIFEST = "manifest.json"
+_SKIPPED = "skipped.jsonl"  # with a dot in its path, or a source of JSONL files would read it
+_JUDGED = 100  # records before the part of skipped ones is judged, as in skipped.py
+_THREADS = 16  # that read and decode pictures while the device encodes others
+
+_EXAMPLE = """example:
+  python -m janus_jax.data.tokenize_images --model deepseek-ai/Janus-Pro-1B \\
+      --source tar:photos --output arrayrecord:photos_tokens
+"""
+
+
+def _parser() -> OneLineParser:
+    parser = OneLineParser(
+        "tokenize_images",
+        prog="python -m janus_jax.data.tokenize_images",
+        description="Replace the pictures of generation records by their tokens. "
+        "The same command goes on where it was interrupted.",
+        epilog=_EXAMPLE,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, formats = parser.add_argument, ", ".join(FORMATS)
+    place = dict(required=True, type=_format_and_path)
+    add("--model", required=True, metavar="PATH", help="checkpoint folder or Hugging Face hub id")
+    add("--source", **place, metavar="FORMAT:PATH", help=f"records; FORMAT is one of {formats}")
+    add("--output", **place, metavar="FORMAT:FOLDER", help="where the records with tokens go")
+    add("--batch_size", type=int, default=64, metavar="N", help="pictures encoded at once (64)")
+    add("--shard_size", type=int, default=1000, metavar="N", help="records of a shard (1000)")
+    most = "part of the records that may be skipped (0.05)"
+    add("--max_bad", type=float, default=0.05, metavar="PART", help=most)
+    add("--image_root", metavar="FOLDER", help="what picture paths of jsonl start from")
+    add("--class_names", metavar="FILE", help='lines "FOLDER NAME, ..." for class_folder')
+    return parser
+
+
+def _format_and_path(text: str) -> tuple[str, Path]:
+    format, colon, path = text.partition(":")
+    if not (format in FORMATS and colon and path):
+        rule = f"must be FORMAT:PATH with one of {', '.join(FORMATS)}"
+        raise argparse.ArgumentTypeError(f"{rule}, got {text!r}")
+    return format, Path(path)
+
+
+class Encoder:
+    """Pictures in one after the other, their tokens out together, encoded in equal batches.
+
+    While the device works on one batch the next is filled.
+    """
+
+    def __init__(self, vq: "VQ", image_size: int, batch_size: int):
+        self.image_size = image_size
+        self._vq, self._batch_size = vq, batch_size
+        self._waiting: list[np.ndarray] = []
+        self._encoded: list[Any] = []
+
+    def add(self, pixels: np.ndarray) -> None:
+        """pixels: float32[S, S, 3] in [-1, 1]."""
+        self._waiting.append(pixels)
+        if len(self._waiting) == self._batch_size:
+            self._encode()
+
+    def finish(self) -> np.ndarray:
+        """int32[N, T] of all pictures since the last call, in their order."""
+        number = len(self._encoded) * self._batch_size + len(self._waiting)
+        if self._waiting:
+            self._encode()
+        encoded, self._encoded = self._encoded, []
+        return np.concatenate([np.asarray(indices) for indices in encoded] or [[]])[:number]
+
+    def _encode(self) -> None:
+        from janus_jax.generation.pipeline import encode_pixels
+
+        if self._encoded:  # or batches would queue up in memory
+            self._encoded[-1].block_until_ready()
+        shape = self._batch_size, self.image_size, self.image_size, 3
+        batch = np.zeros(shape, np.float32)
+        batch[: len(self._waiting)] = self._waiting
+        self._waiting = []
+        self._encoded.append(encode_pixels(self._vq, batch))
+
+
+def _read(
+    source: Source, numbers: range, image_size: int
+) -> Iterator[tuple[Record | BadRecord, np.ndarray | None]]:
+    """The records of these numbers, with the pixels of those to be encoded."""
+    import grain  # takes seconds
+
+    def read(number: int) -> tuple[Record | BadRecord, np.ndarray | None]:
+        record = source[number]
+        if isinstance(record, BadRecord) or record.kind != "generation" or not record.pictures:
+            return record, None
+        try:
+            return record, preprocess_generation(load_image(record.pictures[0]), image_size)
+        except ValueError as error:
+            return BadRecord("unreadable picture", str(error), record.where), None
+
+    options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
+    dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(read)
+    return iter(dataset.to_iter_dataset(options))
+
+
+def tokenize(
+    source: Source, numbers: range, encoder: Encoder
+) -> tuple[list[Record], int, list[BadRecord]]:
+    """The records of these numbers with tokens, how many were encoded, and those left out."""
+    records, places, bad = [], [], []
+    for record, pixels in _read(source, numbers, encoder.image_size):
+        if isinstance(record, BadRecord):
+            bad.append(record)
+            continue
+        if pixels is not None:
+            places.append(len(records))
+            encoder.add(pixels)
+        records.append(record)
+    for place, indices in zip(places, encoder.finish(), strict=True):
+        records[place] = dataclasses.replace(records[place], pictures=(), indices=indices)
+    return records, len(places), bad
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """A folder of shards, and the reports of those that are finished."""
+
+    format: str
+    folder: Path
+    shard_size: int
+
+    def check(self) -> None:
+        """Raises ValueError where there is something else already."""
+        if self.folder.exists() and not self.folder.is_dir():
+            raise ValueError(f"--output must name a folder, {self.folder} is a file")
+        begun = (self.folder / _REPORTS / _MANIFEST).is_file()
+        if self.folder.is_dir() and any(self.folder.iterdir()) and not begun:
+            raise ValueError(f"--output must be a new folder or one to go on with: {self.folder}")
+
+    def begin(self, manifest: Mapping[str, Any]) -> None:
+        """Notes what the folder is made of. Raises ValueError if it was begun with other things."""
+        path = self.folder / _REPORTS / _MANIFEST
+        held = {one.name for folder in (self.folder, path.parent) for one in folder.glob("*")}
+        if held <= {_REPORTS, _MANIFEST, _SKIPPED}:  # nothing that it must agree with
+            _write_json(path, manifest)
+        begun = read_json(path)
+        for name in {**begun, **manifest}:
+            if manifest.get(name) != begun.get(name):
+                was = f"{self.folder} was begun with {name} {begun.get(name)}"
+                raise ValueError(f"{was} and must be gone on with so, got {manifest.get(name)}")
+
+    def report(self, shard: int) -> dict[str, Any] | None:
+        """What write was told of the shard, once it is whole."""
+        path = self._report_path(shard)
+        return read_json(path) if path.is_file() else None
+
+    def write(
+        self, shard: int, records: Sequence[Record], encoded: int, skipped: Sequence[Skipped]
+    ) -> None:
+        """Writes a shard, and then its report."""
+        path = self.folder
+        if self.format in SUFFIXES:
+            path = self.folder / f"shard-{shard:05d}{SUFFIXES[self.format]}"
+            for left in self.folder.glob(f".{path.name}.*"):  # of a run that was killed
+                left.unlink()
+        write_records(self.format, path, records, first=shard * self.shard_size)
+        report = dict(encoded=encoded, copied=len(records) - encoded, skipped=skipped)
+        _write_json(self._report_path(shard), report)
+
+    def list_skipped(self, skipped: Sequence[Skipped]) -> str:
+        """Writes the list; returns how many are in it, of which reasons, and where it is."""
+        path = self.folder / _REPORTS / _SKIPPED
+        if not skipped:
+            path.unlink(missing_ok=True)  # of a run before
+            return "0 skipped"
+        with written_whole(path) as file:
+            file.writelines(json.dumps(one).encode() + b"\n" for one in skipped)
+        reasons = collections.Counter(one["reason"] for one in skipped).most_common()
+        counts = ", ".join(f"{number} {reason}" for reason, number in reasons)
+        return f"{len(skipped)} skipped ({counts}), listed in {path}"
+
+    def conclude(self, shards: int, skipped: Sequence[Skipped]) -> str:
+        """Lists what was skipped; returns a line about all shards."""
+        reports = [self.report(shard) for shard in range(shards)]
+        encoded, copied = (sum(one[name] for one in reports) for name in ("encoded", "copied"))
+        line = f"{self.folder}: {encoded} pictures tokenized, {copied} records copied"
+        return f"{line}, {self.list_skipped(skipped)}"
+
+    def _report_path(self, shard: int) -> Path:
+        return self.folder / _REPORTS / f"{shard:05d}.json"
+
+
+def _write_json(path: Path, value: Mapping) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as file:
+        file.write(json.dumps(value, indent=2).encode() + b"\n")
+
+
+def _fingerprint(vq: "VQ") -> str:
+    """Tells image tokenizers with other parameters apart."""
+    import jax
+
+    digest = hashlib.sha256()
+    for leaf in jax.tree.leaves(vq):
+        digest.update(np.asarray(leaf).tobytes())
+    return digest.hexdigest()[:12]
+
+
+def _source_options(args: argparse.Namespace) -> dict[str, str]:
+    given = {name: getattr(args, name) for name in ("image_root", "class_names")}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def run(args: argparse.Namespace) -> str:
+    """Does what the flags say, and returns a line about it."""
+    from janus_jax.cli import show_status
+    from janus_jax.generation import compile_cache, loading, samplers
+    from janus_jax.interop.load import load_vq, open_folder
+
+    for name in ("batch_size", "shard_size"):
+        samplers.check_count(f"--{name}", getattr(args, name))
+    if not 0 <= args.max_bad < 1:
+        raise ValueError(f"--max_bad must be at least 0 and below 1, got {args.max_bad}")
+    options = _source_options(args)
+    format, path = args.source
+    source = open_source(format, path, **options)
+    output = Output(*args.output, args.shard_size)
+    output.check()
+    compile_cache.enable()
+    model = open_folder(loading.find_folder(args.model))
+    vq = load_vq(model)
+    output.begin(
+        {
+            "model": f"{model.path.resolve().name} with the image tokenizer {_fingerprint(vq)}",
+            "source": f"{format}:{path.resolve()}",
+            "records": len(source),
+            **options,
+            "format": output.format,
+            "shard_size": output.shard_size,
+        }
+    )
+    encoder = Encoder(vq, model.cfg.image_size, args.batch_size)
+    try:
+        return _tokenize_all(source, encoder, output, args.max_bad)
+    finally:  # what is said next, be it an error, has a line of its own
+        if sys.stderr.isatty():
+            show_status(sys.stderr, "")
+
+
+def _tokenize_all(source: Source, encoder: Encoder, output: Output, max_bad: float) -> str:
+    from janus_jax.cli import device_memory, show_status
+
+    starts, skipped = range(0, len(source), output.shard_size), []
+    began, done, terminal = time.monotonic(), 0, sys.stderr.isatty()
+    for shard, start in enumerate(starts):
+        numbers = range(start, min(start + output.shard_size, len(source)))
+        if (report := output.report(shard)) is not None:
+            skipped += report["skipped"]
+            continue
+        with device_memory("while encoding; a smaller --batch_size needs less"):
+            records, encoded, bad = tokenize(source, numbers, encoder)
+        skipped += (left_out := [_described(one) for one in bad])
+        _check_skipped(output, skipped, numbers.stop, len(source), max_bad)
+        output.write(shard, records, encoded, left_out)
+        done += len(numbers)
+        if terminal:
+            rate = done / (time.monotonic() - began)
+            line = f"shard {shard + 1} of {len(starts)}, {rate:.1f} records a second"
+            show_status(sys.stderr, line)
+    _check_skipped(output, skipped, len(source), len(source), max_bad)
+    return output.conclude(len(starts), skipped)
+
+
+def _described(bad: BadRecord) -> Skipped:
+    return dict(record=bad.where, reason=bad.reason, detail=bad.detail)
+
+
+def _check_skipped(
+    output: Output, skipped: Sequence[Skipped], seen: int, number: int, max_bad: float
+) -> None:
+    """Raises ValueError if too many are skipped of those seen, of a number in all."""
+    judged = number if seen == number else max(seen, _JUDGED)
+    if len(skipped) > max_bad * judged:
+        rule = f"at most {max_bad:g} of the records may be skipped (--max_bad)"
+        raise ValueError(f"{rule}, got {seen} records, {output.list_skipped(skipped)}")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; what a user can cause ends in one line and status 2."""
+    args = _parser().parse_args(argv)
+    with one_line_errors("tokenize_images"):
+        print(run(args))
+
+
+if __name__ == "__main__":
+    main()

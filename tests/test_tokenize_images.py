@@ -1,0 +1,330 @@
+"""python -m janus_jax.data.tokenize_images: what it writes, that it goes on, what it refuses."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import safetensors.numpy
+from PIL import Image
+
+from convert.__main__ import main as convert
+from janus_jax.data import tokenize_images
+from janus_jax.data.records import Record
+from janus_jax.data.sources import FORMATS, open_source
+from janus_jax.data.writers import SUFFIXES, write_records
+from janus_jax.generation import pipeline as pipelines
+from janus_jax.interop.load import load_vq, open_folder
+
+ROOT = Path(__file__).parent.parent
+
+
+def picture(number: int) -> bytes:
+    rng = np.random.default_rng(number)
+    colors = rng.integers(0, 256, (3, 3, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(colors).resize((30 + number, 40), Image.Resampling.BICUBIC).save(file, "PNG")
+    return file.getvalue()
+
+
+def captioned(count: int) -> list[Record]:
+    # in the order in which class folders are read
+    return [
+        Record("generation", text=f"picture {i:02d}", pictures=(picture(i),)) for i in range(count)
+    ]
+
+
+@pytest.fixture
+def run(golden, capsys, tmp_path):
+    """Runs the command in this process: (status, stdout, stderr)."""
+
+    def call(source, output, *more, model=golden / "janus"):
+        args = ["--model", model, "--source", source, "--output", output, "--batch_size", 2, *more]
+        status = 0
+        try:
+            tokenize_images.main(list(map(str, args)))
+        except SystemExit as stopped:
+            status = stopped.code
+        out, err = capsys.readouterr()
+        return status, out, err
+
+    return call
+
+
+@pytest.fixture
+def refused(run):
+    """Runs a command that must fail in one line, which it gives."""
+
+    def call(*args, **settings):
+        status, out, err = run(*args, **settings)
+        assert (status, out) == (2, "")
+        assert err.startswith("tokenize_images: ") and err.count("\n") == 1, err
+        return err
+
+    return call
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder, by path."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_pictures_of_every_format_become_tokens(format, run, pipeline, tmp_path):
+    records, out = captioned(5), tmp_path / "tokens"
+    source = tmp_path / f"train{SUFFIXES.get(format, '')}"
+    write_records(format, source, records)
+    status, said, err = run(f"{format}:{source}", f"{format}:{out}", "--shard_size", 3)
+    assert (status, err) == (0, "")
+    assert said == f"{out}: 5 pictures tokenized, 0 records copied, 0 skipped\n"
+    expected = pipeline.encode_images([record.pictures[0] for record in records])
+    found = list(open_source(format, out))
+    assert [record.text for record in found] == [record.text for record in records]
+    assert all(record.pictures == () for record in found)
+    np.testing.assert_array_equal([record.indices for record in found], expected)
+    if format in SUFFIXES:
+        shards = sorted(path.name for path in out.iterdir() if path.name.startswith("shard"))
+        assert shards == [f"shard-{i:05d}{SUFFIXES[format]}" for i in range(2)]
+
+
+def test_other_records_are_copied_and_bad_ones_listed(run, pipeline, tmp_path):
+    indices = np.arange(4, dtype=np.int32)
+    good = [
+        Record("understanding", (("What?", "Noise."),), pictures=(picture(7), picture(8))),
+        Record("generation", text="a", pictures=(picture(1),)),
+        Record("text", text="words"),
+        Record("generation", text="b", pictures=(picture(2),)),
+        Record("generation", text="c", indices=indices),
+    ]
+    source, out = tmp_path / "train.jsonl", tmp_path / "tokens"
+    broken = Record("generation", text="d", pictures=(picture(3)[:50],))
+    write_records("jsonl", source, [good[0], broken, *good[1:]])
+    with source.open("a") as file:
+        file.write('{"caption": "e", "image": "none.png"}\n{"text": ""}\n{"caption"\n{"text": "\n')
+    args = f"jsonl:{source}", f"tar:{out}", "--shard_size", 4
+    status, said, err = run(*args, "--max_bad", 0.5)
+    assert (status, err) == (0, "")
+    listed = out / ".tokenize_images" / "skipped.jsonl"
+    assert said == (
+        f"{out}: 2 pictures tokenized, 3 records copied, 5 skipped "
+        f"(2 malformed, 1 unreadable picture, 1 missing file, 1 empty text), listed in {listed}\n"
+    )
+    lines = [json.loads(line) for line in listed.read_text().splitlines()]
+    assert [(line["record"], line["reason"]) for line in lines] == [
+        (f"{source}:2", "unreadable picture"),
+        (f"{source}:7", "missing file"),
+        (f"{source}:8", "empty text"),
+        (f"{source}:9", "malformed"),
+        (f"{source}:10", "malformed"),
+    ]
+    assert "none.png" in lines[1]["detail"]
+    expected = iter(pipeline.encode_images([picture(1), picture(2)]))
+    for found, record in zip(open_source("tar", out), good, strict=True):
+        assert (found.kind, found.turns, found.text) == (record.kind, record.turns, record.text)
+        if record.kind == "generation":
+            tokens = next(expected) if record.indices is None else record.indices
+            np.testing.assert_array_equal(found.indices, tokens)
+        else:
+            assert found.pictures == record.pictures
+
+
+def text_lines(path: Path, count: int, bad: dict[int, str]) -> Path:
+    """JSONL records of text; bad: what other lines are, by their number from 0."""
+    path.write_text("".join(bad.get(i, '{"text": "a"}') + "\n" for i in range(count)))
+    return path
+
+
+def test_a_wrong_image_root_stops_the_run_and_a_right_one_begins_anew(run, refused, tmp_path):
+    write_records("jsonl", tmp_path / "train.jsonl", captioned(7))
+    out = tmp_path / "tokens"
+    args = f"jsonl:{tmp_path / 'train.jsonl'}", f"jsonl:{out}", "--shard_size", 3, "--image_root"
+    listed = out / ".tokenize_images" / "skipped.jsonl"
+    # 3 could be 5 of a hundred, 6 could not
+    assert refused(*args, tmp_path / "none") == (
+        "tokenize_images: at most 0.05 of the records may be skipped (--max_bad), got 6 records, "
+        f"6 skipped (6 missing file), listed in {listed}\n"
+    )
+    assert len(listed.read_text().splitlines()) == 6
+    shutil.rmtree(out)
+    whole = (*args[:3], 7, *args[4:])
+    assert "got 7 records, 7 skipped (7 missing file)" in refused(*whole, tmp_path / "none")
+    assert os.listdir(out) == [".tokenize_images"]
+    assert run(*args, tmp_path)[:2] == (
+        0, f"{out}: 7 pictures tokenized, 0 records copied, 0 skipped\n"
+    )
+    assert not listed.exists() and len(open_source("jsonl", out)) == 7
+
+
+def test_too_many_skipped_are_told_in_the_end(run, refused, tmp_path):
+    bad = {2: "{", 5: '{"text": ""}', 11: "["}
+    source = text_lines(tmp_path / "train.jsonl", 50, bad)
+    args = f"jsonl:{source}", f"tar:{tmp_path / 'tokens'}", "--shard_size", 20
+    told = "got 50 records, 3 skipped (2 malformed, 1 empty text), listed in"
+    assert told in refused(*args)  # not before, when 3 could be of a hundred
+    status, said, err = run(*args, "--max_bad", 0.06)
+    assert (status, err) == (0, "") and "47 records copied, 3 skipped (2 malformed" in said
+    assert told in refused(*args, "--max_bad", 0.059)  # of finished shards too
+    assert run(*args, "--max_bad", 0.06)[:2] == (0, said)
+
+
+def test_an_error_has_a_line_of_its_own_on_a_terminal(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    source = text_lines(tmp_path / "train.jsonl", 10, {4: "{"})
+    status, _, err = run(f"jsonl:{source}", f"tar:{tmp_path / 'tokens'}", "--shard_size", 5)
+    shown, blank, said = err.split("\r")[-3:]
+    assert (status, blank.strip()) == (2, "") and shown.startswith("shard 1 of 2")
+    assert said.startswith("tokenize_images: at most 0.05 of the records")
+
+
+def test_skipped_records_are_counted_through_all_shards(run, refused, tmp_path):
+    bad = dict.fromkeys(range(100, 112), "{")
+    source = text_lines(tmp_path / "train.jsonl", 240, bad)
+    args = f"jsonl:{source}", f"tar:{tmp_path / 'tokens'}", "--shard_size", 40
+    assert "got 120 records, 12 skipped (12 malformed)" in refused(*args)
+    assert run(*args, "--max_bad", 0.1)[0] == 0
+    assert len(open_source("tar", tmp_path / "tokens")) == 228
+
+
+def test_the_list_is_no_source_of_records(run, tmp_path):
+    source = text_lines(tmp_path / "train.jsonl", 30, {3: "{"})
+    for out in (tmp_path / "tokens", tmp_path / "more"):
+        assert "1 skipped (1 malformed)" in run(f"jsonl:{tmp_path}", f"jsonl:{out}")[1]
+        assert len(open_source("jsonl", out)) == 29
+    assert len(open_source("jsonl", tmp_path)) == 30 and source.is_file()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_an_interrupted_run_goes_on(format, run, tmp_path, monkeypatch):
+    write_records("tar", tmp_path / "train.tar", captioned(7))
+    args = f"tar:{tmp_path / 'train.tar'}", f"{format}:{tmp_path / 'tokens'}", "--shard_size", 3
+    assert run(args[0], f"{format}:{tmp_path / 'whole'}", *args[2:])[0] == 0
+
+    def interrupted(format, path, records, first):
+        if first == 3:
+            write_records(format, path, records[:2], first)  # as much as class_folder shows of it
+            if format != "class_folder":
+                path.rename(path.with_name(f".{path.name}.abcd"))  # a killed run's
+            raise KeyboardInterrupt
+        write_records(format, path, records, first)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tokenize_images, "write_records", interrupted)
+        assert run(*args) == (130, "", "tokenize_images: interrupted\n")
+    first = {name: data for name, data in contents(tmp_path / "tokens").items() if "0.json" in name}
+    assert first
+    encoded, encode = [], pipelines.encode_pixels
+    monkeypatch.setattr(
+        pipelines, "encode_pixels", lambda vq, pixels: encoded.append(1) or encode(vq, pixels)
+    )
+    status, said, err = run(*args)
+    assert (status, err, said.count("7 pictures tokenized")) == (0, "", 1)
+    assert len(encoded) == 3  # two batches of the second shard, one of the third
+    found, expected = contents(tmp_path / "tokens"), contents(tmp_path / "whole")
+    assert found.keys() == expected.keys()
+    if format != "arrayrecord":  # which holds a number of its own making
+        assert found == expected
+    indices = [record.indices for record in open_source(format, tmp_path / "tokens")]
+    whole = [record.indices for record in open_source(format, tmp_path / "whole")]
+    np.testing.assert_array_equal(indices, whole)
+    assert run(*args) == (0, said, "") and len(encoded) == 3
+
+
+def test_it_goes_on_only_with_the_same(golden, run, refused, tmp_path):
+    for name, count in (("train", 3), ("other", 3)):
+        write_records("tar", tmp_path / f"{name}.tar", captioned(count))
+    source, output = f"tar:{tmp_path / 'train.tar'}", f"tar:{tmp_path / 'tokens'}"
+    assert run(source, output)[0] == 0
+    before = contents(tmp_path / "tokens")
+    other = f"tar:{tmp_path / 'other.tar'}"
+    assert f"with source {source} and must be gone on with so, got {other}" in refused(
+        other, output
+    )
+    assert "with shard_size 1000 and must be gone on with so, got 5" in refused(
+        source, output, "--shard_size", 5
+    )
+    assert "with format tar and must be gone on with so, got jsonl" in refused(
+        source, f"jsonl:{tmp_path / 'tokens'}"
+    )
+    model = shutil.copytree(golden / "janus", tmp_path / "janus")
+    assert run(source, output, model=model)[0] == 0  # a copy is the same
+    weights = safetensors.numpy.load_file(model / "model.safetensors")
+    weights["gen_vision_model.quant_conv.bias"] += 1
+    safetensors.numpy.save_file(weights, model / "model.safetensors")
+    assert "was begun with model janus with the image tokenizer" in refused(
+        source, output, model=model
+    )
+    write_records("tar", tmp_path / "train.tar", captioned(4))
+    assert "with records 3 and must be gone on with so, got 4" in refused(source, output)
+    assert contents(tmp_path / "tokens") == before
+
+
+def test_options_of_the_source(run, refused, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "pictures" / "a.png").write_bytes(picture(1))
+    (tmp_path / "train.jsonl").write_text('{"caption": "a", "image": "a.png"}\n')
+    args = f"jsonl:{tmp_path / 'train.jsonl'}", f"jsonl:{tmp_path / 'tokens'}"
+    rooted = (*args, "--image_root", tmp_path / "pictures")
+    assert "1 pictures tokenized" in run(*rooted)[1]
+    assert "begun with image_root" in refused(*args)
+    assert "jsonl takes other options" in refused(*rooted, "--class_names", "names.txt")
+
+
+def test_what_is_refused_leaves_nothing(golden, refused, tmp_path):
+    write_records("jsonl", tmp_path / "a.jsonl", [Record("text", text="a")])
+    source, output = f"jsonl:{tmp_path / 'a.jsonl'}", f"tar:{tmp_path / 'tokens'}"
+    before = contents(tmp_path)
+    rule = "argument --source: must be FORMAT:PATH with one of jsonl, tar, arrayrecord, parquet"
+    for wrong in ("csv:a", "jsonl", "jsonl:"):
+        assert rule in refused(wrong, output)
+    assert "there is none at" in refused("jsonl:missing.jsonl", output)
+    assert "is not a folder" in refused(source, output, model="missing")
+    assert "--batch_size must be a whole number" in refused(source, output, "--batch_size", 0)
+    for wrong in (-0.1, 1, "nan"):
+        told = f"--max_bad must be at least 0 and below 1, got {float(wrong)}"
+        assert told in refused(source, output, "--max_bad", wrong)
+    assert "--max_bad: invalid float value: 'x'" in refused(source, output, "--max_bad", "x")
+    assert "--shard_size must be a whole number" in refused(source, output, "--shard_size", -1)
+    assert "unrecognized arguments: --batch" in refused(source, output, "--batch", 3)
+    assert "is a file" in refused(source, f"tar:{tmp_path / 'a.jsonl'}")
+    assert "must be a new folder or one to go on with" in refused(source, f"tar:{tmp_path}")
+    assert contents(tmp_path) == before and os.listdir(tmp_path) == ["a.jsonl"]
+    told = refused(source, f"class_folder:{tmp_path / 'tokens'}")
+    assert f"holds captions and pictures alone, got text {tmp_path / 'a.jsonl'}:1" in told
+
+
+def test_out_of_device_memory(refused, tmp_path, monkeypatch):
+    def encode_pixels(vq, pixels):
+        raise RuntimeError("RESOURCE_EXHAUSTED: 99 GB")
+
+    monkeypatch.setattr(pipelines, "encode_pixels", encode_pixels)
+    write_records("tar", tmp_path / "a.tar", captioned(1))
+    told = refused(f"tar:{tmp_path / 'a.tar'}", f"tar:{tmp_path / 'tokens'}")
+    assert "out of memory: on the device, while encoding; a smaller --batch_size" in told
+
+
+def test_the_image_tokenizer_alone_is_the_models(golden, pipeline, tmp_path, capsys):
+    convert([str(golden / "janus"), str(tmp_path / "orbax")])
+    for folder in (golden / "janus", tmp_path / "orbax"):
+        alone, whole = load_vq(open_folder(folder)), pipeline.model.gen_vq
+        assert jax.tree.structure(alone) == jax.tree.structure(whole)
+        for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(whole), strict=True):
+            np.testing.assert_array_equal(one, other)
+
+
+def test_help_comes_without_jax():
+    code = "import sys; from janus_jax.data.tokenize_images import main\n"
+    code += "try: main(['--help'])\nfinally: assert 'jax' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert "--source FORMAT:PATH" in done.stdout
