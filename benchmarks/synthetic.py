@@ -68,10 +68,7 @@ def write_folder(folder: Path, weights: str = "safetensors") -> Path:
     weights: 'safetensors' is model.safetensors; 'bin' is pytorch_model.bin, as released.
     """
     folder.mkdir(parents=True)
-    for path in (GOLDEN / "janus_pro_1b").glob("*.json"):
-        shutil.copyfile(path, folder / path.name)
-    write_json(folder / CONFIG, listing()["config"])
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(), ensure_ascii=False), "utf-8")
+    write_small_files(folder)
     tensors = listing()["tensors"]
     if weights == "bin":
         write_torch_file(folder / TORCH_BIN, tensors)
@@ -79,6 +76,14 @@ def write_folder(folder: Path, weights: str = "safetensors") -> Path:
         kinds = {name: (BFLOAT16, tuple(shape)) for name, shape in tensors.items()}
         write_safetensors(folder, kinds, values)
     return folder
+
+
+def write_small_files(folder: Path) -> None:
+    """Writes config, tokenizer and processor files into a folder."""
+    for path in (GOLDEN / "janus_pro_1b").glob("*.json"):
+        shutil.copyfile(path, folder / path.name)
+    write_json(folder / CONFIG, listing()["config"])
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer(), ensure_ascii=False), "utf-8")
 
 
 def write_torch_file(path: Path, tensors: Mapping[str, list[int]]) -> None:

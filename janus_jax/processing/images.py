@@ -194,15 +194,18 @@ def preprocess(image: Image.Image, cfg: ImageConfig) -> np.ndarray:
     return (pixels - np.float32(cfg.image_mean)) / np.float32(cfg.image_std)
 
 
-def preprocess_generation(image: Image.Image, size: int) -> np.ndarray:
-    """An RGB picture as a target for the image tokenizer: float32[size, size, 3] in [-1, 1].
+def crop_square(image: Image.Image, size: int) -> np.ndarray:
+    """uint8[size, size, 3]: the short side becomes `size`, the long side is cropped in its centre.
 
-    The short side becomes `size` (bicubic) and the long side is cropped in its centre, in one
-    step, so that a very long picture needs no more memory than a square one. Source: Janus report,
-    section 3.1.
+    In one step (bicubic), so that a very long picture needs no more memory than a square one.
+    Source: Janus report, section 3.1.
     """
     short_side = min(image.size)
     left, top = ((side - short_side) / 2 for side in image.size)
     box = (left, top, left + short_side, top + short_side)
-    square = image.resize((size, size), Image.Resampling.BICUBIC, box=box)
-    return np.asarray(square).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box=box))
+
+
+def preprocess_generation(image: Image.Image, size: int) -> np.ndarray:
+    """An RGB picture as a target for the image tokenizer: float32[size, size, 3] in [-1, 1]."""
+    return crop_square(image, size).astype(np.float32) / np.float32(127.5) - np.float32(1)

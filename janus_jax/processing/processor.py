@@ -185,10 +185,18 @@ class Processor:
         shown = _images_of_each(messages, images)
         messages = chat.with_placeholders(messages, list(map(len, shown)), self.image_tag)
         images = [image for own in shown for image in own]
+        return self.tokens(messages, len(images)), self.pixels(images)
+
+    def tokens(self, messages: Sequence[chat.Message], num_images: int) -> list[int]:
+        """The tokens of a conversation of generic roles that has its placeholders, each expanded.
+
+        Raises:
+            ValueError: the numbers of images and placeholders differ.
+        """
         text = chat.format_conversation(messages, self.sft_format, self.system_prompt)
         tokens = self.tokenizer.encode(text)
-        self._check_images(tokens, len(images))
-        return self._expand(tokens), self.pixels(images)
+        self._check_images(tokens, num_images)
+        return self._expand(tokens)
 
     def pixels(self, images: Sequence[ImageSource]) -> np.ndarray:
         """Images prepared for the understanding encoder: float32[n, S, S, 3]."""

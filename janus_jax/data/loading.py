@@ -1,0 +1,131 @@
+"""From a config to the rows of every step: sources, examples, streams, packing, in one place."""
+
+import dataclasses
+from pathlib import Path
+
+import grain
+from grain.experimental import ThreadPrefetchIterDataset
+
+from janus_jax.data.examples import ExampleMaker
+from janus_jax.data.mixture import Part, Streams, open_parts, stream
+from janus_jax.data.packing import OPEN_ROWS, packed
+from janus_jax.data.skipped import Skipped
+from janus_jax.data.sources import open_source
+from janus_jax.models.janus import JanusConfig
+from janus_jax.processing.processor import Processor
+
+PREFETCHED = 2  # steps whose rows are made ahead
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsConfig:
+    """What the rows of a run are made of.
+
+    Attributes:
+        mixture: the tree of sources (mixture.open_parts).
+        length: tokens of a row.
+        max_pictures, max_drawn: places of a row for pictures to be looked at and to be drawn.
+        rows: rows of a step, on all hosts together.
+        streams: parts that the rows come from. All hosts must get the same number of streams, and
+            all streams give the same number of rows, in this run and in those that go on from it.
+        tokenized: whether pictures to be drawn come as indices.
+        max_bad: the part of a source's records that may be bad.
+        threads: that read and prepare records, for each stream; the order does not depend on it.
+        seed: of the order, and of which captions are dropped.
+    """
+
+    mixture: dict
+    length: int
+    max_pictures: int
+    max_drawn: int
+    rows: int
+    streams: int
+    tokenized: bool
+    max_bad: float
+    threads: int
+    seed: int
+
+    def __post_init__(self):
+        for name in ("length", "rows", "streams", "threads"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        for name in ("max_pictures", "max_drawn", "seed"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+        if not 0 <= self.max_bad < 1:
+            raise ValueError(f"max_bad must be at least 0 and below 1, got {self.max_bad!r}")
+
+    def own_streams(self, host: int, hosts: int) -> range:
+        """The streams of one of the hosts.
+
+        Raises:
+            ValueError: rows, streams and hosts do not divide.
+        """
+        if not 0 <= host < hosts:
+            raise ValueError(f"host must be in [0, {hosts}), got {host}")
+        if self.streams % hosts or self.rows % self.streams:
+            raise ValueError(
+                "rows must be a multiple of streams and streams of hosts, "
+                f"got rows={self.rows} streams={self.streams} {hosts=}"
+            )
+        each = self.streams // hosts
+        return range(host * each, (host + 1) * each)
+
+
+def open_rows(
+    cfg: RowsConfig,
+    processor: Processor,
+    model: JanusConfig,
+    folder: str | Path,
+    host: int = 0,
+    hosts: int = 1,
+) -> tuple[grain.IterDataset, Skipped]:
+    """The rows of every step that one host reads, and what it left out so far.
+
+    An element is a dict of stacked rows (packing.packed). The state of its iterator holds each of
+    its streams; a run on other hosts goes on from the states of all.
+
+    Args:
+        folder: where bad records are listed, in skipped-HOST.jsonl.
+        host, hosts: which of how many.
+    Raises:
+        ValueError: settings that do not divide, or a wrong mixture. FileNotFoundError: a source
+        that is not there.
+    """
+    own = cfg.own_streams(host, hosts)
+    part = open_parts(cfg.mixture, open_source)
+    make = ExampleMaker(
+        processor=processor,
+        image_size=model.image_size,
+        num_drawn=model.num_image_tokens,
+        codebook_size=model.gen_vq.codebook_size,
+        max_length=cfg.length,
+        max_pictures=cfg.max_pictures,
+        max_drawn=cfg.max_drawn,
+        tokenized=cfg.tokenized,
+    )
+    left_out = Skipped(Path(folder) / f"skipped-{host:03d}.jsonl", cfg.max_bad)
+    options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=2 * cfg.threads)
+
+    def rows(index: int) -> grain.IterDataset:
+        examples = stream(part, index, cfg.streams, make, cfg.seed).to_iter_dataset(options)
+        kept = examples.filter(left_out).map(lambda loaded: loaded.example)
+        pad_id = processor.tokenizer.pad_id
+        seed = (cfg.seed + index) % 2**32
+        filled = packed(kept, cfg.length, cfg.max_pictures, cfg.max_drawn, pad_id, seed)
+        # as many as come out at once, so that no step waits while the next ones are filled
+        return ThreadPrefetchIterDataset(filled, prefetch_buffer_size=OPEN_ROWS)
+
+    settings = _settings(cfg, part)
+    streams = Streams({index: rows(index) for index in own}, cfg.rows // cfg.streams, settings)
+    return ThreadPrefetchIterDataset(streams, prefetch_buffer_size=PREFETCHED), left_out
+
+
+def _settings(cfg: RowsConfig, part: Part) -> dict[str, int | bool | str]:
+    """What a run may not change when it goes on."""
+    names = ("length", "max_pictures", "max_drawn", "streams", "tokenized", "seed")
+    sizes = {f"records of {leaf.name}": len(leaf.source) for leaf in part.leaves()}
+    weights = {f"weight of {one.name}": one.weight for one in part.nodes() if one.name}
+    return {**{name: getattr(cfg, name) for name in names}, **sizes, **weights}

@@ -1,0 +1,158 @@
+"""Files in, rows out: the whole way of the data, on the shipped model's processor."""
+
+import dataclasses
+import io
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from benchmarks import data_loading as benchmark
+from janus_jax.data import packing, questions, scenes
+from janus_jax.data.loading import RowsConfig, open_rows
+from janus_jax.data.records import Record
+from janus_jax.data.writers import write_records
+from janus_jax.generation.loading import TINY
+from janus_jax.models.janus import JanusConfig
+from janus_jax.processing.processor import Processor
+
+MODEL = JanusConfig.janus_tiny()
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return Processor.from_dir(TINY)
+
+
+def png(pixels) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """Three sources in three formats; the scenes' questions, captions as text, and captions."""
+    folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
+    asked, said, drawn = [], [], []
+    for _ in range(60):
+        scene, prompt = scenes.sample_scene(rng, None)
+        picture = png(scenes.draw(scene))
+        asked.append(
+            Record("understanding", (questions.sample_question(rng, scene),), pictures=(picture,))
+        )
+        said.append(Record("text", text=prompt.text))
+        drawn.append(Record("generation", text=prompt.text, pictures=(picture,)))
+    asked[7] = dataclasses.replace(asked[7], pictures=(asked[7].pictures[0][:50],))
+    write_records("jsonl", folder / "asked.jsonl", asked)
+    write_records("tar", folder / "said.tar", said)
+    write_records("arrayrecord", folder / "drawn.array_record", drawn)
+    return dict(
+        understanding=dict(weight=1, format="jsonl", path=str(folder / "asked.jsonl")),
+        text=dict(weight=1, format="tar", path=str(folder / "said.tar")),
+        generation=dict(
+            weight=2,
+            real=dict(format="arrayrecord", path=str(folder / "drawn.array_record")),
+        ),
+    )
+
+
+@pytest.fixture
+def settings(mixture):
+    return RowsConfig(
+        mixture=mixture,
+        length=256,
+        max_pictures=4,
+        max_drawn=5,
+        rows=4,
+        streams=2,
+        tokenized=False,
+        max_bad=0.1,
+        threads=2,
+        seed=0,
+    )
+
+
+def test_files_become_rows(settings, processor, tmp_path):
+    rows, left_out = open_rows(settings, processor, MODEL, tmp_path)
+    rows = iter(rows)
+    batches = [next(rows) for _ in range(30)]
+    for batch in batches:
+        assert batch["tokens"].shape == (4, 256) and batch["tokens"].dtype == np.int32
+        assert batch["pixels"].shape == (4, 4, 96, 96, 3) and batch["pixels"].dtype == np.uint8
+        assert batch["drawn"].shape == (4, 5, 96, 96, 3)
+        shown = batch["image_mask"].sum(1) // MODEL.und_encoder.num_tokens
+        for row in range(4):
+            assert batch["pixels"][row, : shown[row]].any(axis=(1, 2, 3)).all()
+            assert not batch["pixels"][row, shown[row] :].any()
+    drawn = sum(batch["gen_mask"].sum() for batch in batches) // MODEL.num_image_tokens
+    shown = sum(batch["image_mask"].sum() for batch in batches) // MODEL.num_image_tokens
+    assert 1.8 < drawn / shown < 2.2
+    assert packing.efficiency(np.stack([batch["segment_ids"] for batch in batches])) > 0.85
+    assert left_out.counts == {"understanding": {"unreadable picture": 1}}
+    (line,) = (tmp_path / "skipped-000.jsonl").read_text().splitlines()
+    assert json.loads(line)["record"].endswith("asked.jsonl:8")
+
+
+def test_the_rows_are_the_same_on_two_hosts_and_when_gone_on_with(settings, processor, tmp_path):
+    def opened(host, hosts, threads):
+        cfg = dataclasses.replace(settings, threads=threads)
+        return iter(open_rows(cfg, processor, MODEL, tmp_path, host, hosts)[0])
+
+    alone = opened(0, 1, 1)
+    want = [next(alone)["tokens"] for _ in range(6)]
+    hosts = [opened(host, 2, 3) for host in range(2)]
+    for step in range(3):
+        found = [next(host)["tokens"] for host in hosts]
+        np.testing.assert_array_equal(np.concatenate(found), want[step])
+    state = json.loads(json.dumps(hosts[0].get_state() | hosts[1].get_state()))
+    resumed = opened(0, 1, 2)
+    resumed.set_state(state)
+    for step in range(3, 6):
+        np.testing.assert_array_equal(next(resumed)["tokens"], want[step])
+
+
+def test_the_benchmark_measures_what_it_writes(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark, "PICTURES", 4)
+    found = benchmark.measure(tmp_path, "jsonl", records=40, rows=3)
+    assert found["pictures_per_s"] > 1 and found["tokens_per_s"] > 1000
+    assert 0.5 < found["packing_efficiency"] <= 1
+
+
+def test_rows_streams_and_hosts_must_divide(settings):
+    with pytest.raises(ValueError, match="got rows=4 streams=2 hosts=4"):
+        settings.own_streams(0, 4)
+    with pytest.raises(ValueError, match="got rows=3 streams=2 hosts=1"):
+        dataclasses.replace(settings, rows=3).own_streams(0, 1)
+    with pytest.raises(ValueError, match=r"host must be in \[0, 2\), got 2"):
+        settings.own_streams(2, 2)
+    assert list(settings.own_streams(1, 2)) == [1]
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(streams=0), "streams must be a whole number of at least 1, got 0"),
+        (dict(length=1.5), "length must be a whole number of at least 1, got 1.5"),
+        (dict(max_drawn=-1), "max_drawn must be a whole number of at least 0, got -1"),
+        (dict(max_bad=1.0), "max_bad must be at least 0 and below 1, got 1.0"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings, changed, message):
+    with pytest.raises(ValueError) as error:
+        dataclasses.replace(settings, **changed)
+    assert str(error.value) == message
+
+
+def test_a_run_does_not_go_on_with_other_data(settings, processor, tmp_path):
+    def opened(**changed):
+        cfg = dataclasses.replace(settings, **changed)
+        return iter(open_rows(cfg, processor, MODEL, tmp_path)[0])
+
+    state = opened().get_state()
+    with pytest.raises(ValueError, match=r"got length 256 -> 300, streams 2 -> 4$"):
+        opened(streams=4, length=300).set_state(state)
+    tree = settings.mixture | dict(text=settings.mixture["text"] | dict(weight=9))
+    with pytest.raises(ValueError, match="weight of text 1 -> 9"):
+        opened(mixture=tree).set_state(state)

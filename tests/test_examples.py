@@ -1,0 +1,166 @@
+"""Records -> examples: what is predicted, what goes where, and what is refused."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from janus_jax.data import scenes, tiny_tokenizer
+from janus_jax.data.examples import ExampleMaker, conversation_tokens
+from janus_jax.data.records import BadRecord, Record
+from janus_jax.processing.images import load_image, preprocess, preprocess_generation
+from janus_jax.processing.processor import Processor
+
+SIDE, DRAWN = 96, 36
+TURNS = (("<image>\nWhat is it?", "a circle"), ("What color?", "red"))
+
+
+def png(seed: int, size=(40, 25)) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def processor(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tiny_tokenizer.build(folder)
+    return Processor.from_dir(folder)
+
+
+@pytest.fixture(scope="module")
+def make(processor):
+    """Makes an example of a record; the seed decides whether a caption is dropped."""
+
+    def make(record, tokenized=False, seed=0, max_length=200, max_drawn=1):
+        maker = ExampleMaker(processor, SIDE, DRAWN, 1024, max_length, 2, max_drawn, tokenized)
+        return maker(record, np.random.default_rng(seed))
+
+    return make
+
+
+def words(processor, tokens) -> str:
+    return processor.tokenizer.decode(tokens, skip_special=False)
+
+
+def test_answers_are_predicted_and_nothing_else(processor, make):
+    example = make(Record("understanding", TURNS, pictures=(png(0),)))
+    tokens, loss_mask = example["tokens"], example["loss_mask"]
+    eos = processor.tokenizer.decode([processor.tokenizer.eos_id], skip_special=False)
+    assert words(processor, tokens[loss_mask]) == f" a circle{eos} red{eos}"
+    messages = [
+        {"role": "user", "content": "<image_placeholder>\nWhat is it?"},
+        {"role": "assistant", "content": "a circle"},
+        {"role": "user", "content": "What color?"},
+        {"role": "assistant", "content": "red"},
+    ]
+    expected, pixels = processor.conversation(messages, [load_image(png(0))])
+    assert tokens.tolist() == expected
+    assert example["image_mask"].sum() == 36 and not example["gen_mask"].any()
+    scaled = example["pixels"].astype(np.float32) / 127.5 - 1
+    np.testing.assert_allclose(scaled, pixels, atol=1e-6)
+    assert example["drawn"].shape == (0, SIDE, SIDE, 3)
+
+
+def test_pictures_without_a_place_come_first(processor, make):
+    turns = (("What is it?", "a circle"),)
+    example = make(Record("understanding", turns, pictures=(png(0), png(1))))
+    text = "<image_placeholder>\n<image_placeholder>\nWhat is it?"
+    assert example["tokens"].tolist() == conversation_tokens(processor, ((text, "a circle"),), 2)[0]
+    first = preprocess(load_image(png(0)), processor.image_config)
+    np.testing.assert_allclose(example["pixels"][0] / 127.5 - 1, first, atol=1e-6)
+
+
+def test_all_of_a_text_is_predicted(processor, make):
+    example = make(Record("text", text="a red circle"))
+    assert example["loss_mask"].tolist() == [False, *[True] * (len(example["tokens"]) - 1)]
+    assert example["tokens"][-1] == processor.tokenizer.eos_id
+    assert words(processor, example["tokens"][1:-1]) == "a red circle"
+    assert len(example["pixels"]) == len(example["drawn"]) == 0
+
+
+@pytest.mark.parametrize("tokenized", [False, True])
+def test_a_drawn_picture_follows_its_caption(processor, make, tokenized):
+    indices = np.arange(DRAWN, dtype=np.int32)
+    record = Record("generation", text="a red circle", pictures=(png(3),), indices=indices)
+    seed = next(s for s in range(9) if np.random.default_rng(s).random() > 0.1)
+    example = make(record, tokenized, seed)
+    prompt = processor.image_prompt("a red circle")
+    assert example["tokens"].tolist() == prompt + [processor.tokenizer.pad_id] * DRAWN
+    assert example["gen_mask"].tolist() == [False] * len(prompt) + [True] * DRAWN
+    assert not example["loss_mask"].any() and not example["image_mask"].any()
+    if tokenized:
+        np.testing.assert_array_equal(example["drawn"], [indices])
+    else:
+        want = preprocess_generation(load_image(png(3)), SIDE)
+        np.testing.assert_array_equal(example["drawn"][0].astype(np.float32) / 127.5 - 1, want)
+
+
+def test_one_caption_in_ten_is_dropped(processor, make):
+    record = Record("generation", text="a red circle", indices=np.zeros(DRAWN, np.int32))
+    prompt = processor.image_prompt("a red circle")
+    dropped = processor.unconditional(prompt)
+    tokenizer = processor.tokenizer
+    assert (dropped[0], dropped[-1]) == (tokenizer.bos_id, tokenizer.image_start_id)
+    assert set(dropped[1:-1]) == {tokenizer.pad_id}
+    found = [make(record, True, seed)["tokens"][: len(prompt)].tolist() for seed in range(400)]
+    assert all(tokens in (prompt, dropped) for tokens in found)
+    assert 20 < found.count(dropped) < 65
+
+
+@pytest.mark.parametrize(
+    ("record", "tokenized", "reason"),
+    [
+        (Record("generation", text="a", pictures=(b"no picture",)), False, "unreadable picture"),
+        (Record("generation", text="a", pictures=(png(0)[:60],)), False, "unreadable picture"),
+        (Record("generation", text="a", indices=np.zeros(36, int)), False, "no picture"),
+        (Record("generation", text="a", pictures=(png(0),)), True, "no indices"),
+        (Record("generation", text="a", indices=np.zeros(35, int)), True, "malformed"),
+        (Record("generation", text="a", indices=np.full(36, 1024)), True, "malformed"),
+        (
+            Record("understanding", (("Hi", "a <image_placeholder>"),), pictures=(png(0),)),
+            False,
+            "malformed",
+        ),
+        (
+            Record("understanding", (("\ud800", "a"),)),
+            False,
+            "malformed",
+        ),
+        (Record("generation", text="<image_placeholder>", pictures=(png(0),)), False, "malformed"),
+        (Record("text", text="a <image_placeholder>"), False, "malformed"),
+        (Record("text", text="red " * 300), False, "too long"),
+        (Record("understanding", TURNS), False, "malformed"),
+        (Record("understanding", TURNS, pictures=(png(0), png(1))), False, "malformed"),
+        (
+            Record("understanding", TURNS[1:], pictures=(png(0),) * 3),
+            False,
+            "too many pictures",
+        ),
+        (BadRecord("missing file", "a.jpg"), False, "missing file"),
+    ],
+)
+def test_what_cannot_be_trained_on_is_named(make, record, tokenized, reason):
+    bad = make(record, tokenized)
+    assert isinstance(bad, BadRecord) and bad.reason == reason
+
+
+def test_rows_without_drawn_places_take_no_drawn_picture(make):
+    bad = make(Record("generation", text="a", pictures=(png(0),)), max_drawn=0)
+    assert bad.reason == "too many pictures"
+
+
+def test_a_bad_record_says_where_it_is(make):
+    assert make(Record("text", text="red " * 300, where="a.jsonl:7")).where == "a.jsonl:7"
+
+
+def test_scenes_are_as_the_shipped_model_was_trained(processor, make):
+    """The same tokens as those of scene_batches."""
+    rng = np.random.default_rng(0)
+    _, prompt = scenes.sample_scene(rng, "position")
+    record = Record("generation", text=prompt.text, indices=np.zeros(DRAWN, np.int32))
+    seed = next(s for s in range(9) if np.random.default_rng(s).random() > 0.1)
+    tokens = make(record, True, seed)["tokens"]
+    assert tokens[:-DRAWN].tolist() == processor.image_prompt(prompt.text)
