@@ -1,0 +1,132 @@
+"""The loss of packed rows: every target through its own head, and no head where no target is.
+
+B rows, T tokens of a row, D model width, V vocabulary or codebook; n and m pictures looked at and
+drawn, S pixels a side, N tokens of a drawn picture. Source: the Janus and Janus-Pro reports, next-
+token cross-entropy on answers, on all of plain text, and on the tokens of drawn pictures.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from janus_jax.data.records import KINDS
+from janus_jax.models.attention import segment_mask
+from janus_jax.models.janus import Janus, merge_features
+from janus_jax.processing.images import ImageConfig
+
+Rows = dict[str, jax.Array]
+
+
+def row_losses(model: Janus, rows: Rows, images: ImageConfig, chunk: int) -> Rows:
+    """Summed cross-entropy and number of targets of each kind of record: float32 scalars.
+
+    rows: of data/packing.py. images: how pictures are normalised. chunk: positions of every row
+    whose logits, float32[B, chunk, V], are there at a time.
+    Returns e.g. dict(understanding=(sum, count), text=..., generation=...).
+    """
+    decoder = model.language_model
+    indices = drawn_indices(model, rows["drawn"])
+    embeds = embed_rows(model, rows, indices, images)
+    mask = segment_mask(rows["segment_ids"])
+    hidden, _ = decoder(embeds, rows["positions"], mask)
+    # a position predicts the token after it; the first of an example is never to be predicted
+    text, drawn = (_next(rows[name]) for name in ("loss_mask", "gen_mask"))
+    losses = cross_entropies(decoder.logits, hidden, _next(rows["tokens"]), text, chunk)
+    if indices.shape[1]:
+        order = jnp.clip(jnp.cumsum(rows["gen_mask"], axis=1) - 1, 0, indices.shape[1] - 1)
+        image_targets = _next(jnp.take_along_axis(indices, order, axis=1))
+        losses += cross_entropies(model.gen_head, hidden, image_targets, drawn, chunk)
+    found, kinds = {}, _next(rows["kind"])
+    for number, kind in enumerate(KINDS):
+        own = (kinds == number) & (text | drawn)
+        found[kind] = jnp.sum(jnp.where(own, losses, 0.0)), jnp.sum(own, dtype=jnp.float32)
+    return found
+
+
+def embed_rows(model: Janus, rows: Rows, indices: jax.Array, images: ImageConfig) -> jax.Array:
+    """The decoder's input, float[B, T, D]. indices: int32[B, m * N] of the drawn pictures."""
+    embeds = model.language_model.embed(rows["tokens"])
+    pixels = rows["pixels"]
+    if pixels.shape[1]:
+        scaled = normalise(pixels.reshape(-1, *pixels.shape[2:]), images)
+        features = model.encode_images(scaled)
+        features = features.reshape(len(embeds), -1, features.shape[-1])
+        embeds = merge_features(embeds, rows["image_mask"], features)
+    if indices.shape[1]:
+        drawn = model.embed_image_tokens(indices)
+        embeds = merge_features(embeds, rows["gen_mask"], drawn)
+    return embeds
+
+
+def drawn_indices(model: Janus, drawn: jax.Array) -> jax.Array:
+    """uint8[B, m, S, S, 3] or int32[B, m, N] -> int32[B, m * N], without a gradient."""
+    if not drawn.shape[1]:
+        return jnp.zeros((len(drawn), 0), jnp.int32)
+    if drawn.ndim == 3:
+        return drawn.reshape(len(drawn), -1)
+    pixels = drawn.reshape(-1, *drawn.shape[2:]).astype(jnp.float32) / 127.5 - 1
+    # as data/tokenize_images.py: products of less precision choose other codes now and then
+    with jax.default_matmul_precision("highest"):
+        indices = model.gen_vq.encode(pixels)
+    return jax.lax.stop_gradient(indices).reshape(len(drawn), -1)
+
+
+def normalise(pixels: jax.Array, images: ImageConfig) -> jax.Array:
+    """uint8[..., 3] -> float32, as processing.images.preprocess."""
+    scaled = pixels.astype(jnp.float32) * images.rescale_factor
+    if not images.do_normalize:
+        return scaled
+    return (scaled - jnp.array(images.image_mean)) / jnp.array(images.image_std)
+
+
+def cross_entropies(
+    head: Callable[[jax.Array], jax.Array],
+    hidden: jax.Array,
+    targets: jax.Array,
+    wanted: jax.Array,
+    chunk: int,
+) -> jax.Array:
+    """Cross-entropy where it is wanted and 0 elsewhere, float32[B, T].
+
+    head: float[B, C, D] -> float32[B, C, V]. hidden: float[B, T, D]; targets: int32[B, T];
+    wanted: bool[B, T].
+    The wanted positions of each row are gathered in front and the head goes over `chunk` of them at
+    a time, so that logits float32[B, T, V] never exist, forwards or backwards, and chunks without
+    any target are passed over.
+    """
+    length = targets.shape[1]
+    chunk = min(chunk, length)
+    order = jnp.argsort(~wanted, axis=1, stable=True)
+    padded = jnp.pad(order, ((0, 0), (0, -length % chunk)), mode="edge")
+    places = jnp.arange(padded.shape[1]) < length
+    parts = (
+        jnp.take_along_axis(hidden, padded[..., None], axis=1),
+        jnp.take_along_axis(targets, padded, axis=1),
+        jnp.take_along_axis(wanted, padded, axis=1) & places,
+    )
+    parts = jax.tree.map(lambda part: _chunks(part, chunk), parts)
+
+    @jax.checkpoint
+    def one(hidden, targets, wanted):
+        def compute():
+            logits = head(hidden)
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+            return jnp.where(wanted, losses, 0.0)
+
+        return jax.lax.cond(jnp.any(wanted), compute, lambda: jnp.zeros(wanted.shape))
+
+    _, losses = jax.lax.scan(lambda _, part: (None, one(*part)), None, parts)
+    losses = jnp.moveaxis(losses, 0, 1).reshape(len(targets), -1)[:, :length]
+    return jnp.zeros(losses.shape).at[jnp.arange(len(targets))[:, None], order].set(losses)
+
+
+def _chunks(part: jax.Array, chunk: int) -> jax.Array:
+    """[B, T, ...] -> [T / chunk, B, chunk, ...]."""
+    return jnp.moveaxis(part.reshape(len(part), -1, chunk, *part.shape[2:]), 1, 0)
+
+
+def _next(values: jax.Array) -> jax.Array:
+    """What stands one position on; 0 after the last. [B, T] -> [B, T]."""
+    return jnp.pad(values[:, 1:], ((0, 0), (0, 1)))

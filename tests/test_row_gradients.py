@@ -1,0 +1,111 @@
+"""Losses by kind and every parameter's gradient against torch's autograd."""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from flax import nnx
+from torch.nn.functional import cross_entropy
+from torch_reference import IMAGE_TOKEN, channels_first, load_janus, tiny_pair
+
+from janus_jax.data.records import KINDS
+from janus_jax.processing.images import ImageConfig
+from janus_jax.training.row_losses import row_losses
+
+IMAGES = ImageConfig(16, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
+LENGTH, DRAWN = 26, 16
+
+
+@pytest.fixture(scope="module")
+def rows():
+    """One example of each kind to a row: a picture and an answer, a text, a drawn picture."""
+    rng = np.random.default_rng(0)
+    asked = np.concatenate([[1], [IMAGE_TOKEN] * 16, rng.integers(2, 95, 7)])
+    said, prompt = rng.integers(2, 95, 11), rng.integers(2, 95, 5)
+    lengths = (len(asked), len(said), len(prompt) + DRAWN)
+    column = np.arange(LENGTH)
+    tokens = np.zeros((3, LENGTH), np.int32)
+    for row, own in enumerate((asked, said, prompt)):
+        tokens[row, : len(own)] = own
+    return dict(
+        tokens=tokens,
+        segment_ids=np.stack([column < n for n in lengths]).astype(np.int32),
+        positions=np.stack([np.where(column < n, column, 0) for n in lengths]).astype(np.int32),
+        image_mask=tokens == IMAGE_TOKEN,
+        gen_mask=np.stack([column < 0, column < 0, (column >= 5) & (column < 5 + DRAWN)]),
+        loss_mask=np.stack(
+            [(column >= 20) & (column < 24), (column > 0) & (column < 11), column < 0]
+        ),
+        kind=np.stack([np.where(column < n, i, 0) for i, n in enumerate(lengths)]).astype(np.int8),
+        pixels=rng.integers(0, 256, (3, 1, 16, 16, 3), np.uint8),
+        drawn=rng.integers(0, 40, (3, 1, DRAWN)).astype(np.int32),
+    )
+
+
+def torch_losses(model, rows) -> dict[str, torch.Tensor]:
+    """Summed cross-entropy of each row, each run alone and without padding."""
+    asked, said, prompt = (
+        torch.tensor(rows["tokens"][row, :length], dtype=torch.long)
+        for row, length in enumerate((24, 11, 5))
+    )
+    pixels = channels_first((rows["pixels"][0].astype(np.float32) / 255 - 0.5) / 0.5)
+    answered = model(input_ids=asked[None], pixel_values=pixels).logits[0]
+    text = model(input_ids=said[None]).logits[0]
+    image = torch.tensor(rows["drawn"][2, 0], dtype=torch.long)
+    embeds = torch.cat(
+        [model.get_input_embeddings()(prompt), model.prepare_embeddings_for_image_generation(image)]
+    )
+    hidden = model.model.language_model(inputs_embeds=embeds[None]).last_hidden_state[0]
+    drawn = model.model.generation_head(hidden[4:-1])
+    return dict(
+        understanding=cross_entropy(answered[19:23], asked[20:24], reduction="sum"),
+        text=cross_entropy(text[:-1], said[1:], reduction="sum"),
+        generation=cross_entropy(drawn, image, reduction="sum"),
+    )
+
+
+def converted_gradients(model) -> dict[str, jax.Array]:
+    """Torch's gradients by our paths: put in the weights' place and read by our converter."""
+    for parameter in model.parameters():
+        gradient = parameter.grad
+        parameter.data = torch.zeros_like(parameter) if gradient is None else gradient
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return by_path(nnx.state(load_janus(Path(folder))))
+
+
+def by_path(state) -> dict[str, np.ndarray]:
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+def test_losses_and_gradients_equal_torch_s(rows):
+    theirs, ours = tiny_pair()
+    theirs = copy.deepcopy(theirs).requires_grad_(True)
+    want = torch_losses(theirs, rows)
+    sum(want.values()).backward()
+    gradients = converted_gradients(theirs)
+    graph, params = nnx.split(ours)
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        found = row_losses(nnx.merge(graph, params), rows, IMAGES, 7)
+        return sum(loss for loss, _ in found.values())
+
+    found = jax.jit(lambda: row_losses(ours, rows, IMAGES, 7))()
+    for kind, count in zip(KINDS, (4, 10, 16), strict=True):
+        assert found[kind][1] == count
+        np.testing.assert_allclose(found[kind][0], want[kind].detach(), rtol=1e-4)
+    mine = by_path(gradient(params))
+    assert mine.keys() == gradients.keys()
+    moved = [path for path, value in gradients.items() if jnp.abs(value).max() > 0]
+    assert len(moved) > 0.9 * len([path for path in mine if "gen_vq" not in path])
+    for path, value in gradients.items():
+        scale = max(np.abs(value).max(), 1e-3)
+        np.testing.assert_allclose(mine[path] / scale, value / scale, atol=1e-4, err_msg=path)

@@ -1,0 +1,177 @@
+"""The loss of packed rows: against the plain formula, and packed against alone."""
+
+import io
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from PIL import Image
+
+import janus_jax
+from janus_jax.data import packing, scenes
+from janus_jax.data.examples import ExampleMaker
+from janus_jax.data.records import KINDS, Record
+from janus_jax.training.row_losses import cross_entropies, drawn_indices, normalise, row_losses
+
+
+def plain(head, hidden, targets, wanted):
+    losses = optax.softmax_cross_entropy_with_integer_labels(head(hidden), targets)
+    return jnp.where(wanted, losses, 0.0)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    """hidden [3, 22, 8], targets and a mask; the last row wants nothing."""
+    rng = np.random.default_rng(0)
+    hidden = jnp.asarray(rng.standard_normal((3, 22, 8)), jnp.float32)
+    targets = jnp.asarray(rng.integers(0, 50, (3, 22)))
+    wanted = rng.random((3, 22)) < 0.4
+    wanted[2] = False
+    return hidden, targets, jnp.asarray(wanted)
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 22, 100])
+def test_chunks_give_the_plain_formula_and_its_gradients(problem, chunk):
+    hidden, targets, wanted = problem
+    kernel = jnp.asarray(np.random.default_rng(1).standard_normal((8, 50)), jnp.float32)
+    weights = jnp.asarray(np.random.default_rng(2).random(wanted.shape), jnp.float32)
+
+    def weighed(formula, *more):
+        def loss(kernel, hidden):
+            losses = formula(lambda x: x @ kernel, hidden, targets, wanted, *more)
+            return jnp.sum(weights * losses), losses
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(kernel, hidden)
+
+    (grads, losses), (want_grads, want) = weighed(cross_entropies, chunk), weighed(plain)
+    np.testing.assert_allclose(losses, want, rtol=1e-5, atol=1e-6)
+    for grad, want_grad in zip(grads, want_grads, strict=True):
+        np.testing.assert_allclose(grad, want_grad, rtol=1e-4, atol=1e-5)
+    assert not np.asarray(losses)[~np.asarray(wanted)].any()
+
+
+def test_the_head_is_not_computed_where_no_target_is(problem):
+    hidden, targets, wanted = problem
+    computed = []
+
+    def head(x):
+        jax.debug.callback(lambda: computed.append(1))
+        return x @ jnp.ones((8, 50))
+
+    losses = jax.jit(lambda: cross_entropies(head, hidden, targets, wanted, 4))()
+    jax.block_until_ready(losses)
+    jax.effects_barrier()
+    assert len(computed) == -(-int(wanted.sum(1).max()) // 4) < -(-22 // 4)
+
+
+def test_a_whole_row_of_logits_never_exists(problem):
+    hidden, targets, wanted = problem
+
+    def loss(kernel):
+        return jnp.sum(cross_entropies(lambda x: x @ kernel, hidden, targets, wanted, 4))
+
+    text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((8, 50))))
+    assert "f32[3,4,50]" in text and "f32[3,22,50]" not in text and "f32[6,3,4,50]" not in text
+
+
+@pytest.fixture(scope="module")
+def janus():
+    return janus_jax.load(dtype="float32")
+
+
+@pytest.fixture(scope="module")
+def examples(janus):
+    """Two of each kind, with indices for what is to be drawn."""
+    rng = np.random.default_rng(0)
+    make = ExampleMaker(janus.processor, 96, 36, 1024, 128, 2, 1, tokenized=True)
+    picture = scenes.draw(scenes.sample_mixed(rng))
+    records = [
+        Record("understanding", (("How many objects are there?", "2"),), pictures=(png(picture),)),
+        Record("text", text="a red circle left of a blue square"),
+        Record("generation", text="two red circles", indices=rng.integers(0, 1024, 36)),
+        Record("text", text="three green crosses"),
+        Record("understanding", (("Is there a circle?", "yes"),)),
+        Record("generation", text="a square", indices=rng.integers(0, 1024, 36)),
+    ]
+    return [make(record, np.random.default_rng(3)) for record in records]
+
+
+def png(pixels) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def in_rows(examples, length, pad_id, max_pictures=2, max_drawn=2):
+    dataset = grain.MapDataset.source(examples).to_iter_dataset()
+    rows = list(packing.packed(dataset, length, max_pictures, max_drawn, pad_id, seed=0))
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "records"}
+
+
+def test_packed_equals_alone(janus, examples):
+    pad_id, images = janus.processor.tokenizer.pad_id, janus.processor.image_config
+    packed = in_rows(examples, 256, pad_id)
+    assert packed["segment_ids"].max() >= 3
+    alone = [in_rows([example], 128, pad_id) for example in examples]
+    stacked = {name: np.concatenate([one[name] for one in alone]) for name in packed}
+    graph, params = nnx.split(janus.model)
+
+    def total(params, rows):
+        found = row_losses(nnx.merge(graph, params), rows, images, 16)
+        return sum(loss for loss, _ in found.values()), found
+
+    grad = jax.jit(jax.grad(total, has_aux=True, allow_int=True))
+    (grads, found), (want_grads, want) = grad(params, packed), grad(params, stacked)
+    for kind in KINDS:
+        assert found[kind][1] == want[kind][1] > 0
+        np.testing.assert_allclose(found[kind][0], want[kind][0], rtol=1e-5)
+    for one, other in zip(jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True):
+        scale = max(float(jnp.abs(other).max()), 1e-3)
+        np.testing.assert_allclose(one / scale, other / scale, atol=1e-4)
+
+
+def test_pictures_and_their_indices_give_the_same_loss(janus):
+    rng = np.random.default_rng(0)
+    scene, prompt = scenes.sample_scene(rng, None)
+    pixels = scenes.draw(scene)
+    record = Record(
+        "generation",
+        text=prompt.text,
+        pictures=(png(pixels),),
+        indices=np.asarray(janus.encode_images(pixels))[0],
+    )
+    images, found = janus.processor.image_config, []
+    for tokenized in (False, True):
+        make = ExampleMaker(janus.processor, 96, 36, 1024, 128, 2, 1, tokenized)
+        rows = in_rows([make(record, np.random.default_rng(3))], 64, 0)
+        found.append(jax.jit(lambda r: row_losses(janus.model, r, images, 16))(rows))
+    assert found[0]["generation"] == found[1]["generation"]
+    assert found[0]["generation"][1] == 36
+
+
+@pytest.mark.parametrize("tokenized", [False, True])
+def test_rows_may_have_no_place_for_pictures(janus, tokenized):
+    make = ExampleMaker(janus.processor, 96, 36, 1024, 64, 0, 0, tokenized)
+    example = make(Record("text", text="a red circle"), np.random.default_rng(0))
+    rows = in_rows([example], 64, 0, 0, 0)
+    found = jax.jit(lambda r: row_losses(janus.model, r, janus.processor.image_config, 16))(rows)
+    assert found["text"][1] == example["loss_mask"].sum() and found["text"][0] > 0
+
+
+def test_codes_are_chosen_in_full_precision(janus):
+    """As tokenize_images does, whatever the step's own precision."""
+    pixels = jnp.zeros((1, 1, 96, 96, 3), jnp.uint8)
+    with jax.default_matmul_precision("bfloat16"):
+        text = str(jax.make_jaxpr(lambda x: drawn_indices(janus.model, x))(pixels))
+    assert "HIGHEST" in text and "BF16" not in text and "Precision.DEFAULT" not in text
+
+
+def test_pictures_are_normalised_as_the_processor_does(janus):
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 96, 96, 3), np.uint8)
+    want = janus.processor.pixels([pixels[0]])
+    found = normalise(jnp.asarray(pixels), janus.processor.image_config)
+    np.testing.assert_allclose(found, want, atol=1e-6)
