@@ -115,6 +115,16 @@ def test_each_training_line_goes_on_from_one_before():
         written.add(cfg.output)
 
 
+def test_the_page_on_training_data(home, monkeypatch):
+    """In the order of the page, for each part uses the files of those before."""
+    monkeypatch.chdir(home)
+    for code in blocks("python", "docs/training.md"):
+        exec(compile(code, "docs/training.md", "exec"), {"__name__": "training"})
+    (command,) = blocks("bash", "docs/training.md")
+    run(home, command)
+    assert len(list((home / "data" / "drawn_tokens").glob("*.array_record"))) == 3
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])
 def test_python(page):
     for code in blocks("python", page):
