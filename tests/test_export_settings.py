@@ -1,0 +1,56 @@
+"""What an export to another layout keeps of a folder's settings, and what it refuses."""
+
+import json
+
+import checkpoints
+import pytest
+import transformers
+
+from janus_jax.generation import loading
+from janus_jax.interop import export
+from janus_jax.processing.processor import Processor
+
+
+def with_settings(golden, folder, name, **settings):
+    """The golden checkpoint with some keys of one JSON file set."""
+    checkpoints.make_single(golden, folder)
+    path = folder / name
+    config = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps(config | settings))
+    return folder
+
+
+def test_another_layout_keeps_guidance_and_system_prompt(golden, tmp_path):
+    name = "generation_config.json"
+    source = with_settings(golden, tmp_path / "s", name, guidance_scale=1.5)
+    config = json.loads((source / "processor_config.json").read_text())
+    (source / "processor_config.json").write_text(json.dumps(config | {"system_prompt": ""}))
+    export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+    stated = json.loads((tmp_path / "hf" / "processor_config.json").read_text())
+    assert stated["use_default_system_prompt"] is False
+    export.export_folder(tmp_path / "hf", tmp_path / "back", "deepseek", overwrite=False)
+    for folder in (tmp_path / "hf", tmp_path / "back"):
+        assert loading.guidance_weight(folder) == 1.5
+        assert Processor.from_dir(folder).system_prompt == ""
+
+
+def test_bos_is_added_wherever_its_name_stands(golden, tmp_path):
+    source = with_settings(golden, tmp_path / "s", "tokenizer_config.json")
+    (source / "tokenizer_config.json").write_text("{}")
+    export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert tokenizer("a").input_ids[0] == Processor.from_dir(source).tokenizer.bos_id
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (dict(sft_format="plain"), "sft_format deepseek or deepseek_old, not 'plain'"),
+        (dict(system_prompt="Rhyme."), "DeepSeek's system prompt or none, not 'Rhyme.'"),
+    ],
+)
+def test_what_transformers_cannot_hold_is_refused(settings, says, golden, tmp_path):
+    source = with_settings(golden, tmp_path / "s", "processor_config.json", **settings)
+    with pytest.raises(ValueError, match=says):
+        export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+    assert not (tmp_path / "hf").exists()
