@@ -7,9 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-
-def _linear(inputs: int, outputs: int, dtype, param_dtype, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, dtype=dtype, param_dtype=param_dtype, rngs=rngs)
+from janus_jax.models.linear import dot_of_rows, linear
 
 
 class Aligner(nnx.Module):
@@ -20,7 +18,8 @@ class Aligner(nnx.Module):
     ):
         sizes = [inputs] + [width] * depth
         pairs = itertools.pairwise(sizes)
-        self.layers = nnx.List([_linear(a, b, dtype, param_dtype, rngs) for a, b in pairs])
+        types = dict(dtype=dtype, param_dtype=param_dtype)
+        self.layers = nnx.List([linear(a, b, **types, rngs=rngs) for a, b in pairs])
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """float[..., inputs] -> float[..., width]."""
@@ -35,12 +34,13 @@ class GenHead(nnx.Module):
 
     def __init__(self, inputs: int, width: int, codes: int, *, dtype, param_dtype, rngs: nnx.Rngs):
         self.dtype = dtype
-        self.proj = _linear(inputs, width, dtype, param_dtype, rngs)
-        self.out = _linear(width, codes, dtype, param_dtype, rngs)
+        types = dict(dtype=dtype, param_dtype=param_dtype)
+        self.proj = linear(inputs, width, **types, rngs=rngs)
+        self.out = linear(width, codes, **types, rngs=rngs)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """float[..., D] -> float32[..., codebook_size]."""
         x = nnx.gelu(self.proj(hidden), approximate=False)
         kernel = self.out.kernel[...].astype(self.dtype)
-        logits = jnp.matmul(x, kernel, preferred_element_type=jnp.float32)
+        logits = dot_of_rows(x, kernel, preferred_element_type=jnp.float32)
         return logits + self.out.bias[...].astype(jnp.float32)

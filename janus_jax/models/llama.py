@@ -13,6 +13,7 @@ from flax import nnx
 
 from janus_jax.models.attention import attention
 from janus_jax.models.kv_cache import KVCache
+from janus_jax.models.linear import dot_of_rows, linear
 
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines
 Slots = tuple[jax.Array, jax.Array, jax.Array]  # keys, values, length
@@ -59,9 +60,8 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def _linear(cfg: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(
-        inputs, outputs, use_bias=False, dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs
-    )
+    types = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype)
+    return linear(inputs, outputs, use_bias=False, **types, rngs=rngs)
 
 
 def _norm(cfg: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -187,4 +187,4 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Text logits: float[..., D] -> float32[..., V]."""
         kernel = self.lm_head.kernel[...].astype(self.cfg.dtype)
-        return jnp.matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return dot_of_rows(hidden, kernel, preferred_element_type=jnp.float32)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from janus_jax.models.attention import attention
+from janus_jax.models.linear import linear
 
 LAYER_NORM_EPS = 1e-6
 
@@ -45,7 +46,7 @@ class SiglipConfig:
 
 
 def _linear(cfg: SiglipConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(inputs, outputs, dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
+    return linear(inputs, outputs, dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
 
 
 def _norm(cfg: SiglipConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:

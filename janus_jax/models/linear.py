@@ -1,0 +1,34 @@
+"""The linear layers of every network here."""
+
+import jax
+from flax import nnx
+
+
+def linear(
+    inputs: int, outputs: int, *, dtype, param_dtype, rngs: nnx.Rngs, use_bias: bool = True
+) -> nnx.Linear:
+    """A layer float[..., inputs] -> float[..., outputs].
+
+    dtype: to compute in; param_dtype: to store in.
+    """
+    return nnx.Linear(
+        inputs,
+        outputs,
+        use_bias=use_bias,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        dot_general=dot_of_rows,
+        rngs=rngs,
+    )
+
+
+def dot_of_rows(x: jax.Array, kernel: jax.Array, dims=None, **options) -> jax.Array:
+    """x @ kernel: float[..., D] and float[D, F] -> float[..., F], leading axes of x made one.
+
+    dims: as nnx.Linear states these axes, always the same. options: of jax.lax.dot_general.
+    The kernel's gradient sums over them. Over two axes at once, XLA on CPU first copies the
+    output's gradient transposed, which took longer than the product itself.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    out = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
+    return out.reshape(*x.shape[:-1], out.shape[-1])
