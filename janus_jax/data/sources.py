@@ -28,6 +28,7 @@ from janus_jax.data.reading import (
     read_span,
 )
 from janus_jax.data.records import BadRecord, Record, parse_record
+from janus_jax.data.scene_records import ScenesSource
 from janus_jax.data.tar import TarSource
 
 
@@ -190,6 +191,7 @@ FORMATS = {
     "arrayrecord": ArrayRecordSource,
     "parquet": ParquetSource,
     "class_folder": ClassFolderSource,
+    "scenes": ScenesSource,
 }
 
 

@@ -1,0 +1,137 @@
+"""Drawn scenes as a source of records: made when they are asked for, with nothing on disk.
+
+A record depends on what is given, the seed and the record's number alone. Held-out compositions
+(scenes.py) are never shown nor named.
+"""
+
+import io
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from janus_jax.data import scenes
+from janus_jax.data.questions import QuestionAnswer, ask_relation, describe, sample_question
+from janus_jax.data.reading import Source
+from janus_jax.data.records import KINDS, Record
+from janus_jax.data.scene_batches import TURNS, any_scene
+
+DESCRIBED = 0.5  # part of the sentences that describe a scene; the others are captions
+
+
+class ScenesSource(Source):
+    """What the path names:
+
+    generation: a caption and its picture.
+    understanding: a picture and TURNS questions about it, with their answers.
+    text: a sentence that is true of a scene, without the picture.
+
+    Place: "scenes:generation:17", counted from 0.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        count: int = 100_000,
+        seed: int = 0,
+        captions: Mapping[str, float] | None = None,
+        relations: float = 0.0,
+    ):
+        """Raises ValueError for another path, and for options that the path has no use for.
+
+        Args:
+            path: one of records.KINDS.
+            count: of the records.
+            seed: below 2**32; with another one all records are others.
+            captions: how often captions of each of scenes.KINDS are drawn, relative to the others;
+                None is all equally. For generation.
+            relations: from 0 to 1, the part of the questions that ask_relation asks, where the
+                scene has two objects to ask it about (about half of the scenes do). The others are
+                drawn by sample_question, which asks it too. For understanding.
+        """
+        self._kind = str(path)
+        if self._kind not in KINDS:
+            rule = f"the path of scenes must be one of {', '.join(KINDS)}"
+            raise ValueError(f"{rule}, got {self._kind!r}")
+        if type(count) is not int or count < 1:
+            raise ValueError(f"count must be a whole number of at least 1, got {count!r}")
+        if type(seed) is not int or not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be a whole number in [0, 2**32), got {seed!r}")
+        if captions is not None and self._kind != "generation":
+            raise ValueError(f"captions must be left to generation, got them for {self._kind}")
+        if type(relations) not in (int, float) or not 0 <= relations <= 1:
+            raise ValueError(f"relations must be a number from 0 to 1, got {relations!r}")
+        if relations and self._kind != "understanding":
+            raise ValueError(f"relations must be left to understanding, got it for {self._kind}")
+        self._seed, self._relations = seed, relations
+        self._likely = _likely(dict.fromkeys(scenes.KINDS, 1) if captions is None else captions)
+        super().__init__(path, [count])
+
+    def scene(self, index: int) -> scenes.Scene:
+        """What the picture of a record shows, or its sentence tells of. index: from 0."""
+        return self._drawn(self._rng(index))[0]
+
+    def _rng(self, index: int) -> np.random.Generator:
+        """One for each record; the kinds do not share their scenes."""
+        return np.random.default_rng((KINDS.index(self._kind), self._seed, index))
+
+    def _drawn(self, rng: np.random.Generator) -> tuple[scenes.Scene, str]:
+        """A scene and what is said of it: a caption, a sentence, or nothing yet."""
+        if self._kind == "understanding":
+            return any_scene(rng), ""
+        if self._kind == "text":
+            return _told(rng)
+        kind = scenes.KINDS[rng.choice(len(scenes.KINDS), p=self._likely)]
+        scene, prompt = scenes.sample_scene(rng, kind)
+        return scene, prompt.text
+
+    def _question(self, rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer:
+        found = ask_relation(rng, scene) if rng.random() < self._relations else None
+        return found or sample_question(rng, scene)
+
+    def _where(self, part: int, position: int) -> str:
+        return f"scenes:{self._kind}:{position}"
+
+    def _read(self, part: int, position: int) -> Record:
+        rng = self._rng(position)
+        scene, text = self._drawn(rng)
+        if self._kind == "text":
+            return Record("text", text=text)
+        pictures = (_png(scenes.draw(scene)),)
+        if self._kind == "generation":
+            return Record("generation", text=text, pictures=pictures)
+        turns = tuple(self._question(rng, scene) for _ in range(TURNS))
+        return Record("understanding", turns, pictures=pictures)
+
+
+def _likely(captions: Mapping[str, float]) -> np.ndarray:
+    """How likely each of scenes.KINDS is, float64[6]: in their order, not that of the weights,
+    which a ConfigDict does not keep."""
+    weights = dict(captions.items()) if hasattr(captions, "items") else {}
+    numbers = all(type(one) in (int, float) and 0 <= one < math.inf for one in weights.values())
+    if not set(weights) <= set(scenes.KINDS) or not numbers or not any(weights.values()):
+        rule = f"captions must be weights of {', '.join(scenes.KINDS)}, one of them above 0"
+        raise ValueError(f"{rule}, got {weights or captions!r}")
+    likely = np.array([weights.get(kind, 0) for kind in scenes.KINDS], float)
+    return likely / likely.sum()
+
+
+def _told(rng: np.random.Generator) -> tuple[scenes.Scene, str]:
+    """A scene and a sentence about it."""
+    if rng.random() >= DESCRIBED:
+        scene, prompt = scenes.sample_scene(rng, None)
+        return scene, prompt.text
+    while True:
+        scene = scenes.sample_mixed(rng)
+        text = describe(scene)
+        if text is not None:
+            return scene, text
+
+
+def _png(pixels: np.ndarray) -> bytes:
+    """A picture's file, quick to write. pixels: uint8[S, S, 3]."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
+    return file.getvalue()
