@@ -1,0 +1,206 @@
+"""What one sees of a run: lines of progress, metrics.jsonl and TensorBoard's event files."""
+
+import collections
+import dataclasses
+import datetime
+import itertools
+import json
+import math
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from absl import logging
+from tensorboardX import SummaryWriter
+
+from janus_jax.data.records import KINDS
+
+METRICS = "metrics.jsonl"
+EVENTS = "tensorboard"
+FLUSH_SECONDS = 10  # what a killed run may lose of TensorBoard's files
+NAMED_RECORDS = 8
+
+
+@dataclasses.dataclass
+class _Interval:
+    """What has been added up since the last line.
+
+    began: when, by time.monotonic; None where that would count the compilation.
+    """
+
+    began: float | None
+    steps: int = 0
+    sums: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
+    loss: float = 0.0
+    grad_norm: float = 0.0
+    tokens: float = 0.0
+    flops: float = 0.0
+
+    def add(self, metrics: Mapping, flops: float) -> None:
+        """metrics: numbers of one step, as of Log.step."""
+        self.steps += 1
+        self.sums.update(metrics["sums"])
+        self.counts.update(metrics["counts"])
+        self.loss += metrics["loss"] * sum(metrics["counts"].values())
+        self.grad_norm += metrics["grad_norm"]
+        self.tokens += metrics["tokens"]
+        self.flops += flops
+
+    def means(self) -> dict[str, float]:
+        """Losses as means over targets, and the mean norm; kinds without a target left out."""
+        targets = self.counts.total()
+        return dict(
+            loss=self.loss / max(targets, 1),
+            **_means(self.sums, self.counts),
+            grad_norm=self.grad_norm / self.steps,
+        )
+
+
+class Log:
+    """Writes what a run reports, checks that it is finite, and closes its files as a context.
+
+    Names in metrics.jsonl and TensorBoard are the same: of a line of progress step, loss,
+    understanding, text, generation (means over the targets since the last line; kinds without any
+    left out), grad_norm (mean over steps), learning_rate (of this step), and, but for the first
+    line, before which the step was compiled, tokens_per_s, mfu (see flops.py) and seconds_left.
+    Tokens per second and MFU are of all the time since the last line, also where evaluation or a
+    save took part of it; the time left goes by the whole run so far.
+
+    Process 0 writes; the others only check.
+    """
+
+    def __init__(
+        self, folder: str | Path, steps: int, log_every: int, peak_flops: float | None, first: int
+    ):
+        """folder: of the run. steps: at which the run ends.
+
+        peak_flops: of all devices together, in FLOP/s; None leaves out the MFU.
+        first: the step that the run goes on from, 0 at its start. What a killed run logged of later
+            steps, after its last checkpoint, is taken out.
+        """
+        self._steps, self._log_every, self._first = steps, log_every, first
+        self._peak_flops = peak_flops
+        self._started: float | None = None
+        self._interval = _Interval(None)
+        self._file = self._writer = None
+        if jax.process_index() == 0:
+            folder = Path(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            _cut(folder / METRICS, first)
+            self._file = (folder / METRICS).open("ab", buffering=0)
+            self._writer = SummaryWriter(
+                str(folder / EVENTS),
+                purge_step=first + 1,
+                flush_secs=FLUSH_SECONDS,
+                filename_suffix=f".{first}",  # names go by the second and are written over
+            )
+
+    def __enter__(self) -> "Log":
+        return self
+
+    def __exit__(self, *_) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._writer.close()
+
+    def step(
+        self, step: int, metrics: Mapping, records: Sequence[Sequence[str]], flops: float
+    ) -> None:
+        """Takes in a step and, every log_every steps, at the first and the last, reports.
+
+        metrics: of the jitted step, on the devices; it is waited for, so hand them in when the next
+            step is under way.
+        records: of the rows of the step on this process, by row.
+        flops: of these rows, as of flops.StepFlops; other processes are taken to have as many.
+        Raises FloatingPointError unless loss and grad_norm are finite.
+        """
+        metrics = jax.tree.map(float, jax.device_get(dict(metrics)))
+        _check_finite(step, metrics, records)
+        now = time.monotonic()
+        self._interval.add(metrics, flops * jax.process_count())
+        last = step == self._steps
+        if self._started is None or step % self._log_every == 0 or last:
+            self._report(step, metrics["learning_rate"], now)
+        if self._started is None:
+            self._started = now
+
+    def scalars(self, step: int, values: Mapping[str, float], prefix: str) -> None:
+        """Reports results of another kind, such as an evaluation's, as `prefix/name`.
+
+        Raises FloatingPointError if one is not finite.
+        """
+        values = {f"{prefix}/{name}": float(value) for name, value in values.items()}
+        if not all(map(math.isfinite, values.values())):
+            raise FloatingPointError(f"{prefix} must be finite, got {_text(values)} at step {step}")
+        self._write(step, values, _text(values))
+
+    def images(self, step: int, name: str, images: np.ndarray) -> None:
+        """Shows pictures, uint8[N, Y, X, 3], in TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_images(name, images, step, dataformats="NHWC")
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Shows a text (Markdown) in TensorBoard."""
+        if self._writer is not None:
+            self._writer.add_text(name, text, step)
+
+    def _report(self, step: int, learning_rate: float, now: float) -> None:
+        interval, self._interval = self._interval, _Interval(now)
+        values = {**interval.means(), "learning_rate": learning_rate}
+        text = _text(values)
+        if interval.began is not None:
+            seconds = max(now - interval.began, 1e-9)
+            values["tokens_per_s"] = interval.tokens / seconds
+            text += f"  {values['tokens_per_s']:.0f} tokens/s"
+            if self._peak_flops is not None:
+                values["mfu"] = interval.flops / seconds / self._peak_flops
+                text += f"  MFU {values['mfu']:.1%}"
+            each = (now - self._started) / (step - self._first - 1)
+            values["seconds_left"] = each * (self._steps - step)
+            text += f"  {datetime.timedelta(seconds=round(values['seconds_left']))} left"
+        self._write(step, values, text)
+
+    def _write(self, step: int, values: Mapping[str, float], text: str) -> None:
+        if self._file is None:
+            return
+        logging.info("step %d/%d  %s", step, self._steps, text)
+        self._file.write(json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n")
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+
+def _cut(path: Path, first: int) -> None:
+    """Leaves in the file what was logged up to step `first`; a line that was cut short goes too."""
+    if not path.is_file():
+        return
+    lines = path.read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= first]
+    if kept != lines:  # in one piece: this run may be killed as well
+        new = path.with_suffix(".new")
+        new.write_bytes(b"".join(kept))
+        os.replace(new, path)
+
+
+def _check_finite(step: int, metrics: Mapping, records: Sequence[Sequence[str]]) -> None:
+    judged = {name: metrics[name] for name in ("loss", "grad_norm")}
+    if all(map(math.isfinite, judged.values())):
+        return
+    values = _text({**judged, **_means(metrics["sums"], metrics["counts"])})
+    named = list(itertools.chain.from_iterable(records))
+    more = len(named) - NAMED_RECORDS
+    shown = ", ".join(named[:NAMED_RECORDS]) + (f" and {more} more" if more > 0 else "")
+    raise FloatingPointError(
+        f"loss and grad_norm must be finite, got {values} at step {step}, of records {shown}"
+    )
+
+
+def _means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
+    return {kind: sums[kind] / counts[kind] for kind in KINDS if counts[kind]}
+
+
+def _text(values: Mapping[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in values.items())

@@ -1,0 +1,299 @@
+"""The log of a run: its lines, what a resumed run keeps of them, and the figure of utilisation."""
+
+import dataclasses
+import json
+import struct
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from tensorboardX.proto.event_pb2 import Event
+
+from janus_jax.models.janus import Janus, JanusConfig
+from janus_jax.training import metrics
+from janus_jax.training.flops import StepFlops, peak_flops, step_flops
+from janus_jax.training.metrics import EVENTS, METRICS, Log
+
+
+def _metrics(loss=2.0, sums=(8.0, 0.0, 6.0), counts=(4.0, 0.0, 3.0), tokens=100.0, grad_norm=0.5):
+    kinds = ("understanding", "text", "generation")
+    numbers = dict(
+        sums=dict(zip(kinds, sums, strict=True)),
+        counts=dict(zip(kinds, counts, strict=True)),
+        loss=loss,
+        grad_norm=grad_norm,
+        tokens=tokens,
+        learning_rate=0.25,
+    )
+    return {
+        name: {kind: jnp.float32(x) for kind, x in value.items()}
+        if isinstance(value, dict)
+        else jnp.float32(value)
+        for name, value in numbers.items()
+    }
+
+
+def _lines(folder) -> list[dict]:
+    def refuse(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    text = (folder / METRICS).read_text()
+    assert text.endswith("\n")
+    return [json.loads(line, parse_constant=refuse) for line in text.splitlines()]
+
+
+def _events(folder) -> list[Event]:
+    """TFRecord framing: length, its checksum, the event, its checksum."""
+    found = []
+    for path in sorted((folder / EVENTS).iterdir()):
+        data, start = path.read_bytes(), 0
+        while start < len(data):
+            (length,) = struct.unpack_from("<Q", data, start)
+            found.append(Event.FromString(data[start + 12 : start + 12 + length]))
+            start += 12 + length + 4
+    return found
+
+
+def _logged(folder) -> list[tuple[int, str, float]]:
+    return [
+        (event.step, value.tag, value.simple_value)
+        for event in _events(folder)
+        for value in event.summary.value
+        if value.HasField("simple_value")
+    ]
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Seconds of the log's clock, set by the test."""
+    clock = types.SimpleNamespace(now=1000.0)
+    monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
+    return clock
+
+
+def _run(folder, clock, steps, *, seconds=2.0, log_every=2, first=0, peak=1e6, total=5):
+    with Log(folder, total, log_every, peak, first) as log:
+        for step in range(first + 1, first + 1 + steps):
+            clock.now += 60 if step == first + 1 else seconds  # the first one is compiled
+            log.step(step, _metrics(loss=float(step)), [["a"]], flops=3e5)
+
+
+def test_lines_come_at_the_first_at_every_nth_and_at_the_last(tmp_path, clock):
+    _run(tmp_path, clock, 5)
+    first, *others = _lines(tmp_path)
+    assert [line["step"] for line in (first, *others)] == [1, 2, 4, 5]
+    assert list(first) == ["step", "loss", "understanding", "generation", "grad_norm",
+                           "learning_rate"]  # fmt: skip
+    assert [line["loss"] for line in others] == [2.0, 3.5, 5.0]
+    assert others[1] == {
+        "step": 4,
+        "loss": 3.5,
+        "understanding": 2.0,
+        "generation": 2.0,
+        "grad_norm": 0.5,
+        "learning_rate": 0.25,
+        "tokens_per_s": 50.0,
+        "mfu": pytest.approx(3e5 / 2 / 1e6),
+        "seconds_left": 2.0,
+    }
+
+
+def test_a_line_means_over_targets_and_over_its_own_steps_only(tmp_path, clock):
+    with Log(tmp_path, 9, 3, None, 0) as log:
+        log.step(1, _metrics(loss=7.0), [], 0.0)
+        log.step(2, _metrics(2.5, (20.0, 0.0, 0.0), (8.0, 0.0, 0.0), grad_norm=1.0), [], 0.0)
+        clock.now += 4
+        log.step(3, _metrics(3.0, (1.0, 5.0, 0.0), (1.0, 1.0, 0.0), grad_norm=3.0), [], 0.0)
+    line = _lines(tmp_path)[-1]
+    assert line["loss"] == pytest.approx((2.5 * 8 + 3.0 * 2) / 10)
+    assert line["understanding"] == pytest.approx(21 / 9)
+    assert line["text"] == 5.0
+    assert line["grad_norm"] == 2.0
+    assert line["tokens_per_s"] == 50.0
+    assert "generation" not in line and "mfu" not in line
+
+
+def test_seconds_left_go_by_the_whole_run(tmp_path, clock):
+    with Log(tmp_path, 100, 2, None, 10) as log:
+        for step, seconds in ((11, 90), (12, 1), (13, 4), (14, 4)):
+            clock.now += seconds
+            log.step(step, _metrics(), [], 0.0)
+    last = _lines(tmp_path)[-1]
+    assert last["seconds_left"] == pytest.approx((1 + 4 + 4) / 3 * 86)
+    assert last["tokens_per_s"] == pytest.approx(200 / 8)
+
+
+def test_tensorboard_has_what_the_lines_have(tmp_path, clock):
+    _run(tmp_path, clock, 5)
+    lines = [
+        (line["step"], name, np.float32(value))
+        for line in _lines(tmp_path)
+        for name, value in line.items()
+        if name != "step"
+    ]
+    assert sorted(_logged(tmp_path)) == sorted(lines)
+
+
+def test_progress_is_logged(tmp_path, clock, caplog):
+    caplog.set_level("INFO", logger="absl")
+    _run(tmp_path, clock, 4, total=5000)
+    assert caplog.messages[-1] == (
+        "step 4/5000  loss 3.5  understanding 2  generation 2  grad_norm 0.5  learning_rate 0.25"
+        "  50 tokens/s  MFU 15.0%  2:46:32 left"
+    )
+
+
+def test_a_resumed_run_takes_out_what_came_after_its_checkpoint(tmp_path, clock):
+    _run(tmp_path, clock, 5)
+    kept = _lines(tmp_path)[:2]
+    with (tmp_path / METRICS).open("a") as file:
+        file.write('{"step": 1, "lo')  # killed while it wrote
+    _run(tmp_path, clock, 3, first=2)
+    lines = _lines(tmp_path)
+    assert lines[:2] == kept
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert "tokens_per_s" not in lines[2] and "tokens_per_s" in lines[3]
+    starts = [event.step for event in _events(tmp_path) if event.session_log.status]
+    assert starts == [1, 3]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == [METRICS]
+
+
+def test_a_log_that_needs_no_cut_is_left_as_it_is(tmp_path):
+    path = tmp_path / METRICS
+    path.write_text('{"step": 2, "loss": 1.0}\n{"step": 1, "loss": 1.0}\n')
+    before = path.stat()
+    with Log(tmp_path, 5, 1, None, 2):
+        pass
+    after = path.stat()
+    assert (before.st_ino, before.st_size) == (after.st_ino, after.st_size)
+
+
+@pytest.mark.parametrize("wrong", [dict(loss=float("nan")), dict(grad_norm=float("inf"))])
+def test_a_loss_or_norm_that_is_not_finite_stops_with_step_and_records(tmp_path, wrong):
+    records = [[f"a:{number}" for number in range(6)], ["b:0", "b:1", "b:2"], []]
+    with Log(tmp_path, 9, 1, None, 0) as log:
+        log.step(1, _metrics(), [], 0.0)
+        with pytest.raises(FloatingPointError) as raised:
+            log.step(2, _metrics(**wrong), records, 0.0)
+    message = str(raised.value)
+    name, value = next(iter(wrong.items()))
+    assert f"{name} {value}" in message and "understanding 2 " in message
+    assert message.endswith(
+        "at step 2, of records a:0, a:1, a:2, a:3, a:4, a:5, b:0, b:1 and 1 more"
+    )
+    assert "\n" not in message
+    assert [line["step"] for line in _lines(tmp_path)] == [1]
+
+
+def test_other_processes_check_and_write_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
+    with Log(tmp_path / "run", 2, 1, None, 0) as log:
+        log.step(1, _metrics(), [], 0.0)
+        log.scalars(1, {"loss": 1.0}, "eval")
+        log.images(1, "drawn", np.zeros((1, 2, 2, 3), np.uint8))
+        log.text(1, "answers", "a cat")
+        with pytest.raises(FloatingPointError, match=r"at step 2, of records c:3$"):
+            log.step(2, _metrics(loss=float("nan")), [["c:3"]], 0.0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_scalars_images_and_texts_are_there_under_their_names(tmp_path):
+    images = np.zeros((2, 4, 6, 3), np.uint8)
+    with Log(tmp_path, 9, 1, None, 0) as log:
+        log.scalars(3, {"loss": 0.5, "text": np.float32(0.25)}, "eval")
+        log.images(3, "drawn", images)
+        log.text(3, "answers", "a cat")
+        with pytest.raises(FloatingPointError, match="eval must be finite, got eval/loss nan at"):
+            log.scalars(3, {"loss": float("nan")}, "eval")
+    assert _lines(tmp_path) == [{"step": 3, "eval/loss": 0.5, "eval/text": 0.25}]
+    assert _logged(tmp_path) == [(3, "eval/loss", 0.5), (3, "eval/text", 0.25)]
+    values = {value.tag: value for event in _events(tmp_path) for value in event.summary.value}
+    assert values["drawn"].image.height == 4
+    assert values["drawn"].image.width == 12  # side by side
+    assert values["answers/text_summary"].tensor.string_val[0] == b"a cat"
+
+
+def _small() -> JanusConfig:
+    """Two layers of width 8 with 2 heads, MLP 12, vocabulary 20; SigLIP as wide, 4 patches."""
+    tiny = JanusConfig.janus_tiny()
+    return dataclasses.replace(
+        tiny,
+        und_encoder=dataclasses.replace(
+            tiny.und_encoder, image_size=32, width=8, num_layers=1, num_heads=2, mlp_dim=12
+        ),
+        gen_head_width=10,
+        language_model=dataclasses.replace(
+            tiny.language_model, vocab_size=20, hidden_size=8, intermediate_size=12,
+            num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+        ),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def small():
+    return nnx.eval_shape(lambda: Janus(_small(), rngs=nnx.Rngs(0)))
+
+
+# by hand: matrices of the parts that _small describes
+_LAYER = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 12  # q, o; k, v of one head; gate, up, down
+_BLOCK = 4 * 8 * 8 + 2 * 8 * 12
+_PATCH_EMBED = 16 * 16 * 3 * 8
+_UND_ALIGNER = 8 * 8 + 8 * 8
+
+
+def _flops(model, part: str) -> StepFlops:
+    _, params, frozen = nnx.split(model, lambda path, _: path[0] in part.split(), ...)
+    return step_flops(_small(), params, frozen)
+
+
+def test_all_trained_costs_three_times_forward_but_for_the_first_input(small):
+    cost = _flops(small, "und_encoder und_aligner gen_embed gen_aligner gen_head language_model")
+    assert cost.token == 3 * 2 * 2 * _LAYER
+    assert cost.pair == 3 * 2 * 4 * 8
+    towers = 3 * 2 * _BLOCK + 2 * 2 * _PATCH_EMBED + 3 * 4 * 8 * 4
+    assert cost.patch == towers + 3 * 2 * _UND_ALIGNER
+    assert cost.drawn == 3 * 2 * (16 * 8 + 8 * 8)
+    assert cost.text_target == 3 * 2 * 8 * 20
+    assert cost.image_target == 3 * 2 * (8 * 10 + 10 * 1024)
+
+
+def test_frozen_parts_cost_no_gradient_of_their_own(small):
+    cost = _flops(small, "und_aligner gen_aligner gen_head")
+    assert cost.token == 2 * 2 * 2 * _LAYER
+    assert cost.pair == 3 * 2 * 4 * 8
+    forward = 2 * _BLOCK + 2 * _PATCH_EMBED + 4 * 8 * 4
+    assert cost.patch == forward + 2 * 2 * _UND_ALIGNER + 2 * 8 * 8
+    assert cost.text_target == 2 * 2 * 8 * 20
+    head_only = _flops(small, "gen_head")
+    assert head_only.token == 2 * 2 * _LAYER
+    assert head_only.pair == 2 * 4 * 8
+
+
+def test_rows_cost_what_they_hold_and_padding_nothing():
+    cost = StepFlops(1e0, 1e2, 1e4, 1e5, 1e6, 1e7)
+    rows = dict(
+        segment_ids=np.array([[1, 1, 1, 2, 2, 0, 0]]),
+        positions=np.array([[0, 1, 2, 0, 1, 0, 1]]),
+        image_mask=np.array([[0, 1, 1, 0, 0, 0, 0]], bool),
+        gen_mask=np.array([[0, 0, 0, 0, 1, 0, 0]], bool),
+        loss_mask=np.array([[0, 0, 0, 1, 0, 0, 0]], bool),
+    )
+    # 5 tokens; 1 + 2 + 3 and 1 + 2 pairs; 2 patches; 1 drawn and to be drawn; 1 of text
+    assert cost(rows) == 5 + 9e2 + 2e4 + 1e5 + 1e6 + 1e7
+
+
+def test_a_parameter_of_no_known_part_is_refused(small):
+    _, params, frozen = nnx.split(small, lambda path, _: path[0] == "gen_head", ...)
+    frozen["other"] = frozen["gen_embed"]
+    with pytest.raises(ValueError, match=r"known part of Janus, got other\.embedding"):
+        step_flops(_small(), params, frozen)
+
+
+@pytest.mark.parametrize(
+    ("kind", "peak"),
+    [("TPU v5 lite", 197e12), ("NVIDIA H100 80GB HBM3", 989e12), ("cpu", None)],
+)
+def test_peak_goes_by_the_kind_of_device(kind, peak):
+    assert peak_flops(types.SimpleNamespace(device_kind=kind)) == peak
