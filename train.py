@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 from collections.abc import Iterator
+from logging import INFO, LogRecord
 from pathlib import Path
 
 from absl import app, flags, logging
@@ -31,6 +32,11 @@ def settings_errors() -> Iterator[None]:
             raise ValueError(f"the config has no {error.args[0].args[0]}") from error
 
 
+def is_news(line: LogRecord) -> bool:
+    """Ours, or a warning: Orbax tells of every file, Optax of every schedule."""
+    return line.levelno > INFO or "janus_jax" in line.pathname
+
+
 @settings_errors()
 def parse(argv: list[str]) -> list[str]:
     """Reads the flags and the config file, which must be there."""
@@ -47,6 +53,7 @@ def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise ValueError(f"arguments must be flags, got {argv[1:]}")
     logging.set_verbosity(logging.INFO)
+    logging.get_absl_logger().addFilter(is_news)
     cfg = _CONFIG.value
     if cfg.task == "tokenizer":
         from janus_jax.training.tokenizer import train_tokenizer as train
@@ -54,8 +61,10 @@ def main(argv: list[str]) -> None:
         from janus_jax.training.encoder import train_encoder as train
     elif cfg.task == "decoder":
         from janus_jax.training.decoder import train_decoder as train
+    elif cfg.task == "stage":
+        from janus_jax.training.run import train_stage as train
     else:
-        raise ValueError(f"task must be tokenizer, encoder or decoder, got {cfg.task!r}")
+        raise ValueError(f"task must be tokenizer, encoder, decoder or stage, got {cfg.task!r}")
     train(cfg)
 
 

@@ -49,9 +49,16 @@ def export_folder(source: Path, target: Path, layout: str, overwrite: bool) -> l
     """
     _check_apart(source, target)
     folder = open_folder(source)
+    return write_folder(folder, stored_params(folder), target, layout, overwrite)
+
+
+def write_folder(
+    folder: Folder, stored: StoredParams, target: Path, layout: str, overwrite: bool
+) -> list[str]:
+    """As export_folder, with `stored` for the parameters and `folder` for all else."""
+    source = folder.path
     image_token_id = Tokenizer.from_dir(source).image_id if layout == TRANSFORMERS else None
     config = write_config(folder.cfg, folder.config, layout, image_token_id)
-    stored = stored_params(folder)
     steps = {step.torch: step for step in export_steps(table_for(layout, folder.cfg), stored.kinds)}
     kinds = {name: _kind(step, stored.kinds) for name, step in steps.items()}
     kept, zeros = _unused(folder, stored, layout)

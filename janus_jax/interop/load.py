@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.vq import VQ
 from janus_jax.processing.json_files import read_json
 
-FLOAT32_PATHS = "gen_vq."  # colours decoded in bfloat16 show bands
+FLOAT32_PATHS = r"gen_vq\."  # colours decoded in bfloat16 show bands
 ALIGNMENT = 64  # bytes, of jax's CPU buffers
 COLUMNS = 16  # copied at a time: a transposed copy is five times as fast as in one go
 ShardingFor = Callable[[str, Shape], jax.sharding.Sharding | None]
@@ -74,13 +75,14 @@ class _OneKey:
 
 
 @functools.lru_cache(maxsize=2)
-def _abstract(cfg: JanusConfig) -> tuple[nnx.GraphDef, nnx.State]:
+def abstract(cfg: JanusConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """A Janus whose parameters are shapes and dtypes, in its two parts."""
     return nnx.split(nnx.eval_shape(lambda: Janus(cfg, rngs=_OneKey())))
 
 
 def param_shapes(cfg: JanusConfig) -> dict[str, Shape]:
     """Shape of every parameter of a Janus by path; allocates none."""
-    _, state = _abstract(cfg)
+    _, state = abstract(cfg)
     return {_path(keys): tuple(leaf.shape) for keys, leaf in nnx.to_flat_state(state)}
 
 
@@ -100,7 +102,11 @@ def plan_folder(folder: Folder) -> tuple[TensorSource, Plan]:
 
 
 def load_params(
-    folder: Path | str, cfg: JanusConfig, sharding_for: ShardingFor, dtype
+    folder: Path | str,
+    cfg: JanusConfig,
+    sharding_for: ShardingFor,
+    dtype,
+    float32_paths: str = FLOAT32_PATHS,
 ) -> dict[str, jax.Array]:
     """Reads a folder's parameters and places each before the next is read.
 
@@ -108,25 +114,27 @@ def load_params(
       folder: PyTorch weights in either layout, or an Orbax folder.
       cfg: the sizes, as `open_folder(folder).cfg` gives them.
       sharding_for: sharding of a parameter by path and shape; None is the default device.
-      dtype: storage dtype of all parameters but those of the VQ model, which are float32.
+      dtype: storage dtype of all parameters but those of float32_paths.
+      float32_paths: regular expression, matched from the beginning of a path.
 
     Returns:
       Arrays by path, for `build_model`.
     """
     opened = dataclasses.replace(open_folder(folder), cfg=cfg)
+    exact = re.compile(float32_paths)
+
+    def kind(path: str) -> np.dtype:
+        return np.dtype(jnp.float32 if exact.match(path) else dtype)
+
     if opened.orbax:
-        return _restore(opened, sharding_for, dtype)
+        return _restore(opened, sharding_for, kind)
     source, plan = plan_folder(opened)
     params = {}
     for step in plan.steps:
         for path, view in zip(step.paths, step.op.ours(source.read(step.torch)), strict=True):
             sharding = sharding_for(path, view.shape)
-            params[path] = _place(view, sharding, _dtype(path, dtype))
+            params[path] = _place(view, sharding, kind(path))
     return params
-
-
-def _dtype(path: str, dtype) -> np.dtype:
-    return np.dtype(jnp.float32 if path.startswith(FLOAT32_PATHS) else dtype)
 
 
 def _place(view: np.ndarray, sharding: jax.sharding.Sharding | None, dtype) -> jax.Array:
@@ -159,12 +167,14 @@ def _copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
     return copy
 
 
-def _restore(folder: Folder, sharding_for: ShardingFor, dtype) -> dict[str, jax.Array]:
+def _restore(
+    folder: Folder, sharding_for: ShardingFor, kind: Callable[[str], np.dtype]
+) -> dict[str, jax.Array]:
     check_stored(folder)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {
         path: jax.ShapeDtypeStruct(
-            shape, _dtype(path, dtype), sharding=sharding_for(path, shape) or here
+            shape, kind(path), sharding=sharding_for(path, shape) or here
         )
         for path, shape in param_shapes(folder.cfg).items()
     }
@@ -200,15 +210,15 @@ def build_model(cfg: JanusConfig, params: Mapping[str, jax.Array]) -> Janus:
     Raises:
       ValueError: `params` are not exactly the model's, by path.
     """
-    graphdef, state = _abstract(cfg)
+    graphdef, state = abstract(cfg)
     astray = sorted({_path(keys) for keys, _ in nnx.to_flat_state(state)} ^ set(params))
     if astray:
         raise ValueError(f"parameters do not match the model's: {', '.join(astray)}")
-    return _filled(graphdef, state, lambda path: params[path])
+    return filled(graphdef, state, lambda path: params[path])
 
 
-def _filled(graphdef: nnx.GraphDef, state: nnx.State, array: Callable[[str], jax.Array]):
-    """The module with these arrays, by path, as its parameters."""
+def filled(graphdef: nnx.GraphDef, state: nnx.State, array: Callable[[str], jax.Array]):
+    """The module with these arrays, by path, as its parameters. state: abstract."""
     flat = nnx.to_flat_state(state)
     leaves = [(keys, leaf.replace(array(_path(keys)))) for keys, leaf in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
@@ -222,8 +232,8 @@ def load_vq(folder: Folder) -> VQ:
     def array(path: str) -> jax.Array:
         return jnp.array(stored.read(f"gen_vq.{path}"), jnp.float32)
 
-    abstract = nnx.eval_shape(lambda: VQ(folder.cfg.gen_vq, rngs=_OneKey()))
-    return _filled(*nnx.split(abstract), array)
+    shapes = nnx.eval_shape(lambda: VQ(folder.cfg.gen_vq, rngs=_OneKey()))
+    return filled(*nnx.split(shapes), array)
 
 
 @dataclasses.dataclass(frozen=True)

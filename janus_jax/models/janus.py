@@ -51,6 +51,14 @@ class JanusConfig:
             language_model=dataclasses.replace(self.language_model, **types),
         )
 
+    def with_remat(self, remat: str) -> "JanusConfig":
+        """The same sizes, trained with another trade of memory for time (remat.py)."""
+        return dataclasses.replace(
+            self,
+            und_encoder=dataclasses.replace(self.und_encoder, remat=remat),
+            language_model=dataclasses.replace(self.language_model, remat=remat),
+        )
+
     @classmethod
     def janus_1_3b(cls) -> "JanusConfig":
         """deepseek-ai/Janus-1.3B; the same sizes as Janus-Pro-1B."""

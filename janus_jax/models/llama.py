@@ -14,6 +14,7 @@ from flax import nnx
 from janus_jax.models.attention import attention
 from janus_jax.models.kv_cache import KVCache
 from janus_jax.models.linear import dot_of_rows, linear
+from janus_jax.models.remat import block_call
 
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines
 Slots = tuple[jax.Array, jax.Array, jax.Array]  # keys, values, length
@@ -21,7 +22,8 @@ Slots = tuple[jax.Array, jax.Array, jax.Array]  # keys, values, length
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of the decoder; dtype is the compute type, param_dtype the storage type."""
+    """Sizes of the decoder; dtype is the compute type, param_dtype the storage type, remat what
+    training computes twice (remat.py)."""
 
     vocab_size: int
     hidden_size: int
@@ -34,6 +36,7 @@ class LlamaConfig:
     max_position_embeddings: int
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
 
     @property
     def head_dim(self) -> int:
@@ -174,9 +177,10 @@ class Llama(nnx.Module):
         """
         angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
         x, keys, values = embeds.astype(self.cfg.dtype), [], []
+        run = block_call(Block, self.cfg.remat)
         for i, layer in enumerate(self.layers):
             slots = None if cache is None else (cache.keys[i], cache.values[i], cache.length)
-            x, k, v = layer(x, angles, attn_mask, slots)
+            x, k, v = run(layer, x, angles, attn_mask, slots)
             keys.append(k)
             values.append(v)
         hidden = self.norm(x)

@@ -12,6 +12,7 @@ from flax import nnx
 
 from janus_jax.models.attention import attention
 from janus_jax.models.linear import linear
+from janus_jax.models.remat import block_call
 
 LAYER_NORM_EPS = 1e-6
 
@@ -21,7 +22,7 @@ class SiglipConfig:
     """Sizes of the vision transformer; image_size and patch_size in pixels.
 
     select_layer: -1 runs every block, -2 leaves the last out, and so on; the final norm is always
-    applied.
+    applied. remat: what training computes twice (remat.py).
     """
 
     image_size: int
@@ -33,6 +34,7 @@ class SiglipConfig:
     select_layer: int = -1
     dtype: jnp.dtype = jnp.float32
     param_dtype: jnp.dtype = jnp.float32
+    remat: str = "none"
 
     @property
     def num_tokens(self) -> int:
@@ -133,7 +135,7 @@ class Siglip(nnx.Module):
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """float[B, Y, X, 3], normalised -> float[B, T, W], patches row-major."""
-        x = self.embed(pixels)
+        x, run = self.embed(pixels), block_call(Block, self.cfg.remat)
         for block in self.blocks[: len(self.blocks) + self.cfg.select_layer + 1]:
-            x = block(x)
+            x = run(block, x)
         return self.norm(x)

@@ -5,32 +5,41 @@ drawn, S pixels a side, N tokens of a drawn picture. Source: the Janus and Janus
 token cross-entropy on answers, on all of plain text, and on the tokens of drawn pictures.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from janus_jax.data.records import KINDS
 from janus_jax.models.attention import segment_mask
 from janus_jax.models.janus import Janus, merge_features
 from janus_jax.processing.images import ImageConfig
+from janus_jax.sharding import BATCH_AXES, constrain
 
 Rows = dict[str, jax.Array]
 
 
-def row_losses(model: Janus, rows: Rows, images: ImageConfig, chunk: int) -> Rows:
+def row_losses(
+    model: Janus, rows: Rows, images: ImageConfig, chunk: int, mesh: Mesh | None = None
+) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Summed cross-entropy and number of targets of each kind of record: float32 scalars.
 
     rows: of data/packing.py. images: how pictures are normalised. chunk: positions of every row
-    whose logits, float32[B, chunk, V], are there at a time.
+    whose logits, float32[B, chunk, V], are there at a time. mesh: the devices that rows lie on.
     Returns e.g. dict(understanding=(sum, count), text=..., generation=...).
     """
     decoder = model.language_model
     indices = drawn_indices(model, rows["drawn"])
     embeds = embed_rows(model, rows, indices, images)
     mask = segment_mask(rows["segment_ids"])
-    hidden, _ = decoder(embeds, rows["positions"], mask)
+    # what the decoder takes and gives lies by rows, or XLA might lay it by the parameters' axes
+    lay = functools.partial(constrain, mesh=mesh, spec=P(BATCH_AXES))
+    hidden, _ = decoder(lay(embeds), rows["positions"], mask)
+    hidden = lay(hidden)
     # a position predicts the token after it; the first of an example is never to be predicted
     text, drawn = (_next(rows[name]) for name in ("loss_mask", "gen_mask"))
     losses = cross_entropies(decoder.logits, hidden, _next(rows["tokens"]), text, chunk)

@@ -12,11 +12,15 @@ from flax import nnx
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: int32 scalar; params: the trained part, nnx.State; opt_state: optax's."""
+    """step: int32 scalar; params: the trained part, nnx.State; opt_state: optax's.
+
+    average: the moving average of params, or None where none is kept.
+    """
 
     step: jax.Array
     params: nnx.State
     opt_state: optax.OptState
+    average: nnx.State | None = None
 
 
 def split_model(model: nnx.Module, trained: str) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -37,33 +41,67 @@ def split_model(model: nnx.Module, trained: str) -> tuple[nnx.GraphDef, nnx.Stat
     return graph, params, frozen
 
 
-def init_state(params: nnx.State, optimizer: optax.GradientTransformation) -> TrainState:
-    """The state at step 0."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
+def init_state(
+    params: nnx.State, optimizer: optax.GradientTransformation, averaged: bool = False
+) -> TrainState:
+    """The state at step 0. averaged: whether a moving average is kept."""
+    average = jax.tree.map(jnp.copy, params) if averaged else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+
+
+def state_shardings(
+    state: TrainState, optimizer: optax.GradientTransformation, params: nnx.State, whole
+) -> TrainState:
+    """Where each part of a state lies: optimizer state and average as the parameters.
+
+    state: abstract or not. params: a sharding for each parameter. whole: the sharding of scalars.
+    """
+    opt_state = optax.tree_utils.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        state.opt_state,
+        params,
+        transform_non_params=lambda _: whole,
+    )
+    return TrainState(whole, params, opt_state, None if state.average is None else params)
 
 
 def apply_gradients(
-    state: TrainState, grads: nnx.State, optimizer: optax.GradientTransformation
+    state: TrainState,
+    grads: nnx.State,
+    optimizer: optax.GradientTransformation,
+    average_decay: float = 0.0,
 ) -> TrainState:
-    """The state one step on."""
+    """The state one step on. average_decay: of the moving average, where there is one."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    return TrainState(state.step + 1, optax.apply_updates(state.params, updates), opt_state)
+    params, average = optax.apply_updates(state.params, updates), state.average
+    if average is not None:
+        average = optax.incremental_update(params, average, 1 - average_decay)
+    return TrainState(state.step + 1, params, opt_state, average)
 
 
-def make_optimizer(cfg) -> optax.GradientTransformation:
-    """AdamW after clipping by global norm, as in Janus-Pro's Table 2, with a cosine decay.
+def learning_rates(cfg) -> optax.Schedule:
+    """Warm-up from 0, then a cosine from learning_rate to end_learning_rate; the two are the same
+    where the rate is to stay, as in all of Janus-Pro's stages.
 
-    cfg: ConfigDict with learning_rate, end_learning_rate, warmup_steps, steps, b1, b2,
-    weight_decay, clip.
+    cfg: ConfigDict with learning_rate, end_learning_rate, warmup_steps, steps.
     Raises ValueError if the warm-up takes all steps.
     """
     if not 0 <= cfg.warmup_steps < cfg.steps:
         asked = f"warmup_steps={cfg.warmup_steps} steps={cfg.steps}"
         raise ValueError(f"warmup_steps must be at least 0 and less than steps, got {asked}")
-    schedule = optax.warmup_cosine_decay_schedule(
+    return optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, cfg.warmup_steps, cfg.steps, cfg.end_learning_rate
     )
+
+
+def make_optimizer(cfg) -> optax.GradientTransformation:
+    """AdamW after clipping by global norm, as in Janus-Pro's Table 2.
+
+    cfg: ConfigDict as of learning_rates, with b1, b2, weight_decay, clip.
+    Raises ValueError if the warm-up takes all steps.
+    """
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip),
-        optax.adamw(schedule, b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay),
+        optax.adamw(learning_rates(cfg), b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay),
     )

@@ -1,0 +1,21 @@
+"""What the backward pass computes again instead of keeping it from the forward pass."""
+
+from collections.abc import Callable
+
+import jax
+from flax import nnx
+
+POLICIES = {
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+REMATS = ("none", *POLICIES)
+
+
+def block_call(block: type[nnx.Module], remat: str) -> Callable:
+    """A block's __call__: "none" keeps everything, "dots" the linear layers' outputs (attention
+    and what is computed element by element comes again), "full" only what goes into the block.
+    """
+    if remat == "none":
+        return block.__call__
+    return nnx.remat(block.__call__, policy=POLICIES[remat])

@@ -1,0 +1,189 @@
+"""A run of one stage: from its newest checkpoint, or its beginning, to its last step.
+
+OUTPUT/checkpoints/STEP     what the run goes on from when it is started again
+OUTPUT/metrics.jsonl        what it logs; the same in OUTPUT/tensorboard
+OUTPUT/skipped-HOST.jsonl   records that were left out
+OUTPUT/model                the trained model, once it has come to its end
+"""
+
+import contextlib
+import dataclasses
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import grain
+import jax
+import numpy as np
+from absl import logging
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+
+from janus_jax.data.loading import open_rows
+from janus_jax.interop.export import write_folder
+from janus_jax.interop.load import stored_params
+from janus_jax.sharding import batch_sharding
+from janus_jax.training.checkpoints import Checkpoints
+from janus_jax.training.flops import StepFlops, peak_flops, step_flops
+from janus_jax.training.lora import merged
+from janus_jax.training.metrics import Log
+from janus_jax.training.setup import DTYPES, Params, Setup
+from janus_jax.training.state import TrainState
+
+
+def train_stage(cfg) -> None:
+    """Trains as the config says, from the newest checkpoint in cfg.output if there is one.
+
+    cfg: ConfigDict of stages.base_config. On SIGTERM it saves and returns.
+
+    Raises:
+        FileNotFoundError, ValueError: a setting, a folder or a source that cannot be used, or too
+            many bad records.
+        FloatingPointError: the loss is no number; the newest checkpoint is the last good one.
+    """
+    setup, output = Setup.from_config(cfg), Path(cfg.output)
+    host, hosts = jax.process_index(), jax.process_count()
+    rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, output, host, hosts)
+    with contextlib.ExitStack() as stack:
+        stop = stack.enter_context(stop_signal())
+        checkpoints = stack.enter_context(Checkpoints(output / "checkpoints", cfg.keep))
+        iterator = stack.enter_context(contextlib.closing(iter(rows)))
+        state, frozen = begin(setup, checkpoints, iterator)
+        log = stack.enter_context(open_log(setup, output, int(state.step)))
+        from flax import nnx
+
+        costs = step_flops(
+            setup.source.cfg,
+            *[
+                nnx.from_flat_state([(tuple(k.split(".")), v) for k, v in d.items()])
+                for d in setup.shapes()
+            ],
+        )
+        run = Run(setup.step(), setup.mesh, frozen, costs, checkpoints, log, stop)
+        state = run.steps(state, iterator, cfg.steps, cfg.save_every)
+    if int(state.step) == cfg.steps:
+        save_model(setup, state, output / "model")
+
+
+def begin(
+    setup: Setup, checkpoints: Checkpoints, rows: grain.DatasetIterator
+) -> tuple[TrainState, Params]:
+    """The state to go on from and the frozen parameters; rows are set to where the state was."""
+    trained, frozen = setup.load()
+    if checkpoints.newest is None:
+        return setup.first_state(trained), frozen
+    del trained  # the checkpoint has them
+    state, data = checkpoints.restore(setup.abstract_state())
+    rows.set_state(data)
+    logging.info("goes on from step %d", checkpoints.newest)
+    return state, frozen
+
+
+def open_log(setup: Setup, output: Path, first: int) -> Log:
+    """first: the step that the run goes on from."""
+    cfg, devices = setup.cfg, setup.mesh.devices
+    peak = peak_flops(devices.flat[0])
+    total = None if peak is None else peak * devices.size
+    return Log(output, cfg.steps, cfg.log_every, total, first)
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What stays the same from step to step."""
+
+    step: Callable
+    mesh: Mesh
+    frozen: Params
+    costs: StepFlops
+    checkpoints: Checkpoints
+    log: Log
+    stop: threading.Event
+
+    def steps(
+        self, state: TrainState, rows: grain.DatasetIterator, steps: int, save_every: int
+    ) -> TrainState:
+        """Runs until so many steps are done, or it is told to stop, and saves; the last state."""
+        waiting = None  # a step's metrics are looked at once the next step is under way
+        for number in range(int(state.step) + 1, steps + 1):
+            batch = next(rows)
+            records, costs = batch.pop("records"), self.costs(batch)
+            state, metrics = self.step(state, self.frozen, put_rows(batch, self.mesh))
+            if waiting:
+                self.log.step(*waiting)
+            waiting = number, metrics, records, costs
+            stopping = self._stopping(number)
+            if stopping or number == steps or number % save_every == 0:
+                self.log.step(*waiting)  # before the save: what is saved is good
+                waiting = None
+                self.checkpoints.save(state, rows.get_state())
+            if stopping:
+                logging.info("told to stop: saved at step %d", number)
+                break
+        return state
+
+    def _stopping(self, step: int) -> bool:
+        """Whether all processes are to stop after this step."""
+        if jax.process_count() == 1:
+            return self.stop.is_set()
+        return multihost_utils.reached_preemption_sync_point(step)
+
+
+def put_rows(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """This process's rows as its part of those of all."""
+    place = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(place, values) for name, values in rows.items()
+    }
+
+
+@contextlib.contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """An event that SIGTERM sets, as machines that are taken away send it.
+
+    With several processes JAX listens for the signal, so that all of them stop at one step.
+    """
+    event = threading.Event()
+    if jax.process_count() > 1:
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def save_model(setup: Setup, state: TrainState, folder: Path) -> None:
+    """Writes the trained model as a checkpoint folder, in the layout of the one it began with.
+
+    What did not train is as it was there. Adapters are merged; a moving average goes before the
+    last weights.
+    """
+    params = state.params if state.average is None else state.average
+    trained = {path: on_host(array) for path, array in params.items()}
+    if jax.process_index():
+        return
+    stored = stored_params(setup.source)
+    if setup.lora:
+        layers = {path.partition(".dot_general.")[0] + ".kernel" for path in trained}
+        kernels = {path: stored.read(path) for path in layers}
+        trained = merged(kernels | trained, setup.lora.scale)
+    else:
+        dtype = np.dtype(DTYPES[setup.cfg.model_dtype])
+        trained = {path: array.astype(dtype) for path, array in trained.items()}
+    kinds = {path: (array.dtype, array.shape) for path, array in trained.items()}
+    changed = dataclasses.replace(
+        stored,
+        kinds={**stored.kinds, **kinds},
+        read=lambda path: trained[path] if path in trained else stored.read(path),
+    )
+    for line in write_folder(setup.source, changed, folder, setup.source.layout, overwrite=True):
+        logging.info(line)
+
+
+def on_host(array: jax.Array) -> np.ndarray:
+    """The whole array, on every process."""
+    if array.is_fully_addressable:
+        return np.asarray(array)
+    return multihost_utils.process_allgather(array, tiled=True)

@@ -1,0 +1,250 @@
+"""From a config to what a run works with: devices, parameters, the jitted step."""
+
+import dataclasses
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from janus_jax.data.loading import RowsConfig
+from janus_jax.generation.loading import DTYPES, check_processor
+from janus_jax.interop.load import (
+    FLOAT32_PATHS,
+    Folder,
+    abstract,
+    filled,
+    load_params,
+    open_folder,
+)
+from janus_jax.models.janus import Janus, JanusConfig
+from janus_jax.models.remat import REMATS
+from janus_jax.processing.processor import Processor
+from janus_jax.sharding import check_mesh, make_mesh, num_batch_shards, parse_mesh, sharding_for
+from janus_jax.training.lora import ADAPTERS, LoRAConfig, add_adapters
+from janus_jax.training.state import (
+    TrainState,
+    init_state,
+    learning_rates,
+    make_optimizer,
+    state_shardings,
+)
+from janus_jax.training.step import Objective, Params, make_step
+
+Shapes = dict[str, jax.ShapeDtypeStruct]  # with shardings
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """What a config asks for, checked; nothing is loaded yet.
+
+    Attributes:
+        cfg: ConfigDict of stages.base_config.
+        source: the checkpoint folder that the run starts from.
+        model_cfg: its sizes, and the dtypes to train in.
+        rows: what the rows of a step are made of.
+        lora: adapters to train in place of the weights, or None.
+    """
+
+    cfg: Any
+    source: Folder
+    processor: Processor
+    model_cfg: JanusConfig
+    mesh: Mesh
+    rows: RowsConfig
+    lora: LoRAConfig | None
+
+    @classmethod
+    def from_config(cls, cfg) -> "Setup":
+        """Raises FileNotFoundError or ValueError for what cannot be trained."""
+        check_settings(cfg)
+        if not Path(cfg.init).is_dir():
+            there = f"there is none at {cfg.init!r}"
+            raise FileNotFoundError(f"init must be a checkpoint folder, {there}")
+        source, processor = open_folder(cfg.init), Processor.from_dir(cfg.init)
+        check_processor(processor, source.cfg)
+        mesh = parse_mesh(cfg.mesh) if cfg.mesh else make_mesh(fsdp=jax.device_count())
+        check_mesh(mesh, source.cfg)
+        model_cfg = source.cfg.with_dtype(DTYPES[cfg.dtype]).with_remat(cfg.remat)
+        lora = (cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+        setup = cls(
+            cfg,
+            source,
+            processor,
+            model_cfg,
+            mesh,
+            rows_config(cfg, mesh),
+            LoRAConfig(*lora) if cfg.lora_rank else None,
+        )
+        trained, _ = setup.shapes()
+        if cfg.fresh and not any(re.match(cfg.fresh, path) for path in trained):
+            raise ValueError(f"no parameter path that trains matches fresh={cfg.fresh!r}")
+        return setup
+
+    @property
+    def trained(self) -> re.Pattern:
+        """Matches the paths of what trains, from their beginning."""
+        return re.compile(ADAPTERS if self.lora else self.cfg.trained)
+
+    def model(self) -> tuple[nnx.GraphDef, nnx.State]:
+        """The whole model with its adapters, without values."""
+        graph, state = abstract(self.model_cfg)
+        if not self.lora:
+            return graph, state
+        model = nnx.merge(graph, state)
+        add_adapters(model, self.lora, rngs=nnx.Rngs(0))
+        return nnx.split(model)
+
+    def shapes(self) -> tuple[Shapes, Shapes]:
+        """What trains and what is frozen, with dtypes and places: float32 what trains, and what is
+        frozen as it is computed with. What no step uses is in neither.
+
+        Raises ValueError if nothing trains.
+        """
+        place, trained = sharding_for(self.mesh), {}
+        frozen = {}
+        exact, pattern = re.compile(FLOAT32_PATHS), self.trained
+        for path, leaf in flat(self.model()[1]):
+            into = trained if pattern.match(path) else frozen
+            full = into is trained or exact.match(path)
+            dtype = jnp.float32 if full else DTYPES[self.cfg.dtype]
+            where = place(path, leaf.shape)
+            into[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where)
+        if not trained:
+            raise ValueError(f"no parameter path matches trained={self.trained.pattern!r}")
+        if self.rows.tokenized:  # the image tokenizer has done its work
+            frozen = {path: leaf for path, leaf in frozen.items() if not exact.match(path)}
+        return trained, frozen
+
+    def load(self) -> tuple[Params, Params]:
+        """The parameters of shapes(), those that train and those that do not, from the folder or
+        new."""
+        trained, frozen = self.shapes()
+        wanted = trained | frozen
+        stored = load_params(
+            self.source.path,
+            self.source.cfg,
+            sharding_for(self.mesh),
+            DTYPES[self.cfg.dtype],
+            rf"{FLOAT32_PATHS}|{self.cfg.trained}" if not self.lora else FLOAT32_PATHS,
+        )
+        new = self._new({path: wanted[path] for path in trained if self._begins_anew(path)})
+        arrays = stored | new
+        return {path: arrays[path] for path in trained}, {path: arrays[path] for path in frozen}
+
+    def _begins_anew(self, path: str) -> bool:
+        fresh = self.cfg.fresh
+        return bool(re.match(ADAPTERS, path) or (fresh and re.match(fresh, path)))
+
+    def _new(self, shapes: Shapes) -> Params:
+        """Random parameters."""
+        if not shapes:
+            return {}
+
+        def make() -> Params:
+            rngs = nnx.Rngs(self.cfg.seed)
+            model = Janus(self.model_cfg, rngs=rngs)
+            if self.lora:
+                add_adapters(model, self.lora, rngs=rngs)
+            values = dict(flat(nnx.state(model)))
+            return {path: values[path].astype(leaf.dtype) for path, leaf in shapes.items()}
+
+        places = {path: leaf.sharding for path, leaf in shapes.items()}
+        return jax.jit(make, out_shardings=places)()
+
+    def build(self) -> Callable[[Params], Janus]:
+        """Makes the model of parameters; those that no step uses stay without values."""
+        graph, state = self.model()
+        leaves = dict(flat(state))
+
+        def make(params: Params) -> Janus:
+            return filled(graph, state, lambda path: params.get(path, leaves[path]))
+
+        return make
+
+    def objective(self) -> Objective:
+        """What is minimised."""
+        return Objective(
+            build=self.build(),
+            dtype=DTYPES[self.cfg.dtype],
+            images=self.processor.image_config,
+            weights=self.cfg.loss_weights.to_dict(),
+            chunk=self.cfg.chunk,
+            accumulate=self.cfg.accumulate,
+            mesh=self.mesh,
+        )
+
+    def abstract_state(self) -> TrainState:
+        """The state with shapes, dtypes and shardings for arrays."""
+        optimizer, (trained, _) = make_optimizer(self.cfg), self.shapes()
+        averaged = self.cfg.average_decay > 0
+        state = jax.eval_shape(lambda params: init_state(params, optimizer, averaged), trained)
+        places = {path: leaf.sharding for path, leaf in trained.items()}
+        whole = NamedSharding(self.mesh, PartitionSpec())
+        shardings = state_shardings(state, optimizer, places, whole)
+        return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, shardings)
+
+    def first_state(self, params: Params) -> TrainState:
+        """The state at step 0; params are given away."""
+        optimizer, averaged = make_optimizer(self.cfg), self.cfg.average_decay > 0
+        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        make = jax.jit(
+            lambda params: init_state(params, optimizer, averaged),
+            donate_argnums=0,
+            out_shardings=places,
+        )
+        return make(params)
+
+    def step(self) -> Callable:
+        """The jitted step of make_step."""
+        return make_step(
+            self.objective(),
+            make_optimizer(self.cfg),
+            learning_rates(self.cfg),
+            self.cfg.average_decay,
+            jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state()),
+        )
+
+
+def flat(state: nnx.State) -> Iterator[tuple[str, Any]]:
+    """Paths and arrays, or what stands for arrays."""
+    for keys, leaf in nnx.to_flat_state(state):
+        yield ".".join(map(str, keys)), leaf.get_value()
+
+
+def rows_config(cfg, mesh: Mesh) -> RowsConfig:
+    """Raises ValueError unless the rows can be dealt out to devices and hosts."""
+    settings = {field.name: cfg[field.name] for field in dataclasses.fields(RowsConfig)}
+    rows = RowsConfig(**settings | dict(mixture=cfg.mixture.to_dict()))
+    parts = num_batch_shards(mesh) * cfg.accumulate
+    if rows.rows % parts:
+        asked = f"of data * fsdp * accumulate = {parts}"
+        raise ValueError(f"rows must be a multiple {asked}, got {rows.rows}")
+    rows.own_streams(jax.process_index(), jax.process_count())
+    return rows
+
+
+def check_settings(cfg) -> None:
+    """Raises ValueError for a number out of its range, or a name that is none of those known."""
+    least = dict.fromkeys(("steps", "log_every", "save_every", "keep", "accumulate", "chunk"), 1)
+    for name, value in (least | dict(seed=0, lora_rank=0)).items():
+        if cfg[name] < value:
+            raise ValueError(f"{name} must be at least {value}, got {cfg[name]}")
+    if not 0 <= cfg.average_decay < 1:
+        raise ValueError(f"average_decay must be at least 0 and below 1, got {cfg.average_decay}")
+    for name, known in dict(dtype=DTYPES, model_dtype=DTYPES, remat=REMATS).items():
+        if cfg[name] not in known:
+            raise ValueError(f"{name} must be one of {', '.join(known)}, got {cfg[name]!r}")
+    weights = cfg.loss_weights.to_dict()
+    if min(weights.values()) < 0 or not any(weights.values()):
+        raise ValueError(f"loss_weights must be at least 0 and one above, got {weights}")
+    for name in ("trained", "fresh", "lora_targets"):
+        try:
+            re.compile(cfg[name])
+        except re.error as error:
+            rule = "must be a regular expression"
+            raise ValueError(f"{name} {rule}, got {cfg[name]!r}: {error}") from None

@@ -1,0 +1,42 @@
+"""Settings of runs that tests can afford: the golden checkpoint, small rows of drawn scenes."""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from janus_jax.training.stages import base_config
+
+GOLDEN = Path(__file__).parent / "golden" / "janus"
+
+
+def small_config(output: Path, **changed) -> ConfigDict:
+    """One device unless `mesh` says otherwise; float32."""
+    config = base_config()
+    config.update(
+        init=str(GOLDEN),
+        output=str(output),
+        steps=4,
+        length=192,
+        max_pictures=1,
+        max_drawn=3,
+        rows=2,
+        streams=2,
+        tokenized=False,
+        max_bad=0.5,
+        threads=1,
+        mesh="data=1",
+        dtype="float32",
+        remat="none",
+        chunk=64,
+        learning_rate=1e-3,
+        end_learning_rate=1e-3,
+        log_every=1,
+        save_every=100,
+        model_dtype="float32",
+    )
+    scenes = {
+        kind: dict(format="scenes", path=kind) for kind in ("understanding", "text", "generation")
+    }
+    config.mixture = ConfigDict(scenes)
+    config.update(changed)
+    return config

@@ -1,0 +1,109 @@
+"""Runs of a stage: saved, stopped, gone on with; what is written at their end."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from stage_configs import GOLDEN, small_config
+
+from janus_jax.interop.load import open_folder, stored_params
+from janus_jax.training.checkpoints import Checkpoints
+from janus_jax.training.metrics import Log
+from janus_jax.training.run import train_stage
+from janus_jax.training.setup import Setup
+
+
+def weights(folder):
+    stored = stored_params(open_folder(folder))
+    return {path: stored.read(path) for path in stored.kinds}
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same(one, other):
+    assert one.keys() == other.keys()
+    for path in one:
+        np.testing.assert_array_equal(one[path], other[path], err_msg=path)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run of four steps without a stop."""
+    output = tmp_path_factory.mktemp("whole")
+    train_stage(small_config(output))
+    return output
+
+
+def test_what_trains_changes_and_the_rest_is_as_it_was(whole):
+    before, after = weights(GOLDEN), weights(whole / "model")
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert {path.split(".")[0] for path in before.keys() - changed} == {"gen_vq"}
+    assert not any(path.startswith("gen_vq") for path in changed)
+    assert {"und_encoder.pos_embed", "gen_embed.embedding"} <= changed
+
+
+def test_sigterm_saves_and_the_run_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch):
+    seen = Log.step
+
+    def told_to_stop(log, step, *rest):
+        seen(log, step, *rest)
+        if step == 1:  # is looked at while step 2 is under way
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Log, "step", told_to_stop)
+    before = signal.getsignal(signal.SIGTERM)
+    train_stage(small_config(tmp_path))
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (tmp_path / "model").exists()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    monkeypatch.undo()
+    train_stage(small_config(tmp_path))
+    assert_same(weights(tmp_path / "model"), weights(whole / "model"))
+    losses = [[line["loss"] for line in lines(folder)] for folder in (tmp_path, whole)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_finished_run_is_not_run_again(whole):
+    before = weights(whole / "model"), lines(whole)
+    train_stage(small_config(whole))
+    assert_same(weights(whole / "model"), before[0])
+    assert lines(whole) == before[1]
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_path):
+    config = small_config(tmp_path, learning_rate=1e30, end_learning_rate=1e30, save_every=1)
+    with pytest.raises(FloatingPointError, match=r"at step 2, of records scenes:\w+:\d+, "):
+        train_stage(config)
+    setup = Setup.from_config(config)
+    with Checkpoints(tmp_path / "checkpoints", 3) as checkpoints:
+        assert checkpoints.newest == 1
+        state, _ = checkpoints.restore(setup.abstract_state())
+    assert int(state.step) == 1
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_newest_checkpoints_are_kept(tmp_path):
+    train_stage(small_config(tmp_path, save_every=1, keep=2))
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+
+
+def test_a_run_does_not_go_on_with_other_parameters(whole):
+    with pytest.raises(ValueError, match="does not hold what this config trains"):
+        train_stage(small_config(whole, steps=5, trained=r"gen_head\."))
+
+
+def test_a_moving_average_is_what_is_written(tmp_path):
+    config = small_config(tmp_path, average_decay=0.75, trained=r"gen_head\.", steps=1)
+    train_stage(config)
+    setup, path = Setup.from_config(config), "gen_head.out.kernel"
+    first = stored_params(setup.source).read(path)
+    with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
+        state, _ = checkpoints.restore(setup.abstract_state())
+    mean = 0.75 * first + 0.25 * np.asarray(state.params[path])
+    np.testing.assert_allclose(state.average[path], mean, rtol=1e-6)
+    assert not np.array_equal(first, mean)
+    np.testing.assert_array_equal(weights(tmp_path / "model")[path], state.average[path])

@@ -1,0 +1,155 @@
+"""The step of a stage: on meshes, in parts, with recomputation; what is frozen costs nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from stage_configs import small_config
+
+from janus_jax.data.loading import open_rows
+from janus_jax.training.run import put_rows
+from janus_jax.training.setup import Setup
+
+ROWS = 8
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    return lambda **changed: small_config(
+        tmp_path_factory.getbasetemp() / "step", **dict(rows=ROWS, max_bad=0.9) | changed
+    )
+
+
+@pytest.fixture(scope="module")
+def batch(config, tmp_path_factory):
+    """Rows with targets of every kind."""
+    setup = Setup.from_config(config())
+    folder = tmp_path_factory.mktemp("rows")
+    rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, folder)
+    found = next(iter(rows))
+    del found["records"]
+    assert set(found["kind"][found["segment_ids"] > 0].tolist()) == {0, 1, 2}
+    return found
+
+
+def gradients(cfg, batch):
+    """Gradients by path and losses of a config on one batch, on the host."""
+    setup = Setup.from_config(cfg)
+    trained, frozen = setup.load()
+    found = jax.jit(setup.objective().gradients)(trained, frozen, put_rows(batch, setup.mesh))
+    return jax.device_get(found)
+
+
+@pytest.fixture(scope="module")
+def plain(config, batch):
+    return gradients(config(), batch)
+
+
+def assert_close(found, plain):
+    """To the rounding of float32 sums in another order."""
+    (grads, losses), (want_grads, want_losses) = found, plain
+    for kind, (total, count) in want_losses.items():
+        np.testing.assert_allclose(losses[kind][0], total, rtol=1e-5)
+        assert losses[kind][1] == count > 0
+    assert grads.keys() == want_grads.keys()
+    scale = float(optax.tree.norm(want_grads))
+    for path, grad in want_grads.items():
+        error = np.linalg.norm(grads[path] - grad) / (np.linalg.norm(grad) + 1e-3 * scale)
+        assert error < 1e-4, (path, error)
+
+
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4"])
+def test_loss_and_gradients_are_those_of_one_device(config, batch, plain, mesh):
+    assert_close(gradients(config(mesh=mesh), batch), plain)
+
+
+@pytest.mark.parametrize(("mesh", "accumulate"), [("data=1", 4), ("data=2,fsdp=2", 2)])
+def test_gradients_added_up_over_parts_are_those_of_all_rows(
+    config, batch, plain, mesh, accumulate
+):
+    assert_close(gradients(config(mesh=mesh, accumulate=accumulate), batch), plain)
+
+
+@pytest.mark.parametrize("remat", ["dots", "full"])
+def test_what_is_computed_again_gives_the_same_gradients(config, batch, plain, remat):
+    assert_close(gradients(config(remat=remat), batch), plain)
+
+
+def test_what_is_computed_again_is_not_kept(config, batch):
+    def kept(remat):
+        """Bytes from the forward pass to the backward pass."""
+        setup = Setup.from_config(config(remat=remat))
+        objective = setup.objective()
+
+        def backward(trained, frozen):
+            def loss(trained):
+                return objective.mean(objective.losses(trained, frozen, batch))
+
+            return jax.vjp(loss, trained)[1]
+
+        shapes = jax.eval_shape(backward, *setup.shapes())
+        return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
+
+    assert kept("full") < 0.7 * kept("dots") < 0.7 * 0.9 * kept("none")
+
+
+def test_the_objective_is_the_weighted_mean_over_all_targets(config, batch, plain):
+    weights = dict(understanding=3.0, text=0.0, generation=0.5)
+    setup = Setup.from_config(config(loss_weights=weights))
+    _, losses = plain
+    total = 3 * losses["understanding"][0] + 0.5 * losses["generation"][0]
+    number = 3 * losses["understanding"][1] + 0.5 * losses["generation"][1]
+    np.testing.assert_allclose(setup.objective().mean(losses), total / number, rtol=1e-6)
+
+
+def test_what_is_frozen_has_no_gradient_no_optimizer_state_and_no_float32_copy(config, batch):
+    setup = Setup.from_config(config(trained=r"(und|gen)_aligner\.", dtype="bfloat16"))
+    trained, frozen = setup.shapes()
+    assert {path.split(".")[0] for path in trained} == {"und_aligner", "gen_aligner"}
+    assert {leaf.dtype for leaf in trained.values()} == {jnp.dtype(jnp.float32)}
+    for path, leaf in frozen.items():
+        assert leaf.dtype == (jnp.float32 if path.startswith("gen_vq.") else jnp.bfloat16), path
+    numbers = sum(leaf.size for leaf in trained.values())
+    state = setup.abstract_state()
+    assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) == 2 * numbers + 2
+    # nor is there a product that gives a frozen kernel's gradient
+    lowered = jax.jit(setup.objective().gradients).lower(trained, frozen, batch)
+    shapes = {tuple(leaf.shape) for leaf in jax.tree.leaves(lowered.out_info[0])}
+    assert shapes == {tuple(leaf.shape) for leaf in trained.values()}
+
+
+def test_no_step_reads_the_tokenizer_where_pictures_come_as_indices(config):
+    trained, frozen = Setup.from_config(config(tokenized=True)).shapes()
+    assert not any(path.startswith("gen_vq.") for path in trained | frozen)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (dict(init="no/folder"), "init must be a checkpoint folder, there is none at 'no/folder'"),
+        (dict(rows=6, accumulate=4), "rows must be a multiple of data * fsdp * accumulate = 4, "),
+        (dict(trained="nothing"), "no parameter path matches trained='nothing'"),
+        (dict(fresh="nothing"), "no parameter path that trains matches fresh='nothing'"),
+        (dict(remat="some"), "remat must be one of none, dots, full, got 'some'"),
+        (dict(dtype="float16"), "dtype must be one of float32, bfloat16, got 'float16'"),
+        (dict(average_decay=1.0), "average_decay must be at least 0 and below 1, got 1.0"),
+        (dict(accumulate=0), "accumulate must be at least 1, got 0"),
+        (dict(trained="("), "trained must be a regular expression, got '('"),
+        (dict(lora_rank=4, lora_targets="x"), "targets must match a linear layer, got 'x'"),
+    ],
+)
+def test_settings_that_cannot_be_trained_with_are_refused(config, changed, message):
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        Setup.from_config(config(**changed))
+    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+def test_fresh_parameters_begin_anew_and_only_they(config):
+    cfg = config(fresh=r"gen_head\.", trained=r"(gen_head|und_aligner)\.")
+    (before, _), (after, _) = (
+        Setup.from_config(one).load() for one in (config(trained=cfg.trained), cfg)
+    )
+    same = {path.split(".")[0] for path in before if np.array_equal(before[path], after[path])}
+    assert same == {"und_aligner"}
+    assert 0.01 < float(jnp.std(after["gen_head.out.kernel"])) < 1
