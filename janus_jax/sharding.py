@@ -22,6 +22,10 @@ BATCH_AXES = ("data", "fsdp")
 _COLUMN, _ROW, _WHOLE = P("fsdp", "tensor"), P("tensor", "fsdp"), P()
 _SPLIT_BIAS = P("tensor")
 
+# last names of the layers whose kernels are split by columns, and by rows
+_BY_COLUMNS = r"([qkv]_proj|gate_proj|up_proj|fc1|proj|layers\.\d*[02468])"
+_BY_ROWS = r"(o_proj|down_proj|out_proj|fc2|layers\.\d*[13579])"
+
 # (pattern of a whole path, spec). A pair of projections is split by the columns of the first and
 # the rows of the second, so that its inside stays on one device. The image tokenizer is small,
 # and its convolutions are cheapest whole.
@@ -54,6 +58,11 @@ PARAMETER_SPECS = (
     (r"gen_head\.out\.kernel", _ROW),
     (r"gen_head\.out\.bias", _WHOLE),
     (r"gen_vq\..*", _WHOLE),
+    # low-rank adapters (training/lora.py): inputs and outputs as the kernel's, the rank whole
+    (rf".*\.{_BY_COLUMNS}\.dot_general\.a", P("fsdp", None)),
+    (rf".*\.{_BY_COLUMNS}\.dot_general\.b", P(None, "tensor")),
+    (rf".*\.{_BY_ROWS}\.dot_general\.a", P("tensor", None)),
+    (rf".*\.{_BY_ROWS}\.dot_general\.b", P(None, "fsdp")),
 )
 
 

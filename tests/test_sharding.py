@@ -9,7 +9,8 @@ from jax.sharding import PartitionSpec as P
 from janus_jax import load, sharding
 from janus_jax.generation import image, samplers
 from janus_jax.generation import pipeline as pipelines
-from janus_jax.models.janus import JanusConfig
+from janus_jax.models.janus import Janus, JanusConfig
+from janus_jax.training.lora import LoRAConfig, add_adapters
 
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 4)]
 PROMPTS = ["A close-up photo of a red cat, studio light.", "a dog"]
@@ -32,10 +33,33 @@ def test_every_parameter_has_one_row_that_fits_its_shape(pipeline):
     assert "language_model.layers.0.self_attn.q_proj.kernel" in split
 
 
-def test_every_row_is_used(pipeline):
-    params = _params(pipeline.model)
+@pytest.fixture(scope="module")
+def adapted_paths(pipeline):
+    """Of the golden model's parameters, with an adapter on every layer that may have one."""
+
+    def build():
+        model = Janus(pipeline.model.cfg, rngs=nnx.Rngs(0))
+        targets = r"(?!gen_vq\.|language_model\.lm_head|gen_head\.out).*"
+        add_adapters(model, LoRAConfig(4, 8.0, targets), rngs=nnx.Rngs(1))
+        return model
+
+    flat = nnx.to_flat_state(nnx.state(nnx.eval_shape(build)))
+    return [".".join(map(str, path)) for path, _ in flat]
+
+
+def test_adapters_lie_as_their_kernels_do(adapted_paths):
+    adapters = [path for path in adapted_paths if ".dot_general." in path]
+    assert len(adapters) > 40
+    for path in adapters:
+        layer, _, factor = path.partition(".dot_general.")
+        inputs, outputs = sharding.spec_for(f"{layer}.kernel")
+        expected = P(inputs, None) if factor == "a" else P(None, outputs)
+        assert sharding.spec_for(path) == expected, path
+
+
+def test_every_row_is_used(adapted_paths):
     for rule, _ in sharding.PARAMETER_SPECS:
-        assert any(sharding.re.fullmatch(rule, path) for path in params), rule
+        assert any(sharding.re.fullmatch(rule, path) for path in adapted_paths), rule
 
 
 @pytest.mark.parametrize(
