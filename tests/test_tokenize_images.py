@@ -17,7 +17,7 @@ from PIL import Image
 from convert.__main__ import main as convert
 from janus_jax.data import tokenize_images
 from janus_jax.data.records import Record
-from janus_jax.data.sources import FORMATS, open_source
+from janus_jax.data.sources import open_source
 from janus_jax.data.writers import SUFFIXES, write_records
 from janus_jax.generation import pipeline as pipelines
 from janus_jax.interop.load import load_vq, open_folder
@@ -79,7 +79,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*SUFFIXES, "class_folder"])
 def test_pictures_of_every_format_become_tokens(format, run, pipeline, tmp_path):
     records, out = captioned(5), tmp_path / "tokens"
     source = tmp_path / f"train{SUFFIXES.get(format, '')}"
@@ -203,7 +203,7 @@ def test_the_list_is_no_source_of_records(run, tmp_path):
     assert len(open_source("jsonl", tmp_path)) == 30 and source.is_file()
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", [*SUFFIXES, "class_folder"])
 def test_an_interrupted_run_goes_on(format, run, tmp_path, monkeypatch):
     write_records("tar", tmp_path / "train.tar", captioned(7))
     args = f"tar:{tmp_path / 'train.tar'}", f"{format}:{tmp_path / 'tokens'}", "--shard_size", 3

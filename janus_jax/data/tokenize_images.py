@@ -69,6 +69,8 @@ def _parser() -> OneLineParser:
     add("--max_bad", type=float, default=0.05, metavar="PART", help=most)
     add("--image_root", metavar="FOLDER", help="what picture paths of jsonl start from")
     add("--class_names", metavar="FILE", help='lines "FOLDER NAME, ..." for class_folder')
+    add("--count", type=int, metavar="N", help="records of scenes")
+    add("--seed", type=int, metavar="N", help="of scenes")
     return parser
 
 
@@ -241,8 +243,9 @@ def _fingerprint(vq: "VQ") -> str:
     return digest.hexdigest()[:12]
 
 
-def _source_options(args: argparse.Namespace) -> dict[str, str]:
-    given = {name: getattr(args, name) for name in ("image_root", "class_names")}
+def _source_options(args: argparse.Namespace) -> dict[str, str | int]:
+    names = ("image_root", "class_names", "count", "seed")
+    given = {name: getattr(args, name) for name in names}
     return {name: value for name, value in given.items() if value is not None}
 
 
