@@ -15,6 +15,7 @@ from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.training import metrics
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
 from janus_jax.training.metrics import EVENTS, METRICS, Log
+from janus_jax.training.setup import flat
 
 
 def _metrics(loss=2.0, sums=(8.0, 0.0, 6.0), counts=(4.0, 0.0, 3.0), tokens=100.0, grad_norm=0.5):
@@ -245,7 +246,7 @@ _UND_ALIGNER = 8 * 8 + 8 * 8
 
 def _flops(model, part: str) -> StepFlops:
     _, params, frozen = nnx.split(model, lambda path, _: path[0] in part.split(), ...)
-    return step_flops(_small(), params, frozen)
+    return step_flops(_small(), dict(flat(params)), dict(flat(frozen)))
 
 
 def test_all_trained_costs_three_times_forward_but_for_the_first_input(small):
@@ -288,7 +289,7 @@ def test_a_parameter_of_no_known_part_is_refused(small):
     _, params, frozen = nnx.split(small, lambda path, _: path[0] == "gen_head", ...)
     frozen["other"] = frozen["gen_embed"]
     with pytest.raises(ValueError, match=r"known part of Janus, got other\.embedding"):
-        step_flops(_small(), params, frozen)
+        step_flops(_small(), dict(flat(params)), dict(flat(frozen)))
 
 
 @pytest.mark.parametrize(

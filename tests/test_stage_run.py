@@ -6,8 +6,11 @@ import signal
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
+from PIL import Image
 from stage_configs import GOLDEN, small_config
 
+import janus_jax
 from janus_jax.interop.load import open_folder, stored_params
 from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.metrics import Log
@@ -107,3 +110,40 @@ def test_a_moving_average_is_what_is_written(tmp_path):
     np.testing.assert_allclose(state.average[path], mean, rtol=1e-6)
     assert not np.array_equal(first, mean)
     np.testing.assert_array_equal(weights(tmp_path / "model")[path], state.average[path])
+
+
+def test_held_out_losses_pictures_and_answers_at_intervals(tmp_path):
+    config = small_config(
+        tmp_path,
+        steps=2,
+        trained=r"gen_head\.",
+        eval_every=2,
+        eval_batches=2,
+        sample_every=2,
+        prompts=("a small scene", "a red circle"),
+        questions=(("docs/scene.png", "What is it?"),),
+    )
+    config.eval_mixture = ConfigDict(
+        dict(generation=dict(format="scenes", path="generation", seed=7, count=100))
+    )
+    train_stage(config)
+    (held_out,) = (line for line in lines(tmp_path) if "eval/generation" in line)
+    assert held_out["step"] == 2 and held_out.keys() == {"step", "eval/generation"}
+    folder = tmp_path / "samples" / "0000002"
+    pictures = [np.asarray(Image.open(folder / f"prompt-{number}.png")) for number in (0, 1)]
+    assert pictures[0].shape == (64, 64, 3) and not np.array_equal(*pictures)
+    assert (folder / "answers.txt").read_text().startswith("docs/scene.png: What is it? -> ")
+    # as the model that was written draws
+    janus = janus_jax.load(tmp_path / "model", dtype="float32")
+    drawn = janus.generate_images(list(config.prompts), seed=config.seed).pixels
+    np.testing.assert_array_equal(drawn, pictures)
+
+
+def test_the_held_out_loss_is_that_of_the_same_rows_each_time(tmp_path):
+    config = small_config(
+        tmp_path, steps=2, learning_rate=0.0, end_learning_rate=0.0, eval_every=1
+    )
+    config.eval_mixture = config.mixture
+    train_stage(config)
+    found = [line for line in lines(tmp_path) if "eval/text" in line]
+    assert len(found) == 2 and found[0] == found[1] | dict(step=1)

@@ -8,8 +8,7 @@ import pytest
 from stage_configs import small_config
 
 from janus_jax.data.loading import open_rows
-from janus_jax.training.run import put_rows
-from janus_jax.training.setup import Setup
+from janus_jax.training.setup import Setup, put_rows
 
 ROWS = 8
 

@@ -20,7 +20,6 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from flax import nnx
 
 from janus_jax.models.janus import JanusConfig
 
@@ -63,6 +62,7 @@ _UND_BLOCK, _DECODER_LAYER = 1, 7  # rows of the table with attention
 _NO_PRODUCT = ("embedding", "pos_embed")  # looked up or added
 _NO_PART = "gen_vq."
 
+Leaf = jax.Array | jax.ShapeDtypeStruct
 Place = tuple[int, int]  # row of the table, number of the layer
 
 
@@ -99,11 +99,14 @@ class StepFlops:
         return sum(getattr(self, name) * float(number) for name, number in numbers.items())
 
 
-def step_flops(cfg: JanusConfig, params: nnx.State, frozen: nnx.State) -> StepFlops:
+def step_flops(
+    cfg: JanusConfig, params: Mapping[str, Leaf], frozen: Mapping[str, Leaf]
+) -> StepFlops:
     """What a step costs that trains `params`, with `frozen` as the rest of the model.
 
-    Both may be abstract. Matrices added to a layer (LoRA's) count with it. A layer's parameters
-    count as one place: the gradient of an input that only the same layer needs is not counted.
+    Both by dotted path; they may be abstract. Matrices added to a layer (LoRA's) count with it. A
+    layer's parameters count as one place: the gradient of an input that only the same layer needs
+    is not counted.
     Raises ValueError for a parameter of an unknown part.
     """
     trained, rest = _matrices(params, cfg), _matrices(frozen, cfg)
@@ -131,17 +134,16 @@ def _used_blocks(cfg: JanusConfig) -> int:
     return cfg.und_encoder.num_layers + cfg.und_encoder.select_layer + 1
 
 
-def _matrices(state: nnx.State, cfg: JanusConfig) -> list[tuple[Place, int]]:
+def _matrices(params: Mapping[str, Leaf], cfg: JanusConfig) -> list[tuple[Place, int]]:
     """Place and size of each parameter that takes part; size 0 where there is no product."""
     found = []
-    for keys, leaf in nnx.to_flat_state(state):
-        path = ".".join(map(str, keys))
+    for path, leaf in params.items():
         if path.startswith(_NO_PART):
             continue
         place = _place(path)
         if place[0] == _UND_BLOCK and place[1] >= _used_blocks(cfg):
             continue
-        product = len(leaf.shape) > 1 and keys[-1] not in _NO_PRODUCT
+        product = len(leaf.shape) > 1 and path.split(".")[-1] not in _NO_PRODUCT
         found.append((place, math.prod(leaf.shape) if product else 0))
     return found
 

@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import grain
@@ -23,12 +23,12 @@ from jax.sharding import Mesh
 from janus_jax.data.loading import open_rows
 from janus_jax.interop.export import write_folder
 from janus_jax.interop.load import stored_params
-from janus_jax.sharding import batch_sharding
 from janus_jax.training.checkpoints import Checkpoints
+from janus_jax.training.evaluation import Watch, evaluation, samples
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
 from janus_jax.training.lora import merged
 from janus_jax.training.metrics import Log
-from janus_jax.training.setup import DTYPES, Params, Setup
+from janus_jax.training.setup import DTYPES, Params, Setup, put_rows
 from janus_jax.training.state import TrainState
 
 
@@ -51,16 +51,9 @@ def train_stage(cfg) -> None:
         iterator = stack.enter_context(contextlib.closing(iter(rows)))
         state, frozen = begin(setup, checkpoints, iterator)
         log = stack.enter_context(open_log(setup, output, int(state.step)))
-        from flax import nnx
-
-        costs = step_flops(
-            setup.source.cfg,
-            *[
-                nnx.from_flat_state([(tuple(k.split(".")), v) for k, v in d.items()])
-                for d in setup.shapes()
-            ],
-        )
-        run = Run(setup.step(), setup.mesh, frozen, costs, checkpoints, log, stop)
+        costs = step_flops(setup.source.cfg, *setup.shapes())
+        watches = watches_of(setup, frozen, log, output)
+        run = Run(setup.step(), setup.mesh, frozen, costs, checkpoints, log, watches, stop)
         state = run.steps(state, iterator, cfg.steps, cfg.save_every)
     if int(state.step) == cfg.steps:
         save_model(setup, state, output / "model")
@@ -88,6 +81,18 @@ def open_log(setup: Setup, output: Path, first: int) -> Log:
     return Log(output, cfg.steps, cfg.log_every, total, first)
 
 
+def watches_of(
+    setup: Setup, frozen: Params, log: Log, output: Path
+) -> list[tuple[int, Watch]]:
+    """What is asked of the run, and every how many steps."""
+    cfg, found = setup.cfg, []
+    if cfg.eval_every:
+        found.append((cfg.eval_every, evaluation(setup, frozen, log, output)))
+    if cfg.sample_every:
+        found.append((cfg.sample_every, samples(setup, frozen, log, output)))
+    return found
+
+
 @dataclasses.dataclass(frozen=True)
 class Run:
     """What stays the same from step to step."""
@@ -98,6 +103,7 @@ class Run:
     costs: StepFlops
     checkpoints: Checkpoints
     log: Log
+    watches: Sequence[tuple[int, Watch]]
     stop: threading.Event
 
     def steps(
@@ -107,11 +113,14 @@ class Run:
         waiting = None  # a step's metrics are looked at once the next step is under way
         for number in range(int(state.step) + 1, steps + 1):
             batch = next(rows)
-            records, costs = batch.pop("records"), self.costs(batch)
+            records, costs = batch["records"], self.costs(batch)
             state, metrics = self.step(state, self.frozen, put_rows(batch, self.mesh))
             if waiting:
                 self.log.step(*waiting)
             waiting = number, metrics, records, costs
+            for every, watch in self.watches:
+                if number % every == 0 or number == steps:
+                    watch(number, state)
             stopping = self._stopping(number)
             if stopping or number == steps or number % save_every == 0:
                 self.log.step(*waiting)  # before the save: what is saved is good
@@ -127,14 +136,6 @@ class Run:
         if jax.process_count() == 1:
             return self.stop.is_set()
         return multihost_utils.reached_preemption_sync_point(step)
-
-
-def put_rows(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's rows as its part of those of all."""
-    place = batch_sharding(mesh)
-    return {
-        name: jax.make_array_from_process_local_data(place, values) for name, values in rows.items()
-    }
 
 
 @contextlib.contextmanager

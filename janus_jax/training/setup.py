@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -24,7 +25,14 @@ from janus_jax.interop.load import (
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.remat import REMATS
 from janus_jax.processing.processor import Processor
-from janus_jax.sharding import check_mesh, make_mesh, num_batch_shards, parse_mesh, sharding_for
+from janus_jax.sharding import (
+    batch_sharding,
+    check_mesh,
+    make_mesh,
+    num_batch_shards,
+    parse_mesh,
+    sharding_for,
+)
 from janus_jax.training.lora import ADAPTERS, LoRAConfig, add_adapters
 from janus_jax.training.state import (
     TrainState,
@@ -208,6 +216,16 @@ class Setup:
             self.cfg.average_decay,
             jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state()),
         )
+
+
+def put_rows(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Arrays of this process's rows as its part of those of all; the lists are left out."""
+    place = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(place, values)
+        for name, values in rows.items()
+        if isinstance(values, np.ndarray)
+    }
 
 
 def flat(state: nnx.State) -> Iterator[tuple[str, Any]]:

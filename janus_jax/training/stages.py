@@ -84,6 +84,12 @@ def base_config() -> ConfigDict:
             log_every=10,
             save_every=500,
             keep=3,
+            eval_every=0,  # steps; 0: never
+            eval_batches=8,
+            eval_mixture={},  # of held-out records, as mixture
+            sample_every=0,
+            prompts=("a red circle left of a blue square",),
+            questions=(),  # pairs of a picture's path and a question
             model_dtype="bfloat16",  # of output/model
         )
     )

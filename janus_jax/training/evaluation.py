@@ -1,0 +1,103 @@
+"""What a run is asked at intervals: its losses on held-out records, pictures and answers."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from janus_jax.data.loading import open_rows
+from janus_jax.generation.loading import guidance_weight
+from janus_jax.generation.pipeline import Pipeline
+from janus_jax.interop.load import load_params
+from janus_jax.sharding import sharding_for
+from janus_jax.training.metrics import Log
+from janus_jax.training.setup import DTYPES, Setup, put_rows
+from janus_jax.training.state import TrainState
+from janus_jax.training.step import Params
+
+Watch = Callable[[int, TrainState], None]  # step, state
+
+
+def evaluation(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
+    """Reports eval/KIND, the mean loss of each kind on the first cfg.eval_batches steps' rows of
+    cfg.eval_mixture; they are the same rows each time.
+
+    Raises ValueError or FileNotFoundError for a mixture that cannot be opened.
+    """
+    cfg = setup.cfg
+    rows_cfg = dataclasses.replace(setup.rows, mixture=cfg.eval_mixture.to_dict())
+    hosts = jax.process_index(), jax.process_count()
+    folder = output / "eval"
+    rows, _ = open_rows(rows_cfg, setup.processor, setup.source.cfg, folder, *hosts)
+    losses = jax.jit(setup.objective().losses)
+
+    def evaluate(step: int, state: TrainState) -> None:
+        with contextlib.closing(iter(rows)) as iterator:
+            found = [
+                losses(state.params, frozen, put_rows(batch, setup.mesh))
+                for batch in itertools.islice(iterator, cfg.eval_batches)
+            ]
+        sums = jax.tree.map(lambda *parts: sum(map(float, parts)), *found)
+        means = {kind: total / count for kind, (total, count) in sums.items() if count}
+        log.scalars(step, means, "eval")
+
+    return evaluate
+
+
+def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
+    """Draws cfg.prompts and answers cfg.questions, pairs of a picture's path and a text.
+
+    They go to OUTPUT/samples/STEP, prompt-0.png ... and answers.txt, and to TensorBoard. With the
+    model as it is at that step, always with the seed of the config.
+    Raises FileNotFoundError or ValueError for a picture that cannot be read.
+    """
+    cfg, place = setup.cfg, sharding_for(setup.mesh)
+    for picture, _ in cfg.questions:
+        if not Path(picture).is_file():
+            raise FileNotFoundError(f"questions must name pictures, there is none at {picture}")
+    make, weight = setup.build(), guidance_weight(setup.source.path)
+    dtype = DTYPES[cfg.dtype]
+    if setup.rows.tokenized:  # the steps do without the image tokenizer
+        stored = load_params(setup.source.path, setup.source.cfg, place, dtype)
+        tokenizer = {p: array for p, array in stored.items() if p.startswith("gen_vq.")}
+        frozen = frozen | tokenizer
+
+    def sample(step: int, state: TrainState) -> None:
+        params = {path: array.astype(dtype) for path, array in state.params.items()}
+        model = make(params | frozen)
+        janus = Pipeline(model, setup.processor, output.name, weight, setup.mesh)
+        folder = output / "samples" / f"{step:07d}"
+        if cfg.prompts:
+            pixels = janus.generate_images(list(cfg.prompts), seed=cfg.seed).pixels
+            for number, picture in enumerate(pixels):
+                write(folder / f"prompt-{number}.png", png(picture))
+            log.images(step, "prompts", pixels)
+        if cfg.questions:
+            pictures, asked = zip(*cfg.questions, strict=True)
+            answers = janus.answer(list(asked), [[picture] for picture in pictures])
+            pairs = zip(cfg.questions, answers, strict=True)
+            text = "".join(f"{place}: {ask} -> {said}\n" for (place, ask), said in pairs)
+            write(folder / "answers.txt", text.encode())
+            log.text(step, "answers", text)
+
+    return sample
+
+
+def png(picture: np.ndarray) -> bytes:
+    """uint8[Y, X, 3] as a file."""
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, "PNG")
+    return file.getvalue()
+
+
+def write(path: Path, content: bytes) -> None:
+    """Process 0 does."""
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
