@@ -17,6 +17,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     "Experiment, a file of configs/; --config.NAME=VALUE changes one of its settings.",
     lock_config=True,
 )
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Train nothing; print parameters and memory, write out the first rows."
+)
 flags.mark_flag_as_required("config")
 
 
@@ -55,12 +58,16 @@ def main(argv: list[str]) -> None:
     logging.set_verbosity(logging.INFO)
     logging.get_absl_logger().addFilter(is_news)
     cfg = _CONFIG.value
+    if _DRY_RUN.value and cfg.task != "stage":
+        raise ValueError(f"--dry_run needs a config whose task is stage, got {cfg.task!r}")
     if cfg.task == "tokenizer":
         from janus_jax.training.tokenizer import train_tokenizer as train
     elif cfg.task == "encoder":
         from janus_jax.training.encoder import train_encoder as train
     elif cfg.task == "decoder":
         from janus_jax.training.decoder import train_decoder as train
+    elif _DRY_RUN.value:
+        from janus_jax.training.dry_run import print_dry_run as train
     elif cfg.task == "stage":
         from janus_jax.training.run import train_stage as train
     else:

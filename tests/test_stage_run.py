@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 
 import numpy as np
@@ -147,3 +148,23 @@ def test_the_held_out_loss_is_that_of_the_same_rows_each_time(tmp_path):
     train_stage(config)
     found = [line for line in lines(tmp_path) if "eval/text" in line]
     assert len(found) == 2 and found[0] == found[1] | dict(step=1)
+
+
+def test_lora_trains_and_keeps_adapters_alone_and_is_merged_in_the_model(tmp_path):
+    targets = r"language_model\.layers\.\d+\.self_attn\.[qv]_proj"
+    config = small_config(tmp_path, steps=2, lora_rank=2, lora_targets=targets)
+    train_stage(config)
+    setup = Setup.from_config(config)
+    with Checkpoints(tmp_path / "checkpoints", 3) as checkpoints:
+        state, _ = checkpoints.restore(setup.abstract_state())
+    layers = {path.rpartition(".dot_general")[0] for path in state.params}
+    assert len(state.params) == 2 * len(layers) and all(re.fullmatch(targets, p) for p in layers)
+    before, after = weights(GOLDEN), weights(tmp_path / "model")
+    changed = {path for path in before if not np.array_equal(before[path], after[path])}
+    assert changed == {f"{layer}.kernel" for layer in layers}
+    layer = sorted(layers)[0]
+    a, b = (np.asarray(state.params[f"{layer}.dot_general.{name}"]) for name in "ab")
+    want = before[f"{layer}.kernel"].astype(np.float32) + config.lora_alpha / 2 * a @ b
+    kernel = after[f"{layer}.kernel"]
+    assert kernel.dtype == before[f"{layer}.kernel"].dtype
+    np.testing.assert_allclose(kernel.astype(np.float32), want, rtol=2**-8, atol=1e-6)

@@ -1,0 +1,131 @@
+"""What a run would do, without doing it: parameters, memory, and what it would learn from first."""
+
+import collections
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image
+
+from janus_jax.data.loading import open_rows
+from janus_jax.data.packing import efficiency
+from janus_jax.interop.load import load_vq
+from janus_jax.processing.processor import Processor
+from janus_jax.sharding import batch_sharding
+from janus_jax.training.setup import Setup, Shapes
+
+SHOWN_ROWS = 4
+
+Row = Mapping[str, np.ndarray]
+
+
+def dry_run(cfg) -> Iterator[str]:
+    """Lines to print; writes the first rows of the run to OUTPUT/dry_run, texts and pictures.
+
+    cfg: ConfigDict of stages.base_config. Nothing is trained, and no weights are read but the image
+    tokenizer's where pictures to be drawn come as indices.
+    Raises as train_stage does.
+    """
+    setup, folder = Setup.from_config(cfg), Path(cfg.output) / "dry_run"
+    trained, frozen = setup.shapes()
+    yield f"trained: {_numbers(trained)}"
+    yield f"frozen: {_numbers(frozen)}"
+    hosts = jax.process_index(), jax.process_count()
+    rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, folder, *hosts)
+    with contextlib.closing(iter(rows)) as iterator:
+        batch = next(iterator)
+    yield from _memory(setup, frozen, batch)
+    full, number = efficiency(batch["segment_ids"]), len(batch["tokens"])
+    yield f"first step: {number} rows on this host, {full:.1%} of their places filled"
+    if skipped.counts:
+        yield f"left out so far: {skipped.counts}"
+    shown = min(SHOWN_ROWS, number)
+    for number in range(shown):
+        row = {name: values[number] for name, values in batch.items()}
+        _write_row(setup, row, folder / f"row-{number}")
+    yield f"the first {shown} of them are in {folder}, what is to be predicted in [[ ]]"
+
+
+def print_dry_run(cfg) -> None:
+    """Prints the lines of dry_run as they come."""
+    for line in dry_run(cfg):
+        print(line, flush=True)
+
+
+def _numbers(shapes: Shapes) -> str:
+    """How many in all, and by part of the model."""
+    counts: collections.Counter[str] = collections.Counter()
+    for path, leaf in shapes.items():
+        counts[path.split(".")[0]] += leaf.size
+    parts = ", ".join(f"{part} {count:,}" for part, count in sorted(counts.items()))
+    return f"{counts.total():,} parameters ({parts})" if counts else "0 parameters"
+
+
+def _memory(setup: Setup, frozen: Shapes, batch: Mapping) -> Iterator[str]:
+    """What lies on each device from step to step, and what XLA plans for a step."""
+    state = setup.abstract_state()
+    held = dict(
+        masters=state.params, optimizer=state.opt_state, average=state.average, frozen=frozen
+    )
+    sizes = {name: _bytes(tree) for name, tree in held.items() if jax.tree.leaves(tree)}
+    parts = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in sizes.items())
+    yield f"held by each device: {sum(sizes.values()) / 1e9:.3f} GB ({parts})"
+    place, hosts = batch_sharding(setup.mesh), jax.process_count()
+    shapes = {
+        name: jax.ShapeDtypeStruct(
+            (hosts * len(array), *array.shape[1:]), array.dtype, sharding=place
+        )
+        for name, array in batch.items()
+        if isinstance(array, np.ndarray)
+    }
+    plan = setup.step().lower(state, frozen, shapes).compile().memory_analysis()
+    more = plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    yield (
+        f"a step takes {more / 1e9:.3f} GB more on each, as XLA plans it for "
+        f"{jax.devices()[0].device_kind}"
+    )
+
+
+def _bytes(tree) -> int:
+    """On one device."""
+    leaves = jax.tree.leaves(tree)
+    shapes = (leaf.sharding.shard_shape(leaf.shape) for leaf in leaves)
+    return sum(
+        int(np.prod(shape)) * leaf.dtype.itemsize
+        for shape, leaf in zip(shapes, leaves, strict=True)
+    )
+
+
+def _write_row(setup: Setup, row: Row, folder: Path) -> None:
+    """examples.txt, and pictures in the order of their places: seen-0.png, drawn-0.png ..."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = "\n\n".join(row_texts(row, setup.processor))
+    (folder / "examples.txt").write_text(text + "\n", encoding="utf-8")
+    cfg = setup.source.cfg
+    seen = int(row["image_mask"].sum()) // cfg.und_encoder.num_tokens
+    drawn = row["drawn"][: int(row["gen_mask"].sum()) // cfg.num_image_tokens]
+    if setup.rows.tokenized and len(drawn):
+        pixels = np.asarray(load_vq(setup.source).decode(drawn))
+        drawn = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+    for name, pictures in dict(seen=row["pixels"][:seen], drawn=drawn).items():
+        for number, picture in enumerate(pictures):
+            Image.fromarray(picture).save(folder / f"{name}-{number}.png")
+
+
+def row_texts(row: Row, processor: Processor) -> Iterator[str]:
+    """The examples of a row as text: what is to be predicted in [[ ]], and <seen>, <drawn> where
+    pictures go."""
+    kinds = row["loss_mask"] + 2 * row["image_mask"] + 4 * row["gen_mask"]
+    ways = {0: "{}", 1: "[[{}]]", 2: "<seen>", 4: "[[<drawn>]]"}
+    for segment in range(1, int(row["segment_ids"].max()) + 1):
+        (own,) = np.nonzero(row["segment_ids"] == segment)
+        runs = itertools.groupby(own, key=lambda place: int(kinds[place]))
+        yield "".join(
+            ways[kind].format(
+                processor.tokenizer.decode(row["tokens"][list(run)].tolist(), skip_special=False)
+            )
+            for kind, run in runs
+        )
