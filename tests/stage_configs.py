@@ -9,6 +9,11 @@ from janus_jax.training.stages import base_config
 GOLDEN = Path(__file__).parent / "golden" / "janus"
 
 
+def get_config() -> ConfigDict:
+    """For train.py --config=tests/stage_configs.py."""
+    return small_config(Path("runs/small"))
+
+
 def small_config(output: Path, **changed) -> ConfigDict:
     """One device unless `mesh` says otherwise; float32."""
     config = base_config()

@@ -78,7 +78,8 @@ def of_all_hosts(data: dict[str, Any]) -> dict[str, Any]:
         return data
     own = np.frombuffer(json.dumps(data).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.array(len(own)))
-    padded = np.pad(own, (0, int(sizes.max()) - len(own)))
+    room = 1 << int(sizes.max()).bit_length()  # of few sizes: each new one is compiled
+    padded = np.pad(own, (0, room - len(own)))
     texts = multihost_utils.process_allgather(padded)
     found: dict[str, Any] = {}
     for text, size in zip(texts, sizes, strict=True):

@@ -24,6 +24,7 @@ from janus_jax.data.loading import open_rows
 from janus_jax.interop.export import write_folder
 from janus_jax.interop.load import stored_params
 from janus_jax.training.checkpoints import Checkpoints
+from janus_jax.training.distributed import check_processes
 from janus_jax.training.evaluation import Watch, evaluation, samples
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
 from janus_jax.training.lora import merged
@@ -43,6 +44,7 @@ def train_stage(cfg) -> None:
         FloatingPointError: the loss is no number; the newest checkpoint is the last good one.
     """
     setup, output = Setup.from_config(cfg), Path(cfg.output)
+    check_processes(setup.mesh)
     host, hosts = jax.process_index(), jax.process_count()
     rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, output, host, hosts)
     with contextlib.ExitStack() as stack:
@@ -162,9 +164,18 @@ def save_model(setup: Setup, state: TrainState, folder: Path) -> None:
     last weights.
     """
     params = state.params if state.average is None else state.average
-    trained = {path: on_host(array) for path, array in params.items()}
-    if jax.process_index():
-        return
+    trained = {}
+    for path, array in params.items():  # each is gathered by all processes together
+        value = on_host(array)
+        if jax.process_index() == 0:
+            trained[path] = value
+    if jax.process_index() == 0:
+        write_model(setup, trained, folder)
+    multihost_utils.sync_global_devices("model")  # at exit the others wait for 300 s at most
+
+
+def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> None:
+    """trained: float32 arrays by path."""
     stored = stored_params(setup.source)
     if setup.lora:
         layers = {path.partition(".dot_general.")[0] + ".kernel" for path in trained}

@@ -15,7 +15,7 @@ class Stage:
         trained: what trains, a regular expression on parameter paths.
         learning_rate: constant after the warm-up.
         warmup_steps: in which it rises from 0.
-        steps: of the 1B and of the 7B model.
+        steps: and those of the 7B model where they are others.
         rows: sequences of 4096 tokens in a step.
         ratio: understanding, text and generation records.
     """
@@ -23,7 +23,8 @@ class Stage:
     trained: str
     learning_rate: float
     warmup_steps: int
-    steps: dict[str, int]
+    steps: int
+    steps_7b: int
     rows: int
     ratio: tuple[int, int, int]
 
@@ -32,11 +33,22 @@ ADAPTERS_AND_HEAD = r"(und_aligner|gen_aligner|gen_head|gen_embed)\."
 ALL_BUT_ENCODERS = r"(?!und_encoder\.|gen_vq\.)"
 ALL_BUT_TOKENIZER = r"(?!gen_vq\.)"
 
+# The learning rate of stage II was to last for 360,000 steps; training stopped at 270,000.
 STAGES = {
-    1: Stage(ADAPTERS_AND_HEAD, 1e-3, 600, {"1b": 20_000, "7b": 20_000}, 256, (1, 0, 3)),
-    2: Stage(ALL_BUT_ENCODERS, 1e-4, 5000, {"1b": 270_000, "7b": 270_000}, 512, (2, 3, 5)),
-    3: Stage(ALL_BUT_TOKENIZER, 4e-5, 0, {"1b": 80_000, "7b": 40_000}, 128, (5, 1, 4)),
+    1: Stage(ADAPTERS_AND_HEAD, 1e-3, 600, 20_000, 20_000, 256, (1, 0, 3)),
+    2: Stage(ALL_BUT_ENCODERS, 1e-4, 5000, 270_000, 270_000, 512, (2, 3, 5)),
+    3: Stage(ALL_BUT_TOKENIZER, 4e-5, 0, 80_000, 40_000, 128, (5, 1, 4)),
 }
+# What Janus-1.3B is known to have done otherwise: its last stage's ratio, and two thirds of the
+# pictures that it drew in its second stage, which were ImageNet's.
+RATIO_OF_1_3B = (7, 3, 10)
+
+FOLDERS = {
+    "janus_1_3b": "checkpoints/Janus-1.3B",
+    "janus_pro_1b": "checkpoints/Janus-Pro-1B",
+    "janus_pro_7b": "checkpoints/Janus-Pro-7B",
+}
+IMAGENET = dict(format="class_folder", path="data/imagenet_tokens")
 
 
 def base_config() -> ConfigDict:
@@ -95,23 +107,53 @@ def base_config() -> ConfigDict:
     )
 
 
-def stage_config(number: int, size: str, mixture: dict) -> ConfigDict:
-    """The settings of a stage of the released models.
+def stage_config(name: str, number: int) -> ConfigDict:
+    """The settings of stage 1, 2 or 3 of a released model, one of FOLDERS.
 
-    number: 1, 2 or 3. size: "1b" or "7b". mixture: by kind of record, without weights.
+    The first begins with a released folder, of which the decoder, SigLIP and the image tokenizer
+    are kept and the adapters and the image head made anew; each other one with the model of the
+    stage before it. Data are looked for in data/, see `mixture`.
     """
-    stage = STAGES[number]
-    config = base_config()
-    weights = dict(zip(KINDS, stage.ratio, strict=True))
+    stage, config = STAGES[number], base_config()
+    before = FOLDERS[name] if number == 1 else f"runs/{name}_stage{number - 1}/model"
     config.update(
+        init=before,
+        fresh=stage.trained if number == 1 else "",
+        output=f"runs/{name}_stage{number}",
         trained=stage.trained,
-        steps=stage.steps[size],
+        steps=stage.steps_7b if name.endswith("7b") else stage.steps,
         rows=stage.rows,
         learning_rate=stage.learning_rate,
         end_learning_rate=stage.learning_rate,
         warmup_steps=stage.warmup_steps,
+        tokenized=True,
     )
-    config.mixture = ConfigDict(
-        {kind: dict(weight=weights[kind], **node) for kind, node in mixture.items()}
-    )
+    config.mixture = ConfigDict(mixture(name, number))
     return config
+
+
+def mixture(name: str, number: int) -> dict[str, dict]:
+    """Where a stage's records are looked for, and in which ratio.
+
+    Generation is ImageNet with class names as prompts in stage 1; then real and synthetic pictures
+    with their captions, 1 : 1.
+    """
+    stage, old = STAGES[number], name == "janus_1_3b"
+    understanding, text, generation = (
+        RATIO_OF_1_3B if old and number == 3 else stage.ratio
+    )
+    folder = f"data/stage{number}"
+    asked = dict(weight=understanding, format="jsonl", path=f"{folder}/understanding")
+    if number == 1:
+        return dict(understanding=asked, generation=dict(weight=generation, **IMAGENET))
+    captioned = {
+        kind: dict(weight=1, format="arrayrecord", path=f"{folder}/{kind}")
+        for kind in ("real", "synthetic")
+    }
+    if old and number == 2:
+        captioned["imagenet"] = dict(weight=4, **IMAGENET)
+    return dict(
+        understanding=asked,
+        text=dict(weight=text, format="jsonl", path=f"{folder}/text"),
+        generation=dict(weight=generation, **captioned),
+    )

@@ -1,0 +1,13 @@
+"""Stage 3 of Janus-1.3B: supervised fine-tuning of all but the image tokenizer.
+
+    python train.py --config=configs/janus_1_3b_stage3.py
+
+Settings and folders of data: janus_jax/training/stages.py; docs/training.md.
+"""
+
+from janus_jax.training.stages import stage_config
+
+
+def get_config():
+    """As the report's Table 2 says."""
+    return stage_config("janus_1_3b", 3)

@@ -1,0 +1,101 @@
+"""Several processes that train one model: how they find each other, and how one that fails ends.
+
+Each has some of the mesh's devices and reads its own part of every step's rows.
+"""
+
+import collections
+import contextlib
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+
+import jax
+from absl import logging
+from jax.sharding import Mesh
+
+from janus_jax.sharding import batch_sharding, num_batch_shards
+
+
+def initialize(
+    coordinator: str | None, num_processes: int | None, process_id: int | None, detect: bool
+) -> None:
+    """Joins the other processes, if there are any; comes before anything asks for a device.
+
+    Args:
+        coordinator: HOST:PORT where process 0 is found.
+        num_processes, process_id: how many there are, and which one this is.
+        detect: JAX knows all that from its surroundings: Cloud TPU, Slurm, Open MPI, Kubernetes.
+    Raises:
+        ValueError: values that do not go together. ConnectionError: the others were not found.
+    """
+    given = dict(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
+    told = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
+    if detect:
+        if told:
+            raise ValueError(f"distributed must be given alone, got {told} too")
+        settings = {}
+    elif not told:
+        return
+    else:
+        if None in given.values():
+            raise ValueError(f"{', '.join(given)} must be given together, got only {told}")
+        _check(coordinator, num_processes, process_id)
+        # or Slurm would have a say in which devices this process uses
+        settings = dict(
+            coordinator_address=coordinator,
+            num_processes=num_processes,
+            process_id=process_id,
+            cluster_detection_method="deactivate",
+        )
+    try:
+        jax.distributed.initialize(**settings)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ConnectionError(f"all processes must find process 0: {reason}") from error
+    except ValueError as error:  # only JAX knows whether it is in such surroundings
+        where = "on Cloud TPU, Slurm, Open MPI or Kubernetes"
+        raise ValueError(f"distributed must be used {where}, got none of them") from error
+
+
+def _check(coordinator: str, num_processes: int, process_id: int) -> None:
+    host, _, port = coordinator.rpartition(":")
+    if not (host and port.isdecimal() and 0 < int(port) < 2**16):
+        raise ValueError(f"coordinator must be HOST:PORT, got {coordinator!r}")
+    if not 0 <= process_id < num_processes:
+        asked = f"process_id={process_id} num_processes={num_processes}"
+        raise ValueError(f"process_id must be in [0, num_processes), got {asked}")
+
+
+def check_processes(mesh: Mesh) -> None:
+    """Raises ValueError unless the mesh gives every process rows that no other process has, and all
+    of them the same number."""
+    parts, number = num_batch_shards(mesh), jax.process_count()
+    rows = collections.defaultdict(set)
+    for device, (part,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
+        rows[device.process_index].add(part.indices(parts)[0])
+    # all parts are somewhere: if these numbers add up to all of them, none is in two places
+    if [len(rows[process]) for process in range(number)] != [parts / number] * number:
+        sizes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
+        rule = f"mesh must give each of {number} processes rows of its own"
+        raise ValueError(f"{rule}, data * fsdp a multiple of {number}, got {sizes}")
+
+
+@contextlib.contextmanager
+def leaves_at_once() -> Iterator[None]:
+    """Ends this process, if it fails, without JAX's wait for the others at exit.
+
+    They wait for this one inside a step, and would for as long as it is there (the wait ends after
+    300 s); once it is gone they end too.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if not jax.distributed.is_initialized():
+            raise
+        if not isinstance(error, SystemExit):
+            traceback.print_exception(error)
+        logging.flush()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(error.code if isinstance(error, SystemExit) else 1)

@@ -1,0 +1,47 @@
+"""train.py as tests/test_multihost.py starts it, which also notes the records of every step.
+
+python tests/multihost_worker.py --config=tests/multihost_worker.py:OUTPUT --coordinator=...
+With FAILS=N in the environment, process N fails at its second step.
+"""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+from absl import app
+from ml_collections import ConfigDict
+from stage_configs import small_config
+
+from janus_jax.training.metrics import Log
+
+
+def get_config(output: str) -> ConfigDict:
+    """Eight rows of two streams."""
+    return small_config(Path(output), rows=8, streams=2)
+
+
+def noting(output: Path) -> Callable:
+    """A Log.step that also writes a line [step, records] into OUTPUT/records-PROCESS.jsonl."""
+    report = Log.step
+
+    def step(log: Log, number: int, metrics: dict, records: list, flops: float) -> None:
+        process = jax.process_index()
+        if number == 2 and os.environ.get("FAILS") == str(process):
+            raise ValueError(f"records must be good, got bad ones in process {process}")
+        report(log, number, metrics, records, flops)
+        with (output / f"records-{process}.jsonl").open("a") as file:
+            file.write(json.dumps([number, records]) + "\n")
+
+    return step
+
+
+if __name__ == "__main__":
+    import sys
+
+    import train
+
+    (config,) = [word for word in sys.argv if word.startswith("--config=")]
+    Log.step = noting(Path(config.rpartition(":")[2]))
+    app.run(train.main, flags_parser=train.parse)

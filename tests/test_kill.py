@@ -1,0 +1,66 @@
+"""A run that is killed again and again ends with the weights of one that was not: slow, minutes."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from janus_jax.interop.load import open_folder, stored_params
+
+ROOT = Path(__file__).parents[1]
+KILLS = 20
+STEPS = 60
+COMMAND = [
+    sys.executable,
+    "train.py",
+    "--config=tests/stage_configs.py",
+    f"--config.steps={STEPS}",
+    "--config.save_every=3",
+    "--config.mesh=data=2,fsdp=2",
+    "--config.rows=4",
+]
+ENVIRONMENT = os.environ | {
+    "JAX_PLATFORMS": "cpu",
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+}
+
+
+def begun(output: Path, cache: Path) -> subprocess.Popen:
+    environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+    command = [*COMMAND, f"--config.output={output}"]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+
+
+def weights(folder: Path) -> dict[str, np.ndarray]:
+    stored = stored_params(open_folder(folder))
+    return {path: stored.read(path) for path in stored.kinds}
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
+    whole, killed, cache = (tmp_path / name for name in ("whole", "killed", "cache"))
+    assert begun(whole, cache).wait(timeout=600) == 0
+    rng, kills, saved = random.Random(0), 0, set()
+    while kills < KILLS:
+        process = begun(killed, cache)
+        # from before the first step of a start to some saves later
+        time.sleep(rng.uniform(6, 14))
+        process.send_signal(signal.SIGKILL)
+        done = process.wait(timeout=60)
+        assert done == -signal.SIGKILL, f"the run had ended before kill {kills + 1}: more steps"
+        kills += 1
+        saved |= {path.name for path in (killed / "checkpoints").glob("[0-9]*")}
+    assert begun(killed, cache).wait(timeout=600) == 0
+    found, want = weights(killed / "model"), weights(whole / "model")
+    assert found.keys() == want.keys()
+    for path in want:
+        np.testing.assert_array_equal(found[path], want[path], err_msg=path)
+    lines = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (killed, whole)]
+    assert lines == [STEPS, STEPS]
+    assert len(saved) > 3, "kills came before anything was saved"

@@ -1,0 +1,243 @@
+"""Two processes of four devices train as one process does: losses, records, stops, failures."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import multihost_worker
+import numpy as np
+import pytest
+
+from janus_jax.interop.load import open_folder, stored_params
+from janus_jax.training.distributed import check_processes, initialize
+from janus_jax.training.metrics import Log
+from janus_jax.training.run import train_stage
+
+ROOT = Path(__file__).parents[1]
+WORKER = "tests/multihost_worker.py"
+SECONDS = 600  # after which a process is killed; all of this file takes one
+
+
+def free_port() -> int:
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]
+
+
+def environment(cache: Path, **more: str) -> dict[str, str]:
+    flags = "--xla_force_host_platform_device_count=4"
+    # on a busy machine the threads of a process may be long apart
+    flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
+    settings = dict(
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS=flags,
+        JAX_DEFAULT_MATMUL_PRECISION="highest",
+        JAX_COMPILATION_CACHE_DIR=str(cache),
+        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
+        PYTHONPATH=str(ROOT),
+    )
+    return os.environ | settings | more
+
+
+@contextlib.contextmanager
+def two_processes(
+    output: Path, cache: Path, slurm: bool = False, fails: str = "", **settings
+) -> Iterator[list[subprocess.Popen]]:
+    """Processes 0 and 1 of a run into `output`; they end with the context at the latest.
+
+    slurm: whether they find each other by what Slurm tells them, or by flags.
+    """
+    port, started = free_port(), []
+    command = [sys.executable, WORKER, f"--config={WORKER}:{output}"]
+    command += [f"--config.{name}={value}" for name, value in settings.items()]
+    for process in range(2):
+        if slurm:
+            flags = ["--distributed"]
+            told = dict(SLURM_JOB_ID="1", SLURM_STEP_NODELIST="localhost,other", SLURM_NTASKS="2")
+            told |= dict(SLURM_PROCID=str(process), SLURM_LOCALID="0")
+            told |= dict(JAX_COORDINATOR_PORT=str(port))
+        else:
+            flags, told = [f"--coordinator=localhost:{port}", "--num_processes=2"], {}
+            flags.append(f"--process_id={process}")
+        env = environment(cache, FAILS=fails, **told)
+        with open(f"{output}.{process}.log", "w") as file:
+            one = subprocess.Popen([*command, *flags], cwd=ROOT, env=env, stdout=file, stderr=file)
+        started.append(one)
+    try:
+        yield started
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+
+
+def ended(processes: list[subprocess.Popen], output: Path) -> list[tuple[int, str]]:
+    """Exit statuses, and what was said."""
+    for one in processes:
+        one.wait(SECONDS)
+    said = [Path(f"{output}.{process}.log").read_text() for process in range(2)]
+    return [(one.returncode, text) for one, text in zip(processes, said, strict=True)]
+
+
+def assert_good(processes: list[subprocess.Popen], output: Path) -> None:
+    for status, said in ended(processes, output):
+        assert status == 0, said[-3000:]
+
+
+def losses(output: Path) -> dict[int, float]:
+    lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
+    return {line["step"]: line["loss"] for line in lines}
+
+
+def records(output: Path, processes: int) -> dict[int, list[list[str]]]:
+    """By step, the records of each row, those of process 0 first."""
+    found: dict[int, list[list[str]]] = {}
+    for process in range(processes):
+        for line in (output / f"records-{process}.jsonl").read_text().splitlines():
+            step, rows = json.loads(line)
+            found[step] = found.get(step, []) + rows
+    return found
+
+
+def saved_steps(output: Path) -> list[int]:
+    return sorted(int(path.name) for path in (output / "checkpoints").iterdir())
+
+
+def train_here(output: Path, **settings) -> None:
+    """In this process, which has eight devices."""
+    config = multihost_worker.get_config(str(output))
+    config.update(settings)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Log, "step", multihost_worker.noting(output))
+        train_stage(config)
+
+
+def assert_same_run(one: Path, processes: int, other: Path, steps: range) -> None:
+    """The other is of one process."""
+    found, expected = losses(one), losses(other)
+    np.testing.assert_allclose(
+        [found[step] for step in steps], [expected[step] for step in steps], rtol=1e-5
+    )
+    found, expected = records(one, processes), records(other, 1)
+    assert [found[step] for step in steps] == [expected[step] for step in steps]
+    assert all(len(found[step]) == 8 for step in steps)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> Path:
+    """Where the processes keep what they compiled."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, cache) -> Path:
+    """A run of two processes that one of them was told to stop."""
+    output = tmp_path_factory.mktemp("runs") / "stopped"
+    with two_processes(output, cache, mesh="fsdp=8", steps=1000) as processes:
+        until = time.monotonic() + SECONDS
+        while not (output / "records-0.jsonl").exists():
+            assert time.monotonic() < until
+            assert processes[0].poll() is None and processes[1].poll() is None, ended(
+                processes, output
+            )
+            time.sleep(0.1)
+        processes[1].send_signal(signal.SIGTERM)
+        assert_good(processes, output)
+    return output
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, stopped) -> Path:
+    """A run of one device that goes three steps further than the stopped one, without a stop."""
+    output = tmp_path_factory.mktemp("runs") / "whole"
+    train_here(output, mesh="data=1", steps=saved_steps(stopped)[-1] + 3, save_every=2, keep=1000)
+    return output
+
+
+def test_a_sigterm_to_one_of_two_processes_stops_both_at_one_step(stopped):
+    (last,) = saved_steps(stopped)
+    assert list(losses(stopped)) == list(range(1, last + 1))
+    assert list(records(stopped, 2)) == list(range(1, last + 1))
+    assert 1 < last < 1000 and not (stopped / "model").exists()
+
+
+def test_two_processes_have_the_losses_and_records_of_one(stopped, whole):
+    assert_same_run(stopped, 2, whole, range(1, saved_steps(stopped)[-1] + 1))
+
+
+def test_one_process_goes_on_from_two(stopped, whole, tmp_path):
+    """With eight devices."""
+    (last,) = saved_steps(stopped)
+    shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints")
+    train_here(tmp_path, mesh="fsdp=8", steps=last + 3)
+    assert list(losses(tmp_path)) == list(range(last + 1, last + 4))
+    assert_same_run(tmp_path, 1, whole, range(last + 1, last + 4))
+
+
+def test_two_processes_go_on_from_one_and_write_the_model(whole, cache, tmp_path):
+    """Found as Slurm tells; on another mesh."""
+    output, last = tmp_path / "run", saved_steps(whole)[-1]
+    shutil.copytree(whole / "checkpoints" / "2", output / "checkpoints" / "2")
+    settings = dict(mesh="data=2,fsdp=4", steps=last)
+    with two_processes(output, cache, slurm=True, **settings) as processes:
+        assert_good(processes, output)
+    assert list(losses(output)) == list(range(3, last + 1))
+    assert_same_run(output, 2, whole, range(3, last + 1))
+    one, other = (stored_params(open_folder(folder / "model")) for folder in (output, whole))
+    for path in one.kinds:
+        np.testing.assert_allclose(one.read(path), other.read(path), atol=1e-4, err_msg=path)
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_process_that_fails_takes_the_other_along(failing, cache, tmp_path):
+    output = tmp_path / "run"
+    with two_processes(output, cache, mesh="fsdp=8", fails=str(failing)) as processes:
+        found = ended(processes, output)
+    status, said = found[failing]
+    assert status == 2
+    message = f"train.py: records must be good, got bad ones in process {failing}"
+    assert said.splitlines()[-1] == message
+    assert found[1 - failing][0] != 0
+
+
+def test_each_process_must_have_rows_of_its_own(cache, tmp_path):
+    output = tmp_path / "run"
+    with two_processes(output, cache, mesh="tensor=4") as processes:
+        for status, said in ended(processes, output):
+            # the other may see process 0 go before it comes to say so
+            assert status != 0 and "mesh must give each of 2 processes" in said or status < 0
+
+
+def test_a_mesh_for_one_process_is_any(tmp_path):
+    check_processes(jax.make_mesh((1, 1, 1), ("data", "fsdp", "tensor"), devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("here:1", 2, None, False), "must be given together, got only coordinator=here:1, num_"),
+        ((None, None, 0, False), "must be given together, got only process_id=0"),
+        (("here:1", 2, 2, False), r"must be in \[0, num_processes\), got process_id=2 num_proce"),
+        (("here", 2, 0, False), "coordinator must be HOST:PORT, got 'here'"),
+        ((":80", 2, 0, False), "coordinator must be HOST:PORT, got ':80'"),
+        (("here:x", 2, 0, False), "coordinator must be HOST:PORT, got 'here:x'"),
+        (("here:1", 2, 0, True), "distributed must be given alone, got coordinator=here:1"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message):
+    with pytest.raises(ValueError, match=message):
+        initialize(*flags)
+
+
+def test_one_process_joins_no_others():
+    initialize(None, None, None, False)
+    assert not jax.distributed.is_initialized()
