@@ -20,6 +20,14 @@ _CONFIG = config_flags.DEFINE_config_file(
 _DRY_RUN = flags.DEFINE_bool(
     "dry_run", False, "Train nothing; print parameters and memory, write out the first rows."
 )
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "One of several processes: on Cloud TPU, Slurm, Open MPI or Kubernetes."
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "One of several processes elsewhere: HOST:PORT where process 0 is found."
+)
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which one, from 0.")
 flags.mark_flag_as_required("config")
 
 
@@ -57,9 +65,15 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"arguments must be flags, got {argv[1:]}")
     logging.set_verbosity(logging.INFO)
     logging.get_absl_logger().addFilter(is_news)
-    cfg = _CONFIG.value
+    cfg, several = _CONFIG.value, _DISTRIBUTED.value or _COORDINATOR.value is not None
+    if several and cfg.task != "stage":
+        raise ValueError(f"several processes need a config whose task is stage, got {cfg.task!r}")
     if _DRY_RUN.value and cfg.task != "stage":
         raise ValueError(f"--dry_run needs a config whose task is stage, got {cfg.task!r}")
+    from janus_jax.training import distributed  # JAX takes a second to import
+
+    others = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    distributed.initialize(*others, _DISTRIBUTED.value)
     if cfg.task == "tokenizer":
         from janus_jax.training.tokenizer import train_tokenizer as train
     elif cfg.task == "encoder":
@@ -72,7 +86,8 @@ def main(argv: list[str]) -> None:
         from janus_jax.training.run import train_stage as train
     else:
         raise ValueError(f"task must be tokenizer, encoder, decoder or stage, got {cfg.task!r}")
-    train(cfg)
+    with distributed.leaves_at_once(), settings_errors():  # one line first, and then it leaves
+        train(cfg)
 
 
 if __name__ == "__main__":
