@@ -214,7 +214,7 @@ def test_each_process_must_have_rows_of_its_own(cache, tmp_path):
     with two_processes(output, cache, mesh="tensor=4") as processes:
         for status, said in ended(processes, output):
             # the other may see process 0 go before it comes to say so
-            assert status != 0 and "mesh must give each of 2 processes" in said or status < 0
+            assert status < 0 or (status == 2 and "mesh must give each of 2" in said)
 
 
 def test_a_mesh_for_one_process_is_any(tmp_path):

@@ -115,14 +115,19 @@ def test_each_training_line_goes_on_from_one_before():
         written.add(cfg.output)
 
 
-def test_the_page_on_training_data(home, monkeypatch):
-    """In the order of the page, for each part uses the files of those before."""
+def test_the_page_on_training(home, monkeypatch):
+    """Python first, for the commands use the files that it writes; then all in their order."""
     monkeypatch.chdir(home)
     for code in blocks("python", "docs/training.md"):
         exec(compile(code, "docs/training.md", "exec"), {"__name__": "training"})
-    (command,) = blocks("bash", "docs/training.md")
-    run(home, command)
+    lines = [line for block in blocks("bash", "docs/training.md") for line in block.splitlines()]
+    for line in lines:
+        run(home, line)
     assert len(list((home / "data" / "drawn_tokens").glob("*.array_record"))) == 3
+    for name in ("janus_tiny_stage3", "finetune_lora", "finetune_full"):
+        assert (home / "runs" / name / "model" / "model.safetensors").is_file()
+        assert any((home / "runs" / name / "tensorboard").iterdir())
+    assert (home / "runs" / "for_transformers" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])
