@@ -80,19 +80,14 @@ def test_captions_are_true_of_their_pictures():
         assert record.turns == ()
 
 
-def test_captions_are_drawn_by_their_weights_in_whichever_order():
-    weights = dict(position=6, counting=3, colors=1, color_attr=0)
-    source = open_source("scenes", "generation", count=1500, captions=weights)
-    records = list(source)
-    found = collections.Counter(PROMPTS[record.text].kind for record in records)
-    assert set(found) == {"position", "counting", "colors"}
-    for kind, part in dict(position=0.6, counting=0.3, colors=0.1).items():
-        assert abs(found[kind] / 1500 - part) < 0.05, kind  # deviation at most 0.013
-    for same in (ConfigDict(weights), dict(reversed(weights.items()))):
-        assert list(open_source("scenes", "generation", count=1500, captions=same)) == records
+@pytest.mark.parametrize("kind", scenes.KINDS)
+def test_a_path_may_name_the_kind_of_captions(kind):
+    records = list(open_source("scenes", f"generation/{kind}", count=100))
+    assert {PROMPTS[record.text].kind for record in records} == {kind}
+    assert records[3].where == f"scenes:generation/{kind}:3"
 
 
-def test_captions_are_of_all_kinds_equally_unless_told_otherwise():
+def test_captions_are_of_all_kinds_equally_unless_the_path_names_one():
     texts = [record.text for record in open_source("scenes", "generation", count=1500)]
     found = collections.Counter(PROMPTS[text].kind for text in texts)
     assert set(found) == set(scenes.KINDS)
@@ -180,18 +175,13 @@ def test_answers_about_relations_are_right():
 @pytest.mark.parametrize(
     ("path", "options", "rule"),
     [
-        ("drawing", {}, "path of scenes must be one of understanding, text, generation, got 'draw"),
+        ("drawing", {}, "path of scenes must be one of .*generation/position, .*got 'drawing'"),
+        ("generation/dogs", {}, "path of scenes must be one of .*, got 'generation/dogs'"),
+        ("text/position", {}, "path of scenes must be one of .*, got 'text/position'"),
         ("text", dict(count=0), "count must be a whole number of at least 1, got 0"),
         ("text", dict(count=1e3), r"count must be a whole number of at least 1, got 1000\.0"),
         ("text", dict(seed=-1), "seed must be a whole number in .*, got -1"),
         ("text", dict(seed=2**32), "seed must be a whole number in .*, got 4294967296"),
-        ("text", dict(captions=dict(colors=1)), "left to generation, got them for text"),
-        ("generation", dict(captions={}), "one of them above 0, got {}"),
-        ("generation", dict(captions=dict(colors=0)), "one of them above 0, got {'colors': 0}"),
-        ("generation", dict(captions=dict(dogs=1)), "weights of single_object, .*got {'dogs': 1}"),
-        ("generation", dict(captions=ConfigDict(dict(colors=-1, position=2))), "got {'colors': -1"),
-        ("generation", dict(captions=dict(colors=float("nan"))), "above 0, got {'colors': nan}"),
-        ("generation", dict(captions=[1, 2]), r"above 0, got \[1, 2\]"),
         ("generation", dict(relations=0.5), "left to understanding, got it for generation"),
         ("understanding", dict(relations=1.5), "relations must be a number from 0 to 1, got 1.5"),
         ("understanding", dict(relations="all"), "relations must be .*, got 'all'"),
@@ -220,11 +210,11 @@ def test_the_shipped_tokenizer_has_every_word(kind, processor):
 
 
 def test_scenes_become_rows_of_the_shipped_model(processor, tmp_path):
-    captions = dict(counting=1, position=2)
+    drawn = {kind: dict(format="scenes", path=f"generation/{kind}") for kind in scenes.KINDS}
     mixture = dict(
         understanding=dict(weight=2, format="scenes", path="understanding", relations=0.5),
         text=dict(weight=1, format="scenes", path="text", count=500),
-        generation=dict(weight=3, format="scenes", path="generation", captions=captions),
+        generation=dict(weight=3, **drawn),
     )
     cfg = RowsConfig(
         mixture=ConfigDict(mixture),
@@ -241,11 +231,11 @@ def test_scenes_become_rows_of_the_shipped_model(processor, tmp_path):
     rows, skipped = open_rows(cfg, processor, JanusConfig.janus_tiny(), tmp_path)
     batches = list(itertools.islice(rows, 12))
     places = [place for batch in batches for row in batch["records"] for place in row]
-    found = collections.Counter(place.split(":")[1] for place in places)
+    found = collections.Counter(re.split("[:/]", place)[1] for place in places)
     assert set(found) == set(KINDS) and skipped.counts == {}
     for kind, node in mixture.items():
         assert abs(found[kind] / len(places) - node["weight"] / 6) < 0.1
-    source = open_source("scenes", "generation", captions=captions)
-    first = next(p for p in batches[0]["records"][0] if p.startswith("scenes:generation:"))
-    picture = scenes.draw(source.scene(int(first.rsplit(":", 1)[1])))
+    first = next(p for p in batches[0]["records"][0] if p.startswith("scenes:generation/"))
+    _, path, number = first.split(":")
+    picture = scenes.draw(open_source("scenes", path).scene(int(number)))
     np.testing.assert_array_equal(batches[0]["drawn"][0, 0], picture)

@@ -5,8 +5,7 @@ A record depends on what is given, the seed and the record's number alone. Held-
 """
 
 import io
-import math
-from collections.abc import Mapping
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +23,8 @@ DESCRIBED = 0.5  # part of the sentences that describe a scene; the others are c
 class ScenesSource(Source):
     """What the path names:
 
-    generation: a caption and its picture.
+    generation: a caption of one of scenes.KINDS, all as often, and its picture.
+    generation/position, and so on: the same with captions of one kind.
     understanding: a picture and TURNS questions about it, with their answers.
     text: a sentence that is true of a scene, without the picture.
 
@@ -36,37 +36,34 @@ class ScenesSource(Source):
         path: str | Path,
         count: int = 100_000,
         seed: int = 0,
-        captions: Mapping[str, float] | None = None,
         relations: float = 0.0,
     ):
         """Raises ValueError for another path, and for options that the path has no use for.
 
         Args:
-            path: one of records.KINDS.
+            path: one of records.KINDS, or a kind of captions as above.
             count: of the records.
             seed: below 2**32; with another one all records are others.
-            captions: how often captions of each of scenes.KINDS are drawn, relative to the others;
-                None is all equally. For generation.
             relations: from 0 to 1, the part of the questions that ask_relation asks, where the
                 scene has two objects to ask it about (about half of the scenes do). The others are
                 drawn by sample_question, which asks it too. For understanding.
         """
-        self._kind = str(path)
-        if self._kind not in KINDS:
-            rule = f"the path of scenes must be one of {', '.join(KINDS)}"
-            raise ValueError(f"{rule}, got {self._kind!r}")
+        self._name = str(path)
+        self._kind, _, caption = self._name.partition("/")
+        captioned = self._kind == "generation" and caption in scenes.KINDS
+        if self._name not in KINDS and not captioned:
+            known = ", ".join([*KINDS, *(f"generation/{kind}" for kind in scenes.KINDS)])
+            raise ValueError(f"the path of scenes must be one of {known}, got {self._name!r}")
         if type(count) is not int or count < 1:
             raise ValueError(f"count must be a whole number of at least 1, got {count!r}")
         if type(seed) is not int or not 0 <= seed < 2**32:
             raise ValueError(f"seed must be a whole number in [0, 2**32), got {seed!r}")
-        if captions is not None and self._kind != "generation":
-            raise ValueError(f"captions must be left to generation, got them for {self._kind}")
         if type(relations) not in (int, float) or not 0 <= relations <= 1:
             raise ValueError(f"relations must be a number from 0 to 1, got {relations!r}")
         if relations and self._kind != "understanding":
             raise ValueError(f"relations must be left to understanding, got it for {self._kind}")
         self._seed, self._relations = seed, relations
-        self._likely = _likely(dict.fromkeys(scenes.KINDS, 1) if captions is None else captions)
+        self._captions = [caption] if caption else list(scenes.KINDS)
         super().__init__(path, [count])
 
     def scene(self, index: int) -> scenes.Scene:
@@ -74,8 +71,8 @@ class ScenesSource(Source):
         return self._drawn(self._rng(index))[0]
 
     def _rng(self, index: int) -> np.random.Generator:
-        """One for each record; the kinds do not share their scenes."""
-        return np.random.default_rng((KINDS.index(self._kind), self._seed, index))
+        """One for each record; sources of other paths do not share its scenes."""
+        return np.random.default_rng((zlib.crc32(self._name.encode()), self._seed, index))
 
     def _drawn(self, rng: np.random.Generator) -> tuple[scenes.Scene, str]:
         """A scene and what is said of it: a caption, a sentence, or nothing yet."""
@@ -83,7 +80,7 @@ class ScenesSource(Source):
             return any_scene(rng), ""
         if self._kind == "text":
             return _told(rng)
-        kind = scenes.KINDS[rng.choice(len(scenes.KINDS), p=self._likely)]
+        kind = self._captions[rng.integers(len(self._captions))]
         scene, prompt = scenes.sample_scene(rng, kind)
         return scene, prompt.text
 
@@ -92,7 +89,7 @@ class ScenesSource(Source):
         return found or sample_question(rng, scene)
 
     def _where(self, part: int, position: int) -> str:
-        return f"scenes:{self._kind}:{position}"
+        return f"scenes:{self._name}:{position}"
 
     def _read(self, part: int, position: int) -> Record:
         rng = self._rng(position)
@@ -104,18 +101,6 @@ class ScenesSource(Source):
             return Record("generation", text=text, pictures=pictures)
         turns = tuple(self._question(rng, scene) for _ in range(TURNS))
         return Record("understanding", turns, pictures=pictures)
-
-
-def _likely(captions: Mapping[str, float]) -> np.ndarray:
-    """How likely each of scenes.KINDS is, float64[6]: in their order, not that of the weights,
-    which a ConfigDict does not keep."""
-    weights = dict(captions.items()) if hasattr(captions, "items") else {}
-    numbers = all(type(one) in (int, float) and 0 <= one < math.inf for one in weights.values())
-    if not set(weights) <= set(scenes.KINDS) or not numbers or not any(weights.values()):
-        rule = f"captions must be weights of {', '.join(scenes.KINDS)}, one of them above 0"
-        raise ValueError(f"{rule}, got {weights or captions!r}")
-    likely = np.array([weights.get(kind, 0) for kind in scenes.KINDS], float)
-    return likely / likely.sum()
 
 
 def _told(rng: np.random.Generator) -> tuple[scenes.Scene, str]:

@@ -1,0 +1,70 @@
+"""Stage 1 of janus_tiny, the model that ships: adapters and image head, on a frozen decoder.
+
+    python train.py --config=configs/janus_tiny_stage1.py
+
+Begins with the shipped model's tokenizer, encoder and decoder, and makes the rest anew.
+"""
+
+from ml_collections import ConfigDict
+
+from janus_jax.training.stages import STAGES, base_config
+
+# what is drawn best least often
+CAPTIONS = dict(single_object=1, two_object=3, counting=4, colors=2, position=5, color_attr=4)
+
+
+def tiny_stage(number: int) -> ConfigDict:
+    """As the released models' stages, in what trains and in the ratio of the records; rows are
+    short, and the records are scenes, drawn as they are asked for."""
+    stage, config = STAGES[number], base_config()
+    config.update(
+        output=f"runs/janus_tiny_stage{number}",
+        trained=stage.trained,
+        length=256,
+        max_pictures=2,
+        max_drawn=5,
+        rows=16,
+        streams=2,
+        tokenized=False,
+        threads=1,
+        dtype="float32",
+        remat="none",
+        chunk=128,
+        log_every=50,
+        sample_every=1000,
+        prompts=("a red circle left of a blue square", "three green triangles"),
+        questions=(("docs/scene.png", "Describe the picture."),),
+    )
+    understanding, text, generation = stage.ratio
+    drawn = {
+        kind: dict(weight=weight, format="scenes", path=f"generation/{kind}", count=1_000_000)
+        for kind, weight in CAPTIONS.items()
+    }
+    mixture = dict(
+        understanding=dict(
+            weight=understanding,
+            format="scenes",
+            path="understanding",
+            count=1_000_000,
+            relations=0.3,
+        ),
+        generation=dict(weight=generation, **drawn),
+    )
+    if text:
+        mixture["text"] = dict(weight=text, format="scenes", path="text", count=1_000_000)
+    config.mixture = ConfigDict(mixture)
+    return config
+
+
+def get_config() -> ConfigDict:
+    """Short: a frozen decoder learns little more."""
+    config = tiny_stage(1)
+    config.update(
+        init="janus_jax/assets/janus_tiny",
+        fresh=config.trained,
+        steps=500,
+        learning_rate=1e-3,
+        end_learning_rate=1e-3,
+        warmup_steps=50,
+    )
+    return config
