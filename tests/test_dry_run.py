@@ -3,15 +3,20 @@
 import re
 
 import numpy as np
+import pytest
 from PIL import Image
 from stage_configs import small_config
 
+from janus_jax.data.loading import open_rows
+from janus_jax.data.records import Record
+from janus_jax.data.writers import write_records
 from janus_jax.training.dry_run import dry_run
 from janus_jax.training.setup import Setup
 
 
 def test_a_dry_run_tells_what_the_run_would_do_and_trains_nothing(tmp_path):
-    config = small_config(tmp_path, trained=r"gen_head\.", mesh="fsdp=2")
+    config = small_config(tmp_path, trained=r"gen_head\.", mesh="fsdp=2", rows=4)
+    config.mixture.generation.weight = 8
     lines = list(dry_run(config))
     trained, frozen = Setup.from_config(config).shapes()
     number = sum(leaf.size for leaf in trained.values())
@@ -21,12 +26,32 @@ def test_a_dry_run_tells_what_the_run_would_do_and_trains_nothing(tmp_path):
     masters, optimizer = map(float, held.groups())
     assert abs(optimizer - 2 * masters) < 0.0015
     assert re.match(r"a step takes 0\.\d{3} GB more on each", lines[3])
-    assert lines[4].startswith("first step: 2 rows on this host, ")
+    assert lines[4].startswith("first step: 4 rows on this host, ")
     assert [path.name for path in tmp_path.iterdir()] == ["dry_run"]
-    text = (tmp_path / "dry_run" / "row-0" / "examples.txt").read_text()
-    assert "[[<drawn>]]" in text + (tmp_path / "dry_run" / "row-1" / "examples.txt").read_text()
+    folders = [tmp_path / "dry_run" / f"row-{row}" for row in range(4)]
+    text = "".join((folder / "examples.txt").read_text() for folder in folders)
+    assert "<begin_of_image>[[<drawn>]]" in text
     assert re.search(r"<seen>.*<\|Assistant\|>:\[\[ .*<｜end▁of▁sentence｜>\]\]", text, re.DOTALL)
-    pictures = sorted(path.name for path in (tmp_path / "dry_run" / "row-0").glob("*.png"))
-    assert "seen-0.png" in pictures
-    picture = np.asarray(Image.open(tmp_path / "dry_run" / "row-0" / "seen-0.png"))
-    assert picture.shape == (64, 64, 3) and len(np.unique(picture)) > 2
+    pictures = [path for folder in folders for path in sorted(folder.glob("*.png"))]
+    assert {path.name[:5] for path in pictures} == {"seen-", "drawn"}
+    assert len(pictures) == text.count("<seen>") + text.count("<drawn>")
+    for path in pictures:
+        picture = np.asarray(Image.open(path))
+        assert picture.shape == (64, 64, 3) and len(np.unique(picture)) > 2
+
+
+@pytest.mark.parametrize("tokenized", [False, True])
+def test_the_rows_that_are_planned_with_are_those_that_come(tmp_path, tokenized):
+    config = small_config(tmp_path, tokenized=tokenized)
+    if tokenized:
+        drawn = Record("generation", text="a scene", indices=np.zeros(16, np.int32))
+        write_records("jsonl", tmp_path / "drawn.jsonl", [drawn] * 9)
+        config.mixture.generation = dict(format="jsonl", path=str(tmp_path / "drawn.jsonl"))
+    setup = Setup.from_config(config)
+    rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, tmp_path)
+    batch = next(iter(rows))
+    assert batch.pop("records")
+    shapes = setup.row_shapes()
+    assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
+        name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()
+    }

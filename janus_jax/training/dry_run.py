@@ -14,7 +14,6 @@ from janus_jax.data.loading import open_rows
 from janus_jax.data.packing import efficiency
 from janus_jax.interop.load import load_vq
 from janus_jax.processing.processor import Processor
-from janus_jax.sharding import batch_sharding
 from janus_jax.training.setup import Setup, Shapes
 
 SHOWN_ROWS = 4
@@ -37,7 +36,7 @@ def dry_run(cfg) -> Iterator[str]:
     rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, folder, *hosts)
     with contextlib.closing(iter(rows)) as iterator:
         batch = next(iterator)
-    yield from _memory(setup, frozen, batch)
+    yield from _memory(setup)
     full, number = efficiency(batch["segment_ids"]), len(batch["tokens"])
     yield f"first step: {number} rows on this host, {full:.1%} of their places filled"
     if skipped.counts:
@@ -64,38 +63,22 @@ def _numbers(shapes: Shapes) -> str:
     return f"{counts.total():,} parameters ({parts})" if counts else "0 parameters"
 
 
-def _memory(setup: Setup, frozen: Shapes, batch: Mapping) -> Iterator[str]:
+def _memory(setup: Setup) -> Iterator[str]:
     """What lies on each device from step to step, and what XLA plans for a step."""
-    state = setup.abstract_state()
-    held = dict(
-        masters=state.params, optimizer=state.opt_state, average=state.average, frozen=frozen
-    )
-    sizes = {name: _bytes(tree) for name, tree in held.items() if jax.tree.leaves(tree)}
-    parts = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in sizes.items())
-    yield f"held by each device: {sum(sizes.values()) / 1e9:.3f} GB ({parts})"
-    place, hosts = batch_sharding(setup.mesh), jax.process_count()
-    shapes = {
-        name: jax.ShapeDtypeStruct(
-            (hosts * len(array), *array.shape[1:]), array.dtype, sharding=place
-        )
-        for name, array in batch.items()
-        if isinstance(array, np.ndarray)
-    }
-    plan = setup.step().lower(state, frozen, shapes).compile().memory_analysis()
-    more = plan.temp_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
-    yield (
-        f"a step takes {more / 1e9:.3f} GB more on each, as XLA plans it for "
-        f"{jax.devices()[0].device_kind}"
-    )
+    held = setup.held()
+    parts = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in held.items())
+    yield f"held by each device: {sum(held.values()) / 1e9:.3f} GB ({parts})"
+    more = step_bytes(setup.planned())
+    device = setup.mesh.devices.flat[0].device_kind
+    yield f"a step takes {more / 1e9:.3f} GB more on each, as XLA plans it for {device}"
 
 
-def _bytes(tree) -> int:
-    """On one device."""
-    leaves = jax.tree.leaves(tree)
-    shapes = (leaf.sharding.shard_shape(leaf.shape) for leaf in leaves)
-    return sum(
-        int(np.prod(shape)) * leaf.dtype.itemsize
-        for shape, leaf in zip(shapes, leaves, strict=True)
+def step_bytes(plan: jax.stages.Compiled) -> int:
+    """What a step needs on each device beside what it is given: temporaries, and results that do
+    not take the place of what was given."""
+    stats = plan.memory_analysis()
+    return (
+        stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
     )
 
 

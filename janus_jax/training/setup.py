@@ -1,6 +1,7 @@
 """From a config to what a run works with: devices, parameters, the jitted step."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -207,6 +208,39 @@ class Setup:
         )
         return make(params)
 
+    def row_shapes(self) -> Shapes:
+        """The rows of a step, of all processes (data/packing.py)."""
+        rows, size = self.rows, self.source.cfg.image_size
+        places, drawn = (rows.rows, rows.length), (rows.rows, rows.max_drawn)
+        picture = (size, size, 3)
+        kinds = dict.fromkeys(("tokens", "segment_ids", "positions"), (places, jnp.int32))
+        kinds |= dict.fromkeys(("image_mask", "gen_mask", "loss_mask"), (places, jnp.bool))
+        kinds |= dict(
+            kind=(places, jnp.int8),
+            pixels=((rows.rows, rows.max_pictures, *picture), jnp.uint8),
+            drawn=((*drawn, *picture), jnp.uint8),
+        )
+        if rows.tokenized:
+            kinds["drawn"] = ((*drawn, self.source.cfg.num_image_tokens), jnp.int32)
+        place = batch_sharding(self.mesh)
+        return {
+            name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
+            for name, (shape, dtype) in kinds.items()
+        }
+
+    def planned(self) -> jax.stages.Compiled:
+        """The step, compiled for the devices of the mesh, which need not be there."""
+        _, frozen = self.shapes()
+        return self.step().lower(self.abstract_state(), frozen, self.row_shapes()).compile()
+
+    def held(self) -> dict[str, int]:
+        """Bytes that lie on each device from step to step, by what they are."""
+        (_, frozen), state = self.shapes(), self.abstract_state()
+        parts = dict(
+            masters=state.params, optimizer=state.opt_state, average=state.average, frozen=frozen
+        )
+        return {name: _bytes(tree) for name, tree in parts.items() if jax.tree.leaves(tree)}
+
     def step(self) -> Callable:
         """The jitted step of make_step."""
         return make_step(
@@ -232,6 +266,13 @@ def flat(state: nnx.State) -> Iterator[tuple[str, Any]]:
     """Paths and arrays, or what stands for arrays."""
     for keys, leaf in nnx.to_flat_state(state):
         yield ".".join(map(str, keys)), leaf.get_value()
+
+
+def _bytes(tree) -> int:
+    """Of shapes, on one device."""
+    leaves = jax.tree.leaves(tree)
+    parts = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
+    return sum(size * leaf.dtype.itemsize for size, leaf in zip(parts, leaves, strict=True))
 
 
 def rows_config(cfg, mesh: Mesh) -> RowsConfig:

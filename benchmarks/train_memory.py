@@ -1,0 +1,73 @@
+"""What a step of training takes of a device's memory, as XLA plans it for a TPU that is not there.
+
+    pip install "libtpu==0.0.42.*"     # the one that jax[tpu] asks for
+    python -m benchmarks.train_memory --init checkpoints/Janus-Pro-1B --config finetune_lora \\
+        --device v5e --output benchmarks/results/train_memory.json
+
+Only the small files of the checkpoint folder are read. The plan is XLA's own, for one chip of the
+named kind (v5e: 16 GB, v5p: 95 GB): arguments, temporaries and results of the compiled step.
+"""
+
+import argparse
+import dataclasses
+import importlib
+import json
+import os
+import time
+from pathlib import Path
+
+# jax's TPU compiler would look for the machine that it is on
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh
+
+from janus_jax.sharding import AXES
+from janus_jax.training.dry_run import step_bytes
+from janus_jax.training.setup import Setup
+
+
+def measure(config: str, device: str, changed: dict) -> dict:
+    """Gigabytes on one chip: held, taken by a step, and both; and the seconds of compiling."""
+    cfg = importlib.import_module(f"configs.{config}").get_config()
+    cfg.update(changed | dict(mesh="data=1"))
+    chips = topologies.get_topology_desc(platform="tpu", topology_name=f"{device}:2x2").devices
+    grid = np.array(chips[:1]).reshape(1, 1, 1)
+    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    setup = dataclasses.replace(Setup.from_config(cfg), mesh=mesh)
+    held, began = setup.held(), time.monotonic()
+    step = step_bytes(setup.planned())
+    return dict(
+        config=config,
+        model=Path(cfg.init).name,
+        device=device,
+        jax=jax.__version__,
+        **{name: cfg[name] for name in ("rows", "accumulate", "length", "remat", "lora_rank")},
+        held_gb={name: round(size / 1e9, 3) for name, size in held.items()},
+        step_gb=round(step / 1e9, 3),
+        total_gb=round((sum(held.values()) + step) / 1e9, 3),
+        compile_s=round(time.monotonic() - began, 1),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--init", required=True, help="checkpoint folder; weights are not needed")
+    parser.add_argument("--config", required=True, help="name of a file of configs/")
+    parser.add_argument("--device", default="v5e", help="kind of TPU, as v5e or v5p")
+    parser.add_argument("--set", nargs="*", default=[], help="NAME=NUMBER of the config")
+    parser.add_argument("--output", type=Path, help="JSON lines; a line is added")
+    args = parser.parse_args()
+    changed = {name: json.loads(value) for name, _, value in (s.partition("=") for s in args.set)}
+    found = measure(args.config, args.device, changed | dict(init=args.init))
+    print(json.dumps(found))
+    if args.output:
+        with args.output.open("a") as file:
+            file.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
