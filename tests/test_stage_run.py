@@ -95,6 +95,13 @@ def test_the_newest_checkpoints_are_kept(tmp_path):
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
 
 
+def test_a_run_does_not_go_back_nor_write_over_what_it_begins_with(whole):
+    with pytest.raises(ValueError, match="steps must be at least 4, where the run stands, got 3"):
+        train_stage(small_config(whole, steps=3))
+    with pytest.raises(ValueError, match="init must not be what the run will write, got "):
+        train_stage(small_config(whole, init=str(whole / "model")))
+
+
 def test_a_run_does_not_go_on_with_other_parameters(whole):
     with pytest.raises(ValueError, match="does not hold what this config trains"):
         train_stage(small_config(whole, steps=5, trained=r"gen_head\."))

@@ -29,7 +29,7 @@ from janus_jax.training.evaluation import Watch, evaluation, samples
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
 from janus_jax.training.lora import merged
 from janus_jax.training.metrics import Log
-from janus_jax.training.setup import DTYPES, Params, Setup, put_rows
+from janus_jax.training.setup import DTYPES, MODEL, Params, Setup, put_rows
 from janus_jax.training.state import TrainState
 
 
@@ -58,7 +58,7 @@ def train_stage(cfg) -> None:
         run = Run(setup.step(), setup.mesh, frozen, costs, checkpoints, log, watches, stop)
         state = run.steps(state, iterator, cfg.steps, cfg.save_every)
     if int(state.step) == cfg.steps:
-        save_model(setup, state, output / "model")
+        save_model(setup, state, output / MODEL)
 
 
 def begin(
@@ -68,6 +68,9 @@ def begin(
     trained, frozen = setup.load()
     if checkpoints.newest is None:
         return setup.first_state(trained), frozen
+    if checkpoints.newest > setup.cfg.steps:
+        stands = f"at least {checkpoints.newest}, where the run stands"
+        raise ValueError(f"steps must be {stands}, got {setup.cfg.steps}")
     del trained  # the checkpoint has them
     state, data = checkpoints.restore(setup.abstract_state())
     rows.set_state(data)
@@ -120,14 +123,17 @@ class Run:
             if waiting:
                 self.log.step(*waiting)
             waiting = number, metrics, records, costs
-            for every, watch in self.watches:
-                if number % every == 0 or number == steps:
-                    watch(number, state)
             stopping = self._stopping(number)
-            if stopping or number == steps or number % save_every == 0:
-                self.log.step(*waiting)  # before the save: what is saved is good
+            at_end = number == steps
+            due = [watch for every, watch in self.watches if at_end or number % every == 0]
+            save = stopping or at_end or number % save_every == 0
+            if due or save:
+                self.log.step(*waiting)  # first of all: what is asked and saved is good
                 waiting = None
+            if save:
                 self.checkpoints.save(state, rows.get_state())
+            for watch in due:
+                watch(number, state)
             if stopping:
                 logging.info("told to stop: saved at step %d", number)
                 break

@@ -44,6 +44,8 @@ from janus_jax.training.state import (
 )
 from janus_jax.training.step import Objective, Params, make_step
 
+MODEL = "model"  # of a run's output: the trained model
+
 Shapes = dict[str, jax.ShapeDtypeStruct]  # with shardings
 
 
@@ -74,6 +76,8 @@ class Setup:
         if not Path(cfg.init).is_dir():
             there = f"there is none at {cfg.init!r}"
             raise FileNotFoundError(f"init must be a checkpoint folder, {there}")
+        if Path(cfg.init).resolve() == (Path(cfg.output) / MODEL).resolve():
+            raise ValueError(f"init must not be what the run will write, got {cfg.init}")
         source, processor = open_folder(cfg.init), Processor.from_dir(cfg.init)
         check_processor(processor, source.cfg)
         mesh = parse_mesh(cfg.mesh) if cfg.mesh else make_mesh(fsdp=jax.device_count())
