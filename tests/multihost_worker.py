@@ -19,7 +19,9 @@ from janus_jax.training.metrics import Log
 
 def get_config(output: str) -> ConfigDict:
     """Eight rows of two streams."""
-    return small_config(Path(output), rows=8, streams=2)
+    config = small_config(Path(output), rows=8, streams=2)
+    config.eval_mixture = config.mixture
+    return config
 
 
 def noting(output: Path) -> Callable:

@@ -42,7 +42,6 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
         XLA_FLAGS=flags,
         JAX_DEFAULT_MATMUL_PRECISION="highest",
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # compiling is most of the time
-        JAX_SHARE_BINARY_BETWEEN_HOSTS="1",
         JAX_COMPILATION_CACHE_DIR=str(cache),
         JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         PYTHONPATH=str(ROOT),
