@@ -9,6 +9,7 @@ from stage_configs import small_config
 
 from janus_jax.data.loading import open_rows
 from janus_jax.training.setup import Setup, put_rows
+from janus_jax.training.state import make_optimizer
 
 ROWS = 8
 
@@ -56,6 +57,31 @@ def assert_close(found, plain):
     for path, grad in want_grads.items():
         error = np.linalg.norm(grads[path] - grad) / (np.linalg.norm(grad) + 1e-3 * scale)
         assert error < 1e-4, (path, error)
+
+
+def test_a_step_is_one_of_the_optimizer_and_takes_the_state_over(config, batch, plain):
+    cfg = config(clip=0.1, weight_decay=0.1, warmup_steps=1, end_learning_rate=1e-4)
+    setup = Setup.from_config(cfg)
+    trained, frozen = setup.load()
+    grads, _ = plain
+    optimizer = make_optimizer(cfg)
+    norm = float(optax.tree.norm(grads))
+    assert norm > 1.5 * cfg.clip
+    params, opt_state = dict(trained), optimizer.init(trained)
+    state, step = setup.first_state(jax.tree.map(jnp.copy, trained)), setup.step()
+    for number in range(2):  # the first has the learning rate 0, where the warm-up begins
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        before = state
+        state, metrics = step(state, frozen, put_rows(batch, setup.mesh))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
+        assert float(metrics["learning_rate"]) == pytest.approx(number * cfg.learning_rate)
+        np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
+    assert int(state.step) == 2
+    assert float(metrics["tokens"]) == (batch["segment_ids"] > 0).sum()
+    for path, want in params.items():
+        np.testing.assert_allclose(state.params[path], want, rtol=1e-4, atol=2e-5, err_msg=path)
+        assert not np.array_equal(state.params[path], trained[path])
 
 
 @pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4"])
