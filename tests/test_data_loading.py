@@ -1,12 +1,10 @@
 """Files in, rows out: the whole way of the data, on the shipped model's processor."""
 
 import dataclasses
-import io
 import json
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from benchmarks import data_loading as benchmark
 from janus_jax.data import packing, questions, scenes
@@ -15,6 +13,7 @@ from janus_jax.data.records import Record
 from janus_jax.data.writers import write_records
 from janus_jax.generation.loading import TINY
 from janus_jax.models.janus import JanusConfig
+from janus_jax.processing.images import encode_png
 from janus_jax.processing.processor import Processor
 
 MODEL = JanusConfig.janus_tiny()
@@ -25,12 +24,6 @@ def processor():
     return Processor.from_dir(TINY)
 
 
-def png(pixels) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
-
-
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
     """Three sources in three formats; the scenes' questions, captions as text, and captions."""
@@ -38,7 +31,7 @@ def mixture(tmp_path_factory):
     asked, said, drawn = [], [], []
     for _ in range(60):
         scene, prompt = scenes.sample_scene(rng, None)
-        picture = png(scenes.draw(scene))
+        picture = encode_png(scenes.draw(scene))
         asked.append(
             Record("understanding", (questions.sample_question(rng, scene),), pictures=(picture,))
         )

@@ -1,6 +1,5 @@
 """The loss of packed rows: against the plain formula, and packed against alone."""
 
-import io
 
 import grain
 import jax
@@ -9,12 +8,12 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from PIL import Image
 
 import janus_jax
 from janus_jax.data import packing, scenes
 from janus_jax.data.examples import ExampleMaker
 from janus_jax.data.records import KINDS, Record
+from janus_jax.processing.images import encode_png
 from janus_jax.training.row_losses import cross_entropies, drawn_indices, normalise, row_losses
 
 
@@ -88,9 +87,9 @@ def examples(janus):
     """Two of each kind, with indices for what is to be drawn."""
     rng = np.random.default_rng(0)
     make = ExampleMaker(janus.processor, 96, 36, 1024, 128, 2, 1, tokenized=True)
-    picture = scenes.draw(scenes.sample_mixed(rng))
+    pictures = (encode_png(scenes.draw(scenes.sample_mixed(rng))),)
     records = [
-        Record("understanding", (("How many objects are there?", "2"),), pictures=(png(picture),)),
+        Record("understanding", (("How many objects are there?", "2"),), pictures=pictures),
         Record("text", text="a red circle left of a blue square"),
         Record("generation", text="two red circles", indices=rng.integers(0, 1024, 36)),
         Record("text", text="three green crosses"),
@@ -98,12 +97,6 @@ def examples(janus):
         Record("generation", text="a square", indices=rng.integers(0, 1024, 36)),
     ]
     return [make(record, np.random.default_rng(3)) for record in records]
-
-
-def png(pixels) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG")
-    return file.getvalue()
 
 
 def in_rows(examples, length, pad_id, max_pictures=2, max_drawn=2):
@@ -141,7 +134,7 @@ def test_pictures_and_their_indices_give_the_same_loss(janus):
     record = Record(
         "generation",
         text=prompt.text,
-        pictures=(png(pixels),),
+        pictures=(encode_png(pixels),),
         indices=np.asarray(janus.encode_images(pixels))[0],
     )
     images, found = janus.processor.image_config, []

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 
 import numpy as np
@@ -90,9 +91,15 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_pa
     assert not (tmp_path / "model").exists()
 
 
-def test_the_newest_checkpoints_are_kept(tmp_path):
-    train_stage(small_config(tmp_path, save_every=1, keep=2))
-    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["3", "4"]
+def test_the_newest_checkpoints_are_kept_and_each_is_good_to_go_on_from(whole, tmp_path):
+    """Step 4 took over the arrays that were being saved as step 3."""
+    config = small_config(tmp_path, save_every=1, keep=2)
+    train_stage(config)
+    checkpoints = tmp_path / "checkpoints"
+    assert sorted(path.name for path in checkpoints.iterdir()) == ["3", "4"]
+    shutil.rmtree(checkpoints / "4")
+    train_stage(config)
+    assert_same(weights(tmp_path / "model"), weights(whole / "model"))
 
 
 def test_a_run_does_not_go_back_nor_write_over_what_it_begins_with(whole):

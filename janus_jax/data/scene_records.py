@@ -4,18 +4,17 @@ A record depends on what is given, the seed and the record's number alone. Held-
 (scenes.py) are never shown nor named.
 """
 
-import io
 import zlib
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from janus_jax.data import scenes
 from janus_jax.data.questions import QuestionAnswer, ask_relation, describe, sample_question
 from janus_jax.data.reading import Source
 from janus_jax.data.records import KINDS, Record
 from janus_jax.data.scene_batches import TURNS, any_scene
+from janus_jax.processing.images import encode_png
 
 DESCRIBED = 0.5  # part of the sentences that describe a scene; the others are captions
 
@@ -96,7 +95,7 @@ class ScenesSource(Source):
         scene, text = self._drawn(rng)
         if self._kind == "text":
             return Record("text", text=text)
-        pictures = (_png(scenes.draw(scene)),)
+        pictures = (encode_png(scenes.draw(scene)),)
         if self._kind == "generation":
             return Record("generation", text=text, pictures=pictures)
         turns = tuple(self._question(rng, scene) for _ in range(TURNS))
@@ -113,10 +112,3 @@ def _told(rng: np.random.Generator) -> tuple[scenes.Scene, str]:
         text = describe(scene)
         if text is not None:
             return scene, text
-
-
-def _png(pixels: np.ndarray) -> bytes:
-    """A picture's file, quick to write. pixels: uint8[S, S, 3]."""
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", compress_level=1)
-    return file.getvalue()

@@ -2,19 +2,17 @@
 
 import contextlib
 import dataclasses
-import io
 import itertools
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
-import numpy as np
-from PIL import Image
 
 from janus_jax.data.loading import open_rows
 from janus_jax.generation.loading import guidance_weight
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.interop.load import load_params
+from janus_jax.processing.images import encode_png
 from janus_jax.sharding import sharding_for
 from janus_jax.training.metrics import Log
 from janus_jax.training.setup import DTYPES, Setup, put_rows
@@ -76,7 +74,7 @@ def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
         if cfg.prompts:
             pixels = janus.generate_images(list(cfg.prompts), seed=cfg.seed).pixels
             for number, picture in enumerate(pixels):
-                write(folder / f"prompt-{number}.png", png(picture))
+                write(folder / f"prompt-{number}.png", encode_png(picture))
             log.images(step, "prompts", pixels)
         if cfg.questions:
             pictures, asked = zip(*cfg.questions, strict=True)
@@ -87,13 +85,6 @@ def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
             log.text(step, "answers", text)
 
     return sample
-
-
-def png(picture: np.ndarray) -> bytes:
-    """uint8[Y, X, 3] as a file."""
-    file = io.BytesIO()
-    Image.fromarray(picture).save(file, "PNG")
-    return file.getvalue()
 
 
 def write(path: Path, content: bytes) -> None:
