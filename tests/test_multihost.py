@@ -33,7 +33,7 @@ def free_port() -> int:
         return one.getsockname()[1]
 
 
-def environment(cache: Path, **more: str) -> dict[str, str]:
+def environment(**more: str) -> dict[str, str]:
     flags = "--xla_force_host_platform_device_count=4"
     # on a busy machine the threads of a process may be long apart
     flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
@@ -42,38 +42,48 @@ def environment(cache: Path, **more: str) -> dict[str, str]:
         XLA_FLAGS=flags,
         JAX_DEFAULT_MATMUL_PRECISION="highest",
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # compiling is most of the time
-        JAX_COMPILATION_CACHE_DIR=str(cache),
-        JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0",
         PYTHONPATH=str(ROOT),
     )
     return os.environ | settings | more
 
 
+def by_flags(port: int, process: int) -> tuple[list[str], dict[str, str]]:
+    """Flags and environment with which a process finds the other."""
+    flags = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={process}"]
+    return flags, {}
+
+
+def by_slurm(port: int, process: int) -> tuple[list[str], dict[str, str]]:
+    """As by_flags, but by what Slurm tells."""
+    told = dict(
+        SLURM_JOB_ID="1",
+        SLURM_STEP_NODELIST="localhost,other",
+        SLURM_NTASKS="2",
+        SLURM_PROCID=str(process),
+        SLURM_LOCALID="0",
+        JAX_COORDINATOR_PORT=str(port),
+    )
+    return ["--distributed"], told
+
+
 @contextlib.contextmanager
 def two_processes(
-    output: Path, cache: Path, slurm: bool = False, fails: str = "", **settings
+    output: Path, slurm: bool = False, fails: str = "", **settings
 ) -> Iterator[list[subprocess.Popen]]:
     """Processes 0 and 1 of a run into `output`; they end with the context at the latest.
 
     slurm: whether they find each other by what Slurm tells them, or by flags.
     """
-    port, started = free_port(), []
     command = [sys.executable, WORKER, f"--config={WORKER}:{output}"]
     command += [f"--config.{name}={value}" for name, value in settings.items()]
-    for process in range(2):
-        if slurm:
-            flags = ["--distributed"]
-            told = dict(SLURM_JOB_ID="1", SLURM_STEP_NODELIST="localhost,other", SLURM_NTASKS="2")
-            told |= dict(SLURM_PROCID=str(process), SLURM_LOCALID="0")
-            told |= dict(JAX_COORDINATOR_PORT=str(port))
-        else:
-            flags, told = [f"--coordinator=localhost:{port}", "--num_processes=2"], {}
-            flags.append(f"--process_id={process}")
-        env = environment(cache, FAILS=fails, **told)
-        with open(f"{output}.{process}.log", "w") as file:
-            one = subprocess.Popen([*command, *flags], cwd=ROOT, env=env, stdout=file, stderr=file)
-        started.append(one)
+    port, started = free_port(), []
     try:
+        for process in range(2):
+            flags, told = by_slurm(port, process) if slurm else by_flags(port, process)
+            settings = dict(cwd=ROOT, env=environment(FAILS=fails, **told))
+            with open(f"{output}.{process}.log", "w") as file:
+                one = subprocess.Popen([*command, *flags], stdout=file, stderr=file, **settings)
+            started.append(one)
         yield started
     finally:
         for one in started:
@@ -96,7 +106,7 @@ def assert_good(processes: list[subprocess.Popen], output: Path) -> None:
 
 def losses(output: Path) -> dict[int, float]:
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
-    return {line["step"]: line["loss"] for line in lines}
+    return {line["step"]: line["loss"] for line in lines if "loss" in line}
 
 
 def records(output: Path, processes: int) -> dict[int, list[list[str]]]:
@@ -133,17 +143,18 @@ def assert_same_run(one: Path, processes: int, other: Path, steps: range) -> Non
     assert all(len(found[step]) == 8 for step in steps)
 
 
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory) -> Path:
-    """Where the processes keep what they compiled."""
-    return tmp_path_factory.mktemp("compiled")
+@pytest.fixture(scope="module", autouse=True)
+def compiled_as_in_the_processes():
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")
-def stopped(tmp_path_factory, cache) -> Path:
+def stopped(tmp_path_factory) -> Path:
     """A run of two processes that one of them was told to stop."""
     output = tmp_path_factory.mktemp("runs") / "stopped"
-    with two_processes(output, cache, mesh="fsdp=8", steps=1000) as processes:
+    with two_processes(output, mesh="fsdp=8", steps=1000) as processes:
         until = time.monotonic() + SECONDS
         while not (output / "records-0.jsonl").exists():
             assert time.monotonic() < until
@@ -184,12 +195,12 @@ def test_one_process_goes_on_from_two(stopped, whole, tmp_path):
     assert_same_run(tmp_path, 1, whole, range(last + 1, last + 4))
 
 
-def test_two_processes_go_on_from_one_and_write_the_model(whole, cache, tmp_path):
+def test_two_processes_go_on_from_one_and_write_the_model(whole, tmp_path):
     """Found as Slurm tells; on another mesh."""
     output, last = tmp_path / "run", saved_steps(whole)[-1]
     shutil.copytree(whole / "checkpoints" / "2", output / "checkpoints" / "2")
     settings = dict(mesh="data=2,fsdp=4", steps=last)
-    with two_processes(output, cache, slurm=True, **settings) as processes:
+    with two_processes(output, slurm=True, **settings) as processes:
         assert_good(processes, output)
     assert list(losses(output)) == list(range(3, last + 1))
     assert_same_run(output, 2, whole, range(3, last + 1))
@@ -198,10 +209,28 @@ def test_two_processes_go_on_from_one_and_write_the_model(whole, cache, tmp_path
         np.testing.assert_allclose(one.read(path), other.read(path), atol=1e-4, err_msg=path)
 
 
-@pytest.mark.parametrize("failing", [0, 1])
-def test_a_process_that_fails_takes_the_other_along(failing, cache, tmp_path):
+@pytest.mark.slow
+def test_two_processes_are_asked_as_one(tmp_path):
+    """The losses on held-out records, and what is drawn."""
+    settings = dict(steps=1, eval_every=1, eval_batches=1, sample_every=1)
+    one, other = tmp_path / "one", tmp_path / "other"
+    with two_processes(one, mesh="fsdp=8", **settings) as processes:
+        assert_good(processes, one)
+    train_here(other, mesh="data=1", **settings)
+    asked, expected = (
+        json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        for folder in (one, other)
+    )
+    assert asked == pytest.approx(expected, rel=1e-5) and "eval/generation" in asked
+    drawn = Path("samples") / "0000001" / "prompt-0.png"
+    assert (one / drawn).read_bytes() == (other / drawn).read_bytes()
+
+
+@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
+def test_a_process_that_fails_takes_the_other_along(failing, tmp_path):
     output = tmp_path / "run"
-    with two_processes(output, cache, mesh="fsdp=8", fails=str(failing)) as processes:
+    settings = dict(mesh="fsdp=8", trained=r"gen_head\.")
+    with two_processes(output, fails=str(failing), **settings) as processes:
         found = ended(processes, output)
     status, said = found[failing]
     assert status == 2
@@ -210,9 +239,10 @@ def test_a_process_that_fails_takes_the_other_along(failing, cache, tmp_path):
     assert found[1 - failing][0] != 0
 
 
-def test_each_process_must_have_rows_of_its_own(cache, tmp_path):
+@pytest.mark.slow
+def test_each_process_must_have_rows_of_its_own(tmp_path):
     output = tmp_path / "run"
-    with two_processes(output, cache, mesh="tensor=4") as processes:
+    with two_processes(output, mesh="tensor=4") as processes:
         for status, said in ended(processes, output):
             # the other may see process 0 go before it comes to say so
             assert status < 0 or (status == 2 and "mesh must give each of 2" in said)
