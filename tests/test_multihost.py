@@ -269,6 +269,22 @@ def test_flags_that_do_not_go_together(flags, message):
         initialize(*flags)
 
 
+def test_others_that_nothing_tells_of(monkeypatch):
+    def unknown():
+        raise ValueError("coordinator_address should be defined.")  # as JAX does
+
+    monkeypatch.setattr(jax.distributed, "initialize", unknown)
+    with pytest.raises(ValueError, match=r"must be used on Cloud TPU, Slurm, .*, got none of them"):
+        initialize(None, None, None, True)
+
+
+def test_a_port_in_use_is_told_of():
+    with socket.create_server(("", 0)) as taken:
+        address = f"localhost:{taken.getsockname()[1]}"
+        with pytest.raises(OSError, match=rf"able to listen .*, got .* for {address}"):
+            initialize(address, 2, 0, False)
+
+
 def test_one_process_joins_no_others():
     initialize(None, None, None, False)
     assert not jax.distributed.is_initialized()

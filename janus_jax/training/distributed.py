@@ -6,6 +6,7 @@ Each has some of the mesh's devices and reads its own part of every step's rows.
 import collections
 import contextlib
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Iterator
@@ -27,7 +28,8 @@ def initialize(
         num_processes, process_id: how many there are, and which one this is.
         detect: JAX knows all that from its surroundings: Cloud TPU, Slurm, Open MPI, Kubernetes.
     Raises:
-        ValueError: values that do not go together. ConnectionError: the others were not found.
+        ValueError: values that do not go together. OSError: process 0 cannot listen at the port.
+    A process that finds no process 0 within 300 s is aborted by JAX.
     """
     given = dict(coordinator=coordinator, num_processes=num_processes, process_id=process_id)
     told = ", ".join(f"{name}={value}" for name, value in given.items() if value is not None)
@@ -50,9 +52,6 @@ def initialize(
         )
     try:
         jax.distributed.initialize(**settings)
-    except jax.errors.JaxRuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ConnectionError(f"all processes must find process 0: {reason}") from error
     except ValueError as error:  # only JAX knows whether it is in such surroundings
         where = "on Cloud TPU, Slurm, Open MPI or Kubernetes"
         raise ValueError(f"distributed must be used {where}, got none of them") from error
@@ -65,6 +64,12 @@ def _check(coordinator: str, num_processes: int, process_id: int) -> None:
     if not 0 <= process_id < num_processes:
         asked = f"process_id={process_id} num_processes={num_processes}"
         raise ValueError(f"process_id must be in [0, num_processes), got {asked}")
+    if process_id == 0:
+        try:
+            socket.create_server(("", int(port))).close()  # JAX 0.12 dies of a port in use
+        except OSError as error:
+            rule = "process 0 must be able to listen at the coordinator's port"
+            raise OSError(f"{rule}, got {error.strerror} for {coordinator}") from error
 
 
 def check_processes(mesh: Mesh) -> None:
