@@ -1,8 +1,8 @@
-"""Stage 1 of janus_tiny, the model that ships: adapters and image head, on a frozen decoder.
+"""Stage 1 of a model like janus_tiny: adapters and image head, on a frozen decoder.
 
     python train.py --config=configs/janus_tiny_stage1.py
 
-Begins with the shipped model's tokenizer, encoder and decoder, and makes the rest anew.
+Goes on from runs/janus_tiny_encoder, a finished tokenizer and encoder.
 """
 
 from ml_collections import ConfigDict
@@ -57,10 +57,10 @@ def tiny_stage(number: int) -> ConfigDict:
 
 
 def get_config() -> ConfigDict:
-    """Short: a frozen decoder learns little more."""
+    """Short: a frozen decoder, here an untrained one, learns little more."""
     config = tiny_stage(1)
     config.update(
-        init="janus_jax/assets/janus_tiny",
+        init="runs/janus_tiny_encoder",
         fresh=config.trained,
         steps=500,
         learning_rate=1e-3,

@@ -1,39 +1,22 @@
-"""janus_tiny's third stage: everything but the image tokenizer, from the shipped model.
+"""Stage 3 of janus_tiny: all but the image tokenizer, with more questions than pictures.
 
-python train.py --config=configs/janus_tiny_stage3.py --config.steps=20
+    python train.py --config=configs/janus_tiny_stage3.py --config.steps=20
+
+Goes on from the shipped model; --config.init=runs/janus_tiny_stage2/model from one of your own.
 """
 
 from ml_collections import ConfigDict
 
-from janus_jax.training.stages import ALL_BUT_TOKENIZER, base_config
+from configs.janus_tiny_stage1 import tiny_stage
 
 
 def get_config() -> ConfigDict:
     """Rows of 256 tokens, made of scenes that are drawn as they are asked for."""
-    config = base_config()
+    config = tiny_stage(3)
     config.update(
         init="janus_jax/assets/janus_tiny",
-        output="runs/janus_tiny_stage3",
-        trained=ALL_BUT_TOKENIZER,
-        steps=2000,
-        length=256,
-        max_pictures=2,
-        max_drawn=5,
-        rows=16,
-        streams=2,
-        tokenized=False,
-        threads=1,
-        dtype="float32",
-        remat="none",
-        chunk=128,
+        steps=4000,
         learning_rate=2e-4,
         end_learning_rate=2e-5,
-    )
-    config.mixture = ConfigDict(
-        dict(
-            understanding=dict(weight=5, format="scenes", path="understanding", relations=0.3),
-            text=dict(weight=1, format="scenes", path="text"),
-            generation=dict(weight=4, format="scenes", path="generation"),
-        )
     )
     return config

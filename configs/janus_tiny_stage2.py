@@ -1,0 +1,23 @@
+"""Stage 2 of a model like janus_tiny: all but the encoder and the image tokenizer.
+
+    python train.py --config=configs/janus_tiny_stage2.py
+
+Goes on from runs/janus_tiny_stage1.
+"""
+
+from ml_collections import ConfigDict
+
+from configs.janus_tiny_stage1 import tiny_stage
+
+
+def get_config() -> ConfigDict:
+    """The long one: here the model learns to draw."""
+    config = tiny_stage(2)
+    config.update(
+        init="runs/janus_tiny_stage1/model",
+        steps=12000,
+        learning_rate=1.2e-3,
+        end_learning_rate=2e-4,
+        warmup_steps=100,
+    )
+    return config
