@@ -26,7 +26,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
 from janus_jax.sharding import AXES
-from janus_jax.training.dry_run import step_bytes
+from janus_jax.training.memory import held, step_bytes
 from janus_jax.training.setup import Setup
 
 
@@ -38,17 +38,17 @@ def measure(config: str, device: str, changed: dict) -> dict:
     grid = np.array(chips[:1]).reshape(1, 1, 1)
     mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     setup = dataclasses.replace(Setup.from_config(cfg), mesh=mesh)
-    held, began = setup.held(), time.monotonic()
-    step = step_bytes(setup.planned())
+    sizes, began = held(setup), time.monotonic()
+    step = step_bytes(setup)
     return dict(
         config=config,
         model=Path(cfg.init).name,
         device=device,
         jax=jax.__version__,
         **{name: cfg[name] for name in ("rows", "accumulate", "length", "remat", "lora_rank")},
-        held_gb={name: round(size / 1e9, 3) for name, size in held.items()},
+        held_gb={name: round(size / 1e9, 3) for name, size in sizes.items()},
         step_gb=round(step / 1e9, 3),
-        total_gb=round((sum(held.values()) + step) / 1e9, 3),
+        total_gb=round((sum(sizes.values()) + step) / 1e9, 3),
         compile_s=round(time.monotonic() - began, 1),
     )
 

@@ -9,5 +9,5 @@ from janus_jax.training.stages import stage_config
 
 
 def get_config():
-    """As the report's Table 2 says."""
+    """As Janus-Pro's Table 2 says for the 1B, with what is known to differ."""
     return stage_config("janus_1_3b", 3)

@@ -106,13 +106,15 @@ def restore(
 ) -> dict[str, jax.Array]:
     """Reads parameters, each straight to its own sharding, and gives it its dtype there.
 
-    params: shape, dtype and sharding wanted for every stored path. They are read in groups of
-    GROUP_BYTES, or of one parameter that is larger; no more than that is in memory beside them.
+    params: shape, dtype and sharding wanted, by path; others that are stored are not read. They are
+    read in groups of GROUP_BYTES, or of one parameter that is larger; no more than that is in
+    memory beside them.
 
     Raises:
       ValueError: the folder is damaged.
     """
     stored, restored = stored_params(folder), {}
+    stored = {path: leaf for path, leaf in stored.items() if path in params}
     with _damaged(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         for group in _groups(stored):
             wanted = {path: params[path].update(dtype=stored[path].dtype) for path in group}

@@ -11,6 +11,7 @@ from janus_jax.data.loading import open_rows
 from janus_jax.data.records import Record
 from janus_jax.data.writers import write_records
 from janus_jax.training.dry_run import dry_run
+from janus_jax.training.memory import row_shapes
 from janus_jax.training.setup import Setup
 
 
@@ -18,7 +19,7 @@ def test_a_dry_run_tells_what_the_run_would_do_and_trains_nothing(tmp_path):
     config = small_config(tmp_path, trained=r"gen_head\.", mesh="fsdp=2", rows=4)
     del config.mixture["text"]
     lines = list(dry_run(config))
-    trained, frozen = Setup.from_config(config).shapes()
+    trained, frozen = Setup.from_config(config).shapes
     number = sum(leaf.size for leaf in trained.values())
     assert lines[0] == f"trained: {number:,} parameters (gen_head {number:,})"
     assert lines[1].startswith(f"frozen: {sum(leaf.size for leaf in frozen.values()):,} param")
@@ -28,7 +29,7 @@ def test_a_dry_run_tells_what_the_run_would_do_and_trains_nothing(tmp_path):
     assert re.match(r"a step takes 0\.\d{3} GB more on each", lines[3])
     assert lines[4].startswith("first step: 4 rows on this host, ")
     assert [path.name for path in tmp_path.iterdir()] == ["dry_run"]
-    folders = [tmp_path / "dry_run" / f"row-{row}" for row in range(4)]
+    folders = [tmp_path / "dry_run" / "host-0" / f"row-{row}" for row in range(4)]
     text = "".join((folder / "examples.txt").read_text() for folder in folders)
     assert "<begin_of_image>[[<drawn>]]" in text
     assert re.search(r"<seen>.*<\|Assistant\|>:\[\[ .*<｜end▁of▁sentence｜>\]\]", text, re.DOTALL)
@@ -51,7 +52,7 @@ def test_the_rows_that_are_planned_with_are_those_that_come(tmp_path, tokenized)
     rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, tmp_path)
     batch = next(iter(rows))
     assert batch.pop("records")
-    shapes = setup.row_shapes()
+    shapes = row_shapes(setup)
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()
     }

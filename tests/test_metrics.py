@@ -18,13 +18,23 @@ from janus_jax.training.metrics import EVENTS, METRICS, Log
 from janus_jax.training.setup import flat
 
 
-def _metrics(loss=2.0, sums=(8.0, 0.0, 6.0), counts=(4.0, 0.0, 3.0), tokens=100.0, grad_norm=0.5):
+def _metrics(
+    loss=2.0,
+    sums=(8.0, 0.0, 6.0),
+    counts=(4.0, 0.0, 3.0),
+    tokens=100.0,
+    grad_norm=0.5,
+    weight=None,
+    param_norm=1.0,
+):
     kinds = ("understanding", "text", "generation")
     numbers = dict(
         sums=dict(zip(kinds, sums, strict=True)),
         counts=dict(zip(kinds, counts, strict=True)),
         loss=loss,
         grad_norm=grad_norm,
+        weight=sum(counts) if weight is None else weight,
+        param_norm=param_norm,
         tokens=tokens,
         learning_rate=0.25,
     )
@@ -104,11 +114,12 @@ def test_lines_come_at_the_first_at_every_nth_and_at_the_last(tmp_path, clock):
 def test_a_line_means_over_targets_and_over_its_own_steps_only(tmp_path, clock):
     with Log(tmp_path, 9, 3, None, 0) as log:
         log.step(1, _metrics(loss=7.0), [], 0.0)
-        log.step(2, _metrics(2.5, (20.0, 0.0, 0.0), (8.0, 0.0, 0.0), grad_norm=1.0), [], 0.0)
+        second = _metrics(2.5, (20.0, 0.0, 0.0), (8.0, 0.0, 0.0), grad_norm=1.0, weight=4.0)
+        log.step(2, second, [], 0.0)
         clock.now += 4
         log.step(3, _metrics(3.0, (1.0, 5.0, 0.0), (1.0, 1.0, 0.0), grad_norm=3.0), [], 0.0)
     line = _lines(tmp_path)[-1]
-    assert line["loss"] == pytest.approx((2.5 * 8 + 3.0 * 2) / 10)
+    assert line["loss"] == pytest.approx((2.5 * 4 + 3.0 * 2) / 6)
     assert line["understanding"] == pytest.approx(21 / 9)
     assert line["text"] == 5.0
     assert line["grad_norm"] == 2.0
@@ -171,7 +182,14 @@ def test_a_log_that_needs_no_cut_is_left_as_it_is(tmp_path):
     assert (before.st_ino, before.st_size) == (after.st_ino, after.st_size)
 
 
-@pytest.mark.parametrize("wrong", [dict(loss=float("nan")), dict(grad_norm=float("inf"))])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(loss=float("nan")),
+        dict(grad_norm=float("inf")),
+        dict(param_norm=float("inf")),
+    ],
+)
 def test_a_loss_or_norm_that_is_not_finite_stops_with_step_and_records(tmp_path, wrong):
     records = [[f"a:{number}" for number in range(6)], ["b:0", "b:1", "b:2"], []]
     with Log(tmp_path, 9, 1, None, 0) as log:
@@ -181,23 +199,25 @@ def test_a_loss_or_norm_that_is_not_finite_stops_with_step_and_records(tmp_path,
     message = str(raised.value)
     name, value = next(iter(wrong.items()))
     assert f"{name} {value}" in message and "understanding 2 " in message
-    assert message.endswith(
-        "at step 2, of records a:0, a:1, a:2, a:3, a:4, a:5, b:0, b:1 and 1 more"
-    )
+    listed = tmp_path / "not_finite-2-000.txt"
+    shown = "a:0, a:1, a:2, a:3, a:4, a:5, b:0, b:1 and 1 more"
+    assert message.endswith(f"at step 2, of records {shown}, listed in {listed}")
+    assert listed.read_text().split() == [*records[0], *records[1]]
     assert "\n" not in message
     assert [line["step"] for line in _lines(tmp_path)] == [1]
 
 
-def test_other_processes_check_and_write_nothing(tmp_path, monkeypatch):
+def test_other_processes_check_and_write_nothing_but_their_bad_records(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
     with Log(tmp_path / "run", 2, 1, None, 0) as log:
         log.step(1, _metrics(), [], 0.0)
         log.scalars(1, {"loss": 1.0}, "eval")
         log.images(1, "drawn", np.zeros((1, 2, 2, 3), np.uint8))
         log.text(1, "answers", "a cat")
-        with pytest.raises(FloatingPointError, match=r"at step 2, of records c:3$"):
+        assert not (tmp_path / "run").exists()
+        with pytest.raises(FloatingPointError, match=r"at step 2, of records c:3, listed in "):
             log.step(2, _metrics(loss=float("nan")), [["c:3"]], 0.0)
-    assert not (tmp_path / "run").exists()
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["not_finite-2-001.txt"]
 
 
 def test_scalars_images_and_texts_are_there_under_their_names(tmp_path):

@@ -149,10 +149,11 @@ class _StreamsIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         """state: of these streams, and maybe of others. Raises ValueError for other settings."""
         before = state["settings"]
+        now = self._settings
         changed = [
-            f"{name} {before.get(name)} -> {value}"
-            for name, value in self._settings.items()
-            if before.get(name) != value
+            f"{name} {before.get(name)} -> {now.get(name)}"
+            for name in sorted(before.keys() | now.keys())
+            if before.get(name) != now.get(name)
         ]
         if changed:
             told = ", ".join(changed)

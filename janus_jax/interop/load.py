@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 
 import jax
@@ -107,6 +107,7 @@ def load_params(
     sharding_for: ShardingFor,
     dtype,
     float32_paths: str = FLOAT32_PATHS,
+    paths: Container[str] | None = None,
 ) -> dict[str, jax.Array]:
     """Reads a folder's parameters and places each before the next is read.
 
@@ -116,6 +117,7 @@ def load_params(
       sharding_for: sharding of a parameter by path and shape; None is the default device.
       dtype: storage dtype of all parameters but those of float32_paths.
       float32_paths: regular expression, matched from the beginning of a path.
+      paths: of the parameters to read; None is all.
 
     Returns:
       Arrays by path, for `build_model`.
@@ -127,11 +129,13 @@ def load_params(
         return np.dtype(jnp.float32 if exact.match(path) else dtype)
 
     if opened.orbax:
-        return _restore(opened, sharding_for, kind)
+        return _restore(opened, sharding_for, kind, paths)
     source, plan = plan_folder(opened)
     params = {}
     for step in plan.steps:
         for path, view in zip(step.paths, step.op.ours(source.read(step.torch)), strict=True):
+            if paths is not None and path not in paths:
+                continue
             sharding = sharding_for(path, view.shape)
             params[path] = _place(view, sharding, kind(path))
     return params
@@ -168,7 +172,10 @@ def _copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
 
 
 def _restore(
-    folder: Folder, sharding_for: ShardingFor, kind: Callable[[str], np.dtype]
+    folder: Folder,
+    sharding_for: ShardingFor,
+    kind: Callable[[str], np.dtype],
+    paths: Container[str] | None,
 ) -> dict[str, jax.Array]:
     check_stored(folder)
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -177,6 +184,7 @@ def _restore(
             shape, kind(path), sharding=sharding_for(path, shape) or here
         )
         for path, shape in param_shapes(folder.cfg).items()
+        if paths is None or path in paths
     }
     return checkpoint.restore(folder.path, wanted)
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from janus_jax.models.adapters import Aligner, GenHead
+from janus_jax.models.linear import looked_up
 from janus_jax.models.llama import Llama, LlamaConfig
 from janus_jax.models.siglip import Siglip, SiglipConfig
 from janus_jax.models.vq import VQ, VQConfig
@@ -170,4 +171,4 @@ class Janus(nnx.Module):
 
     def embed_image_tokens(self, indices: jax.Array) -> jax.Array:
         """Decoder inputs of drawn tokens: int32[...] -> float[..., D]. Codes not normalised."""
-        return self.gen_aligner(self.gen_embed(indices))
+        return self.gen_aligner(looked_up(self.gen_embed, indices))

@@ -1,6 +1,7 @@
-"""The linear layers of every network here."""
+"""The linear layers and look-ups of every network here."""
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 
@@ -32,3 +33,12 @@ def dot_of_rows(x: jax.Array, kernel: jax.Array, dims=None, **options) -> jax.Ar
     rows = x.reshape(-1, x.shape[-1])
     out = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def looked_up(table: nnx.Embed, indices: jax.Array) -> jax.Array:
+    """Rows of a table, int32[...] -> float[..., D], in its compute type.
+
+    Cast after they are looked up, unlike nnx.Embed does: so the gradients of a row are added up in
+    the type that the table is stored in.
+    """
+    return jnp.take(table.embedding[...], indices, axis=0).astype(table.dtype)

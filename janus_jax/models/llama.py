@@ -13,7 +13,7 @@ from flax import nnx
 
 from janus_jax.models.attention import attention
 from janus_jax.models.kv_cache import KVCache
-from janus_jax.models.linear import dot_of_rows, linear
+from janus_jax.models.linear import dot_of_rows, linear, looked_up
 from janus_jax.models.remat import block_call
 
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines
@@ -160,7 +160,7 @@ class Llama(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32[B, T] -> float[B, T, D]."""
-        return self.embed_tokens(tokens)
+        return looked_up(self.embed_tokens, tokens)
 
     def __call__(
         self,

@@ -39,11 +39,8 @@ class Checkpoints:
 
     def save(self, state: TrainState, data: dict[str, Any]) -> None:
         """Begins to save; data: the state of this host's rows."""
-        step = int(state.step)
-        if step == self.newest:
-            return
         self._manager.save(
-            step,
+            int(state.step),
             args=ocp.args.Composite(
                 state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(of_all_hosts(data))
             ),

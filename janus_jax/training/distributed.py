@@ -54,7 +54,7 @@ def initialize(
         jax.distributed.initialize(**settings)
     except ValueError as error:  # only JAX knows whether it is in such surroundings
         where = "on Cloud TPU, Slurm, Open MPI or Kubernetes"
-        raise ValueError(f"distributed must be used {where}, got none of them") from error
+        raise ValueError(f"distributed must be used {where}, got none of them: {error}") from error
 
 
 def _check(coordinator: str, num_processes: int, process_id: int) -> None:

@@ -13,7 +13,9 @@ from PIL import Image
 from janus_jax.data.loading import open_rows
 from janus_jax.data.packing import efficiency
 from janus_jax.interop.load import load_vq
+from janus_jax.models.vq import VQ
 from janus_jax.processing.processor import Processor
+from janus_jax.training.memory import held, step_bytes
 from janus_jax.training.setup import Setup, Shapes
 
 SHOWN_ROWS = 4
@@ -28,8 +30,9 @@ def dry_run(cfg) -> Iterator[str]:
     tokenizer's where pictures to be drawn come as indices.
     Raises as train_stage does.
     """
-    setup, folder = Setup.from_config(cfg), Path(cfg.output) / "dry_run"
-    trained, frozen = setup.shapes()
+    setup = Setup.from_config(cfg)
+    folder = Path(cfg.output) / "dry_run" / f"host-{jax.process_index()}"
+    trained, frozen = setup.shapes
     yield f"trained: {_numbers(trained)}"
     yield f"frozen: {_numbers(frozen)}"
     hosts = jax.process_index(), jax.process_count()
@@ -42,9 +45,10 @@ def dry_run(cfg) -> Iterator[str]:
     if skipped.counts:
         yield f"left out so far: {skipped.counts}"
     shown = min(SHOWN_ROWS, number)
+    vq = load_vq(setup.source) if setup.rows.tokenized else None
     for number in range(shown):
         row = {name: values[number] for name, values in batch.items()}
-        _write_row(setup, row, folder / f"row-{number}")
+        _write_row(setup, row, vq, folder / f"row-{number}")
     yield f"the first {shown} of them are in {folder}, what is to be predicted in [[ ]]"
 
 
@@ -64,25 +68,15 @@ def _numbers(shapes: Shapes) -> str:
 
 
 def _memory(setup: Setup) -> Iterator[str]:
-    """What lies on each device from step to step, and what XLA plans for a step."""
-    held = setup.held()
-    parts = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in held.items())
-    yield f"held by each device: {sum(held.values()) / 1e9:.3f} GB ({parts})"
-    more = step_bytes(setup.planned())
-    device = setup.mesh.devices.flat[0].device_kind
+    """What lies on each device during a step, and what XLA plans for it."""
+    sizes = held(setup)
+    parts = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in sizes.items())
+    yield f"held by each device: {sum(sizes.values()) / 1e9:.3f} GB ({parts})"
+    device, more = setup.mesh.devices.flat[0].device_kind, step_bytes(setup)
     yield f"a step takes {more / 1e9:.3f} GB more on each, as XLA plans it for {device}"
 
 
-def step_bytes(plan: jax.stages.Compiled) -> int:
-    """What a step needs on each device beside what it is given: temporaries, and results that do
-    not take the place of what was given."""
-    stats = plan.memory_analysis()
-    return (
-        stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
-    )
-
-
-def _write_row(setup: Setup, row: Row, folder: Path) -> None:
+def _write_row(setup: Setup, row: Row, vq: VQ | None, folder: Path) -> None:
     """examples.txt, and pictures in the order of their places: seen-0.png, drawn-0.png ..."""
     folder.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(row_texts(row, setup.processor))
@@ -90,8 +84,8 @@ def _write_row(setup: Setup, row: Row, folder: Path) -> None:
     cfg = setup.source.cfg
     seen = int(row["image_mask"].sum()) // cfg.und_encoder.num_tokens
     drawn = row["drawn"][: int(row["gen_mask"].sum()) // cfg.num_image_tokens]
-    if setup.rows.tokenized and len(drawn):
-        pixels = np.asarray(load_vq(setup.source).decode(drawn))
+    if vq is not None and len(drawn):
+        pixels = np.asarray(vq.decode(drawn))
         drawn = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
     for name, pictures in dict(seen=row["pixels"][:seen], drawn=drawn).items():
         for number, picture in enumerate(pictures):

@@ -11,12 +11,12 @@ import jax
 from janus_jax.data.loading import open_rows
 from janus_jax.generation.loading import guidance_weight
 from janus_jax.generation.pipeline import Pipeline
-from janus_jax.interop.load import load_params
+from janus_jax.interop.load import load_params, param_shapes
 from janus_jax.processing.images import encode_png
 from janus_jax.sharding import sharding_for
 from janus_jax.training.metrics import Log
 from janus_jax.training.setup import DTYPES, Setup, put_rows
-from janus_jax.training.state import TrainState
+from janus_jax.training.state import TrainState, written_params
 from janus_jax.training.step import Params
 
 Watch = Callable[[int, TrainState], None]  # step, state
@@ -33,15 +33,15 @@ def evaluation(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
     hosts = jax.process_index(), jax.process_count()
     folder = output / "eval"
     rows, _ = open_rows(rows_cfg, setup.processor, setup.source.cfg, folder, *hosts)
-    losses = jax.jit(setup.objective().losses)
+    losses = jax.jit(setup.objective().totals)
 
     def evaluate(step: int, state: TrainState) -> None:
+        found, params = [], written_params(state)
         with contextlib.closing(iter(rows)) as iterator:
-            found = [
-                losses(state.params, frozen, put_rows(batch, setup.mesh))
-                for batch in itertools.islice(iterator, cfg.eval_batches)
-            ]
-        sums = jax.tree.map(lambda *parts: sum(map(float, parts)), *found)
+            for batch in itertools.islice(iterator, cfg.eval_batches):
+                parts = losses(params, frozen, put_rows(batch, setup.mesh))
+                found.append(jax.tree.map(float, jax.device_get(parts)))
+        sums = jax.tree.map(lambda *parts: sum(parts), *found)
         means = {kind: total / count for kind, (total, count) in sums.items() if count}
         log.scalars(step, means, "eval")
 
@@ -55,19 +55,20 @@ def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
     model as it is at that step, always with the seed of the config.
     Raises FileNotFoundError or ValueError for a picture that cannot be read.
     """
-    cfg, place = setup.cfg, sharding_for(setup.mesh)
+    cfg, sharding = setup.cfg, sharding_for(setup.mesh)
     for picture, _ in cfg.questions:
         if not Path(picture).is_file():
             raise FileNotFoundError(f"questions must name pictures, there is none at {picture}")
-    make, weight = setup.build(), guidance_weight(setup.source.path)
-    dtype = DTYPES[cfg.dtype]
+    # nothing is differentiated here, and remat writes to the model, which loops do not allow
+    plain = dataclasses.replace(setup, model_cfg=setup.model_cfg.with_remat("none"))
+    make, weight, dtype = plain.build(), guidance_weight(setup.source.path), DTYPES[cfg.dtype]
     if setup.rows.tokenized:  # the steps do without the image tokenizer
-        stored = load_params(setup.source.path, setup.source.cfg, place, dtype)
-        tokenizer = {p: array for p, array in stored.items() if p.startswith("gen_vq.")}
-        frozen = frozen | tokenizer
+        paths = [path for path in param_shapes(setup.source.cfg) if path.startswith("gen_vq.")]
+        folder = setup.source.path
+        frozen = frozen | load_params(folder, setup.source.cfg, sharding, dtype, paths=paths)
 
     def sample(step: int, state: TrainState) -> None:
-        params = {path: array.astype(dtype) for path, array in state.params.items()}
+        params = {path: array.astype(dtype) for path, array in written_params(state).items()}
         model = make(params | frozen)
         janus = Pipeline(model, setup.processor, output.name, weight, setup.mesh)
         folder = output / "samples" / f"{step:07d}"
@@ -80,7 +81,7 @@ def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
             pictures, asked = zip(*cfg.questions, strict=True)
             answers = janus.answer(list(asked), [[picture] for picture in pictures])
             pairs = zip(cfg.questions, answers, strict=True)
-            text = "".join(f"{place}: {ask} -> {said}\n" for (place, ask), said in pairs)
+            text = "".join(f"{path}: {ask} -> {said}\n" for (path, ask), said in pairs)
             write(folder / "answers.txt", text.encode())
             log.text(step, "answers", text)
 

@@ -36,6 +36,7 @@ class _Interval:
     sums: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     loss: float = 0.0
+    weight: float = 0.0
     grad_norm: float = 0.0
     tokens: float = 0.0
     flops: float = 0.0
@@ -45,16 +46,16 @@ class _Interval:
         self.steps += 1
         self.sums.update(metrics["sums"])
         self.counts.update(metrics["counts"])
-        self.loss += metrics["loss"] * sum(metrics["counts"].values())
+        self.loss += metrics["loss"] * metrics["weight"]
+        self.weight += metrics["weight"]
         self.grad_norm += metrics["grad_norm"]
         self.tokens += metrics["tokens"]
         self.flops += flops
 
     def means(self) -> dict[str, float]:
         """Losses as means over targets, and the mean norm; kinds without a target left out."""
-        targets = self.counts.total()
         return dict(
-            loss=self.loss / max(targets, 1),
+            loss=self.loss / self.weight,
             **_means(self.sums, self.counts),
             grad_norm=self.grad_norm / self.steps,
         )
@@ -83,12 +84,12 @@ class Log:
             steps, after its last checkpoint, is taken out.
         """
         self._steps, self._log_every, self._first = steps, log_every, first
-        self._peak_flops = peak_flops
+        self._peak_flops, self._folder = peak_flops, Path(folder)
         self._started: float | None = None
         self._interval = _Interval(None)
         self._file = self._writer = None
         if jax.process_index() == 0:
-            folder = Path(folder)
+            folder = self._folder
             folder.mkdir(parents=True, exist_ok=True)
             _cut(folder / METRICS, first)
             self._file = (folder / METRICS).open("ab", buffering=0)
@@ -116,10 +117,10 @@ class Log:
             step is under way.
         records: of the rows of the step on this process, by row.
         flops: of these rows, as of flops.StepFlops; other processes are taken to have as many.
-        Raises FloatingPointError unless loss and grad_norm are finite.
+        Raises FloatingPointError unless loss, grad_norm and param_norm are finite.
         """
         metrics = jax.tree.map(float, jax.device_get(dict(metrics)))
-        _check_finite(step, metrics, records)
+        self._check_finite(step, metrics, records)
         now = time.monotonic()
         self._interval.add(metrics, flops * jax.process_count())
         last = step == self._steps
@@ -147,6 +148,25 @@ class Log:
         """Shows a text (Markdown) in TensorBoard."""
         if self._writer is not None:
             self._writer.add_text(name, text, step)
+
+    def _check_finite(
+        self, step: int, metrics: Mapping, records: Sequence[Sequence[str]]
+    ) -> None:
+        """Names the records of a bad step, some of them in the message and all in a file."""
+        judged = {name: metrics[name] for name in ("loss", "grad_norm", "param_norm")}
+        if all(map(math.isfinite, judged.values())):
+            return
+        values = _text({**judged, **_means(metrics["sums"], metrics["counts"])})
+        named = list(itertools.chain.from_iterable(records))
+        path = self._folder / f"not_finite-{step}-{jax.process_index():03d}.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(f"{record}\n" for record in named), encoding="utf-8")
+        shown = ", ".join(named[:NAMED_RECORDS])
+        more = f" and {len(named) - NAMED_RECORDS} more" if len(named) > NAMED_RECORDS else ""
+        raise FloatingPointError(
+            f"loss, gradients and parameters must be finite, got {values} at step {step}, "
+            f"of records {shown}{more}, listed in {path}"
+        )
 
     def _report(self, step: int, learning_rate: float, now: float) -> None:
         interval, self._interval = self._interval, _Interval(now)
@@ -183,19 +203,6 @@ def _cut(path: Path, first: int) -> None:
         new = path.with_suffix(".new")
         new.write_bytes(b"".join(kept))
         os.replace(new, path)
-
-
-def _check_finite(step: int, metrics: Mapping, records: Sequence[Sequence[str]]) -> None:
-    judged = {name: metrics[name] for name in ("loss", "grad_norm")}
-    if all(map(math.isfinite, judged.values())):
-        return
-    values = _text({**judged, **_means(metrics["sums"], metrics["counts"])})
-    named = list(itertools.chain.from_iterable(records))
-    more = len(named) - NAMED_RECORDS
-    shown = ", ".join(named[:NAMED_RECORDS]) + (f" and {more} more" if more > 0 else "")
-    raise FloatingPointError(
-        f"loss and grad_norm must be finite, got {values} at step {step}, of records {shown}"
-    )
 
 
 def _means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:

@@ -1,13 +1,16 @@
 """A run of one stage: from its newest checkpoint, or its beginning, to its last step.
 
+OUTPUT/run.json             the settings that the run was begun with
 OUTPUT/checkpoints/STEP     what the run goes on from when it is started again
 OUTPUT/metrics.jsonl        what it logs; the same in OUTPUT/tensorboard
-OUTPUT/skipped-HOST.jsonl   records that were left out
+OUTPUT/samples/STEP         pictures and answers
+OUTPUT/skipped-HOST.jsonl   records that were left out; those of evaluation in OUTPUT/eval
 OUTPUT/model                the trained model, once it has come to its end
 """
 
 import contextlib
 import dataclasses
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +18,7 @@ from pathlib import Path
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
@@ -22,7 +26,9 @@ from jax.sharding import Mesh
 
 from janus_jax.data.loading import open_rows
 from janus_jax.interop.export import write_folder
+from janus_jax.interop.files import write_json
 from janus_jax.interop.load import stored_params
+from janus_jax.processing.json_files import read_json
 from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.distributed import check_processes
 from janus_jax.training.evaluation import Watch, evaluation, samples
@@ -30,7 +36,14 @@ from janus_jax.training.flops import StepFlops, peak_flops, step_flops
 from janus_jax.training.lora import merged
 from janus_jax.training.metrics import Log
 from janus_jax.training.setup import DTYPES, MODEL, Params, Setup, put_rows
-from janus_jax.training.state import TrainState
+from janus_jax.training.state import TrainState, written_params
+
+BEGUN, CHECKPOINTS = "run.json", "checkpoints"
+# what may differ when a run goes on: how long, where, and what is told of it
+CHANGEABLE = frozenset(
+    "output steps mesh threads accumulate chunk remat log_every save_every keep eval_every"
+    " eval_batches eval_mixture sample_every prompts questions max_bad model_dtype".split()
+)
 
 
 def train_stage(cfg) -> None:
@@ -45,37 +58,58 @@ def train_stage(cfg) -> None:
     """
     setup, output = Setup.from_config(cfg), Path(cfg.output)
     check_processes(setup.mesh)
+    check_output(cfg)
     host, hosts = jax.process_index(), jax.process_count()
     rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, output, host, hosts)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
-        checkpoints = stack.enter_context(Checkpoints(output / "checkpoints", cfg.keep))
+        checkpoints = stack.enter_context(Checkpoints(output / CHECKPOINTS, cfg.keep))
         iterator = stack.enter_context(contextlib.closing(iter(rows)))
         state, frozen = begin(setup, checkpoints, iterator)
         log = stack.enter_context(open_log(setup, output, int(state.step)))
-        costs = step_flops(setup.source.cfg, *setup.shapes())
+        costs = step_flops(setup.source.cfg, *setup.shapes)
         watches = watches_of(setup, frozen, log, output)
         run = Run(setup.step(), setup.mesh, frozen, costs, checkpoints, log, watches, stop)
         state = run.steps(state, iterator, cfg.steps, cfg.save_every)
-    if int(state.step) == cfg.steps:
-        save_model(setup, state, output / MODEL)
+        if int(state.step) == cfg.steps:
+            save_model(setup, state, output / MODEL)
+
+
+def check_output(cfg) -> None:
+    """Notes the config of a run that begins; one that goes on must have the same.
+
+    Raises ValueError for another config, and for a folder that is no run's.
+    """
+    output, now = Path(cfg.output), json.loads(cfg.to_json_best_effort())
+    now = {name: value for name, value in now.items() if name not in CHANGEABLE}
+    if (output / BEGUN).is_file():
+        before = read_json(output / BEGUN)
+        names = sorted(before.keys() & now.keys())  # a later version may know other settings
+        changed = [f"{n} {before[n]} -> {now[n]}" for n in names if before[n] != now[n]]
+        if changed:
+            rule = f"a run must go on with the settings it began with, those of {output / BEGUN}"
+            raise ValueError(f"{rule}, got {', '.join(changed)}")
+    elif any((output / name).exists() for name in (CHECKPOINTS, MODEL)):
+        rule = "output must be a new folder or that of a run"
+        raise ValueError(f"{rule}, got {output}, without {BEGUN}")
+    elif jax.process_index() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / BEGUN, now)
 
 
 def begin(
     setup: Setup, checkpoints: Checkpoints, rows: grain.DatasetIterator
 ) -> tuple[TrainState, Params]:
     """The state to go on from and the frozen parameters; rows are set to where the state was."""
-    trained, frozen = setup.load()
     if checkpoints.newest is None:
-        return setup.first_state(trained), frozen
+        return setup.first_state(setup.load_trained()), setup.load_frozen()
     if checkpoints.newest > setup.cfg.steps:
         stands = f"at least {checkpoints.newest}, where the run stands"
         raise ValueError(f"steps must be {stands}, got {setup.cfg.steps}")
-    del trained  # the checkpoint has them
     state, data = checkpoints.restore(setup.abstract_state())
     rows.set_state(data)
     logging.info("goes on from step %d", checkpoints.newest)
-    return state, frozen
+    return state, setup.load_frozen()
 
 
 def open_log(setup: Setup, output: Path, first: int) -> Log:
@@ -126,14 +160,15 @@ class Run:
             stopping = self._stopping(number)
             at_end = number == steps
             due = [watch for every, watch in self.watches if at_end or number % every == 0]
+            due = [] if stopping and not at_end else due  # there may be little time
             save = stopping or at_end or number % save_every == 0
             if due or save:
                 self.log.step(*waiting)  # first of all: what is asked and saved is good
                 waiting = None
-            if save:
-                self.checkpoints.save(state, rows.get_state())
             for watch in due:
                 watch(number, state)
+            if save:
+                self.checkpoints.save(state, rows.get_state())
             if stopping:
                 logging.info("told to stop: saved at step %d", number)
                 break
@@ -169,10 +204,11 @@ def save_model(setup: Setup, state: TrainState, folder: Path) -> None:
     What did not train is as it was there. Adapters are merged; a moving average goes before the
     last weights.
     """
-    params = state.params if state.average is None else state.average
+    # adapters are merged before they are rounded
+    dtype = jnp.float32 if setup.lora else DTYPES[setup.cfg.model_dtype]
     trained = {}
-    for path, array in params.items():  # each is gathered by all processes together
-        value = on_host(array)
+    for path, array in written_params(state).items():  # gathered by all processes together
+        value = on_host(array.astype(dtype))
         if jax.process_index() == 0:
             trained[path] = value
     if jax.process_index() == 0:
@@ -181,21 +217,27 @@ def save_model(setup: Setup, state: TrainState, folder: Path) -> None:
 
 
 def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> None:
-    """trained: float32 arrays by path."""
-    stored = stored_params(setup.source)
+    """trained: arrays by path. Parts of the model in which something trained are of model_dtype,
+    the others as they are stored."""
+    stored, dtype = stored_params(setup.source), np.dtype(DTYPES[setup.cfg.model_dtype])
     if setup.lora:
         layers = {path.partition(".dot_general.")[0] + ".kernel" for path in trained}
-        kernels = {path: stored.read(path) for path in layers}
-        trained = merged(kernels | trained, setup.lora.scale)
-    else:
-        dtype = np.dtype(DTYPES[setup.cfg.model_dtype])
-        trained = {path: array.astype(dtype) for path, array in trained.items()}
-    kinds = {path: (array.dtype, array.shape) for path, array in trained.items()}
-    changed = dataclasses.replace(
-        stored,
-        kinds={**stored.kinds, **kinds},
-        read=lambda path: trained[path] if path in trained else stored.read(path),
-    )
+        kernels = {path: stored.read(path).astype(np.float32) for path in layers}
+        merge = merged(kernels | trained, setup.lora.scale)
+        trained = {path: array.astype(dtype) for path, array in merge.items()}
+    parts = {path.split(".")[0] for path in trained}
+
+    def read(path: str) -> np.ndarray:
+        if path in trained:
+            return trained[path]
+        array = stored.read(path)
+        return array.astype(dtype) if path.split(".")[0] in parts else array
+
+    kinds = {
+        path: (dtype if path.split(".")[0] in parts else kind, shape)
+        for path, (kind, shape) in stored.kinds.items()
+    }
+    changed = dataclasses.replace(stored, kinds=kinds, read=read)
     for line in write_folder(setup.source, changed, folder, setup.source.layout, overwrite=True):
         logging.info(line)
 

@@ -1,7 +1,7 @@
 """From a config to what a run works with: devices, parameters, the jitted step."""
 
 import dataclasses
-import math
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -93,7 +93,7 @@ class Setup:
             rows_config(cfg, mesh),
             LoRAConfig(*lora) if cfg.lora_rank else None,
         )
-        trained, _ = setup.shapes()
+        trained, _ = setup.shapes
         if cfg.fresh and not any(re.match(cfg.fresh, path) for path in trained):
             raise ValueError(f"no parameter path that trains matches fresh={cfg.fresh!r}")
         return setup
@@ -103,6 +103,7 @@ class Setup:
         """Matches the paths of what trains, from their beginning."""
         return re.compile(ADAPTERS if self.lora else self.cfg.trained)
 
+    @functools.cached_property
     def model(self) -> tuple[nnx.GraphDef, nnx.State]:
         """The whole model with its adapters, without values."""
         graph, state = abstract(self.model_cfg)
@@ -110,44 +111,56 @@ class Setup:
             return graph, state
         model = nnx.merge(graph, state)
         add_adapters(model, self.lora, rngs=nnx.Rngs(0))
-        return nnx.split(model)
+        graph, state = nnx.split(model)
+        return graph, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
 
+    @functools.cached_property
     def shapes(self) -> tuple[Shapes, Shapes]:
-        """What trains and what is frozen, with dtypes and places: float32 what trains, and what is
-        frozen as it is computed with. What no step uses is in neither.
+        """What trains and what is frozen, with dtypes and shardings: float32 what trains, and what
+        is frozen as it is computed with. What no step uses is in neither.
 
-        Raises ValueError if nothing trains.
+        Raises ValueError if nothing trains, or the image tokenizer.
         """
-        place, trained = sharding_for(self.mesh), {}
-        frozen = {}
-        exact, pattern = re.compile(FLOAT32_PATHS), self.trained
-        for path, leaf in flat(self.model()[1]):
+        sharding, pattern = sharding_for(self.mesh), self.trained
+        tokenizer = re.compile(FLOAT32_PATHS)
+        trained, frozen = {}, {}
+        for path, leaf in flat(self.model[1]):
             into = trained if pattern.match(path) else frozen
-            full = into is trained or exact.match(path)
+            full = into is trained or tokenizer.match(path)
             dtype = jnp.float32 if full else DTYPES[self.cfg.dtype]
-            where = place(path, leaf.shape)
-            into[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=where)
+            lies = sharding(path, leaf.shape)
+            into[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=lies)
         if not trained:
-            raise ValueError(f"no parameter path matches trained={self.trained.pattern!r}")
+            raise ValueError(f"no parameter path matches trained={pattern.pattern!r}")
+        if any(map(tokenizer.match, trained)):
+            rule = "trained must match no parameter of the image tokenizer, gen_vq"
+            raise ValueError(f"{rule}, got {pattern.pattern!r}")
         if self.rows.tokenized:  # the image tokenizer has done its work
-            frozen = {path: leaf for path, leaf in frozen.items() if not exact.match(path)}
+            frozen = {path: leaf for path, leaf in frozen.items() if not tokenizer.match(path)}
         return trained, frozen
 
-    def load(self) -> tuple[Params, Params]:
-        """The parameters of shapes(), those that train and those that do not, from the folder or
-        new."""
-        trained, frozen = self.shapes()
-        wanted = trained | frozen
-        stored = load_params(
+    def load_frozen(self) -> Params:
+        """What is frozen, from the folder."""
+        frozen = self.shapes[1]
+        return load_params(
             self.source.path,
             self.source.cfg,
             sharding_for(self.mesh),
             DTYPES[self.cfg.dtype],
-            rf"{FLOAT32_PATHS}|{self.cfg.trained}" if not self.lora else FLOAT32_PATHS,
+            paths=frozen,
         )
-        new = self._new({path: wanted[path] for path in trained if self._begins_anew(path)})
-        arrays = stored | new
-        return {path: arrays[path] for path in trained}, {path: arrays[path] for path in frozen}
+
+    def load_trained(self) -> Params:
+        """What trains, from the folder or new, in float32."""
+        trained = self.shapes[0]
+        new = {path: leaf for path, leaf in trained.items() if self._begins_anew(path)}
+        stored = trained.keys() - new.keys()
+        if not stored:
+            return self._new(new)
+        read = load_params(
+            self.source.path, self.source.cfg, sharding_for(self.mesh), jnp.float32, paths=stored
+        )
+        return read | self._new(new)
 
     def _begins_anew(self, path: str) -> bool:
         fresh = self.cfg.fresh
@@ -166,12 +179,12 @@ class Setup:
             values = dict(flat(nnx.state(model)))
             return {path: values[path].astype(leaf.dtype) for path, leaf in shapes.items()}
 
-        places = {path: leaf.sharding for path, leaf in shapes.items()}
-        return jax.jit(make, out_shardings=places)()
+        shardings = {path: leaf.sharding for path, leaf in shapes.items()}
+        return jax.jit(make, out_shardings=shardings)()
 
     def build(self) -> Callable[[Params], Janus]:
         """Makes the model of parameters; those that no step uses stay without values."""
-        graph, state = self.model()
+        graph, state = self.model
         leaves = dict(flat(state))
 
         def make(params: Params) -> Janus:
@@ -189,61 +202,29 @@ class Setup:
             chunk=self.cfg.chunk,
             accumulate=self.cfg.accumulate,
             mesh=self.mesh,
+            shardings={path: leaf.sharding for path, leaf in self.shapes[0].items()},
         )
 
     def abstract_state(self) -> TrainState:
         """The state with shapes, dtypes and shardings for arrays."""
-        optimizer, (trained, _) = make_optimizer(self.cfg), self.shapes()
+        optimizer, trained = make_optimizer(self.cfg), self.shapes[0]
         averaged = self.cfg.average_decay > 0
         state = jax.eval_shape(lambda params: init_state(params, optimizer, averaged), trained)
-        places = {path: leaf.sharding for path, leaf in trained.items()}
+        shardings = {path: leaf.sharding for path, leaf in trained.items()}
         whole = NamedSharding(self.mesh, PartitionSpec())
-        shardings = state_shardings(state, optimizer, places, whole)
-        return jax.tree.map(lambda leaf, place: leaf.update(sharding=place), state, shardings)
+        shardings = state_shardings(state, optimizer, shardings, whole)
+        return jax.tree.map(lambda leaf, lies: leaf.update(sharding=lies), state, shardings)
 
     def first_state(self, params: Params) -> TrainState:
         """The state at step 0; params are given away."""
         optimizer, averaged = make_optimizer(self.cfg), self.cfg.average_decay > 0
-        places = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         make = jax.jit(
             lambda params: init_state(params, optimizer, averaged),
             donate_argnums=0,
-            out_shardings=places,
+            out_shardings=shardings,
         )
         return make(params)
-
-    def row_shapes(self) -> Shapes:
-        """The rows of a step, of all processes (data/packing.py)."""
-        rows, size = self.rows, self.source.cfg.image_size
-        places, drawn = (rows.rows, rows.length), (rows.rows, rows.max_drawn)
-        picture = (size, size, 3)
-        kinds = dict.fromkeys(("tokens", "segment_ids", "positions"), (places, jnp.int32))
-        kinds |= dict.fromkeys(("image_mask", "gen_mask", "loss_mask"), (places, jnp.bool))
-        kinds |= dict(
-            kind=(places, jnp.int8),
-            pixels=((rows.rows, rows.max_pictures, *picture), jnp.uint8),
-            drawn=((*drawn, *picture), jnp.uint8),
-        )
-        if rows.tokenized:
-            kinds["drawn"] = ((*drawn, self.source.cfg.num_image_tokens), jnp.int32)
-        place = batch_sharding(self.mesh)
-        return {
-            name: jax.ShapeDtypeStruct(shape, dtype, sharding=place)
-            for name, (shape, dtype) in kinds.items()
-        }
-
-    def planned(self) -> jax.stages.Compiled:
-        """The step, compiled for the devices of the mesh, which need not be there."""
-        _, frozen = self.shapes()
-        return self.step().lower(self.abstract_state(), frozen, self.row_shapes()).compile()
-
-    def held(self) -> dict[str, int]:
-        """Bytes that lie on each device from step to step, by what they are."""
-        (_, frozen), state = self.shapes(), self.abstract_state()
-        parts = dict(
-            masters=state.params, optimizer=state.opt_state, average=state.average, frozen=frozen
-        )
-        return {name: _bytes(tree) for name, tree in parts.items() if jax.tree.leaves(tree)}
 
     def step(self) -> Callable:
         """The jitted step of make_step."""
@@ -258,9 +239,9 @@ class Setup:
 
 def put_rows(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Arrays of this process's rows as its part of those of all; the lists are left out."""
-    place = batch_sharding(mesh)
+    sharding = batch_sharding(mesh)
     return {
-        name: jax.make_array_from_process_local_data(place, values)
+        name: jax.make_array_from_process_local_data(sharding, values)
         for name, values in rows.items()
         if isinstance(values, np.ndarray)
     }
@@ -270,13 +251,6 @@ def flat(state: nnx.State) -> Iterator[tuple[str, Any]]:
     """Paths and arrays, or what stands for arrays."""
     for keys, leaf in nnx.to_flat_state(state):
         yield ".".join(map(str, keys)), leaf.get_value()
-
-
-def _bytes(tree) -> int:
-    """Of shapes, on one device."""
-    leaves = jax.tree.leaves(tree)
-    parts = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
-    return sum(size * leaf.dtype.itemsize for size, leaf in zip(parts, leaves, strict=True))
 
 
 def rows_config(cfg, mesh: Mesh) -> RowsConfig:
@@ -293,12 +267,17 @@ def rows_config(cfg, mesh: Mesh) -> RowsConfig:
 
 def check_settings(cfg) -> None:
     """Raises ValueError for a number out of its range, or a name that is none of those known."""
-    least = dict.fromkeys(("steps", "log_every", "save_every", "keep", "accumulate", "chunk"), 1)
-    for name, value in (least | dict(seed=0, lora_rank=0)).items():
+    counts = ("steps", "log_every", "save_every", "keep", "accumulate", "chunk", "eval_batches")
+    least = dict.fromkeys(counts, 1)
+    least |= dict.fromkeys(("seed", "lora_rank", "eval_every", "sample_every"), 0)
+    for name, value in least.items():
         if cfg[name] < value:
             raise ValueError(f"{name} must be at least {value}, got {cfg[name]}")
-    if not 0 <= cfg.average_decay < 1:
-        raise ValueError(f"average_decay must be at least 0 and below 1, got {cfg.average_decay}")
+    for name in ("average_decay", "b1", "b2"):
+        if not 0 <= cfg[name] < 1:
+            raise ValueError(f"{name} must be at least 0 and below 1, got {cfg[name]}")
+    if cfg.clip <= 0:
+        raise ValueError(f"clip must be above 0, got {cfg.clip}")
     for name, known in dict(dtype=DTYPES, model_dtype=DTYPES, remat=REMATS).items():
         if cfg[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {cfg[name]!r}")

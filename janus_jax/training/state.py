@@ -12,7 +12,7 @@ from flax import nnx
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: int32 scalar; params: the trained part, nnx.State; opt_state: optax's.
+    """step: int32 scalar; params: the trained part, a pytree; opt_state: optax's.
 
     average: the moving average of params, or None where none is kept.
     """
@@ -47,6 +47,11 @@ def init_state(
     """The state at step 0. averaged: whether a moving average is kept."""
     average = jax.tree.map(jnp.copy, params) if averaged else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+
+
+def written_params(state: TrainState) -> nnx.State:
+    """What is evaluated, sampled from and written: the moving average, where there is one."""
+    return state.params if state.average is None else state.average
 
 
 def state_shardings(
