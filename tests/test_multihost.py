@@ -190,6 +190,7 @@ def test_one_process_goes_on_from_two(stopped, whole, tmp_path):
     """With eight devices."""
     (last,) = saved_steps(stopped)
     shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints")
+    shutil.copy(stopped / "run.json", tmp_path)
     train_here(tmp_path, mesh="fsdp=8", steps=last + 3)
     assert list(losses(tmp_path)) == list(range(last + 1, last + 4))
     assert_same_run(tmp_path, 1, whole, range(last + 1, last + 4))
@@ -199,6 +200,7 @@ def test_two_processes_go_on_from_one_and_write_the_model(whole, tmp_path):
     """Found as Slurm tells; on another mesh."""
     output, last = tmp_path / "run", saved_steps(whole)[-1]
     shutil.copytree(whole / "checkpoints" / "2", output / "checkpoints" / "2")
+    shutil.copy(whole / "run.json", output)
     settings = dict(mesh="data=2,fsdp=4", steps=last)
     with two_processes(output, slurm=True, **settings) as processes:
         assert_good(processes, output)
@@ -226,7 +228,8 @@ def test_two_processes_are_asked_as_one(tmp_path):
     assert (one / drawn).read_bytes() == (other / drawn).read_bytes()
 
 
-@pytest.mark.parametrize("failing", [pytest.param(0, marks=pytest.mark.slow), 1])
+@pytest.mark.slow
+@pytest.mark.parametrize("failing", [0, 1])
 def test_a_process_that_fails_takes_the_other_along(failing, tmp_path):
     output = tmp_path / "run"
     settings = dict(mesh="fsdp=8", trained=r"gen_head\.")

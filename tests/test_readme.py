@@ -128,7 +128,7 @@ def test_the_page_on_training(home, monkeypatch):
     for name in ("janus_tiny_stage3", "finetune_lora", "finetune_full"):
         assert (home / "runs" / name / "model" / "model.safetensors").is_file()
         assert any((home / "runs" / name / "tensorboard").iterdir())
-    assert (home / "runs" / "for_transformers" / "model.safetensors").is_file()
+    assert (home / "runs" / "for_torch" / "model.safetensors").is_file()
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/sampling.md"])

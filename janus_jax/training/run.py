@@ -80,6 +80,8 @@ def check_output(cfg) -> None:
 
     Raises ValueError for another config, and for a folder that is no run's.
     """
+    if jax.process_index():  # the first one does it for all
+        return
     output, now = Path(cfg.output), json.loads(cfg.to_json_best_effort())
     now = {name: value for name, value in now.items() if name not in CHANGEABLE}
     if (output / BEGUN).is_file():
@@ -92,7 +94,7 @@ def check_output(cfg) -> None:
     elif any((output / name).exists() for name in (CHECKPOINTS, MODEL)):
         rule = "output must be a new folder or that of a run"
         raise ValueError(f"{rule}, got {output}, without {BEGUN}")
-    elif jax.process_index() == 0:
+    else:
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / BEGUN, now)
 
