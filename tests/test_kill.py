@@ -15,7 +15,7 @@ from janus_jax.interop.load import open_folder, stored_params
 
 ROOT = Path(__file__).parents[1]
 KILLS = 20
-STEPS = 60
+STEPS = 200
 COMMAND = [
     sys.executable,
     "train.py",
@@ -37,6 +37,12 @@ def begun(output: Path, cache: Path) -> subprocess.Popen:
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
 
 
+def lines(folder: Path) -> int:
+    """Steps that were logged."""
+    path = folder / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
 def weights(folder: Path) -> dict[str, np.ndarray]:
     stored = stored_params(open_folder(folder))
     return {path: stored.read(path) for path in stored.kinds}
@@ -48,9 +54,14 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
     assert begun(whole, cache).wait(timeout=600) == 0
     rng, kills, saved = random.Random(0), 0, set()
     while kills < KILLS:
+        logged = lines(killed)
         process = begun(killed, cache)
         # from before the first step of a start to some saves later
-        time.sleep(rng.uniform(6, 14))
+        until, steps = time.monotonic() + 300, rng.randrange(8)
+        while lines(killed) < logged + steps and process.poll() is None:
+            assert time.monotonic() < until
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3) if steps else rng.uniform(0, 8))
         process.send_signal(signal.SIGKILL)
         done = process.wait(timeout=60)
         assert done == -signal.SIGKILL, f"the run had ended before kill {kills + 1}: more steps"
@@ -61,6 +72,5 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
     assert found.keys() == want.keys()
     for path in want:
         np.testing.assert_array_equal(found[path], want[path], err_msg=path)
-    lines = [(folder / "metrics.jsonl").read_text().count("\n") for folder in (killed, whole)]
-    assert lines == [STEPS, STEPS]
+    assert lines(killed) == lines(whole) == STEPS
     assert len(saved) > 3, "kills came before anything was saved"
