@@ -21,11 +21,9 @@ os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import numpy as np
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
 
-from janus_jax.sharding import AXES
+from janus_jax.sharding import make_mesh
 from janus_jax.training.memory import held, step_bytes
 from janus_jax.training.setup import Setup
 
@@ -35,9 +33,7 @@ def measure(config: str, device: str, changed: dict) -> dict:
     cfg = importlib.import_module(f"configs.{config}").get_config()
     cfg.update(changed | dict(mesh="data=1"))
     chips = topologies.get_topology_desc(platform="tpu", topology_name=f"{device}:2x2").devices
-    grid = np.array(chips[:1]).reshape(1, 1, 1)
-    mesh = Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
-    setup = dataclasses.replace(Setup.from_config(cfg), mesh=mesh)
+    setup = dataclasses.replace(Setup.from_config(cfg), mesh=make_mesh(devices=chips[:1]))
     sizes, began = held(setup), time.monotonic()
     step = step_bytes(setup)
     return dict(

@@ -190,6 +190,11 @@ def constrain(x: jax.Array, mesh: Mesh | None, spec: P) -> jax.Array:
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, fit_spec(mesh, spec, x.shape)))
 
 
+def constrain_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
+    """Inside jit: the first axis over `data` and `fsdp`, the others whole."""
+    return constrain(x, mesh, P(BATCH_AXES))
+
+
 def constrain_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
     """Inside jit: rows over `data` and `fsdp`, heads over `tensor`."""
     lay = functools.partial(constrain, mesh=mesh, spec=P(BATCH_AXES, None, "tensor", None))

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 from benchmarks.score_scenes import SEED, ask_all, score_pictures, split_prompts
+from configs.janus_tiny_stage1 import tiny_stage
 from janus_jax import load
 from janus_jax.data import scenes
 from janus_jax.data.questions import sample_question
@@ -21,7 +22,7 @@ from janus_jax.data.writers import write_records
 from janus_jax.generation.loading import TINY, guidance_weight
 from janus_jax.processing.images import encode_png
 from janus_jax.training.run import train_stage
-from janus_jax.training.stages import ALL_BUT_TOKENIZER, base_config
+from janus_jax.training.stages import ALL_BUT_TOKENIZER
 
 LEARNED, TRIED = 400, 60  # pictures of the new shape
 OLD_QUESTIONS = 600
@@ -136,49 +137,32 @@ def before(diamonds):
     return old_scores(pipeline), new_answers(pipeline, diamonds[1]), new_pictures(pipeline)
 
 
+def mixture(new_records) -> dict:
+    """A third of the records new, two thirds of the kinds that the model was trained on."""
+    drawn = {kind: dict(format="scenes", path=f"generation/{kind}") for kind in scenes.KINDS}
+    return dict(
+        new=dict(
+            weight=1,
+            asked=dict(format="jsonl", path=str(new_records / "asked.jsonl")),
+            drawn=dict(format="jsonl", path=str(new_records / "drawn.jsonl")),
+        ),
+        old=dict(
+            weight=2,
+            asked=dict(format="scenes", path="understanding"),
+            drawn=dict(weight=2, **drawn),
+        ),
+    )
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("way", [LORA, FULL], ids=["lora", "full"])
 def test_a_new_shape_is_learned_and_the_old_ones_are_kept(
     way, before, diamonds, new_records, tmp_path
 ):
-    config = base_config()
-    config.update(
-        init=str(TINY),
-        output=str(tmp_path),
-        steps=400,
-        length=256,
-        max_pictures=2,
-        max_drawn=5,
-        rows=16,
-        streams=2,
-        tokenized=False,
-        threads=1,
-        mesh="data=1",
-        dtype="float32",
-        remat="none",
-        chunk=128,
-        warmup_steps=20,
-        log_every=50,
-        model_dtype="float32",
-        **way,
-    )
-    old = {
-        kind: dict(weight=1, format="scenes", path=f"generation/{kind}") for kind in scenes.KINDS
-    }
-    config.mixture = ConfigDict(
-        dict(
-            new=dict(
-                weight=1,
-                asked=dict(format="jsonl", path=str(new_records / "asked.jsonl")),
-                drawn=dict(format="jsonl", path=str(new_records / "drawn.jsonl")),
-            ),
-            old=dict(
-                weight=2,
-                asked=dict(format="scenes", path="understanding"),
-                drawn=dict(weight=2, **old),
-            ),
-        )
-    )
+    config = tiny_stage(3)
+    config.update(output=str(tmp_path), mesh="data=1", steps=400, warmup_steps=20, **way)
+    config.update(init=str(TINY), sample_every=0, model_dtype="float32")
+    config.mixture = ConfigDict(mixture(new_records))
     train_stage(config)
     pipeline = load(tmp_path / "model", dtype="float32")
     answers, pictures, after = (

@@ -127,9 +127,18 @@ def test_a_run_goes_on_with_the_settings_it_began_with(whole, changed, message):
         train_stage(small_config(whole, steps=5, **changed))
 
 
+def test_settings_may_be_mended_until_something_is_saved(tmp_path):
+    wrong = small_config(tmp_path, steps=1)
+    wrong.mixture.text = dict(format="jsonl", path="no/file.jsonl")
+    with pytest.raises(FileNotFoundError, match=r"no/file\.jsonl"):
+        train_stage(wrong)
+    train_stage(small_config(tmp_path, steps=1, learning_rate=2e-3))
+    assert json.loads((tmp_path / "run.json").read_text())["learning_rate"] == 2e-3
+
+
 def test_a_run_does_not_write_over_what_is_no_runs(whole, tmp_path):
     (tmp_path / "model").mkdir()
-    with pytest.raises(ValueError, match="output must be a new folder or that of a run, got "):
+    with pytest.raises(ValueError, match="output must be a new folder, or that of a run with its"):
         train_stage(small_config(tmp_path))
     setup = Setup.from_config(small_config(whole, trained=r"gen_head\."))
     with Checkpoints(whole / "checkpoints", 3) as checkpoints:

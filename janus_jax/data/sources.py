@@ -1,4 +1,5 @@
-"""Folders and files of records as random-access sources for Grain, a class a format.
+"""Folders and files of records, and drawn scenes, as random-access sources for Grain, a class a
+format.
 
 Every source gives Records, or BadRecords where there is nothing to train on, both with the place
 they come from; pictures stay encoded. Only the index of the files is kept in memory; what a record

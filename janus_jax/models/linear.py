@@ -27,8 +27,8 @@ def dot_of_rows(x: jax.Array, kernel: jax.Array, dims=None, **options) -> jax.Ar
     """x @ kernel: float[..., D] and float[D, F] -> float[..., F], leading axes of x made one.
 
     dims: as nnx.Linear states these axes, always the same. options: of jax.lax.dot_general.
-    The kernel's gradient sums over them. Over two axes at once, XLA on CPU first copies the
-    output's gradient transposed, which took longer than the product itself.
+    The kernel's gradient is a sum over the leading axes. Where they are two, XLA on CPU first
+    copies the output's gradient transposed, which took longer than the product itself.
     """
     rows = x.reshape(-1, x.shape[-1])
     out = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)

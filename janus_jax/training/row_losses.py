@@ -5,20 +5,18 @@ drawn, S pixels a side, N tokens of a drawn picture. Source: the Janus and Janus
 token cross-entropy on answers, on all of plain text, and on the tokens of drawn pictures.
 """
 
-import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from janus_jax.data.records import KINDS
 from janus_jax.models.attention import segment_mask
 from janus_jax.models.janus import Janus, merge_features
 from janus_jax.processing.images import ImageConfig
-from janus_jax.sharding import BATCH_AXES, constrain
+from janus_jax.sharding import constrain_rows
 
 Rows = dict[str, jax.Array]
 
@@ -37,9 +35,8 @@ def row_losses(
     embeds = embed_rows(model, rows, indices, images)
     mask = segment_mask(rows["segment_ids"])
     # what the decoder takes and gives lies by rows, or XLA might lay it by the parameters' axes
-    lay = functools.partial(constrain, mesh=mesh, spec=P(BATCH_AXES))
-    hidden, _ = decoder(lay(embeds), rows["positions"], mask)
-    hidden = lay(hidden)
+    hidden, _ = decoder(constrain_rows(embeds, mesh), rows["positions"], mask)
+    hidden = constrain_rows(hidden, mesh)
     # a position predicts the token after it; the first of an example is never to be predicted
     text, drawn = (_next(rows[name]) for name in ("loss_mask", "gen_mask"))
     losses = cross_entropies(decoder.logits, hidden, _next(rows["tokens"]), text, chunk)

@@ -58,12 +58,12 @@ def train_stage(cfg) -> None:
     """
     setup, output = Setup.from_config(cfg), Path(cfg.output)
     check_processes(setup.mesh)
-    check_output(cfg)
     host, hosts = jax.process_index(), jax.process_count()
     rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, output, host, hosts)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
         checkpoints = stack.enter_context(Checkpoints(output / CHECKPOINTS, cfg.keep))
+        check_output(cfg, checkpoints.newest)
         iterator = stack.enter_context(contextlib.closing(iter(rows)))
         state, frozen = begin(setup, checkpoints, iterator)
         log = stack.enter_context(open_log(setup, output, int(state.step)))
@@ -75,28 +75,28 @@ def train_stage(cfg) -> None:
             save_model(setup, state, output / MODEL)
 
 
-def check_output(cfg) -> None:
-    """Notes the config of a run that begins; one that goes on must have the same.
+def check_output(cfg, newest: int | None) -> None:
+    """Notes the settings of a run that begins; one that goes on must have the same.
 
-    Raises ValueError for another config, and for a folder that is no run's.
+    newest: the step of its newest checkpoint; before the first one settings may be mended.
+    Raises ValueError for other settings, and for a folder that is no run's.
     """
     if jax.process_index():  # the first one does it for all
         return
     output, now = Path(cfg.output), json.loads(cfg.to_json_best_effort())
     now = {name: value for name, value in now.items() if name not in CHANGEABLE}
-    if (output / BEGUN).is_file():
-        before = read_json(output / BEGUN)
-        names = sorted(before.keys() & now.keys())  # a later version may know other settings
-        changed = [f"{n} {before[n]} -> {now[n]}" for n in names if before[n] != now[n]]
-        if changed:
-            rule = f"a run must go on with the settings it began with, those of {output / BEGUN}"
-            raise ValueError(f"{rule}, got {', '.join(changed)}")
-    elif any((output / name).exists() for name in (CHECKPOINTS, MODEL)):
-        rule = "output must be a new folder or that of a run"
-        raise ValueError(f"{rule}, got {output}, without {BEGUN}")
-    else:
-        output.mkdir(parents=True, exist_ok=True)
+    if newest is None and not (output / MODEL).exists():
         write_json(output / BEGUN, now)
+        return
+    if newest is None or not (output / BEGUN).is_file():
+        rule = f"output must be a new folder, or that of a run with its checkpoints and {BEGUN}"
+        raise ValueError(f"{rule}, got {output}")
+    before = read_json(output / BEGUN)
+    names = sorted(before.keys() & now.keys())  # a later version may know other settings
+    changed = [f"{n} {before[n]} -> {now[n]}" for n in names if before[n] != now[n]]
+    if changed:
+        rule = f"a run must go on with the settings it began with, those of {output / BEGUN}"
+        raise ValueError(f"{rule}, got {', '.join(changed)}")
 
 
 def begin(

@@ -83,16 +83,11 @@ class Setup:
         mesh = parse_mesh(cfg.mesh) if cfg.mesh else make_mesh(fsdp=jax.device_count())
         check_mesh(mesh, source.cfg)
         model_cfg = source.cfg.with_dtype(DTYPES[cfg.dtype]).with_remat(cfg.remat)
-        lora = (cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
-        setup = cls(
-            cfg,
-            source,
-            processor,
-            model_cfg,
-            mesh,
-            rows_config(cfg, mesh),
-            LoRAConfig(*lora) if cfg.lora_rank else None,
-        )
+        lora = None
+        if cfg.lora_rank:
+            lora = LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
+        rows = rows_config(cfg, mesh)
+        setup = cls(cfg, source, processor, model_cfg, mesh, rows, lora)
         trained, _ = setup.shapes
         if cfg.fresh and not any(re.match(cfg.fresh, path) for path in trained):
             raise ValueError(f"no parameter path that trains matches fresh={cfg.fresh!r}")

@@ -126,7 +126,6 @@ def stage_config(name: str, number: int) -> ConfigDict:
         learning_rate=stage.learning_rate,
         end_learning_rate=stage.learning_rate,
         warmup_steps=stage.warmup_steps,
-        tokenized=True,
     )
     config.mixture = ConfigDict(mixture(name, number))
     return config
@@ -139,9 +138,8 @@ def mixture(name: str, number: int) -> dict[str, dict]:
     with their captions, 1 : 1.
     """
     stage, old = STAGES[number], name == "janus_1_3b"
-    understanding, text, generation = (
-        RATIO_OF_1_3B if old and number == 3 else stage.ratio
-    )
+    ratio = RATIO_OF_1_3B if old and number == 3 else stage.ratio
+    understanding, text, generation = ratio
     folder = f"data/stage{number}"
     asked = dict(weight=understanding, format="jsonl", path=f"{folder}/understanding")
     if number == 1:

@@ -12,15 +12,15 @@ from flax import nnx
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: int32 scalar; params: the trained part, a pytree; opt_state: optax's.
+    """step: int32 scalar; params: the trained part; opt_state: optax's.
 
     average: the moving average of params, or None where none is kept.
     """
 
     step: jax.Array
-    params: nnx.State
+    params: optax.Params
     opt_state: optax.OptState
-    average: nnx.State | None = None
+    average: optax.Params | None = None
 
 
 def split_model(model: nnx.Module, trained: str) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
@@ -42,20 +42,20 @@ def split_model(model: nnx.Module, trained: str) -> tuple[nnx.GraphDef, nnx.Stat
 
 
 def init_state(
-    params: nnx.State, optimizer: optax.GradientTransformation, averaged: bool = False
+    params: optax.Params, optimizer: optax.GradientTransformation, averaged: bool = False
 ) -> TrainState:
     """The state at step 0. averaged: whether a moving average is kept."""
     average = jax.tree.map(jnp.copy, params) if averaged else None
     return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
 
 
-def written_params(state: TrainState) -> nnx.State:
+def written_params(state: TrainState) -> optax.Params:
     """What is evaluated, sampled from and written: the moving average, where there is one."""
     return state.params if state.average is None else state.average
 
 
 def state_shardings(
-    state: TrainState, optimizer: optax.GradientTransformation, params: nnx.State, whole
+    state: TrainState, optimizer: optax.GradientTransformation, params: optax.Params, whole
 ) -> TrainState:
     """Where each part of a state lies: optimizer state and average as the parameters.
 
@@ -73,7 +73,7 @@ def state_shardings(
 
 def apply_gradients(
     state: TrainState,
-    grads: nnx.State,
+    grads: optax.Params,
     optimizer: optax.GradientTransformation,
     average_decay: float = 0.0,
 ) -> TrainState:
