@@ -70,8 +70,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"several processes need a config whose task is stage, got {cfg.task!r}")
     if _DRY_RUN.value and cfg.task != "stage":
         raise ValueError(f"--dry_run needs a config whose task is stage, got {cfg.task!r}")
-    from janus_jax.training import distributed  # JAX takes a second to import
+    from janus_jax.generation import compile_cache  # JAX takes a second to import
+    from janus_jax.training import distributed
 
+    compile_cache.enable()
     others = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     distributed.initialize(*others, _DISTRIBUTED.value)
     if cfg.task == "tokenizer":

@@ -46,9 +46,9 @@ def run(home: Path, command: str) -> subprocess.CompletedProcess:
     """A README line as a shell runs it, with this Python and without the tests' settings."""
     words = shlex.split(command)
     assert words[0] == "python"
-    env = {name: value for name, value in os.environ.items() if not name.startswith("XLA_")}
+    settings = ("XLA_", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE", "JANUS_JAX")
+    env = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
     env["XDG_CACHE_HOME"] = str(home / "cache")
-    env.pop("JANUS_JAX_COMPILE_CACHE", None)
     done = subprocess.run(
         [sys.executable, *words[1:]], cwd=home, env=env, input="What shape is it?\n/quit\n",
         capture_output=True, text=True, timeout=300,

@@ -16,7 +16,7 @@ import janus_jax
 from janus_jax.interop.load import open_folder, stored_params
 from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.metrics import Log
-from janus_jax.training.run import train_stage
+from janus_jax.training.run import alone_in, train_stage
 from janus_jax.training.setup import Setup
 
 
@@ -128,12 +128,12 @@ def test_a_run_goes_on_with_the_settings_it_began_with(whole, changed, message):
 
 
 def test_settings_may_be_mended_until_something_is_saved(tmp_path):
-    wrong = small_config(tmp_path, steps=1)
+    wrong = small_config(tmp_path)
     wrong.mixture.text = dict(format="jsonl", path="no/file.jsonl")
     with pytest.raises(FileNotFoundError, match=r"no/file\.jsonl"):
         train_stage(wrong)
-    train_stage(small_config(tmp_path, steps=1, learning_rate=2e-3))
-    assert json.loads((tmp_path / "run.json").read_text())["learning_rate"] == 2e-3
+    train_stage(small_config(tmp_path, seed=1))
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 1
 
 
 def test_a_run_does_not_write_over_what_is_no_runs(whole, tmp_path):
@@ -144,6 +144,15 @@ def test_a_run_does_not_write_over_what_is_no_runs(whole, tmp_path):
     with Checkpoints(whole / "checkpoints", 3) as checkpoints:
         with pytest.raises(ValueError, match="4 does not hold what this config trains, or is dam"):
             checkpoints.restore(setup.abstract_state())
+
+
+def test_two_runs_do_not_write_to_one_folder(tmp_path):
+    with alone_in(tmp_path / "new"):
+        with pytest.raises(ValueError, match=f"one run at a time, another one has {tmp_path}/new$"):
+            train_stage(small_config(tmp_path / "new"))
+        assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
+    with alone_in(tmp_path / "new"):  # free again
+        pass
 
 
 def test_a_moving_average_is_what_is_written(tmp_path):

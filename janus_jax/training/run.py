@@ -10,6 +10,7 @@ OUTPUT/model                the trained model, once it has come to its end
 
 import contextlib
 import dataclasses
+import fcntl
 import json
 import signal
 import threading
@@ -38,7 +39,7 @@ from janus_jax.training.metrics import Log
 from janus_jax.training.setup import DTYPES, MODEL, Params, Setup, put_rows
 from janus_jax.training.state import TrainState, written_params
 
-BEGUN, CHECKPOINTS = "run.json", "checkpoints"
+BEGUN, CHECKPOINTS, LOCK = "run.json", "checkpoints", ".lock"
 # what may differ when a run goes on: how long, where, and what is told of it
 CHANGEABLE = frozenset(
     "output steps mesh threads accumulate chunk remat log_every save_every keep eval_every"
@@ -62,6 +63,7 @@ def train_stage(cfg) -> None:
     rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, output, host, hosts)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
+        stack.enter_context(alone_in(output))
         checkpoints = stack.enter_context(Checkpoints(output / CHECKPOINTS, cfg.keep))
         check_output(cfg, checkpoints.newest)
         iterator = stack.enter_context(contextlib.closing(iter(rows)))
@@ -73,6 +75,25 @@ def train_stage(cfg) -> None:
         state = run.steps(state, iterator, cfg.steps, cfg.save_every)
         if int(state.step) == cfg.steps:
             save_model(setup, state, output / MODEL)
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps other runs from writing to the folder; a process that ends, however, keeps none.
+
+    Raises ValueError if another one writes there.
+    """
+    if jax.process_index():  # the first one does it for all
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            rule = "a folder must be written to by one run at a time"
+            raise ValueError(f"{rule}, another one has {folder}") from None
+        yield
 
 
 def check_output(cfg, newest: int | None) -> None:
