@@ -2,7 +2,7 @@
 
     pip install "libtpu==0.0.42.*"     # the one that jax[tpu] asks for
     python -m benchmarks.train_memory --init checkpoints/Janus-Pro-1B --config finetune_lora \\
-        --device v5e --output benchmarks/results/train_memory.json
+        --device v5e --output benchmarks/results/train_memory.jsonl
 
 Only the small files of the checkpoint folder are read. The plan is XLA's own, for one chip of the
 named kind (v5e: 16 GB, v5p: 95 GB): arguments, temporaries and results of the compiled step.
