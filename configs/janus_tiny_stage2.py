@@ -2,22 +2,23 @@
 
     python train.py --config=configs/janus_tiny_stage2.py
 
-Goes on from runs/janus_tiny_stage1.
+Goes on from runs/janus_tiny_stage1 and reads the same tokens.
 """
 
 from ml_collections import ConfigDict
 
-from configs.janus_tiny_stage1 import tiny_stage
+from configs.janus_tiny_stage1 import read_tokens, tiny_stage
 
 
 def get_config() -> ConfigDict:
     """The long one: here the model learns to draw."""
     config = tiny_stage(2)
+    read_tokens(config)
     config.update(
         init="runs/janus_tiny_stage1/model",
-        steps=12000,
-        learning_rate=1.2e-3,
-        end_learning_rate=2e-4,
-        warmup_steps=100,
+        steps=12_000,
+        learning_rate=3e-3,
+        end_learning_rate=3e-4,
+        warmup_steps=200,
     )
     return config

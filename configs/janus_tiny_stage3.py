@@ -15,8 +15,8 @@ def get_config() -> ConfigDict:
     config = tiny_stage(3)
     config.update(
         init="janus_jax/assets/janus_tiny",
-        steps=4000,
-        learning_rate=2e-4,
+        steps=1500,
+        learning_rate=3e-4,
         end_learning_rate=2e-5,
     )
     return config
