@@ -1,13 +1,10 @@
 """Stage 1 of a model like janus_tiny: adapters and image head, on a frozen decoder.
 
-    for kind in single_object two_object counting colors position color_attr; do
-        python -m janus_jax.data.tokenize_images --model runs/janus_tiny_encoder --count 30000 \\
-            --source scenes:generation/$kind --output jsonl:data/janus_tiny/$kind
-    done
     python train.py --config=configs/janus_tiny_stage1.py
 
-Goes on from runs/janus_tiny_encoder, a finished tokenizer and encoder; the pictures to be drawn
-are turned to tokens first, which this stage and the next one read.
+Goes on from runs/janus_tiny_encoder, a finished tokenizer and encoder. This stage and the next one
+read the pictures to be drawn as tokens from data/janus_tiny; docs/janus_tiny.md has the commands
+that make them.
 """
 
 from ml_collections import ConfigDict

@@ -128,10 +128,10 @@ def test_a_run_goes_on_with_the_settings_it_began_with(whole, changed, message):
 
 
 def test_settings_may_be_mended_until_something_is_saved(tmp_path):
-    wrong = small_config(tmp_path)
-    wrong.mixture.text = dict(format="jsonl", path="no/file.jsonl")
-    with pytest.raises(FileNotFoundError, match=r"no/file\.jsonl"):
-        train_stage(wrong)
+    missing = dict(sample_every=1, questions=(("no/picture.png", "What is it?"),))
+    with pytest.raises(FileNotFoundError, match=r"no/picture\.png"):
+        train_stage(small_config(tmp_path, **missing))
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 0  # it had begun
     train_stage(small_config(tmp_path, seed=1))
     assert json.loads((tmp_path / "run.json").read_text())["seed"] == 1
 
