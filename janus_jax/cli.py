@@ -45,7 +45,8 @@ _FLAGS = {
         "--temperature": dict(
             type=float,
             metavar="X",
-            help="0 takes the likeliest token (default: 1 for pictures, 0 for text)",
+            help="0 takes the likeliest token "
+            "(default: for pictures the checkpoint's own, or 1; for text 0)",
         ),
         "--top_k": dict(type=int, metavar="N", help="sample among the N likeliest tokens only"),
         "--top_p": dict(
@@ -85,11 +86,12 @@ _FLAGS = {
 _DRAW_DEFAULTS = {
     "num_images": 4,
     "guidance_weight": None,
+    "temperature": None,
     "output_dir": Path("samples"),
     "max_batch": None,
     "save_indices": None,
 }
-_TEXT_DEFAULTS = {"image": [], "max_new_tokens": 256}
+_TEXT_DEFAULTS = {"image": [], "max_new_tokens": 256, "temperature": 0.0}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -125,10 +127,10 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     drawing = flags.prompt is not None or flags.prompts_file is not None
     mode = "--prompt and --prompts_file" if drawing else "--question and --chat"
     own, other = (_DRAW_DEFAULTS, _TEXT_DEFAULTS)[:: 1 if drawing else -1]
-    for name in other:
+    for name in other.keys() - own.keys():
         if getattr(flags, name) is not None:
             raise ValueError(f"--{name} has no use with {mode}")
-    for name, default in {**own, "temperature": 1.0 if drawing else 0.0}.items():
+    for name, default in own.items():
         if getattr(flags, name) is None:
             setattr(flags, name, default)
     return flags
@@ -228,7 +230,8 @@ def _check_values(flags: argparse.Namespace) -> None:
     for name in ("prompt", "question"):
         if getattr(flags, name) is not None and not getattr(flags, name).strip():
             raise ValueError(f"--{name} must say something, got {getattr(flags, name)!r}")
-    samplers.check_sampling(flags.temperature, flags.top_k, flags.top_p)
+    temperature = 1.0 if flags.temperature is None else flags.temperature
+    samplers.check_sampling(temperature, flags.top_k, flags.top_p)
     samplers.check_seed(flags.seed)
     if flags.guidance_weight is not None:
         samplers.check_number("guidance_weight", flags.guidance_weight)
@@ -245,9 +248,10 @@ def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") ->
     from janus_jax import gallery
 
     names = ("guidance_weight", "temperature", "top_k", "top_p")
-    settings = {name: getattr(flags, name) for name in names}
-    if flags.guidance_weight is None:
-        settings["guidance_weight"] = pipeline.guidance_weight
+    asked = {name: getattr(flags, name) for name in names}
+    settings = asked | {
+        name: own for name, own in pipeline.drawing._asdict().items() if asked[name] is None
+    }
     drawn = pipeline.generate_images(
         prompts,
         num_images=flags.num_images,

@@ -20,9 +20,9 @@ def with_settings(golden, folder, name, **settings):
     return folder
 
 
-def test_another_layout_keeps_guidance_and_system_prompt(golden, tmp_path):
+def test_another_layout_keeps_how_it_draws_and_system_prompt(golden, tmp_path):
     name = "generation_config.json"
-    source = with_settings(golden, tmp_path / "s", name, guidance_scale=1.5)
+    source = with_settings(golden, tmp_path / "s", name, guidance_scale=1.5, temperature=0.5)
     config = json.loads((source / "processor_config.json").read_text())
     (source / "processor_config.json").write_text(json.dumps(config | {"system_prompt": ""}))
     export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
@@ -30,7 +30,7 @@ def test_another_layout_keeps_guidance_and_system_prompt(golden, tmp_path):
     assert stated["use_default_system_prompt"] is False
     export.export_folder(tmp_path / "hf", tmp_path / "back", "deepseek", overwrite=False)
     for folder in (tmp_path / "hf", tmp_path / "back"):
-        assert loading.guidance_weight(folder) == 1.5
+        assert loading.Drawing.from_dir(folder) == (1.5, 0.5)
         assert Processor.from_dir(folder).system_prompt == ""
 
 

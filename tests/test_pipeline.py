@@ -84,7 +84,8 @@ def test_no_config_json_lengthens_the_trained_context(golden):
     model = type("Model", (), {"cfg": JanusConfig.janus_pro_1b()})()
     assert model.cfg.language_model.max_position_embeddings == 16384
     processor = Processor.from_dir(golden / "janus")
-    assert pipelines.Pipeline(model, processor, "name", 5.0).processor.trained_context == 4096
+    loaded = pipelines.Pipeline(model, processor, "name", loading.Drawing())
+    assert loaded.processor.trained_context == 4096
 
 
 def test_streaming_checks_its_arguments_when_called(pipeline):
@@ -270,16 +271,19 @@ def test_public_names_are_there():
         _ = janus_jax.nothing
 
 
-def test_the_checkpoint_states_its_own_guidance_weight(pipeline, golden, tmp_path):
-    assert pipeline.guidance_weight == 5  # the golden folder states none
+def test_the_checkpoint_states_how_it_draws(pipeline, golden, tmp_path):
+    assert pipeline.drawing == (5.0, 1.0)  # the golden folder states none
     shutil.copytree(golden / "janus", tmp_path / "janus")
     stated = tmp_path / "janus" / "generation_config.json"
-    stated.write_text('{"guidance_scale": 2}')
+    stated.write_text('{"guidance_scale": 2, "temperature": 0}')
     own = janus_jax.load(tmp_path / "janus", dtype="float32")
-    assert own.guidance_weight == 2
-    drawn = own.generate_images("a red cat", temperature=0)
+    assert own.drawing == (2.0, 0.0)
+    drawn = own.generate_images("a red cat")
     want = pipeline.generate_images("a red cat", temperature=0, guidance_weight=2.0)
     np.testing.assert_array_equal(drawn.indices, want.indices)
     stated.write_text('{"guidance_scale": "much"}')
     with pytest.raises(ValueError, match="must be a finite number, got 'much'"):
+        janus_jax.load(tmp_path / "janus", dtype="float32")
+    stated.write_text('{"temperature": -1}')
+    with pytest.raises(ValueError, match=r"temperature in .* must be at least 0, got -1"):
         janus_jax.load(tmp_path / "janus", dtype="float32")

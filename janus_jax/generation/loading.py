@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,6 @@ TINY = Path(__file__).parents[1] / "assets" / "janus_tiny"
 
 # float16 is left out: Janus's activations pass its largest number, and the result is NaN.
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-
-GUIDANCE_WEIGHT = 5.0  # generation_inference.py of the original code
 
 # What a checkpoint needs of a hub repository, in either layout.
 _HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin")
@@ -63,20 +62,32 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
         ) from error
 
 
-def guidance_weight(folder: Path) -> float:
-    """The checkpoint's own guidance weight, or the original code's.
+class Drawing(NamedTuple):
+    """How a checkpoint draws where nothing else is asked.
 
-    Its name is that of transformers: guidance_scale in generation_config.json.
-
-    Raises:
-        ValueError: it is not a finite number.
+    Where it states nothing, as the original code does (generation_inference.py).
     """
-    path = folder / "generation_config.json"
-    stated = read_json(path).get("guidance_scale") if path.is_file() else None
-    if stated is None:
-        return GUIDANCE_WEIGHT
-    samplers.check_number(f"guidance_scale in {path}", stated)
-    return float(stated)
+
+    guidance_weight: float = 5.0
+    temperature: float = 1.0
+
+    @classmethod
+    def from_dir(cls, folder: Path) -> "Drawing":
+        """Reads generation_config.json, where transformers has guidance_scale and temperature.
+
+        Raises:
+            ValueError: one is not a finite number, or the temperature is below 0.
+        """
+        path = folder / "generation_config.json"
+        stated = read_json(path) if path.is_file() else {}
+        names = dict(guidance_weight="guidance_scale", temperature="temperature")
+        found = {own: stated[name] for own, name in names.items() if stated.get(name) is not None}
+        for own, value in found.items():
+            samplers.check_number(f"{names[own]} in {path}", value)
+        drawing = cls(**{own: float(value) for own, value in found.items()})
+        if drawing.temperature < 0:
+            raise ValueError(f"temperature in {path} must be at least 0, got {drawing.temperature}")
+        return drawing
 
 
 def check_processor(processor: Processor, cfg: JanusConfig) -> None:

@@ -47,14 +47,14 @@ class Pipeline:
         model: Janus,
         processor: Processor,
         name: str,
-        guidance_weight: float,
+        drawing: loading.Drawing,
         mesh: Mesh | None = None,
     ):
         context = min(processor.trained_context, model.cfg.language_model.max_position_embeddings)
         self.model = model
         self.processor = dataclasses.replace(processor, trained_context=context)
         self.name = name
-        self.guidance_weight = guidance_weight
+        self.drawing = drawing
         self.mesh = mesh
 
     def generate_images(
@@ -63,7 +63,7 @@ class Pipeline:
         num_images: int = 1,
         seed: int = 0,
         guidance_weight: float | None = None,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         max_batch: int | None = None,
@@ -80,7 +80,8 @@ class Pipeline:
             seed: in [0, 2**32); another one gives other pictures.
             guidance_weight: w in uncond + w (cond - uncond); 1 turns guidance off. None is the
                 checkpoint's own: guidance_scale in its generation_config.json, or else 5.
-            temperature: 0 always takes the likeliest token.
+            temperature: 0 always takes the likeliest token; None is the checkpoint's own:
+                temperature in its generation_config.json, or else 1.
             top_k, top_p: sample among the top_k likeliest, and of these the fewest whose
                 probabilities reach top_p, in (0, 1]; None is all.
             max_batch: the most pictures drawn at once; by default as many as have their keys and
@@ -95,10 +96,12 @@ class Pipeline:
         several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
         prompts = list(prompts) if several else [prompts]
         cfg = self.model.cfg
+        if temperature is None:
+            temperature = self.drawing.temperature
         sampling = samplers.make_sampling(temperature, top_k, top_p, cfg.gen_vq.codebook_size)
         samplers.check_seed(seed)
         if guidance_weight is None:
-            guidance_weight = self.guidance_weight
+            guidance_weight = self.drawing.guidance_weight
         samplers.check_number("guidance_weight", guidance_weight)
         samplers.check_count("num_images", num_images)
         if max_batch is not None:
@@ -370,10 +373,10 @@ def load(
         place = sharding.sharding_for(mesh)
     processor = Processor.from_dir(folder)
     loading.check_processor(processor, cfg)
-    guidance_weight = loading.guidance_weight(folder)
+    drawing = loading.Drawing.from_dir(folder)
     model = build_model(cfg, load_params(folder, cfg, place, dtype))
     name = Path(path_or_hub_id or loading.TINY).resolve().name
-    return Pipeline(model, processor, name, guidance_weight, mesh)
+    return Pipeline(model, processor, name, drawing, mesh)
 
 
 def _on_default_device(path: str, shape: Sequence[int]) -> None:

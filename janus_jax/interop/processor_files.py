@@ -97,8 +97,9 @@ def _to_deepseek(folder: Path, cfg: JanusConfig) -> None:
     own = _optional(folder / GENERATION)
     for name in ("chat_template.jinja", "chat_template.json", GENERATION):
         (folder / name).unlink(missing_ok=True)
-    if "guidance_scale" in own:  # what the model draws best with; DeepSeek's code reads none
-        write_json(folder / GENERATION, {"guidance_scale": own["guidance_scale"]})
+    drawing = {name: own[name] for name in ("guidance_scale", "temperature") if name in own}
+    if drawing:  # what the model draws best with; DeepSeek's code reads none
+        write_json(folder / GENERATION, drawing)
 
 
 def _kept(processor: dict) -> dict:

@@ -9,10 +9,10 @@ from pathlib import Path
 import jax
 
 from janus_jax.data.loading import open_rows
-from janus_jax.generation.loading import guidance_weight
+from janus_jax.generation.loading import Drawing
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.interop.load import load_params, param_shapes
-from janus_jax.processing.images import encode_png
+from janus_jax.processing.images import encode_png, load_image
 from janus_jax.sharding import sharding_for
 from janus_jax.training.metrics import Log
 from janus_jax.training.setup import DTYPES, Setup, put_rows
@@ -56,12 +56,12 @@ def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
     Raises FileNotFoundError or ValueError for a picture that cannot be read.
     """
     cfg, sharding = setup.cfg, sharding_for(setup.mesh)
-    for picture, _ in cfg.questions:
-        if not Path(picture).is_file():
-            raise FileNotFoundError(f"questions must name pictures, there is none at {picture}")
+    pictures = [[load_image(picture)] for picture, _ in cfg.questions]
+    asked = [question for _, question in cfg.questions]
     # nothing is differentiated here, and remat writes to the model, which loops do not allow
     plain = dataclasses.replace(setup, model_cfg=setup.model_cfg.with_remat("none"))
-    make, weight, dtype = plain.build(), guidance_weight(setup.source.path), DTYPES[cfg.dtype]
+    make, drawing = plain.build(), Drawing.from_dir(setup.source.path)
+    dtype = DTYPES[cfg.dtype]
     if setup.rows.tokenized:  # the steps do without the image tokenizer
         paths = [path for path in param_shapes(setup.source.cfg) if path.startswith("gen_vq.")]
         folder = setup.source.path
@@ -70,7 +70,7 @@ def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
     def sample(step: int, state: TrainState) -> None:
         params = {path: array.astype(dtype) for path, array in written_params(state).items()}
         model = make(params | frozen)
-        janus = Pipeline(model, setup.processor, output.name, weight, setup.mesh)
+        janus = Pipeline(model, setup.processor, output.name, drawing, setup.mesh)
         folder = output / "samples" / f"{step:07d}"
         if cfg.prompts:
             pixels = janus.generate_images(list(cfg.prompts), seed=cfg.seed).pixels
@@ -78,8 +78,7 @@ def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
                 write(folder / f"prompt-{number}.png", encode_png(picture))
             log.images(step, "prompts", pixels)
         if cfg.questions:
-            pictures, asked = zip(*cfg.questions, strict=True)
-            answers = janus.answer(list(asked), [[picture] for picture in pictures])
+            answers = janus.answer(asked, pictures)
             pairs = zip(cfg.questions, answers, strict=True)
             text = "".join(f"{path}: {ask} -> {said}\n" for (path, ask), said in pairs)
             write(folder / "answers.txt", text.encode())
