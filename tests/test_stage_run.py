@@ -13,6 +13,7 @@ from PIL import Image
 from stage_configs import GOLDEN, small_config
 
 import janus_jax
+from janus_jax.generation.pipeline import Pipeline
 from janus_jax.interop.load import open_folder, stored_params
 from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.metrics import Log
@@ -127,6 +128,25 @@ def test_a_run_goes_on_with_the_settings_it_began_with(whole, changed, message):
         train_stage(small_config(whole, steps=5, **changed))
 
 
+def test_what_is_asked_comes_after_what_is_saved(tmp_path, monkeypatch):
+    def fails(*_):
+        raise ValueError("no answer")
+
+    monkeypatch.setattr(Pipeline, "answer", fails)
+    asked = dict(sample_every=2, save_every=2, questions=(("docs/scene.png", "What is it?"),))
+    with pytest.raises(ValueError, match="no answer"):
+        train_stage(small_config(tmp_path, prompts=(), **asked))
+    with Checkpoints(tmp_path / "checkpoints", 3) as checkpoints:
+        assert checkpoints.newest == 2
+
+
+def test_a_picture_that_cannot_be_read_is_told_of_before_the_first_step(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot read image README\.md"):
+        asked = dict(sample_every=2, questions=(("README.md", "What is it?"),))
+        train_stage(small_config(tmp_path, **asked))
+    assert not (tmp_path / "metrics.jsonl").read_text()
+
+
 def test_settings_may_be_mended_until_something_is_saved(tmp_path):
     missing = dict(sample_every=1, questions=(("no/picture.png", "What is it?"),))
     with pytest.raises(FileNotFoundError, match=r"no/picture\.png"):
@@ -138,8 +158,14 @@ def test_settings_may_be_mended_until_something_is_saved(tmp_path):
 
 def test_a_run_does_not_write_over_what_is_no_runs(whole, tmp_path):
     (tmp_path / "model").mkdir()
-    with pytest.raises(ValueError, match="output must be a new folder, or that of a run with its"):
+    rule = "output must be a new folder, or that of a run with its"
+    with pytest.raises(ValueError, match=rule):
         train_stage(small_config(tmp_path))
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "run.json").write_text('{"athlete": "J. Doe"}')
+    with pytest.raises(ValueError, match=rule):
+        train_stage(small_config(tmp_path / "other"))
+    assert (tmp_path / "other" / "run.json").read_text() == '{"athlete": "J. Doe"}'
     setup = Setup.from_config(small_config(whole, trained=r"gen_head\."))
     with Checkpoints(whole / "checkpoints", 3) as checkpoints:
         with pytest.raises(ValueError, match="4 does not hold what this config trains, or is dam"):

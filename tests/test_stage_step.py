@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from ml_collections import ConfigDict
 from stage_configs import small_config
 
 from janus_jax.data.loading import open_rows
@@ -186,7 +187,15 @@ def test_no_step_reads_the_tokenizer_where_pictures_come_as_indices(config):
         (dict(accumulate=0), "accumulate must be at least 1, got 0"),
         (dict(trained=".*"), "trained must match no parameter of the image tokenizer, gen_vq, got"),
         (dict(eval_batches=0), "eval_batches must be at least 1, got 0"),
-        (dict(clip=0.0), "clip must be above 0, got 0.0"),
+        (dict(clip=0.0), "clip must be a number above 0, got 0.0"),
+        (dict(learning_rate=float("nan")), "learning_rate must be a number of at least 0, got nan"),
+        (dict(end_learning_rate=-3.0), "end_learning_rate must be a number of at least 0, got -3"),
+        (dict(weight_decay=-1.0), "weight_decay must be a number of at least 0, got -1.0"),
+        (dict(seed=2**32), "seed must be below 2**32, got 4294967296"),
+        (dict(warmup_steps=10**6), "warmup_steps must be at least 0 and less than steps, got "),
+        (dict(eval_every=5), "eval_every=5 needs an eval_mixture, got none"),
+        (dict(loss_weights=dict(understanding=1.0, text=1.0, generation=float("inf"))), "loss_w"),
+        (dict(lora_rank=4, trained="gen_head"), "with adapters nothing else is trained: lora_ta"),
         (dict(trained="("), "trained must be a regular expression, got '('"),
         (dict(lora_rank=4, lora_targets="x"), "targets must match a linear layer, got 'x'"),
     ],
@@ -195,6 +204,21 @@ def test_settings_that_cannot_be_trained_with_are_refused(config, changed, messa
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         Setup.from_config(config(**changed))
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("loss_weights", ConfigDict(dict(text=1.0)), "loss_weights must be given for understandin"),
+        ("output", "", "output must be a folder to write to, got ''"),
+        ("output", __file__, "output must be a folder to write to, got "),
+    ],
+)
+def test_settings_that_a_config_may_lack_are_refused(config, name, value, message):
+    cfg = config()
+    cfg[name] = value
+    with pytest.raises(ValueError, match=message):
+        Setup.from_config(cfg)
 
 
 def test_fresh_parameters_begin_anew_and_only_they(config):

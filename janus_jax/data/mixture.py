@@ -65,7 +65,10 @@ def open_parts(tree: Mapping[str, Any], open_source: Callable, name: str = "") -
         question = tree.pop("question", None)
         if not (question is None or (isinstance(question, str) and question.strip())):
             raise ValueError(f"question must be a text, got {question!r} for {where}")
-        return Part(name, weight, open_source(**tree), question=question)
+        try:
+            return Part(name, weight, open_source(**tree), question=question)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
     wrong = [key for key, value in tree.items() if not hasattr(value, "items")]
     if wrong or not tree:
         raise ValueError(f"{where} must hold parts, or a format and a path, got {sorted(tree)}")

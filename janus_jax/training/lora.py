@@ -110,6 +110,11 @@ def _why_not(path: str, layer: nnx.Linear) -> str | None:
     return None
 
 
+def adapter_paths(layer: str) -> tuple[str, str]:
+    """Where a layer's a and b are; layer: its dotted path."""
+    return f"{layer}.dot_general.a", f"{layer}.dot_general.b"
+
+
 def merged(params: Mapping[str, Array], scale: float) -> dict[str, Array]:
     """Parameters of the plain model from those of an adapted one, for export.
 
@@ -120,7 +125,7 @@ def merged(params: Mapping[str, Array], scale: float) -> dict[str, Array]:
     plain = {path: array for path, array in params.items() if not re.fullmatch(ADAPTERS, path)}
     layers = sorted({path[: -len(".dot_general.a")] for path in params.keys() - plain.keys()})
     for layer in layers:
-        paths = [f"{layer}.{name}" for name in ("kernel", "dot_general.a", "dot_general.b")]
+        paths = [f"{layer}.kernel", *adapter_paths(layer)]
         if absent := [path for path in paths if path not in params]:
             raise ValueError(f"an adapter must have kernel, a and b, got none of {absent}")
         kernel, a, b = (params[path] for path in paths)

@@ -34,7 +34,7 @@ from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.distributed import check_processes
 from janus_jax.training.evaluation import Watch, evaluation, samples
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
-from janus_jax.training.lora import merged
+from janus_jax.training.lora import adapter_paths, merged
 from janus_jax.training.metrics import Log
 from janus_jax.training.setup import DTYPES, MODEL, Params, Setup, put_rows
 from janus_jax.training.state import TrainState, written_params
@@ -106,13 +106,14 @@ def check_output(cfg, newest: int | None) -> None:
         return
     output, now = Path(cfg.output), json.loads(cfg.to_json_best_effort())
     now = {name: value for name, value in now.items() if name not in CHANGEABLE}
-    if newest is None and not (output / MODEL).exists():
+    before = read_json(output / BEGUN) if (output / BEGUN).is_file() else None
+    ours = before is None or "init" in before
+    if ours and newest is None and not (output / MODEL).exists():
         write_json(output / BEGUN, now)
         return
-    if newest is None or not (output / BEGUN).is_file():
+    if not ours or newest is None or before is None:
         rule = f"output must be a new folder, or that of a run with its checkpoints and {BEGUN}"
         raise ValueError(f"{rule}, got {output}")
-    before = read_json(output / BEGUN)
     names = sorted(before.keys() & now.keys())  # a later version may know other settings
     changed = [f"{n} {before[n]} -> {now[n]}" for n in names if before[n] != now[n]]
     if changed:
@@ -188,10 +189,10 @@ class Run:
             if due or save:
                 self.log.step(*waiting)  # first of all: what is asked and saved is good
                 waiting = None
-            for watch in due:
-                watch(number, state)
             if save:
                 self.checkpoints.save(state, rows.get_state())
+            for watch in due:  # after saving: one that fails costs no steps
+                watch(number, state)
             if stopping:
                 logging.info("told to stop: saved at step %d", number)
                 break
@@ -243,17 +244,17 @@ def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> N
     """trained: arrays by path. Parts of the model in which something trained are of model_dtype,
     the others as they are stored."""
     stored, dtype = stored_params(setup.source), np.dtype(DTYPES[setup.cfg.model_dtype])
-    if setup.lora:
-        layers = {path.partition(".dot_general.")[0] + ".kernel" for path in trained}
-        kernels = {path: stored.read(path).astype(np.float32) for path in layers}
-        merge = merged(kernels | trained, setup.lora.scale)
-        trained = {path: array.astype(dtype) for path, array in merge.items()}
     parts = {path.split(".")[0] for path in trained}
 
     def read(path: str) -> np.ndarray:
+        """One array at a time: adapted kernels of a 7B model in float32 are 24 GB."""
         if path in trained:
             return trained[path]
-        array = stored.read(path)
+        array, layer = stored.read(path), path.removesuffix(".kernel")
+        adapter = {name: trained[name] for name in adapter_paths(layer) if name in trained}
+        if adapter:
+            kernel = {path: array.astype(np.float32)}
+            array = merged(kernel | adapter, setup.lora.scale)[path]
         return array.astype(dtype) if path.split(".")[0] in parts else array
 
     kinds = {

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from janus_jax.data.loading import RowsConfig
+from janus_jax.data.records import KINDS
 from janus_jax.generation.loading import DTYPES, check_processor
 from janus_jax.interop.load import (
     FLOAT32_PATHS,
@@ -35,6 +37,7 @@ from janus_jax.sharding import (
     sharding_for,
 )
 from janus_jax.training.lora import ADAPTERS, LoRAConfig, add_adapters
+from janus_jax.training.stages import ALL_BUT_TOKENIZER
 from janus_jax.training.state import (
     TrainState,
     init_state,
@@ -76,6 +79,8 @@ class Setup:
         if not Path(cfg.init).is_dir():
             there = f"there is none at {cfg.init!r}"
             raise FileNotFoundError(f"init must be a checkpoint folder, {there}")
+        if not cfg.output or (Path(cfg.output).exists() and not Path(cfg.output).is_dir()):
+            raise ValueError(f"output must be a folder to write to, got {cfg.output!r}")
         if Path(cfg.init).resolve() == (Path(cfg.output) / MODEL).resolve():
             raise ValueError(f"init must not be what the run will write, got {cfg.init}")
         source, processor = open_folder(cfg.init), Processor.from_dir(cfg.init)
@@ -84,6 +89,9 @@ class Setup:
         check_mesh(mesh, source.cfg)
         model_cfg = source.cfg.with_dtype(DTYPES[cfg.dtype]).with_remat(cfg.remat)
         lora = None
+        if cfg.lora_rank and cfg.trained != ALL_BUT_TOKENIZER:
+            given = f"lora_rank={cfg.lora_rank} and trained={cfg.trained!r}"
+            raise ValueError(f"with adapters nothing else is trained: lora_targets, got {given}")
         if cfg.lora_rank:
             lora = LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
         rows = rows_config(cfg, mesh)
@@ -271,13 +279,23 @@ def check_settings(cfg) -> None:
     for name in ("average_decay", "b1", "b2"):
         if not 0 <= cfg[name] < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {cfg[name]}")
-    if cfg.clip <= 0:
-        raise ValueError(f"clip must be above 0, got {cfg.clip}")
+    if not 0 < cfg.clip < math.inf:
+        raise ValueError(f"clip must be a number above 0, got {cfg.clip}")
+    for name in ("learning_rate", "end_learning_rate", "weight_decay"):
+        if not 0 <= cfg[name] < math.inf:
+            raise ValueError(f"{name} must be a number of at least 0, got {cfg[name]}")
+    if cfg.seed >= 2**32:
+        raise ValueError(f"seed must be below 2**32, got {cfg.seed}")
+    learning_rates(cfg)
+    if cfg.eval_every and not cfg.eval_mixture:
+        raise ValueError(f"eval_every={cfg.eval_every} needs an eval_mixture, got none")
     for name, known in dict(dtype=DTYPES, model_dtype=DTYPES, remat=REMATS).items():
         if cfg[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {cfg[name]!r}")
     weights = cfg.loss_weights.to_dict()
-    if min(weights.values()) < 0 or not any(weights.values()):
+    if weights.keys() != set(KINDS):
+        raise ValueError(f"loss_weights must be given for {', '.join(KINDS)}, got {weights}")
+    if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
         raise ValueError(f"loss_weights must be at least 0 and one above, got {weights}")
     for name in ("trained", "fresh", "lora_targets"):
         try:
