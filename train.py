@@ -1,4 +1,4 @@
-"""Trains a Janus: python train.py --config=configs/janus_tiny.py --config.steps=100."""
+"""Trains a Janus: python train.py --config=configs/janus_tiny_stage3.py --config.steps=100."""
 
 import contextlib
 import itertools
@@ -55,7 +55,14 @@ def parse(argv: list[str]) -> list[str]:
         path = after if word in ("-config", "--config") else word.partition("-config=")[2]
         if path and not Path(path.partition(":")[0]).is_file():
             raise FileNotFoundError(f"no config file at {path}")
-    return flags.FLAGS(argv)
+    try:
+        return flags.FLAGS(argv)
+    except SyntaxError as error:
+        raise ValueError(f"the config file must be Python, got {error}") from None
+    except flags.IllegalFlagValueError as error:  # one in the config file has all its traceback
+        before, trace, _ = str(error).partition("Traceback")
+        last = str(error).splitlines()[-1] if trace else ""
+        raise ValueError(f"{before}{last}") from None
 
 
 @settings_errors()
@@ -80,14 +87,12 @@ def main(argv: list[str]) -> None:
         from janus_jax.training.tokenizer import train_tokenizer as train
     elif cfg.task == "encoder":
         from janus_jax.training.encoder import train_encoder as train
-    elif cfg.task == "decoder":
-        from janus_jax.training.decoder import train_decoder as train
     elif _DRY_RUN.value:
         from janus_jax.training.dry_run import print_dry_run as train
     elif cfg.task == "stage":
         from janus_jax.training.run import train_stage as train
     else:
-        raise ValueError(f"task must be tokenizer, encoder, decoder or stage, got {cfg.task!r}")
+        raise ValueError(f"task must be tokenizer, encoder or stage, got {cfg.task!r}")
     with distributed.leaves_at_once(), settings_errors():  # one line first, and then it leaves
         train(cfg)
 

@@ -3,16 +3,16 @@
     python -m benchmarks.score_scenes --output benchmarks/results/janus_tiny.json
 
 Pictures are judged by janus_jax/data/checker.py, which reads pixels and shares no code with the
-drawing; four pictures a prompt, as in GenEval. The guidance weight is chosen on prompts that do not
-count. Answers must equal the expected ones to the letter; questions are about scenes that neither
-the understanding encoder nor the decoder saw in training (the image tokenizer takes no part in
-answering).
+drawing; four pictures a prompt, as in GenEval. Guidance and temperature are chosen on prompts that
+do not count. Answers must equal the expected ones to the letter; questions are about scenes that
+neither the understanding encoder nor the decoder saw in training (the image tokenizer takes no part
+in answering).
 """
 
 import argparse
 import collections
 import hashlib
-import importlib
+import itertools
 import json
 import os
 import platform
@@ -22,25 +22,29 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from configs import janus_tiny_encoder, janus_tiny_stage3
 from janus_jax import load
 from janus_jax.data import checker, scenes
+from janus_jax.data.mixture import open_parts
 from janus_jax.data.questions import sample_question
-from janus_jax.data.scene_batches import any_scene, step_scenes
+from janus_jax.data.scene_batches import sample_scenes
+from janus_jax.data.sources import open_source
+from janus_jax.generation.loading import TINY, Drawing
 from janus_jax.generation.pipeline import Pipeline
+from janus_jax.interop.files import write_json
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0)
+TEMPERATURES = (1.0, 0.8, 0.6)
 NUM_IMAGES = 4  # a prompt
 TUNING_PROMPTS = 12  # a kind at most, and at most a quarter of the kind's prompts
 SCORED_PROMPTS = 60  # a kind at most
 QUESTIONS = 1200
 ANSWER_BATCH = 48
-# configs that show the model whole pictures
-TRAINED_BY = ("janus_tiny_encoder", "janus_tiny_decoder", "janus_tiny")
 SEED = 2026  # of prompts, questions and pictures; training has its own
 
 
 def split_prompts(split: str, kind: str) -> tuple[list[scenes.Prompt], list[scenes.Prompt]]:
-    """Prompts to choose the guidance weight on and, apart from them, prompts to score."""
+    """Prompts to choose guidance and temperature on and, apart from them, prompts to score."""
     prompts = scenes.prompts(split, kind)
     order = np.random.default_rng(SEED).permutation(len(prompts))
     cut = min(TUNING_PROMPTS, len(prompts) // 4)
@@ -49,29 +53,32 @@ def split_prompts(split: str, kind: str) -> tuple[list[scenes.Prompt], list[scen
 
 
 def score_pictures(
-    pipeline: Pipeline, prompts: list[scenes.Prompt], guidance_weight: float, seed: int
+    pipeline: Pipeline, prompts: list[scenes.Prompt], seed: int, **drawing: float
 ) -> float:
-    """Part of the pictures of the prompts that show what is asked for, and nothing else."""
-    drawn = pipeline.generate_images(
-        [p.text for p in prompts], NUM_IMAGES, seed, guidance_weight, max_batch=64
-    )
+    """Part of the pictures of the prompts that show what is asked for, and nothing else.
+
+    drawing: guidance_weight and temperature, if not the checkpoint's own.
+    """
+    texts = [p.text for p in prompts]
+    drawn = pipeline.generate_images(texts, NUM_IMAGES, seed, **drawing, max_batch=64)
     wanted = [p.requirement for p in prompts for _ in range(NUM_IMAGES)]
     found = [checker.detect(picture) for picture in drawn.pixels]
     return float(np.mean([checker.satisfies(*pair) for pair in zip(wanted, found, strict=True)]))
 
 
-def choose_guidance(pipeline: Pipeline) -> dict[float, float]:
-    """Score of each weight on the tuning prompts of training compositions."""
+def try_drawing(pipeline: Pipeline) -> dict[Drawing, float]:
+    """Score of each way to draw on the tuning prompts of training compositions."""
     prompts = [p for kind in scenes.KINDS for p in split_prompts("train", kind)[0]]
-    return {weight: score_pictures(pipeline, prompts, weight, SEED + 1) for weight in GUIDANCE}
+    ways = itertools.starmap(Drawing, itertools.product(GUIDANCE, TEMPERATURES))
+    return {way: score_pictures(pipeline, prompts, SEED + 1, **way._asdict()) for way in ways}
 
 
-def score_split(pipeline: Pipeline, split: str, guidance_weight: float) -> dict:
+def score_split(pipeline: Pipeline, split: str, drawing: Drawing) -> dict:
     """Score of every kind that the split has, and their mean, as GenEval's overall score."""
     by_kind = {}
     for kind in scenes.KINDS:
         if prompts := split_prompts(split, kind)[1]:
-            score = score_pictures(pipeline, prompts, guidance_weight, SEED)
+            score = score_pictures(pipeline, prompts, SEED, **drawing._asdict())
             by_kind[kind] = dict(prompts=len(prompts), score=round(score, 4))
     mean = np.mean([entry["score"] for entry in by_kind.values()])
     shared = [by_kind[kind]["score"] for kind in by_kind if scenes.prompts("held_out", kind)]
@@ -87,7 +94,7 @@ def score_answers(pipeline: Pipeline, split: str, seen: set[bytes]) -> dict:
     rng = np.random.default_rng((SEED, scenes.SPLITS.index(split)))
     pictures, questions, answers, skipped = [], [], [], 0
     while len(pictures) < QUESTIONS:
-        scene = any_scene(rng, split)
+        scene = scenes.sample_any(rng, split)
         question, answer = sample_question(rng, scene)
         if digest(scene) in seen:
             skipped += 1
@@ -122,13 +129,19 @@ def ask_all(pipeline: Pipeline, questions: list[str], pictures: list[np.ndarray]
 
 
 def training_scenes() -> set[bytes]:
-    """Digests of every scene that the encoder and the decoder saw in training, made anew."""
-    seen = set()
-    for name in TRAINED_BY:
-        cfg = importlib.import_module(f"configs.{name}").get_config()
-        for step in range(cfg.steps):
-            seen.update(map(digest, step_scenes(cfg, step)))
-    return seen
+    """Digests of every scene whose picture the encoder or the decoder may have seen in training,
+    made anew. The stages read the same scenes, and not all of them."""
+    cfg = janus_tiny_encoder.get_config()
+    shown = [
+        scene
+        for step in range(cfg.steps)
+        for scene in sample_scenes(np.random.default_rng((cfg.seed, step)), cfg.batch_size)
+    ]
+    sources = open_parts(janus_tiny_stage3.get_config().mixture.to_dict(), open_source)
+    for part in sources.leaves():
+        if part.name != "text":  # which shows no pictures
+            shown += map(part.source.scene, range(len(part.source)))
+    return set(map(digest, shown))
 
 
 def digest(scene: scenes.Scene) -> bytes:
@@ -142,14 +155,14 @@ def score(model: str | None) -> dict:
     start = time.monotonic()
     pipeline = load(model, dtype="float32")
     seen = training_scenes()
-    by_weight = choose_guidance(pipeline)
-    weight = max(by_weight, key=by_weight.get)
+    tried = try_drawing(pipeline)
+    chosen = max(tried, key=tried.get)
     return dict(
         generation=dict(
             images_per_prompt=NUM_IMAGES,
-            guidance_weight=weight,
-            tuning_scores={str(key): round(value, 4) for key, value in by_weight.items()},
-            **{split: score_split(pipeline, split, weight) for split in scenes.SPLITS},
+            **chosen._asdict(),
+            tuning_scores=[dict(**way._asdict(), score=round(tried[way], 4)) for way in tried],
+            **{split: score_split(pipeline, split, chosen) for split in scenes.SPLITS},
         ),
         understanding={split: score_answers(pipeline, split, seen) for split in scenes.SPLITS},
         scenes_seen_in_training=len(seen),
@@ -169,8 +182,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="checkpoint folder (default: the one that ships)")
     parser.add_argument("--output", type=Path, help="JSON file for the record")
+    keep = "write the chosen guidance and temperature into the model's folder, as its own"
+    parser.add_argument("--set_drawing", action="store_true", help=keep)
     flags = parser.parse_args()
-    text = json.dumps(score(flags.model), indent=1) + "\n"
+    record = score(flags.model)
+    if flags.set_drawing:
+        names = dict(guidance_scale="guidance_weight", temperature="temperature")
+        chosen = {name: record["generation"][own] for name, own in names.items()}
+        write_json(Path(flags.model or TINY) / "generation_config.json", chosen)
+    text = json.dumps(record, indent=1) + "\n"
     print(text, end="")
     if flags.output:
         flags.output.write_text(text)

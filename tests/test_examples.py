@@ -156,8 +156,7 @@ def test_a_bad_record_says_where_it_is(make):
     assert make(Record("text", text="red " * 300, where="a.jsonl:7")).where == "a.jsonl:7"
 
 
-def test_scenes_are_as_the_shipped_model_was_trained(processor, make):
-    """The same tokens as those of scene_batches."""
+def test_captions_of_scenes_are_as_the_processor_writes_prompts(processor, make):
     rng = np.random.default_rng(0)
     _, prompt = scenes.sample_scene(rng, "position")
     record = Record("generation", text=prompt.text, indices=np.zeros(DRAWN, np.int32))

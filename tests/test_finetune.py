@@ -17,9 +17,8 @@ from janus_jax import load
 from janus_jax.data import scenes
 from janus_jax.data.questions import sample_question
 from janus_jax.data.records import Record
-from janus_jax.data.scene_batches import any_scene
 from janus_jax.data.writers import write_records
-from janus_jax.generation.loading import TINY, guidance_weight
+from janus_jax.generation.loading import TINY
 from janus_jax.processing.images import encode_png
 from janus_jax.training.run import train_stage
 from janus_jax.training.stages import ALL_BUT_TOKENIZER
@@ -122,13 +121,12 @@ def new_pictures(pipeline) -> float:
 def old_scores(pipeline) -> tuple[float, float]:
     """Pictures of all kinds of prompts right, and answers to questions about seen compositions."""
     prompts = [p for kind in scenes.KINDS for p in split_prompts("train", kind)[1][:20]]
-    weight = guidance_weight(TINY)
     rng = np.random.default_rng(SEED)
-    asked = [(s := any_scene(rng), *sample_question(rng, s)) for _ in range(OLD_QUESTIONS)]
+    asked = [(s := scenes.sample_any(rng), *sample_question(rng, s)) for _ in range(OLD_QUESTIONS)]
     pictures = [scenes.draw(scene) for scene, _, _ in asked]
     given = ask_all(pipeline, [question for _, question, _ in asked], pictures)
     answers = float(np.mean([a == b for a, (_, _, b) in zip(given, asked, strict=True)]))
-    return score_pictures(pipeline, prompts, weight, SEED), answers
+    return score_pictures(pipeline, prompts, SEED), answers
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 import janus_jax
-from configs import janus_tiny
 from janus_jax.data import checker, scenes
 from janus_jax.data.questions import sample_question
-from janus_jax.data.scene_batches import any_scene
 from janus_jax.generation.loading import TINY
 from janus_jax.interop.export import inspect_folder
 from janus_jax.interop.load import open_folder
@@ -58,7 +56,7 @@ def test_it_draws_every_kind(janus):
 
 def test_it_answers_questions(janus):
     rng = np.random.default_rng(2)
-    drawn = [any_scene(rng) for _ in range(60)]
+    drawn = [scenes.sample_any(rng) for _ in range(60)]
     asked = [sample_question(rng, scene) for scene in drawn]
     pictures = [[scenes.draw(scene)] for scene in drawn]
     given = janus.answer([question for question, _ in asked], pictures, max_new_tokens=32)
@@ -87,6 +85,8 @@ def test_the_scores_told_are_those_of_the_record(page):
         assert re.search(rf"{seen}(, | \| ){held_out}", text), name
 
 
-def test_it_draws_with_the_guidance_that_was_best_when_it_was_scored(janus):
-    assert janus.guidance_weight == record()["generation"]["guidance_weight"]
-    assert janus_tiny.get_config().guidance_weight == janus.guidance_weight
+def test_it_draws_in_the_way_that_was_best_when_it_was_scored(janus):
+    generation = record()["generation"]
+    assert janus.drawing == (generation["guidance_weight"], generation["temperature"])
+    best = max(generation["tuning_scores"], key=lambda tried: tried["score"])
+    assert janus.drawing == (best["guidance_weight"], best["temperature"])

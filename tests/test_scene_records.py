@@ -16,7 +16,7 @@ from PIL import Image
 from janus_jax.data import checker, questions, scenes
 from janus_jax.data.loading import RowsConfig, open_rows
 from janus_jax.data.records import KINDS, Record
-from janus_jax.data.scene_batches import TURNS
+from janus_jax.data.scene_records import TURNS
 from janus_jax.data.sources import open_source
 from janus_jax.generation.loading import TINY
 from janus_jax.models.janus import JanusConfig

@@ -5,11 +5,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-import janus_jax
 from benchmarks import score_scenes
-from configs import janus_tiny, janus_tiny_decoder, janus_tiny_encoder
+from configs import janus_tiny_encoder, janus_tiny_stage3
 from janus_jax.data import questions, scenes
-from janus_jax.data.scene_batches import decoder_batch, labelled_pictures, step_scenes
+from janus_jax.data.scene_batches import labelled_pictures
+from janus_jax.data.sources import open_source
 
 
 class Oracle:
@@ -19,7 +19,7 @@ class Oracle:
         self.upside_down, self.honest = upside_down, honest
         self.pictures, self.answers = {}, {}
 
-    def generate_images(self, prompts, num_images, seed, guidance_weight, max_batch):
+    def generate_images(self, prompts, num_images, seed, max_batch):
         drawn = [self.pictures[text] for text in prompts for _ in range(num_images)]
         return SimpleNamespace(pixels=[x[::-1] if self.upside_down else x for x in drawn])
 
@@ -41,12 +41,12 @@ def painter(**kind) -> tuple[Oracle, list[scenes.Prompt]]:
 
 def test_pictures_of_the_prompt_count_and_others_do_not():
     oracle, prompts = painter()
-    assert score_scenes.score_pictures(oracle, prompts, 1.0, 0) == 1
+    assert score_scenes.score_pictures(oracle, prompts, 0) == 1
     oracle, prompts = painter(upside_down=True)
-    assert score_scenes.score_pictures(oracle, prompts, 1.0, 0) == 0
+    assert score_scenes.score_pictures(oracle, prompts, 0) == 0
 
 
-def test_prompts_that_choose_the_guidance_do_not_count():
+def test_prompts_that_choose_how_to_draw_do_not_count():
     for kind in scenes.KINDS:
         tuning, scored = score_scenes.split_prompts("train", kind)
         assert tuning and scored
@@ -77,26 +77,33 @@ def test_answers_must_equal_the_expected_ones(monkeypatch):
 
 def test_scenes_of_the_training_are_left_out(monkeypatch):
     rng = np.random.default_rng((score_scenes.SEED, 0))
-    first = score_scenes.any_scene(rng, "train")
+    first = scenes.sample_any(rng, "train")
     seen = {score_scenes.digest(first)}
     record = score_scenes.score_answers(taught(monkeypatch), "train", seen)
     assert record["left_out_as_seen"] >= 1 and record["questions"] == 60
 
 
-def test_scenes_of_a_training_step_are_those_that_it_draws(monkeypatch):
-    """By the encoder's config, and by both halves of the decoder's."""
-    processor = janus_jax.load(dtype="float32").processor
+def test_scenes_of_the_training_are_those_that_it_draws(monkeypatch):
+    """Those of the encoder's steps, and those of the records of the stages that have pictures."""
+    encoder, stage = janus_tiny_encoder.get_config(), janus_tiny_stage3.get_config()
+    encoder.steps = 2
+    parts = [stage.mixture.understanding, stage.mixture.text]
+    parts += [stage.mixture.generation[kind] for kind in scenes.KINDS]
+    for part in parts:
+        part.count = 3
+    monkeypatch.setattr(score_scenes.janus_tiny_encoder, "get_config", lambda: encoder)
+    monkeypatch.setattr(score_scenes.janus_tiny_stage3, "get_config", lambda: stage)
     drawn, draw = [], scenes.draw
     monkeypatch.setattr(scenes, "draw", lambda scene: drawn.append(scene) or draw(scene))
-    for config, size in ((janus_tiny_encoder, 64), (janus_tiny_decoder, 64), (janus_tiny, 80)):
-        drawn.clear()
-        cfg, step = config.get_config(), 3
-        rng = np.random.default_rng((cfg.seed, step))
-        if cfg.task == "encoder":
-            labelled_pictures(rng, cfg.batch_size, patch=16)
-        else:
-            decoder_batch(processor, cfg)(rng, step)
-        assert step_scenes(cfg, step) == drawn and len(drawn) == size
+    for step in range(2):
+        rng = np.random.default_rng((encoder.seed, step))
+        labelled_pictures(rng, encoder.batch_size, patch=16)
+    for part in parts:
+        options = {name: part[name] for name in part if name not in ("weight", "format", "path")}
+        source = open_source(part.format, part.path, **options)
+        list(map(source.__getitem__, range(3)))
+    assert len(drawn) == 2 * encoder.batch_size + 7 * 3
+    assert score_scenes.training_scenes() == set(map(score_scenes.digest, drawn))
 
 
 def test_a_scene_s_name_is_that_of_its_picture():

@@ -13,14 +13,24 @@ from torch_reference import golden_janus
 
 import janus_jax
 import train
-from configs import janus_tiny, janus_tiny_vq
+from configs import (
+    janus_tiny_encoder,
+    janus_tiny_stage1,
+    janus_tiny_stage2,
+    janus_tiny_stage3,
+    janus_tiny_stage3_refine,
+    janus_tiny_vq,
+)
+from janus_jax.data import scenes, tokenize_images
 from janus_jax.interop import files, save
 from janus_jax.models.janus import JanusConfig
-from janus_jax.training.decoder import train_decoder
+from janus_jax.training.encoder import train_encoder
 from janus_jax.training.folders import check_output
+from janus_jax.training.run import train_stage
 from janus_jax.training.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
+ENCODER = "--config=configs/janus_tiny_encoder.py"
 SHORT = dict(steps=2, warmup_steps=1, log_every=1, save_every=1)
 
 
@@ -40,7 +50,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """Two steps of each config, one after the other; the folder that holds all results."""
+    """A step or two of each config, one after the other; the folder that holds all results."""
     folder = tmp_path_factory.mktemp("runs")
     small = dict(crop=32, crop_batch_size=1, output=folder / "vq")
     done = run("--config=configs/janus_tiny_vq.py", **SHORT, **small)
@@ -50,27 +60,58 @@ def trained(tmp_path_factory) -> Path:
     done = run("--config=configs/janus_tiny_vq_refine.py", **SHORT, **small)
     assert done.returncode == 0, done.stderr
     small = dict(batch_size=2, init=folder / "refined", output=folder / "encoder")
-    done = run("--config=configs/janus_tiny_encoder.py", **SHORT, **small)
+    done = run(ENCODER, **SHORT, **small)
     assert done.returncode == 0, done.stderr
     assert "step 2/2" in done.stderr and "pictures_right" in done.stderr
-    small = dict(generation_batch_size=1, understanding_batch_size=1, conversation_length=120)
-    folders = dict(init=folder / "encoder", output=folder / "decoder")
-    done = run("--config=configs/janus_tiny_decoder.py", **SHORT, **small, **folders)
-    assert done.returncode == 0, done.stderr
-    assert "step 2/2" in done.stderr and "understanding" in done.stderr
-    folders = dict(init=folder / "decoder", output=folder / "tiny")
-    done = run("--config=configs/janus_tiny.py", **SHORT, **small, **folders)
-    assert done.returncode == 0, done.stderr
+    for kind in scenes.KINDS:
+        source, tokens = f"scenes:generation/{kind}", f"jsonl:{folder / kind}"
+        paths = ["--model", str(folder / "encoder"), "--source", source, "--output", tokens]
+        tokenize_images.main([*paths, "--count", "4"])
+    before = folder / "encoder"
+    for name, cfg in dict(
+        stage1=janus_tiny_stage1.get_config(),
+        stage2=janus_tiny_stage2.get_config(),
+        stage3=janus_tiny_stage3.get_config("stage2"),
+        stage3_refined=janus_tiny_stage3_refine.get_config(),
+    ).items():
+        cfg.update(init=str(before), output=str(folder / name), mesh="data=1", rows=2)
+        cfg.update(steps=1, warmup_steps=0, sample_every=0)
+        for kind in scenes.KINDS:
+            cfg.mixture.generation[kind].path = str(folder / kind)
+        train_stage(cfg)
+        before = folder / name / "model"
     return folder
 
 
 def test_what_was_trained_loads_and_draws(trained):
-    names = ["decoder", "encoder", "refined", "tiny", "vq"]
-    assert sorted(path.name for path in trained.iterdir()) == names
-    pipeline = janus_jax.load(trained / "tiny", dtype="float32")
+    names = {"vq", "refined", "encoder", "stage1", "stage2", "stage3", "stage3_refined"}
+    assert {path.name for path in trained.iterdir()} == names | set(scenes.KINDS)
+    pipeline = janus_jax.load(trained / "stage3_refined" / "model", dtype="float32")
     drawn = pipeline.generate_images("a red circle left of a blue square", temperature=0)
     assert (drawn.pixels.shape, drawn.indices.shape) == ((1, 96, 96, 3), (1, 36))
     assert drawn.pixels.std() > 0
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "parts"),
+    [
+        ("encoder", "stage1/model", ["aligner", "gen_aligner", "gen_embed", "gen_head"]),
+        (
+            "stage1/model",
+            "stage2/model",
+            ["aligner", "gen_aligner", "gen_embed", "gen_head", "language_model"],
+        ),
+        (
+            "stage2/model",
+            "stage3/model",
+            ["aligner", "gen_aligner", "gen_embed", "gen_head", "language_model", "vision_model"],
+        ),
+    ],
+)
+def test_a_stage_trains_its_parts(trained, before, after, parts):
+    before, after = (load_file(trained / name / "model.safetensors") for name in (before, after))
+    changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
+    assert sorted({name.split(".")[0] for name in changed}) == parts
 
 
 def test_the_tokenizer_is_trained_on_alone(trained):
@@ -87,44 +128,29 @@ def test_the_encoder_is_trained_alone(trained):
     assert changed and all(name.startswith("vision_model.") for name in changed)
 
 
-def test_the_decoder_keeps_the_tokenizer_and_trains_the_rest(trained):
-    names = ("encoder", "decoder")
-    before, after = (load_file(trained / name / "model.safetensors") for name in names)
-    assert before.keys() == after.keys()
-    for name, value in before.items():
-        same, frozen = np.array_equal(value, after[name]), name.startswith("gen_vision_model.")
-        # a step moves vectors near 1 by less than bfloat16 tells apart
-        assert same if frozen else value.ndim < 2 or not same, name
-    before, after = ({path.name for path in (trained / name).iterdir()} for name in names)
-    assert after == before | {"generation_config.json"} and "tokenizer.json" in before
-
-
-def test_the_last_folder_states_the_config_s_guidance_weight(trained):
-    own = janus_tiny.get_config().guidance_weight
-    assert janus_jax.load(trained / "tiny", dtype="float32").guidance_weight == own
-
-
 def test_a_run_may_replace_an_earlier_one(trained):
-    small = [path.name for path in files.small_files(trained / "tiny")]
-    check_output(str(trained / "tiny"), JanusConfig.janus_tiny(), small)
+    small = [path.name for path in files.small_files(trained / "encoder")]
+    check_output(str(trained / "encoder"), JanusConfig.janus_tiny(), small)
 
 
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--config=configs/janus_tiny.py", "--config.stepz=3"], 'Did you mean "steps"'),
-        (["--config=configs/janus_tiny.py", "--config.steps=many"], "--config.steps=many: invalid"),
+        ([ENCODER, "--config.stepz=3"], 'Did you mean "steps"'),
+        ([ENCODER, "--config.steps=many"], "--config.steps=many: invalid"),
         (["--config=configs/none.py", "--config.steps=3"], "no config file at configs/none.py"),
-        (["--config=configs/janus_tiny.py", "now"], "arguments must be flags, got ['now']"),
-        (["--config=configs/janus_tiny.py", "--config.init=/none"], "there is none at /none"),
+        ([ENCODER, "now"], "arguments must be flags, got ['now']"),
+        ([ENCODER, "--config.init=/none"], "there is none at /none"),
         ([], "Flag --config must have a value"),
+        (["--config=configs/janus_tiny_stage3.py:stage9"], "stage2 or nothing, got 'stage9'"),
+        (["--config=README.md"], "the config file must be Python, got "),
     ],
 )
 def test_wrong_flags_take_one_line(flags, message):
     done = run(*flags)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1
-    assert message in done.stderr
+    assert message in done.stderr and "Traceback" not in done.stderr
 
 
 def refused(train_one, cfg, capsys) -> str:
@@ -169,18 +195,18 @@ def test_the_tokenizer_s_settings_are_checked_first(settings, message, tmp_path,
         (dict(init="golden"), "init must be a model of 96 pixels a side, got 64 pixels"),
         (dict(init="empty"), "empty holds no config.json"),
         (dict(init="golden", output="golden"), "init and output must be two folders"),
-        (dict(generation_batch_size=0), "generation_batch_size must be at least 1, got 0"),
+        (dict(batch_size=0), "batch_size must be at least 1, got 0"),
     ],
 )
-def test_the_decoder_s_settings_are_checked_first(settings, message, tmp_path, golden, capsys):
+def test_the_encoder_s_settings_are_checked_first(settings, message, tmp_path, golden, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "golden").mkdir()
     shutil.copy(golden / "janus" / "config.json", tmp_path / "golden")
     before = tree(tmp_path)
-    cfg = janus_tiny.get_config()
+    cfg = janus_tiny_encoder.get_config()
     for name, value in (dict(init="nowhere", output="new") | settings).items():
         cfg[name] = str(tmp_path / value) if name in ("init", "output") else value
-    assert message in refused(train_decoder, cfg, capsys)
+    assert message in refused(train_encoder, cfg, capsys)
     assert tree(tmp_path) == before
 
 

@@ -16,7 +16,6 @@ from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.llama import LlamaConfig
 from janus_jax.models.siglip import SiglipConfig
 from janus_jax.models.vq import VQConfig, l2_normalise
-from janus_jax.training.decoder import TRAINED, make_decoder_step
 from janus_jax.training.loop import drawn_batches, run_steps
 from janus_jax.training.state import init_state, make_optimizer, split_model
 from janus_jax.training.vq import USAGE_DECAY, make_vq_step, move_spare_codes
@@ -38,7 +37,6 @@ def config(**changes) -> ConfigDict:
         b2=0.95,
         weight_decay=0.0,
         clip=1.0,
-        generation_weight=1.0,
         quantise_from=0,
         dead_code_usage=0.02,
     )
@@ -93,63 +91,6 @@ def by_path(state) -> dict[str, np.ndarray]:
 
 def images(count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, 4, 4, 3), np.uint8)
-
-
-def decoder_batch() -> dict:
-    """Two prompts with their pictures, and two rows of an image and three words."""
-    tokens = np.random.default_rng(1).integers(0, 19, (2, 5)).astype(np.int32)
-    asked = np.concatenate([np.full((2, 4), 19), tokens[:, :3]], 1).astype(np.int32)
-    generation = dict(tokens=tokens, token_mask=np.ones((2, 5), bool), images=images(2))
-    understanding = dict(
-        tokens=asked,
-        token_mask=np.ones((2, 7), bool),
-        image_mask=asked == 19,
-        loss_mask=np.arange(7) >= [[5], [6]],
-        pixels=images(2)[:, None] / np.float32(127.5) - 1,
-    )
-    return dict(generation=generation, understanding=understanding)
-
-
-@pytest.fixture(scope="module")
-def decoder_run():
-    """12 steps on one batch: the frozen and trained parameters, the end state, all losses."""
-    cfg = config()
-    graph, trained, frozen = split_model(tiny_model(), TRAINED)
-    optimizer = make_optimizer(cfg)
-    step = make_decoder_step(graph, frozen, optimizer, cfg)
-    state, losses = init_state(trained, optimizer), []
-
-    def counted(state, batch):
-        state, metrics = step(state, batch)
-        losses.append(float(metrics["generation"] + metrics["understanding"]))
-        return state, metrics
-
-    state = run_steps(state, counted, [decoder_batch()] * 12, cfg, lambda state: None)
-    return graph, frozen, state, losses
-
-
-def test_steps_of_the_decoder_lower_the_loss(decoder_run):
-    *_, state, losses = decoder_run
-    assert state.step == 12
-    assert losses[-1] < 0.8 * losses[0]
-
-
-def test_the_decoder_is_trained_whole_and_the_tokenizer_not_at_all(decoder_run):
-    graph, frozen, state, _ = decoder_run
-    before = by_path(tiny_params()[1])
-    after = by_path(nnx.state(nnx.merge(graph, state.params, frozen)))
-    assert before.keys() == after.keys()
-    for path in before:
-        same = np.array_equal(before[path], after[path])
-        assert same == path.startswith("gen_vq."), path
-
-
-def test_frozen_parts_have_no_optimizer_state(decoder_run):
-    _, frozen, state, _ = decoder_run
-    trained = jax.tree.leaves(state.params)
-    moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
-    assert sorted(x.shape for x in moments) == sorted(2 * [x.shape for x in trained if x.ndim])
-    assert not {path for path in by_path(frozen)} & {path for path in by_path(state.params)}
 
 
 def test_a_pattern_that_trains_nothing_is_refused():

@@ -13,9 +13,9 @@ from janus_jax.data import scenes
 from janus_jax.data.questions import QuestionAnswer, ask_relation, describe, sample_question
 from janus_jax.data.reading import Source
 from janus_jax.data.records import KINDS, Record
-from janus_jax.data.scene_batches import TURNS, any_scene
 from janus_jax.processing.images import encode_png
 
+TURNS = 3  # questions about one picture
 DESCRIBED = 0.5  # part of the sentences that describe a scene; the others are captions
 
 
@@ -76,7 +76,7 @@ class ScenesSource(Source):
     def _drawn(self, rng: np.random.Generator) -> tuple[scenes.Scene, str]:
         """A scene and what is said of it: a caption, a sentence, or nothing yet."""
         if self._kind == "understanding":
-            return any_scene(rng), ""
+            return scenes.sample_any(rng), ""
         if self._kind == "text":
             return _told(rng)
         kind = self._captions[rng.integers(len(self._captions))]

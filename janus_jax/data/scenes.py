@@ -36,6 +36,7 @@ BACKGROUNDS = {"white": (255, 255, 255), "black": (20, 20, 20)}
 RELATIONS = ("left of", "right of", "above", "below")
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "held_out")
+MIXED_SCENES = 0.5  # part of the scenes that follow no caption, where any will do
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 
 SIZES = (24, 32)  # pixels, side of the bounding square
@@ -119,6 +120,13 @@ def sample_mixed(rng: np.random.Generator, split: str = "train") -> Scene:
         pairs = [choice(rng, everything) for _ in range(count)]
         if (split == "held_out") == is_held_out(pairs):
             return _arrange(rng, pairs, None)
+
+
+def sample_any(rng: np.random.Generator, split: str = "train") -> Scene:
+    """A scene with or without a caption, as questions are asked about."""
+    if rng.random() < MIXED_SCENES:
+        return sample_mixed(rng, split)
+    return sample_scene(rng, None, split)[0]
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""Tokenizer and processor files of the model that ships, in DeepSeek's formats.
+"""The small files of the model that ships, but for its config, in DeepSeek's formats.
 
 The vocabulary is 256 bytes and the merges that make every word of captions, questions and answers
 one token, so any other text still encodes, only longer.
@@ -68,12 +68,14 @@ CONFIGS = {
         "sft_format": "deepseek",
         "system_prompt": "",
     },
+    # the original's 5 breaks the pictures of a small model (benchmarks/results/janus_tiny.json)
+    "generation_config.json": {"guidance_scale": 1.5, "temperature": 0.8},
 }
 FILES = ("tokenizer.json", *CONFIGS)
 
 
 def build(folder: str | Path) -> None:
-    """Writes tokenizer.json and the tokenizer, special token and processor configs to `folder`.
+    """Writes tokenizer.json and CONFIGS to `folder`.
 
     The files are the same on every call. tokenizer.json adds no BOS; the loader does. Sources of
     the formats: a released checkpoint's files. `system_prompt` is a key of ours: empty, for this

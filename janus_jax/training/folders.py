@@ -2,6 +2,7 @@
 so that no hours are lost to a wrong one."""
 
 import dataclasses
+import functools
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from janus_jax.data.scenes import IMAGE_SIZE
-from janus_jax.interop.files import CONFIG, small_files, write_json
+from janus_jax.interop.files import CONFIG, small_files
 from janus_jax.interop.load import Folder, build_model, load_params, open_folder
 from janus_jax.interop.processor_files import copy_files
 from janus_jax.interop.readers import SAFETENSORS
@@ -39,7 +40,7 @@ class Start:
         if source.cfg.image_size != IMAGE_SIZE:
             sides = f"{source.cfg.image_size} pixels a side at {cfg.init}"
             raise ValueError(f"init must be a model of {IMAGE_SIZE} pixels a side, got {sides}")
-        written = {path.name for path in small_files(source.path)} | {"generation_config.json"}
+        written = {path.name for path in small_files(source.path)}
         check_output(cfg.output, source.cfg, written)
         return cls(source, cfg.output)
 
@@ -49,18 +50,9 @@ class Start:
         params = load_params(source.path, source.cfg, lambda path, shape: None, jnp.float32)
         return build_model(source.cfg, params)
 
-    def save(self, model: Janus, guidance_weight: float | None = None) -> None:
-        """Writes the model and copies the small files of the first folder beside it.
-
-        guidance_weight: what the model draws best with, for its generation_config.json.
-        """
-
-        def write_small_files(target: Path) -> None:
-            copy_files(self.source.path, target)
-            if guidance_weight is not None:
-                write_json(target / "generation_config.json", {"guidance_scale": guidance_weight})
-
-        save_deepseek(self.output, model, write_small_files)
+    def save(self, model: Janus) -> None:
+        """Writes the model and copies the small files of the first folder beside it."""
+        save_deepseek(self.output, model, functools.partial(copy_files, self.source.path))
 
 
 def check_counts(cfg, *names: str) -> None:

@@ -1,4 +1,4 @@
-"""Training step of the image tokenizer."""
+"""Loss and training step of the image tokenizer. B batch."""
 
 from collections.abc import Callable
 
@@ -7,12 +7,60 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from janus_jax.models.vq import l2_normalise
-from janus_jax.training.losses import vq_loss
+from janus_jax.models.vq import VQ, l2_normalise
 from janus_jax.training.state import TrainState, apply_gradients
 
+COMMITMENT = 0.25  # as in VQ-VAE, VQGAN and the reference's quantizer
 USAGE_DECAY = 0.99
 MERGE_DISTANCE = 0.01  # squared, between unit vectors
+
+
+def vq_loss(
+    vq: VQ, pixels: jax.Array, patch_groups: jax.Array, quantise: jax.Array
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Reconstruction (L1 + L2), codebook, commitment and locality loss; straight-through gradient.
+
+    pixels: float32[B, Y, X, 3] in [-1, 1]; patch_groups: int32[B * y * x], the same number for
+    patches of the same pixels; quantise: bool scalar, False decodes the latents as they are.
+    Returns the loss and a dict with its parts, `latents` (unit vectors, float32[B * y * x, C])
+    and `indices` (int32[B * y * x]).
+
+    Locality is the part of the latents' variance that lies within patches of the same pixels.
+    The encoder sees the whole picture; left alone it writes news of far objects into the tokens of
+    plain background, at random for a decoder that has to guess them one by one.
+    """
+    z = l2_normalise(vq.latents(pixels))
+    indices = vq.nearest(z)
+    codes = vq.lookup(indices)
+    straight_through = z + jax.lax.stop_gradient(codes - z)
+    reconstruction = vq.pixels(jnp.where(quantise, straight_through, z))
+    l1 = jnp.mean(jnp.abs(reconstruction - pixels))
+    l2 = jnp.mean((reconstruction - pixels) ** 2)
+    codebook = jnp.mean(jnp.sum((jax.lax.stop_gradient(z) - codes) ** 2, axis=-1))
+    commitment = jnp.mean(jnp.sum((z - jax.lax.stop_gradient(codes)) ** 2, axis=-1))
+    latents = z.reshape(-1, z.shape[-1])
+    total = jnp.mean(jnp.sum((latents - jnp.mean(latents, axis=0)) ** 2, axis=-1))
+    locality = variance_within(latents, patch_groups) / (total + 1e-6)
+    aux = dict(
+        l1=l1,
+        l2=l2,
+        commitment=commitment,
+        locality=locality,
+        latents=latents,
+        indices=indices.reshape(-1),
+    )
+    return l1 + l2 + locality + quantise * (codebook + COMMITMENT * commitment), aux
+
+
+def variance_within(vectors: jax.Array, groups: jax.Array) -> jax.Array:
+    """Mean squared distance of vectors to the mean of their group, float32 scalar.
+
+    vectors: float32[n, C]; groups: int32[n], each below n.
+    """
+    sums = jax.ops.segment_sum(vectors, groups, len(groups))
+    counts = jax.ops.segment_sum(jnp.ones(len(groups)), groups, len(groups))
+    means = (sums / jnp.maximum(counts, 1)[:, None])[groups]
+    return jnp.mean(jnp.sum((vectors - means) ** 2, axis=-1))
 
 
 def move_spare_codes(
