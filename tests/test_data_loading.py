@@ -9,7 +9,9 @@ import pytest
 from benchmarks import data_loading as benchmark
 from janus_jax.data import packing, questions, scenes
 from janus_jax.data.loading import RowsConfig, open_rows
+from janus_jax.data.mixture import open_parts, stream
 from janus_jax.data.records import Record
+from janus_jax.data.sources import open_source
 from janus_jax.data.writers import write_records
 from janus_jax.generation.loading import TINY
 from janus_jax.models.janus import JanusConfig
@@ -104,6 +106,46 @@ def test_the_rows_are_the_same_on_two_hosts_and_when_gone_on_with(settings, proc
     resumed.set_state(state)
     for step in range(3, 6):
         np.testing.assert_array_equal(next(resumed)["tokens"], want[step])
+
+
+def text_lines(path, bad):
+    """A mixture of 1000 texts, the `bad` of them broken."""
+    good = json.dumps(dict(text="a few words"))
+    lines = ("{" if number in bad else good for number in range(1000))
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return dict(text=dict(format="jsonl", path=str(path)))
+
+
+def in_order(mixture, seed):
+    """The numbers of the records of text_lines, as a run of one stream reads them."""
+    part = open_parts(mixture, open_source)
+    records = stream(part, 0, 1, lambda record, rng: record, seed)
+    return [int(records[i].example.where.rpartition(":")[2]) - 1 for i in range(1000)]
+
+
+def test_bad_records_that_happen_to_come_first_do_not_stop_a_run(settings, processor, tmp_path):
+    mixture = text_lines(tmp_path / "said.jsonl", bad=())
+    unlucky = in_order(mixture, seed=0)[:100:10]
+    mixture = text_lines(tmp_path / "said.jsonl", unlucky)
+    cfg = dataclasses.replace(settings, mixture=mixture, streams=1, rows=1, max_bad=0.01)
+    rows, left_out = open_rows(cfg, processor, MODEL, tmp_path)
+    rows = iter(rows)
+    seen = sum(len(next(rows)["records"][0]) for _ in range(200))
+    assert seen > 3 * 1000  # each of the bad ones came by several times
+    assert left_out.counts == {"text": {"malformed": 10}}
+    resumed, left_out = open_rows(cfg, processor, MODEL, tmp_path)
+    assert next(iter(resumed))["records"] and left_out.counts == {"text": {"malformed": 10}}
+
+
+def test_more_bad_records_than_a_source_may_have_stop_a_run(settings, processor, tmp_path):
+    mixture = text_lines(tmp_path / "said.jsonl", bad=range(40, 51))
+    cfg = dataclasses.replace(settings, mixture=mixture, streams=1, rows=1, max_bad=0.01)
+    rows = iter(open_rows(cfg, processor, MODEL, tmp_path)[0])
+    rule = r"at most 0\.01 of a source's records may be bad \(max_bad\)"
+    told = rf"{rule}, got 11 of the 1000 of text \(11 malformed\), listed in .*skipped-000\.jsonl"
+    with pytest.raises(ValueError, match=told):
+        for _ in range(200):
+            next(rows)
 
 
 def test_the_benchmark_measures_what_it_writes(tmp_path, monkeypatch):

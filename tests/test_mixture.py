@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from janus_jax.data import packing
-from janus_jax.data.mixture import Loaded, Streams, open_parts, stream
+from janus_jax.data.mixture import Streams, open_parts, stream
 from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import Skipped
 
@@ -275,56 +275,9 @@ def test_workers_do_not_change_the_order():
     assert orders[0] == orders[1] == orders[2]
 
 
-def bad(where, source="a"):
-    return Loaded(source, BadRecord("missing file", "gone", where))
-
-
-def test_bad_records_are_counted_and_listed_once(tmp_path):
-    path = tmp_path / "run" / "skipped.jsonl"
-    skipped = Skipped(path, most=0.5)
-    good = Loaded("a", dict(tokens=np.zeros(1)))
-    assert skipped(good)
-    assert not any(skipped(bad(where)) for where in ("x:1", "x:2", "x:1"))
-    assert not skipped(Loaded("b", BadRecord("too long", "9 tokens", "y:3")))
-    assert skipped.counts == {"a": {"missing file": 2}, "b": {"too long": 1}}
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines[0] == dict(source="a", record="x:1", reason="missing file", detail="gone")
-    assert [line["record"] for line in lines] == ["x:1", "x:2", "y:3"]
-    resumed = Skipped(path, most=0.5)
-    assert not resumed(bad("x:2")) and not resumed(bad("x:4"))
-    assert resumed.counts == {"a": {"missing file": 3}, "b": {"too long": 1}}
-    assert len(path.read_text().splitlines()) == 4
-
-
-def test_a_list_that_was_cut_short_is_gone_on_with(tmp_path):
-    path = tmp_path / "skipped.jsonl"
-    Skipped(path, most=0.5)(Loaded("a", BadRecord("odd\u2028", "\udcff", "x\udcff:1")))
-    whole = path.read_bytes()
-    path.write_bytes(whole + whole[:9])
-    resumed = Skipped(path, most=0.5)
-    assert resumed.counts == {"a": {"odd\u2028": 1}} and path.read_bytes() == whole
-    path.write_bytes(whole[:9])
-    assert Skipped(path, most=0.5).counts == {} and path.read_bytes() == b""
-
-
-def test_too_many_bad_records_stop_the_run(tmp_path):
-    skipped = Skipped(tmp_path / "skipped.jsonl", most=0.05)
-    good = Loaded("a", dict(tokens=np.zeros(1)))
-    for i in range(5):
-        assert not skipped(bad(f"x:{i}"))
-    with pytest.raises(ValueError) as error:
-        skipped(bad("x:5"))
-    assert str(error.value).startswith(
-        "at most 5% of a source's records may be bad, got 6 of 6 of a ({'missing file': 6})"
-    )
-    steady = Skipped(tmp_path / "other.jsonl", most=0.05)
-    for i in range(400):
-        steady(bad(f"x:{i}") if i % 25 == 0 else good)
-
-
 def test_bad_records_leave_no_gap(tmp_path):
     part = open_parts(dict(a=leaf("a", size=30, bad=(3, 7))), Source)
-    skipped = Skipped(tmp_path / "skipped.jsonl", most=0.5)
+    skipped = Skipped(tmp_path / "skipped.jsonl", most=0.5, records=dict(a=30))
     kept = iter(stream(part, 0, 1, keep, 0).to_iter_dataset().filter(skipped))
     found = [next(kept).example.where for _ in range(28)]
     assert sorted(found) == sorted(f"a:{i}" for i in range(30) if i not in (3, 7))

@@ -106,7 +106,8 @@ def open_rows(
         max_drawn=cfg.max_drawn,
         tokenized=cfg.tokenized,
     )
-    left_out = Skipped(Path(folder) / f"skipped-{host:03d}.jsonl", cfg.max_bad)
+    records = {leaf.name: len(leaf.source) for leaf in part.leaves()}
+    left_out = Skipped(Path(folder) / f"skipped-{host:03d}.jsonl", cfg.max_bad, records)
     options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=2 * cfg.threads)
 
     def rows(index: int) -> grain.IterDataset:
