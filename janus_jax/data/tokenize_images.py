@@ -24,6 +24,7 @@ import numpy as np
 
 from janus_jax.data.reading import Source
 from janus_jax.data.records import BadRecord, Record
+from janus_jax.data.skipped import refusal, told, too_many
 from janus_jax.data.sources import FORMATS, open_source
 from janus_jax.data.writers import SUFFIXES, write_records
 from janus_jax.flags import OneLineParser, one_line_errors
@@ -39,7 +40,6 @@ if TYPE_CHECKING:
 _REPORTS = ".tokenize_images"
 _MANIFEST = "manifest.json"
 _SKIPPED = "skipped.jsonl"  # with a dot in its path, or a source of JSONL files would read it
-_JUDGED = 100  # records before the part of skipped ones is judged, as in skipped.py
 _THREADS = 16  # that read and decode pictures while the device encodes others
 
 _EXAMPLE = """example:
@@ -170,21 +170,28 @@ class Output:
         """Raises ValueError where there is something else already."""
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--output must name a folder, {self.folder} is a file")
-        begun = (self.folder / _REPORTS / _MANIFEST).is_file()
-        if self.folder.is_dir() and any(self.folder.iterdir()) and not begun:
+        if not (self.folder / _REPORTS / _MANIFEST).is_file() and not self._holds_no_shard():
             raise ValueError(f"--output must be a new folder or one to go on with: {self.folder}")
 
     def begin(self, manifest: Mapping[str, Any]) -> None:
         """Notes what the folder is made of. Raises ValueError if it was begun with other things."""
         path = self.folder / _REPORTS / _MANIFEST
-        held = {one.name for folder in (self.folder, path.parent) for one in folder.glob("*")}
-        if held <= {_REPORTS, _MANIFEST, _SKIPPED}:  # nothing that it must agree with
+        if self._holds_no_shard():  # nothing that it must agree with
+            for left in path.parent.glob(".*"):  # of a run that was killed
+                left.unlink()
             _write_json(path, manifest)
         begun = read_json(path)
         for name in {**begun, **manifest}:
             if manifest.get(name) != begun.get(name):
                 was = f"{self.folder} was begun with {name} {begun.get(name)}"
                 raise ValueError(f"{was} and must be gone on with so, got {manifest.get(name)}")
+
+    def _holds_no_shard(self) -> bool:
+        """Whether there is nothing but what a run writes before its first shard, whole or not."""
+        reports = self.folder / _REPORTS
+        names = [path.name.removeprefix(".") for path in reports.glob("*")]
+        early = all(name.startswith((_MANIFEST, _SKIPPED)) for name in names)
+        return early and set(self.folder.glob("*")) <= {reports}
 
     def report(self, shard: int) -> dict[str, Any] | None:
         """What write was told of the shard, once it is whole."""
@@ -204,24 +211,25 @@ class Output:
         report = dict(encoded=encoded, copied=len(records) - encoded, skipped=skipped)
         _write_json(self._report_path(shard), report)
 
-    def list_skipped(self, skipped: Sequence[Skipped]) -> str:
-        """Writes the list; returns how many are in it, of which reasons, and where it is."""
+    def list_skipped(self, skipped: Sequence[Skipped]) -> Path:
+        """Writes the list, or removes that of a run before; returns its path."""
         path = self.folder / _REPORTS / _SKIPPED
         if not skipped:
-            path.unlink(missing_ok=True)  # of a run before
-            return "0 skipped"
+            path.unlink(missing_ok=True)
+            return path
         with written_whole(path) as file:
             file.writelines(json.dumps(one).encode() + b"\n" for one in skipped)
-        reasons = collections.Counter(one["reason"] for one in skipped).most_common()
-        counts = ", ".join(f"{number} {reason}" for reason, number in reasons)
-        return f"{len(skipped)} skipped ({counts}), listed in {path}"
+        return path
 
     def conclude(self, shards: int, skipped: Sequence[Skipped]) -> str:
         """Lists what was skipped; returns a line about all shards."""
         reports = [self.report(shard) for shard in range(shards)]
         encoded, copied = (sum(one[name] for one in reports) for name in ("encoded", "copied"))
         line = f"{self.folder}: {encoded} pictures tokenized, {copied} records copied"
-        return f"{line}, {self.list_skipped(skipped)}"
+        listed = self.list_skipped(skipped)
+        if not skipped:
+            return f"{line}, 0 skipped"
+        return f"{line}, {len(skipped)} skipped ({told(_by_reason(skipped))}), listed in {listed}"
 
     def _report_path(self, shard: int) -> Path:
         return self.folder / _REPORTS / f"{shard:05d}.json"
@@ -298,14 +306,14 @@ def _tokenize_all(source: Source, encoder: Encoder, output: Output, max_bad: flo
         with device_memory("while encoding; a smaller --batch_size needs less"):
             records, encoded, bad = tokenize(source, numbers, encoder)
         skipped += (left_out := [_described(one) for one in bad])
-        _check_skipped(output, skipped, numbers.stop, len(source), max_bad)
+        _check_skipped(output, skipped, len(source), max_bad)
         output.write(shard, records, encoded, left_out)
         done += len(numbers)
         if terminal:
             rate = done / (time.monotonic() - began)
             line = f"shard {shard + 1} of {len(starts)}, {rate:.1f} records a second"
             show_status(sys.stderr, line)
-    _check_skipped(output, skipped, len(source), len(source), max_bad)
+    _check_skipped(output, skipped, len(source), max_bad)
     return output.conclude(len(starts), skipped)
 
 
@@ -313,14 +321,21 @@ def _described(bad: BadRecord) -> Skipped:
     return dict(record=bad.where, reason=bad.reason, detail=bad.detail)
 
 
+def _by_reason(skipped: Sequence[Skipped]) -> collections.Counter[str]:
+    return collections.Counter(one["reason"] for one in skipped)
+
+
 def _check_skipped(
-    output: Output, skipped: Sequence[Skipped], seen: int, number: int, max_bad: float
+    output: Output, skipped: Sequence[Skipped], records: int, max_bad: float
 ) -> None:
-    """Raises ValueError if too many are skipped of those seen, of a number in all."""
-    judged = number if seen == number else max(seen, _JUDGED)
-    if len(skipped) > max_bad * judged:
-        rule = f"at most {max_bad:g} of the records may be skipped (--max_bad)"
-        raise ValueError(f"{rule}, got {seen} records, {output.list_skipped(skipped)}")
+    """Raises ValueError if too many of the source's records are skipped.
+
+    By no other rule than that of all records: they come in the order of the files, where bad ones
+    often stand side by side, and are cheap to leave out.
+    """
+    if too_many(len(skipped), records, max_bad):
+        listed = output.list_skipped(skipped)
+        raise refusal(max_bad, _by_reason(skipped), f"the {records} of --source", listed)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
