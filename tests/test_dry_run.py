@@ -1,6 +1,8 @@
 """--dry_run: what is printed and written before anything is trained."""
 
+import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,10 +17,28 @@ from janus_jax.training.memory import row_shapes
 from janus_jax.training.setup import Setup
 
 
+def files_of_a_run_before(folder: Path) -> Path:
+    """Writes what a dry run leaves, of more rows and pictures; returns a file that is none of it.
+
+    Its list names a record that was mended meanwhile.
+    """
+    bad = dict(source="understanding", record="x:1", reason="malformed", detail="")
+    files = {"skipped-000.jsonl": json.dumps(bad) + "\n", "row-0/note.txt": "mine"}
+    for name in ("row-0/seen-99.png", "row-7/drawn-0.png", "row-7/examples.txt"):
+        files[name] = "old"
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder / "row-0" / "note.txt"
+
+
 def test_a_dry_run_tells_what_the_run_would_do_and_trains_nothing(tmp_path):
     config = small_config(tmp_path, trained=r"gen_head\.", mesh="fsdp=2", rows=4)
     del config.mixture["text"]
+    kept = files_of_a_run_before(tmp_path / "dry_run" / "host-0")
     lines = list(dry_run(config))
+    assert kept.exists() and not (tmp_path / "dry_run" / "host-0" / "row-7").exists()
+    assert not any("left out" in line for line in lines)
     trained, frozen = Setup.from_config(config).shapes
     number = sum(leaf.size for leaf in trained.values())
     assert lines[0] == f"trained: {number:,} parameters (gen_head {number:,})"

@@ -36,6 +36,7 @@ def dry_run(cfg) -> Iterator[str]:
     yield f"trained: {_numbers(trained)}"
     yield f"frozen: {_numbers(frozen)}"
     hosts = jax.process_index(), jax.process_count()
+    _empty(folder)
     rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, folder, *hosts)
     with contextlib.closing(iter(rows)) as iterator:
         batch = next(iterator)
@@ -74,6 +75,17 @@ def _memory(setup: Setup) -> Iterator[str]:
     yield f"held by each device: {sum(sizes.values()) / 1e9:.3f} GB ({parts})"
     device, more = setup.mesh.devices.flat[0].device_kind, step_bytes(setup)
     yield f"a step takes {more / 1e9:.3f} GB more on each, as XLA plans it for {device}"
+
+
+def _empty(folder: Path) -> None:
+    """Removes what a dry run before wrote, and nothing else."""
+    rows = ("examples.txt", "seen-*.png", "drawn-*.png")
+    for pattern in ("skipped-*.jsonl", *(f"row-*/{name}" for name in rows)):
+        for path in folder.glob(pattern):
+            path.unlink()
+    for row in folder.glob("row-*"):
+        if not any(row.iterdir()):
+            row.rmdir()
 
 
 def _write_row(setup: Setup, row: Row, vq: VQ | None, folder: Path) -> None:
