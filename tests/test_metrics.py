@@ -23,6 +23,7 @@ def _metrics(
     sums=(8.0, 0.0, 6.0),
     counts=(4.0, 0.0, 3.0),
     tokens=100.0,
+    places=128.0,
     grad_norm=0.5,
     weight=None,
     param_norm=1.0,
@@ -36,6 +37,7 @@ def _metrics(
         weight=sum(counts) if weight is None else weight,
         param_norm=param_norm,
         tokens=tokens,
+        places=places,
         learning_rate=0.25,
     )
     return {
@@ -96,7 +98,7 @@ def test_lines_come_at_the_first_at_every_nth_and_at_the_last(tmp_path, clock):
     first, *others = _lines(tmp_path)
     assert [line["step"] for line in (first, *others)] == [1, 2, 4, 5]
     assert list(first) == ["step", "loss", "understanding", "generation", "grad_norm",
-                           "learning_rate"]  # fmt: skip
+                           "learning_rate", "packing_efficiency"]  # fmt: skip
     assert [line["loss"] for line in others] == [2.0, 3.5, 5.0]
     assert others[1] == {
         "step": 4,
@@ -105,6 +107,7 @@ def test_lines_come_at_the_first_at_every_nth_and_at_the_last(tmp_path, clock):
         "generation": 2.0,
         "grad_norm": 0.5,
         "learning_rate": 0.25,
+        "packing_efficiency": 100 / 128,
         "tokens_per_s": 50.0,
         "mfu": pytest.approx(3e5 / 2 / 1e6),
         "seconds_left": 2.0,
@@ -153,7 +156,7 @@ def test_progress_is_logged(tmp_path, clock, caplog):
     _run(tmp_path, clock, 4, total=5000)
     assert caplog.messages[-1] == (
         "step 4/5000  loss 3.5  understanding 2  generation 2  grad_norm 0.5  learning_rate 0.25"
-        "  50 tokens/s  MFU 15.0%  2:46:32 left"
+        "  packing_efficiency 0.7812  50 tokens/s  MFU 15.0%  2:46:32 left"
     )
 
 

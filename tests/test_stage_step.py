@@ -81,6 +81,7 @@ def test_a_step_is_one_of_the_optimizer_and_takes_the_state_over(config, batch, 
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
     assert int(state.step) == 2
     assert float(metrics["tokens"]) == (batch["segment_ids"] > 0).sum()
+    assert float(metrics["places"]) == batch["segment_ids"].size
     for path, want in params.items():
         np.testing.assert_allclose(state.params[path], want, rtol=1e-4, atol=2e-5, err_msg=path)
         assert not np.array_equal(state.params[path], trained[path])

@@ -39,6 +39,7 @@ class _Interval:
     weight: float = 0.0
     grad_norm: float = 0.0
     tokens: float = 0.0
+    places: float = 0.0
     flops: float = 0.0
 
     def add(self, metrics: Mapping, flops: float) -> None:
@@ -50,6 +51,7 @@ class _Interval:
         self.weight += metrics["weight"]
         self.grad_norm += metrics["grad_norm"]
         self.tokens += metrics["tokens"]
+        self.places += metrics["places"]
         self.flops += flops
 
     def means(self) -> dict[str, float]:
@@ -66,10 +68,11 @@ class Log:
 
     Names in metrics.jsonl and TensorBoard are the same: of a line of progress step, loss,
     understanding, text, generation (means over the targets since the last line; kinds without any
-    left out), grad_norm (mean over steps), learning_rate (of this step), and, but for the first
-    line, before which the step was compiled, tokens_per_s, mfu (see flops.py) and seconds_left.
-    Tokens per second and MFU are of all the time since the last line, also where evaluation or a
-    save took part of it; the time left goes by the whole run so far.
+    left out), grad_norm (mean over steps), learning_rate (of this step), packing_efficiency (part
+    of the rows' places that is no padding), and, but for the first line, before which the step was
+    compiled, tokens_per_s, mfu (see flops.py) and seconds_left. Tokens per second and MFU are of
+    all the time since the last line, also where evaluation or a save took part of it; the time left
+    goes by the whole run so far.
 
     Process 0 writes; the others only check.
     """
@@ -170,7 +173,11 @@ class Log:
 
     def _report(self, step: int, learning_rate: float, now: float) -> None:
         interval, self._interval = self._interval, _Interval(now)
-        values = {**interval.means(), "learning_rate": learning_rate}
+        values = {
+            **interval.means(),
+            "learning_rate": learning_rate,
+            "packing_efficiency": interval.tokens / interval.places,
+        }
         text = _text(values)
         if interval.began is not None:
             seconds = max(now - interval.began, 1e-9)

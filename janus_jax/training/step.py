@@ -118,8 +118,8 @@ def make_step(
     """The jitted (state, frozen, rows) -> (state, metrics); the state is given away.
 
     metrics: dict(sums, counts: by kind; loss, weight (what the loss is a mean over), grad_norm
-    (before clipping), param_norm (after the step), learning_rate, tokens (places of the rows that
-    are no padding): float32 scalars).
+    (before clipping), param_norm (after the step), learning_rate, places (of the rows), tokens
+    (places that are no padding): float32 scalars).
     """
 
     def step(state: TrainState, frozen: Params, rows: Rows) -> tuple[TrainState, dict]:
@@ -131,6 +131,7 @@ def make_step(
             weight=objective.weight(found),
             grad_norm=optax.tree.norm(grads),
             learning_rate=schedule(state.step),
+            places=jnp.float32(rows["segment_ids"].size),
             tokens=jnp.sum(rows["segment_ids"] > 0, dtype=jnp.float32),
         )
         state = apply_gradients(state, grads, optimizer, average_decay)
