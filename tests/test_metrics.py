@@ -87,7 +87,7 @@ def clock(monkeypatch):
 
 
 def _run(folder, clock, steps, *, seconds=2.0, log_every=2, first=0, peak=1e6, total=5):
-    with Log(folder, total, log_every, peak, first) as log:
+    with Log(folder, total, log_every, peak, first, dict) as log:
         for step in range(first + 1, first + 1 + steps):
             clock.now += 60 if step == first + 1 else seconds  # the first one is compiled
             log.step(step, _metrics(loss=float(step)), [["a"]], flops=3e5)
@@ -115,7 +115,7 @@ def test_lines_come_at_the_first_at_every_nth_and_at_the_last(tmp_path, clock):
 
 
 def test_a_line_means_over_targets_and_over_its_own_steps_only(tmp_path, clock):
-    with Log(tmp_path, 9, 3, None, 0) as log:
+    with Log(tmp_path, 9, 3, None, 0, dict) as log:
         log.step(1, _metrics(loss=7.0), [], 0.0)
         second = _metrics(2.5, (20.0, 0.0, 0.0), (8.0, 0.0, 0.0), grad_norm=1.0, weight=4.0)
         log.step(2, second, [], 0.0)
@@ -131,7 +131,7 @@ def test_a_line_means_over_targets_and_over_its_own_steps_only(tmp_path, clock):
 
 
 def test_seconds_left_go_by_the_whole_run(tmp_path, clock):
-    with Log(tmp_path, 100, 2, None, 10) as log:
+    with Log(tmp_path, 100, 2, None, 10, dict) as log:
         for step, seconds in ((11, 90), (12, 1), (13, 4), (14, 4)):
             clock.now += seconds
             log.step(step, _metrics(), [], 0.0)
@@ -160,6 +160,31 @@ def test_progress_is_logged(tmp_path, clock, caplog):
     )
 
 
+def test_what_is_left_out_is_told_when_it_has_changed(tmp_path, caplog):
+    caplog.set_level("INFO", logger="absl")
+    counts = {}
+    with Log(tmp_path, 9, 2, None, 0, lambda: dict(counts)) as log:
+        log.step(1, _metrics(), [], 0.0)
+        counts["a/b"] = {"missing file": 12, "empty text": 1}
+        for step in (2, 3, 4):  # no more at 4, and nothing is told at 3
+            log.step(step, _metrics(), [], 0.0)
+        log.left_out(4, {}, "eval/left_out")
+        counts["c"] = {"malformed": 1}
+        for step in (5, 6):
+            log.step(step, _metrics(), [], 0.0)
+        log.left_out(6, {"": {"malformed": 2}}, "eval/left_out")
+    first = {"left_out/a/b/missing_file": 12, "left_out/a/b/empty_text": 1}
+    assert [line for line in _lines(tmp_path) if "loss" not in line] == [
+        {"step": 2, **first},
+        {"step": 6, **first, "left_out/c/malformed": 1},
+        {"step": 6, "eval/left_out/malformed": 2},
+    ]
+    told = "step 2/9  left_out/a/b/missing_file 12  left_out/a/b/empty_text 1"
+    assert caplog.messages.count(told) == 1
+    logged = {name for _, name, _ in _logged(tmp_path)}
+    assert {*first, "left_out/c/malformed", "eval/left_out/malformed"} <= logged
+
+
 def test_a_resumed_run_takes_out_what_came_after_its_checkpoint(tmp_path, clock):
     _run(tmp_path, clock, 5)
     kept = _lines(tmp_path)[:2]
@@ -179,7 +204,7 @@ def test_a_log_that_needs_no_cut_is_left_as_it_is(tmp_path):
     path = tmp_path / METRICS
     path.write_text('{"step": 2, "loss": 1.0}\n{"step": 1, "loss": 1.0}\n')
     before = path.stat()
-    with Log(tmp_path, 5, 1, None, 2):
+    with Log(tmp_path, 5, 1, None, 2, dict):
         pass
     after = path.stat()
     assert (before.st_ino, before.st_size) == (after.st_ino, after.st_size)
@@ -195,7 +220,7 @@ def test_a_log_that_needs_no_cut_is_left_as_it_is(tmp_path):
 )
 def test_a_loss_or_norm_that_is_not_finite_stops_with_step_and_records(tmp_path, wrong):
     records = [[f"a:{number}" for number in range(6)], ["b:0", "b:1", "b:2"], []]
-    with Log(tmp_path, 9, 1, None, 0) as log:
+    with Log(tmp_path, 9, 1, None, 0, dict) as log:
         log.step(1, _metrics(), [], 0.0)
         with pytest.raises(FloatingPointError) as raised:
             log.step(2, _metrics(**wrong), records, 0.0)
@@ -212,7 +237,7 @@ def test_a_loss_or_norm_that_is_not_finite_stops_with_step_and_records(tmp_path,
 
 def test_other_processes_check_and_write_nothing_but_their_bad_records(tmp_path, monkeypatch):
     monkeypatch.setattr(metrics.jax, "process_index", lambda: 1)
-    with Log(tmp_path / "run", 2, 1, None, 0) as log:
+    with Log(tmp_path / "run", 2, 1, None, 0, dict) as log:
         log.step(1, _metrics(), [], 0.0)
         log.scalars(1, {"loss": 1.0}, "eval")
         log.images(1, "drawn", np.zeros((1, 2, 2, 3), np.uint8))
@@ -225,7 +250,7 @@ def test_other_processes_check_and_write_nothing_but_their_bad_records(tmp_path,
 
 def test_scalars_images_and_texts_are_there_under_their_names(tmp_path):
     images = np.zeros((2, 4, 6, 3), np.uint8)
-    with Log(tmp_path, 9, 1, None, 0) as log:
+    with Log(tmp_path, 9, 1, None, 0, dict) as log:
         log.scalars(3, {"loss": 0.5, "text": np.float32(0.25)}, "eval")
         log.images(3, "drawn", images)
         log.text(3, "answers", "a cat")

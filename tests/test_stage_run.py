@@ -235,6 +235,26 @@ def test_the_held_out_loss_is_that_of_the_same_rows_each_time(tmp_path):
     assert len(found) == 2 and found[0] == found[1] | dict(step=1)
 
 
+def test_what_was_left_out_is_reported_and_forgotten_by_a_run_that_begins_anew(tmp_path):
+    data, listed = tmp_path / "said.jsonl", tmp_path / "run" / "skipped-000.jsonl"
+    data.write_text('{"text": "a word"}\n' * 20 + "{\n" + '{"text": ""}\n')
+    listed.parent.mkdir()
+    mended = dict(source="text", record=f"{data}:1", reason="malformed", detail="")
+    listed.write_text(json.dumps(mended) + "\n")
+    trained = r"language_model\.layers\.0\."
+    config = small_config(tmp_path / "run", steps=1, trained=trained, eval_every=1, eval_batches=1)
+    config.mixture = ConfigDict(dict(text=dict(format="jsonl", path=str(data))))
+    config.eval_mixture = config.mixture
+    train_stage(config)
+    first, *others = lines(tmp_path / "run")
+    assert 0.5 < first["packing_efficiency"] <= 1
+    found = {"left_out/text/malformed": 1, "left_out/text/empty_text": 1}
+    assert {"step": 1, **found} in others
+    assert {"step": 1, **{f"eval/{name}": number for name, number in found.items()}} in others
+    records = [json.loads(line)["record"] for line in listed.read_text().splitlines()]
+    assert sorted(records) == [f"{data}:21", f"{data}:22"]
+
+
 def test_lora_trains_and_keeps_adapters_alone_and_is_merged_in_the_model(tmp_path):
     targets = r"language_model\.layers\.\d+\.self_attn\.[qv]_proj"
     config = small_config(tmp_path, steps=2, lora_rank=2, lora_targets=targets)

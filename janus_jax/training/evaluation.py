@@ -24,7 +24,7 @@ Watch = Callable[[int, TrainState], None]  # step, state
 
 def evaluation(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
     """Reports eval/KIND, the mean loss of each kind on the first cfg.eval_batches steps' rows of
-    cfg.eval_mixture; they are the same rows each time.
+    cfg.eval_mixture, and what was left out of them; they are the same rows each time.
 
     Raises ValueError or FileNotFoundError for a mixture that cannot be opened.
     """
@@ -32,7 +32,7 @@ def evaluation(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
     rows_cfg = dataclasses.replace(setup.rows, mixture=cfg.eval_mixture.to_dict())
     hosts = jax.process_index(), jax.process_count()
     folder = output / "eval"
-    rows, _ = open_rows(rows_cfg, setup.processor, setup.source.cfg, folder, *hosts)
+    rows, skipped = open_rows(rows_cfg, setup.processor, setup.source.cfg, folder, *hosts)
     losses = jax.jit(setup.objective().totals)
 
     def evaluate(step: int, state: TrainState) -> None:
@@ -44,6 +44,7 @@ def evaluation(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
         sums = jax.tree.map(lambda *parts: sum(parts), *found)
         means = {kind: total / count for kind, (total, count) in sums.items() if count}
         log.scalars(step, means, "eval")
+        log.left_out(step, skipped.counts, "eval/left_out")
 
     return evaluate
 

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -22,6 +22,8 @@ METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 FLUSH_SECONDS = 10  # what a killed run may lose of TensorBoard's files
 NAMED_RECORDS = 8
+
+LeftOut = Mapping[str, Mapping[str, int]]  # numbers of bad records by source and reason
 
 
 @dataclasses.dataclass
@@ -72,22 +74,32 @@ class Log:
     of the rows' places that is no padding), and, but for the first line, before which the step was
     compiled, tokens_per_s, mfu (see flops.py) and seconds_left. Tokens per second and MFU are of
     all the time since the last line, also where evaluation or a save took part of it; the time left
-    goes by the whole run so far.
+    goes by the whole run so far. After a line of progress follows, if it has changed, how many
+    records of process 0 were left out so far, left_out/SOURCE/REASON.
 
     Process 0 writes; the others only check.
     """
 
     def __init__(
-        self, folder: str | Path, steps: int, log_every: int, peak_flops: float | None, first: int
+        self,
+        folder: str | Path,
+        steps: int,
+        log_every: int,
+        peak_flops: float | None,
+        first: int,
+        left_out: Callable[[], LeftOut],
     ):
         """folder: of the run. steps: at which the run ends.
 
         peak_flops: of all devices together, in FLOP/s; None leaves out the MFU.
         first: the step that the run goes on from, 0 at its start. What a killed run logged of later
             steps, after its last checkpoint, is taken out.
+        left_out: gives the bad records so far.
         """
         self._steps, self._log_every, self._first = steps, log_every, first
         self._peak_flops, self._folder = peak_flops, Path(folder)
+        self._left_out = left_out
+        self._told_left_out: dict[str, LeftOut] = {}  # by prefix
         self._started: float | None = None
         self._interval = _Interval(None)
         self._file = self._writer = None
@@ -129,6 +141,7 @@ class Log:
         last = step == self._steps
         if self._started is None or step % self._log_every == 0 or last:
             self._report(step, metrics["learning_rate"], now)
+            self.left_out(step, self._left_out(), "left_out")
         if self._started is None:
             self._started = now
 
@@ -141,6 +154,18 @@ class Log:
         if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(f"{prefix} must be finite, got {_text(values)} at step {step}")
         self._write(step, values, _text(values))
+
+    def left_out(self, step: int, counts: LeftOut, prefix: str) -> None:
+        """Reports the numbers of bad records as `prefix/source/reason`, if they have changed."""
+        if counts == self._told_left_out.get(prefix, {}):
+            return
+        self._told_left_out[prefix] = counts
+        values = {
+            "/".join(filter(None, (source, reason.replace(" ", "_")))): number
+            for source, reasons in counts.items()
+            for reason, number in reasons.items()
+        }
+        self.scalars(step, values, prefix)
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
         """Shows pictures, uint8[N, Y, X, 3], in TensorBoard."""

@@ -26,6 +26,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from janus_jax.data.loading import open_rows
+from janus_jax.data.skipped import Skipped
 from janus_jax.interop.export import write_folder
 from janus_jax.interop.files import write_json
 from janus_jax.interop.load import stored_params
@@ -60,15 +61,17 @@ def train_stage(cfg) -> None:
     setup, output = Setup.from_config(cfg), Path(cfg.output)
     check_processes(setup.mesh)
     host, hosts = jax.process_index(), jax.process_count()
-    rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, output, host, hosts)
+    rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, output, host, hosts)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
         stack.enter_context(alone_in(output))
         checkpoints = stack.enter_context(Checkpoints(output / CHECKPOINTS, cfg.keep))
         check_output(cfg, checkpoints.newest)
+        if checkpoints.newest is None:
+            skipped.forget()  # of a start before, after which they may have been mended
         iterator = stack.enter_context(contextlib.closing(iter(rows)))
         state, frozen = begin(setup, checkpoints, iterator)
-        log = stack.enter_context(open_log(setup, output, int(state.step)))
+        log = stack.enter_context(open_log(setup, output, int(state.step), skipped))
         costs = step_flops(setup.source.cfg, *setup.shapes)
         watches = watches_of(setup, frozen, log, output)
         run = Run(setup.step(), setup.mesh, frozen, costs, checkpoints, log, watches, stop)
@@ -136,12 +139,12 @@ def begin(
     return state, setup.load_frozen()
 
 
-def open_log(setup: Setup, output: Path, first: int) -> Log:
+def open_log(setup: Setup, output: Path, first: int, skipped: Skipped) -> Log:
     """first: the step that the run goes on from."""
     cfg, devices = setup.cfg, setup.mesh.devices
     peak = peak_flops(devices.flat[0])
     total = None if peak is None else peak * devices.size
-    return Log(output, cfg.steps, cfg.log_every, total, first)
+    return Log(output, cfg.steps, cfg.log_every, total, first, lambda: skipped.counts)
 
 
 def watches_of(
