@@ -1,4 +1,4 @@
-"""The loop that every stage of training runs."""
+"""The loop of the tasks tokenizer and encoder; the stages have their own, in run.py."""
 
 import time
 from collections.abc import Callable, Iterable
