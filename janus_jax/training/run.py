@@ -41,7 +41,8 @@ from janus_jax.training.setup import DTYPES, MODEL, Params, Setup, put_rows
 from janus_jax.training.state import TrainState, written_params
 
 BEGUN, CHECKPOINTS, LOCK = "run.json", "checkpoints", ".lock"
-# what may differ when a run goes on: how long, where, and what is told of it
+# What may differ when a run goes on: how long, where, and what is told of it. Of these `steps`
+# changes what is learned, for the learning rate then follows the cosine that ends there.
 CHANGEABLE = frozenset(
     "output steps mesh threads accumulate chunk remat log_every save_every keep eval_every"
     " eval_batches eval_mixture sample_every prompts questions max_bad model_dtype".split()
