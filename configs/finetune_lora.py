@@ -1,6 +1,8 @@
 """Fine-tunes a released checkpoint on records of your own, by LoRA.
 
     python train.py --config=configs/finetune_lora.py --config.mixture.mine.path=data/mine.jsonl
+
+A mixture of several sources is a config of your own: docs/training.md.
 """
 
 from ml_collections import ConfigDict
@@ -29,5 +31,5 @@ def get_config() -> ConfigDict:
         end_learning_rate=2e-5,
         warmup_steps=20,
     )
-    config.mixture = ConfigDict(dict(mine=dict(format="jsonl", path="data/mine.jsonl")))
+    config.mixture = ConfigDict(dict(mine=dict(weight=1, format="jsonl", path="data/mine.jsonl")))
     return config
