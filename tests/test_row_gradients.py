@@ -1,7 +1,7 @@
-"""Losses by kind and every parameter's gradient against torch's autograd."""
+"""Losses by kind, every parameter's gradient against torch's autograd."""
 
 import copy
-import tempfile
+import re
 from pathlib import Path
 
 import jax
@@ -11,14 +11,18 @@ import pytest
 import torch
 from flax import nnx
 from torch.nn.functional import cross_entropy
-from torch_reference import IMAGE_TOKEN, channels_first, load_janus, tiny_pair
+from torch_reference import IMAGE_TOKEN, channels_first, tiny_pair
 
 from janus_jax.data.records import KINDS
+from janus_jax.interop.load import load_params, open_folder
 from janus_jax.processing.images import ImageConfig
 from janus_jax.training.row_losses import row_losses
+from janus_jax.training.setup import flat
 
 IMAGES = ImageConfig(16, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
-LENGTH, DRAWN = 26, 16
+LENGTH, DRAWN, TARGETS = 26, 16, (4, 10, 16)  # targets by kind
+# Attention does not change when all keys move by one vector: nothing but rounding.
+NO_GRADIENT = re.compile(r"und_encoder\..*k_proj\.bias")
 
 
 @pytest.fixture(scope="module")
@@ -69,43 +73,46 @@ def torch_losses(model, rows) -> dict[str, torch.Tensor]:
     )
 
 
-def converted_gradients(model) -> dict[str, jax.Array]:
-    """Torch's gradients by our paths: put in the weights' place and read by our converter."""
-    for parameter in model.parameters():
+def converted(model, folder: Path) -> dict[str, np.ndarray]:
+    """A torch model's weights by our paths, through our converter."""
+    model.save_pretrained(folder)
+    cfg = open_folder(folder).cfg
+    return jax.device_get(load_params(folder, cfg, lambda path, shape: None, jnp.float32))
+
+
+@pytest.fixture(scope="module")
+def torch_found(rows, tmp_path_factory):
+    """Torch's losses by kind, and the gradients of their sum by our paths."""
+    model = copy.deepcopy(tiny_pair()[0]).requires_grad_(True)
+    losses = torch_losses(model, rows)
+    sum(losses.values()).backward()
+    for parameter in model.parameters():  # in the weights' place our converter reads them
         gradient = parameter.grad
         parameter.data = torch.zeros_like(parameter) if gradient is None else gradient
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        return by_path(nnx.state(load_janus(Path(folder))))
+    return losses, converted(model, tmp_path_factory.mktemp("gradients"))
 
 
-def by_path(state) -> dict[str, np.ndarray]:
-    leaves = jax.tree_util.tree_leaves_with_path(state)
-    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
-
-
-def test_losses_and_gradients_equal_torch_s(rows):
-    theirs, ours = tiny_pair()
-    theirs = copy.deepcopy(theirs).requires_grad_(True)
-    want = torch_losses(theirs, rows)
-    sum(want.values()).backward()
-    gradients = converted_gradients(theirs)
-    graph, params = nnx.split(ours)
+def test_losses_and_gradients_equal_torch_s(rows, torch_found):
+    want, gradients = torch_found
+    graph, params = nnx.split(tiny_pair()[1])
 
     @jax.jit
-    @jax.grad
     def gradient(params):
-        found = row_losses(nnx.merge(graph, params), rows, IMAGES, 7)
-        return sum(loss for loss, _ in found.values())
+        def total(params):
+            found = row_losses(nnx.merge(graph, params), rows, IMAGES, 7)
+            return sum(loss for loss, _ in found.values()), found
 
-    found = jax.jit(lambda: row_losses(ours, rows, IMAGES, 7))()
-    for kind, count in zip(KINDS, (4, 10, 16), strict=True):
+        return jax.grad(total, has_aux=True)(params)
+
+    mine, found = gradient(params)
+    for kind, count in zip(KINDS, TARGETS, strict=True):
         assert found[kind][1] == count
         np.testing.assert_allclose(found[kind][0], want[kind].detach(), rtol=1e-4)
-    mine = by_path(gradient(params))
+    mine = dict(flat(mine))
     assert mine.keys() == gradients.keys()
-    moved = [path for path, value in gradients.items() if jnp.abs(value).max() > 0]
+    moved = [path for path, value in gradients.items() if np.abs(value).max() > 0]
     assert len(moved) > 0.9 * len([path for path in mine if "gen_vq" not in path])
     for path, value in gradients.items():
-        scale = max(np.abs(value).max(), 1e-3)
-        np.testing.assert_allclose(mine[path] / scale, value / scale, atol=1e-4, err_msg=path)
+        scale = np.abs(value).max()
+        allowed = 1e-6 if NO_GRADIENT.fullmatch(path) else 1e-4 * scale
+        np.testing.assert_allclose(mine[path], value, rtol=0, atol=allowed, err_msg=path)
