@@ -17,6 +17,8 @@ from PIL import Image
 
 from configs import janus_tiny_stage1, janus_tiny_stage2
 from janus_jax.data import scenes
+from janus_jax.data.mixture import open_parts
+from janus_jax.data.sources import open_source
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -134,15 +136,24 @@ def test_each_config_of_janus_tiny_goes_on_from_one_before():
 def test_the_page_on_training(home, monkeypatch):
     """Python first, for the commands use the files that it writes; then all in their order."""
     monkeypatch.chdir(home)
+    names = {"__name__": "training"}  # as one who follows the page has them
     for code in blocks("python", "docs/training.md"):
-        exec(compile(code, "docs/training.md", "exec"), {"__name__": "training"})
+        exec(compile(code, "docs/training.md", "exec"), names)
+    own = open_parts(names["get_config"]().mixture, open_source)
+    assert [(part.name, part.weight, len(part.source)) for part in own.parts] == [
+        ("known", 2, 20),
+        ("new", 1, 20),
+    ]
     lines = [line for block in blocks("bash", "docs/training.md") for line in block.splitlines()]
     for line in lines:
         run(home, line)
-    assert len(list((home / "data" / "drawn_tokens").glob("*.array_record"))) == 3
-    for name in ("janus_tiny_stage3", "finetune_lora", "finetune_full"):
+    assert len(list((home / "data" / "stage2" / "real").glob("*.array_record"))) == 3
+    stages = ("janus_pro_1b_stage1", "janus_pro_1b_stage2", "janus_tiny_stage3")
+    for name in (*stages, "finetune_lora", "finetune_full"):
         assert (home / "runs" / name / "model" / "model.safetensors").is_file()
         assert any((home / "runs" / name / "tensorboard").iterdir())
+    steps = {int(folder.name) for folder in (home / "runs" / stages[2] / "checkpoints").iterdir()}
+    assert steps == {20, 30}  # the run that was resumed
     assert (home / "runs" / "for_torch" / "model.safetensors").is_file()
 
 
