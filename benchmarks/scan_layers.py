@@ -1,8 +1,8 @@
 """The decoder's layers written out one by one, as they are, against one layer that is scanned.
 
-    python -m benchmarks.scan_layers --output benchmarks/results/scan_layers.json
+    python -m benchmarks.scan_layers --output benchmarks/results/scan_layers.jsonl
     pip install "libtpu==0.0.42.*"     # and for a TPU that is not there, without running:
-    python -m benchmarks.scan_layers --device v5e --output benchmarks/results/scan_layers.json
+    python -m benchmarks.scan_layers --device v5p --output benchmarks/results/scan_layers.jsonl
 
 A forward and backward pass through the decoder's layers alone, with the gradient of all of their
 weights. On a TPU the layers are Janus-Pro-1B's, on this machine a twelfth as wide.
@@ -105,7 +105,9 @@ def measure(make: Callable, cfg: LlamaConfig, chip: jax.Device | None) -> dict:
 
 def step_seconds(compiled: Callable, shapes: tuple) -> float:
     """Median of RUNS runs after the first one."""
-    given = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype) * 0.01, shapes)
+    weights, x, segments = shapes
+    weights, x = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), (weights, x))
+    given = weights, x, jnp.ones(segments.shape, segments.dtype)
     times = []
     for _ in range(RUNS + 1):
         began = time.monotonic()
@@ -147,7 +149,7 @@ def compare(device: str) -> dict:
 def main() -> None:
     """Prints the record, and adds it to the file that --output names."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="", help="kind of TPU, as v5e (default: this machine)")
+    parser.add_argument("--device", default="", help="kind of TPU, as v5p (default: this machine)")
     parser.add_argument("--output", type=Path, help="JSON lines; a line is added")
     flags = parser.parse_args()
     line = json.dumps(compare(flags.device))
