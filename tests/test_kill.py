@@ -40,7 +40,7 @@ def begun(output: Path, cache: Path) -> subprocess.Popen:
 def lines(folder: Path) -> int:
     """Steps that were logged."""
     path = folder / "metrics.jsonl"
-    return path.read_text().count("\n") if path.exists() else 0
+    return path.read_text().count('"learning_rate"') if path.exists() else 0
 
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
