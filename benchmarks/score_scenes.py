@@ -29,7 +29,7 @@ from janus_jax.data.mixture import open_parts
 from janus_jax.data.questions import sample_question
 from janus_jax.data.scene_batches import sample_scenes
 from janus_jax.data.sources import open_source
-from janus_jax.generation.loading import TINY, Drawing
+from janus_jax.generation.loading import STATED, TINY, Drawing
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.interop.files import write_json
 
@@ -187,8 +187,7 @@ def main() -> None:
     flags = parser.parse_args()
     record = score(flags.model)
     if flags.set_drawing:
-        names = dict(guidance_scale="guidance_weight", temperature="temperature")
-        chosen = {name: record["generation"][own] for name, own in names.items()}
+        chosen = {name: record["generation"][own] for own, name in STATED.items()}
         write_json(Path(flags.model or TINY) / "generation_config.json", chosen)
     text = json.dumps(record, indent=1) + "\n"
     print(text, end="")

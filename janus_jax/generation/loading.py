@@ -62,6 +62,10 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
         ) from error
 
 
+# what generation_config.json calls them, as transformers does
+STATED = {"guidance_weight": "guidance_scale", "temperature": "temperature"}
+
+
 class Drawing(NamedTuple):
     """How a checkpoint draws where nothing else is asked.
 
@@ -73,17 +77,16 @@ class Drawing(NamedTuple):
 
     @classmethod
     def from_dir(cls, folder: Path) -> "Drawing":
-        """Reads generation_config.json, where transformers has guidance_scale and temperature.
+        """Reads generation_config.json, where STATED has the names.
 
         Raises:
             ValueError: one is not a finite number, or the temperature is below 0.
         """
         path = folder / "generation_config.json"
         stated = read_json(path) if path.is_file() else {}
-        names = dict(guidance_weight="guidance_scale", temperature="temperature")
-        found = {own: stated[name] for own, name in names.items() if stated.get(name) is not None}
+        found = {own: stated[name] for own, name in STATED.items() if stated.get(name) is not None}
         for own, value in found.items():
-            samplers.check_number(f"{names[own]} in {path}", value)
+            samplers.check_number(f"{STATED[own]} in {path}", value)
         drawing = cls(**{own: float(value) for own, value in found.items()})
         if drawing.temperature < 0:
             raise ValueError(f"temperature in {path} must be at least 0, got {drawing.temperature}")

@@ -286,7 +286,7 @@ def check_settings(cfg) -> None:
             raise ValueError(f"{name} must be a number of at least 0, got {cfg[name]}")
     if cfg.seed >= 2**32:
         raise ValueError(f"seed must be below 2**32, got {cfg.seed}")
-    learning_rates(cfg)
+    learning_rates(cfg)  # raises for a warm-up that takes all steps
     if cfg.eval_every and not cfg.eval_mixture:
         raise ValueError(f"eval_every={cfg.eval_every} needs an eval_mixture, got none")
     for name, known in dict(dtype=DTYPES, model_dtype=DTYPES, remat=REMATS).items():
