@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from janus_jax.flags import one_line_errors
+from janus_jax.flags import device_memory, one_line_errors
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -29,6 +29,8 @@ _COORDINATOR = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "With --coordinator: how many.")
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "With --coordinator: which one, from 0.")
 flags.mark_flag_as_required("config")
+
+_NEEDS = "while training; fewer rows need less, or what docs/training.md has on devices and memory"
 
 
 @contextlib.contextmanager
@@ -59,6 +61,8 @@ def parse(argv: list[str]) -> list[str]:
         return flags.FLAGS(argv)
     except SyntaxError as error:
         raise ValueError(f"the config file must be Python, got {error}") from None
+    except KeyError as error:  # a wrong name below a mapping, or below what is none
+        raise ValueError(f"the config has no such setting: {error.args[0]}") from None
     except flags.IllegalFlagValueError as error:  # one in the config file has all its traceback
         before, trace, _ = str(error).partition("Traceback")
         last = str(error).splitlines()[-1] if trace else ""
@@ -93,7 +97,8 @@ def main(argv: list[str]) -> None:
         from janus_jax.training.run import train_stage as train
     else:
         raise ValueError(f"task must be tokenizer, encoder or stage, got {cfg.task!r}")
-    with distributed.leaves_at_once(), settings_errors():  # one line first, and then it leaves
+    # one line first, and then it leaves
+    with distributed.leaves_at_once(), settings_errors(), device_memory(_NEEDS):
         train(cfg)
 
 

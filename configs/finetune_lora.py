@@ -31,5 +31,5 @@ def get_config() -> ConfigDict:
         end_learning_rate=2e-5,
         warmup_steps=20,
     )
-    config.mixture = ConfigDict(dict(mine=dict(weight=1, format="jsonl", path="data/mine.jsonl")))
+    config.mixture = ConfigDict(dict(mine=dict(weight=1.0, format="jsonl", path="data/mine.jsonl")))
     return config

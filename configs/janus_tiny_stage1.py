@@ -12,7 +12,9 @@ from ml_collections import ConfigDict
 from janus_jax.training.stages import STAGES, base_config
 
 # captions of each kind, relative to the others: what is drawn best least often
-CAPTIONS = dict(single_object=1, two_object=3, counting=4, colors=2, position=5, color_attr=4)
+CAPTIONS = dict(
+    single_object=1.0, two_object=3.0, counting=4.0, colors=2.0, position=5.0, color_attr=4.0
+)
 # A decoder that begins with nothing learns to draw last: more often than in Table 2, up to stage 3.
 DRAWN_MORE = {1: 2, 2: 2, 3: 1}
 COUNT = 30_000  # scenes of a kind
@@ -40,7 +42,7 @@ def tiny_stage(number: int) -> ConfigDict:
         prompts=("a red circle left of a blue square", "three green triangles"),
         questions=(("docs/scene.png", "Describe the picture."),),
     )
-    understanding, text, generation = stage.ratio
+    understanding, text, generation = map(float, stage.ratio)
     drawn = {
         kind: dict(weight=weight, format="scenes", path=f"generation/{kind}", count=COUNT)
         for kind, weight in CAPTIONS.items()

@@ -27,6 +27,7 @@ def get_config(before: str = "") -> ConfigDict:
         read_tokens(config)
         config.update(
             init="runs/janus_tiny_stage2/model",
+            output="runs/janus_tiny_stage3_after_stage2",  # the short run has the other folder
             steps=6000,
             learning_rate=1.5e-3,
             warmup_steps=200,

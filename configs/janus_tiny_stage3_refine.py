@@ -2,7 +2,7 @@
 
     python train.py --config=configs/janus_tiny_stage3_refine.py
 
-Goes on from runs/janus_tiny_stage3.
+Goes on from what configs/janus_tiny_stage3.py:stage2 has written.
 """
 
 from ml_collections import ConfigDict
@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     """The first part taught the encoder, at a rate that drawing suffered from."""
     config = janus_tiny_stage3.get_config("stage2")
     config.update(
-        init="runs/janus_tiny_stage3/model",
+        init=f"{config.output}/model",
         output="runs/janus_tiny_stage3_refined",
         seed=1,  # or the same records would come again, in the same order
         steps=3000,

@@ -1,16 +1,21 @@
 """The command behind sample.py: flags in; PNG files, or text on the screen, out."""
 
 import argparse
-import contextlib
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from janus_jax.flags import OneLineParser, one_line, one_line_errors
+from janus_jax.flags import (
+    OneLineParser,
+    check_local,
+    device_memory,
+    one_line,
+    one_line_errors,
+)
 
 if TYPE_CHECKING:
     from janus_jax.generation.pipeline import Pipeline
@@ -206,6 +211,7 @@ def _duration(seconds: float) -> str:
 def _check_paths(flags: argparse.Namespace) -> None:
     """Before the model is loaded and hours go by: can the results be kept, are the inputs there."""
     if flags.output_dir:
+        check_local("--output_dir", flags.output_dir)
         parents = (flags.output_dir, *flags.output_dir.absolute().parents)
         there = next(folder for folder in parents if folder.exists())
         if not there.is_dir():
@@ -339,17 +345,6 @@ def _next_line() -> str | None:
 _LOADING_NEEDS = "while loading; --dtype bfloat16, or --mesh with more devices, needs less of each"
 _DRAWING_NEEDS = "while drawing; a smaller --max_batch needs less"
 _WRITING_NEEDS = "while answering; fewer images or a smaller --max_new_tokens needs less"
-
-
-@contextlib.contextmanager
-def device_memory(advice: str) -> Iterator[None]:
-    """Raises XLA's report that a device has no memory left as a MemoryError with advice."""
-    try:
-        yield
-    except RuntimeError as error:  # XLA's errors are RuntimeErrors
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise MemoryError(f"on the device, {advice}") from error
 
 
 def run(argv: Sequence[str] | None) -> None:

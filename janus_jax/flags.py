@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -44,3 +46,20 @@ def one_line_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
         stop(name, f"out of memory: {error}")
     except (ValueError, OSError, *kinds) as error:
         stop(name, str(error))
+
+
+def check_local(name: str, path: str | Path) -> None:
+    """Raises ValueError for gs://... and the like, of which Path makes a folder here."""
+    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
+        raise ValueError(f"{name} must be a place on a disk of this machine, got {path}")
+
+
+@contextlib.contextmanager
+def device_memory(advice: str) -> Iterator[None]:
+    """Raises XLA's report that a device has no memory left as a MemoryError with advice."""
+    try:
+        yield
+    except RuntimeError as error:  # XLA's errors are RuntimeErrors
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise MemoryError(f"on the device, {advice}") from error

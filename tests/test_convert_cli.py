@@ -101,6 +101,8 @@ def test_dst_that_exists(golden, refused, run, tmp_path):
     assert "exists (--overwrite replaces it)" in refused(golden / "janus", tmp_path / "o")
     said = refused(golden / "janus", tmp_path / "o", "--overwrite")
     assert "is not a checkpoint folder" in said  # not even then
+    told = refused(golden / "janus", "gs://bucket/o")
+    assert "must be a place on a disk of this machine, got gs:/" in told
     (tmp_path / "o" / "config.json").write_text("{}")
     assert run(golden / "janus", tmp_path / "o", "--overwrite")[0] == 0
     assert not (tmp_path / "o" / "mine.txt").exists() and (tmp_path / "o" / "params").is_dir()

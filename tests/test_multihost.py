@@ -16,9 +16,10 @@ import jax
 import multihost_worker
 import numpy as np
 import pytest
+from jax.experimental import multihost_utils
 
 from janus_jax.interop.load import open_folder, stored_params
-from janus_jax.training.distributed import check_processes, initialize
+from janus_jax.training.distributed import check_processes, check_shared, initialize
 from janus_jax.training.metrics import Log
 from janus_jax.training.run import train_stage
 
@@ -270,6 +271,15 @@ def test_a_mesh_for_one_process_is_any(tmp_path):
 def test_flags_that_do_not_go_together(flags, message):
     with pytest.raises(ValueError, match=message):
         initialize(*flags)
+
+
+def test_an_output_folder_that_is_not_shared(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    other = np.array(500)
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: np.stack([own, other]))
+    check_shared(500)
+    with pytest.raises(ValueError, match=r"one and the same output folder, got .*: none, 500"):
+        check_shared(None)
 
 
 def test_others_that_nothing_tells_of(monkeypatch):

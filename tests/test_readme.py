@@ -5,6 +5,7 @@ The lines that install are run by .ci/run, those that train, with fewer steps, b
 
 import configparser
 import importlib
+import json
 import os
 import re
 import shlex
@@ -17,8 +18,6 @@ from PIL import Image
 
 from configs import janus_tiny_stage1, janus_tiny_stage2
 from janus_jax.data import scenes
-from janus_jax.data.mixture import open_parts
-from janus_jax.data.sources import open_source
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -139,21 +138,24 @@ def test_the_page_on_training(home, monkeypatch):
     names = {"__name__": "training"}  # as one who follows the page has them
     for code in blocks("python", "docs/training.md"):
         exec(compile(code, "docs/training.md", "exec"), names)
-    own = open_parts(names["get_config"]().mixture, open_source)
-    assert [(part.name, part.weight, len(part.source)) for part in own.parts] == [
-        ("known", 2, 20),
-        ("new", 1, 20),
-    ]
+    (mine,) = [code for code in blocks("python", "docs/training.md") if "get_config" in code]
+    (home / "mine.py").write_text(mine)
     lines = [line for block in blocks("bash", "docs/training.md") for line in block.splitlines()]
     for line in lines:
         run(home, line)
     assert len(list((home / "data" / "stage2" / "real").glob("*.array_record"))) == 3
-    stages = ("janus_pro_1b_stage1", "janus_pro_1b_stage2", "janus_tiny_stage3")
-    for name in (*stages, "finetune_lora", "finetune_full"):
-        assert (home / "runs" / name / "model" / "model.safetensors").is_file()
-        assert any((home / "runs" / name / "tensorboard").iterdir())
-    steps = {int(folder.name) for folder in (home / "runs" / stages[2] / "checkpoints").iterdir()}
+    runs = home / "runs"
+    stages = ("try_stage1", "try_stage2", "janus_tiny_stage3")
+    for name in (*stages, "finetune_lora", "finetune_full", "mine"):
+        assert (runs / name / "model" / "model.safetensors").is_file()
+        assert any((runs / name / "tensorboard").iterdir())
+    steps = {int(folder.name) for folder in (runs / stages[2] / "checkpoints").iterdir()}
     assert steps == {20, 30}  # the run that was resumed
+    for name in ("finetune_lora", "finetune_full"):  # the configs as they are, but for the sizes
+        logged = [json.loads(line) for line in (runs / name / "metrics.jsonl").open()]
+        losses = [line["loss"] for line in logged if "loss" in line]
+        assert losses[-1] < 0.9 * losses[0]
+    assert "eval/understanding" in (runs / "mine" / "metrics.jsonl").read_text()
     assert (home / "runs" / "for_torch" / "model.safetensors").is_file()
 
 

@@ -42,6 +42,8 @@ BAD_FIELDS = [
     ({"caption": "a", "indices": [2**31]}, "malformed", "fit 32 bits"),
     ({"caption": "a", "images": "x"}, "malformed", "images must be a list, got str"),
     ({"text": ""}, "empty text", ""),
+    ({"text": "a", "image": "a.png"}, "malformed", "needs a caption or conversations, got text an"),
+    ({"text": "a", "indices": [1, 2]}, "malformed", "got text and indices"),
     ({"other": 1}, "malformed", "no conversations, caption or text in ['other']"),
     ({"conversations": [{"from": "system", "value": "Be brief."}, *SAID]}, "system turn", "same"),
     (

@@ -142,6 +142,7 @@ def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
         (["--prompts_file", "blank.txt"], "--prompts_file blank.txt holds no prompt"),
         (["--prompts_file", "bytes.txt"], "--prompts_file bytes.txt is not UTF-8 text"),
         (["--prompt", "a", "--output_dir", "blank.txt"], "blank.txt is a file, not a folder"),
+        (["--prompt", "a", "--output_dir", "gs://bucket/a"], "a disk of this machine, got gs:/"),
         (["--prompt", "a", "--output_dir", "blank.txt/a"], "blank.txt is a file, not a folder"),
         (["--prompt", "a", "--save_indices", "a.txt"], "must name a .npz file, got a.txt"),
         (["--prompt", "a", "--save_indices", "no/a.npz"], "--save_indices: no folder "),

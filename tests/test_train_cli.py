@@ -8,10 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from safetensors.numpy import load_file
 from torch_reference import golden_janus
 
 import janus_jax
+import janus_jax.training.run
 import train
 from configs import (
     janus_tiny_encoder,
@@ -22,6 +24,7 @@ from configs import (
     janus_tiny_vq,
 )
 from janus_jax.data import scenes, tokenize_images
+from janus_jax.generation import compile_cache
 from janus_jax.interop import files, save
 from janus_jax.models.janus import JanusConfig
 from janus_jax.training.encoder import train_encoder
@@ -30,7 +33,7 @@ from janus_jax.training.run import train_stage
 from janus_jax.training.tokenizer import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
-ENCODER = "--config=configs/janus_tiny_encoder.py"
+ENCODER, LORA = (f"--config=configs/{name}.py" for name in ("janus_tiny_encoder", "finetune_lora"))
 SHORT = dict(steps=2, warmup_steps=1, log_every=1, save_every=1)
 
 
@@ -138,6 +141,7 @@ def test_a_run_may_replace_an_earlier_one(trained):
     [
         ([ENCODER, "--config.stepz=3"], 'Did you mean "steps"'),
         ([ENCODER, "--config.steps=many"], "--config.steps=many: invalid"),
+        ([LORA, "--config.mixture.more.path=x"], "the config has no such setting: 'more'"),
         (["--config=configs/none.py", "--config.steps=3"], "no config file at configs/none.py"),
         ([ENCODER, "now"], "arguments must be flags, got ['now']"),
         ([ENCODER, "--config.init=/none"], "there is none at /none"),
@@ -174,6 +178,7 @@ def refused(train_one, cfg, capsys) -> str:
         (dict(crop=40), "crop must be a multiple of 16 and at most 96, got 40"),
         (dict(crop=112), "crop must be a multiple of 16 and at most 96, got 112"),
         (dict(output="FOLDER/file"), "is a file, not a folder"),
+        (dict(output="gs://bucket/run"), "output must be a place on a disk of this machine, got "),
         (dict(output="FOLDER/file/new"), "file is not a folder that can be written to"),
     ],
 )
@@ -227,6 +232,21 @@ def test_a_folder_of_other_things_is_not_replaced(tmp_path, golden):
     (folder / "holiday.jpg").write_text("")
     with pytest.raises(ValueError, match=r"holds holiday.jpg, no file of training: not replaced"):
         check_output(str(folder), cfg, names)
+
+
+def test_a_device_without_memory_takes_one_line(monkeypatch, capsys):
+    def train_stage(cfg):
+        raise RuntimeError("RESOURCE_EXHAUSTED: 99 GB")
+
+    monkeypatch.setattr(janus_jax.training.run, "train_stage", train_stage)
+    monkeypatch.setattr(compile_cache, "enable", lambda: None)
+    with flagsaver.flagsaver():
+        words = train.parse(["train.py", "--config=configs/janus_tiny_stage3.py"])
+        with pytest.raises(SystemExit) as stopped:
+            train.main(words)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert stopped.value.code == 2
+    assert told.startswith("train.py: out of memory: on the device, while training; fewer rows")
 
 
 def test_an_interrupt_takes_one_line_and_a_bug_its_traceback(capsys):

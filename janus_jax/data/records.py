@@ -7,7 +7,7 @@ a Parquet row, the msgpack map of an ArrayRecord entry) with these fields:
   of {"from": "human" or "gpt", "value": text}; or `messages`, a list of {"role": "user" or
   "assistant", "content": text}, where a list of parts may stand for the text, {"type": "text",
   "text": text} or {"type": "image"}. A picture stands where a question says <image> or has an image
-  part; pictures that no question places stand before the first. There is no turn of the system.
+  part; where no question has a place, all stand before the first. There is no turn of the system.
 * text only: `text`.
 * generation: `caption` and `image`, or in place of the picture its VQ `indices` (row-major).
 
@@ -83,6 +83,10 @@ def parse_record(fields: Mapping[str, Any], read_picture: ReadPicture) -> Record
         raise BadRecord("malformed", f"no conversations, caption or text in {list(fields)}")
     if not text.strip():
         raise BadRecord("empty text", "a text record must say something")
+    beside = [name for name in ("image", "images", "indices") if _holds(fields.get(name))]
+    if beside:  # most likely a caption: learned as plain text, nobody would know
+        rule = "a picture needs a caption or conversations"
+        raise BadRecord("malformed", f"{rule}, got text and {beside[0]}")
     return Record("text", text=text)
 
 
@@ -129,9 +133,14 @@ def _is_text(value: Any) -> bool:
         return False
 
 
+def _holds(value: Any) -> bool:
+    """Neither nothing nor an empty list, which tables hold in a column that a row does without."""
+    return value is not None and not (isinstance(value, (list, tuple)) and not value)
+
+
 def _pictures(fields: Mapping[str, Any], read_picture: ReadPicture) -> tuple[bytes, ...]:
     images = fields.get("images")
-    if images is None:
+    if not _holds(images):
         images = [] if fields.get("image") is None else [fields["image"]]
     if not isinstance(images, (list, tuple)):
         raise BadRecord("malformed", f"images must be a list, got {type(images).__name__}")

@@ -27,7 +27,7 @@ from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import refusal, told, too_many
 from janus_jax.data.sources import FORMATS, open_source
 from janus_jax.data.writers import SUFFIXES, write_records
-from janus_jax.flags import OneLineParser, one_line_errors
+from janus_jax.flags import OneLineParser, check_local, device_memory, one_line_errors
 from janus_jax.gallery import written_whole
 from janus_jax.processing.images import load_image, preprocess_generation
 from janus_jax.processing.json_files import read_json
@@ -167,7 +167,8 @@ class Output:
     shard_size: int
 
     def check(self) -> None:
-        """Raises ValueError where there is something else already."""
+        """Raises ValueError where there is something else already, and where there is no disk."""
+        check_local("--output", self.folder)
         if self.folder.exists() and not self.folder.is_dir():
             raise ValueError(f"--output must name a folder, {self.folder} is a file")
         if not (self.folder / _REPORTS / _MANIFEST).is_file() and not self._holds_no_shard():
@@ -294,7 +295,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _tokenize_all(source: Source, encoder: Encoder, output: Output, max_bad: float) -> str:
-    from janus_jax.cli import device_memory, show_status
+    from janus_jax.cli import show_status
 
     starts, skipped = range(0, len(source), output.shard_size), []
     began, done, terminal = time.monotonic(), 0, sys.stderr.isatty()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
+from janus_jax.flags import check_local
 from janus_jax.interop.readers import SAFETENSORS, SAFETENSORS_DTYPES
 
 CONFIG = "config.json"
@@ -28,8 +29,9 @@ def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator
     Raises:
       FileExistsError: `folder` exists and `overwrite` is not set.
       OSError: the disk has no room.
-      ValueError: `folder` would be overwritten and is not a checkpoint folder.
+      ValueError: `folder` is not on a disk, or would be overwritten and is no checkpoint folder.
     """
+    check_local("the folder to write", folder)
     folder = Path(folder).resolve()
     if os.path.lexists(folder):
         if not overwrite:

@@ -65,6 +65,8 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
             return _to_rgb(image)
     except Image.UnidentifiedImageError:
         raise ValueError(f"cannot read image {name}: not a picture of a known format") from None
+    except MemoryError:  # says nothing of the picture
+        raise
     except Exception as error:  # Pillow's decoders raise anything at all on broken bytes
         raise ValueError(f"cannot read image {name}: {' '.join(str(error).split())}") from error
 

@@ -12,7 +12,9 @@ import traceback
 from collections.abc import Iterator
 
 import jax
+import numpy as np
 from absl import logging
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from janus_jax.sharding import batch_sharding, num_batch_shards
@@ -84,6 +86,20 @@ def check_processes(mesh: Mesh) -> None:
         sizes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
         rule = f"mesh must give each of {number} processes rows of its own"
         raise ValueError(f"{rule}, data * fsdp a multiple of {number}, got {sizes}")
+
+
+def check_shared(newest: int | None) -> None:
+    """newest: the step of the newest checkpoint that this process sees, if any.
+
+    Raises ValueError unless all processes see the same one: they would go on from several steps.
+    """
+    if jax.process_count() == 1:
+        return
+    seen = multihost_utils.process_allgather(np.array(-1 if newest is None else newest)).tolist()
+    if len(set(seen)) > 1:
+        told = ", ".join("none" if step < 0 else str(step) for step in seen)
+        rule = "all processes must see one and the same output folder"
+        raise ValueError(f"{rule}, got one with these newest checkpoints: {told}")
 
 
 @contextlib.contextmanager

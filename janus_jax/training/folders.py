@@ -10,6 +10,7 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from janus_jax.data.scenes import IMAGE_SIZE
+from janus_jax.flags import check_local
 from janus_jax.interop.files import CONFIG, small_files
 from janus_jax.interop.load import Folder, build_model, load_params, open_folder
 from janus_jax.interop.processor_files import copy_files
@@ -73,6 +74,7 @@ def check_output(output: str, cfg: JanusConfig, others: Iterable[str]) -> None:
     Raises:
       ValueError: it may not, or the folder cannot be written.
     """
+    check_local("output", output)
     folder = Path(output).resolve()
     there = next(path for path in folder.parents if path.exists())
     if not there.is_dir() or not os.access(there, os.W_OK):

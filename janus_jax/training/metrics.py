@@ -188,7 +188,7 @@ class Log:
         named = list(itertools.chain.from_iterable(records))
         path = self._folder / f"not_finite-{step}-{jax.process_index():03d}.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{record}\n" for record in named), encoding="utf-8")
+        path.write_text("".join(f"{record}\n" for record in named), "utf-8", "surrogateescape")
         shown = ", ".join(named[:NAMED_RECORDS])
         more = f" and {len(named) - NAMED_RECORDS} more" if len(named) > NAMED_RECORDS else ""
         raise FloatingPointError(

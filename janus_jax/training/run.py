@@ -32,7 +32,7 @@ from janus_jax.interop.files import write_json
 from janus_jax.interop.load import stored_params
 from janus_jax.processing.json_files import read_json
 from janus_jax.training.checkpoints import Checkpoints
-from janus_jax.training.distributed import check_processes
+from janus_jax.training.distributed import check_processes, check_shared
 from janus_jax.training.evaluation import Watch, evaluation, samples
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
 from janus_jax.training.lora import adapter_paths, merged
@@ -67,6 +67,7 @@ def train_stage(cfg) -> None:
         stop = stack.enter_context(stop_signal())
         stack.enter_context(alone_in(output))
         checkpoints = stack.enter_context(Checkpoints(output / CHECKPOINTS, cfg.keep))
+        check_shared(checkpoints.newest)
         check_output(cfg, checkpoints.newest)
         if checkpoints.newest is None:
             skipped.forget()  # of a start before, after which they may have been mended
@@ -122,7 +123,7 @@ def check_output(cfg, newest: int | None) -> None:
     changed = [f"{n} {before[n]} -> {now[n]}" for n in names if before[n] != now[n]]
     if changed:
         rule = f"a run must go on with the settings it began with, those of {output / BEGUN}"
-        raise ValueError(f"{rule}, got {', '.join(changed)}")
+        raise ValueError(f"{rule}, got {', '.join(changed)} (a new run needs another output)")
 
 
 def begin(

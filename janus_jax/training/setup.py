@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from janus_jax.data.loading import RowsConfig
 from janus_jax.data.records import KINDS
+from janus_jax.flags import check_local
 from janus_jax.generation.loading import DTYPES, check_processor
 from janus_jax.interop.load import (
     FLOAT32_PATHS,
@@ -79,6 +80,7 @@ class Setup:
         if not Path(cfg.init).is_dir():
             there = f"there is none at {cfg.init!r}"
             raise FileNotFoundError(f"init must be a checkpoint folder, {there}")
+        check_local("output", cfg.output)
         if not cfg.output or (Path(cfg.output).exists() and not Path(cfg.output).is_dir()):
             raise ValueError(f"output must be a folder to write to, got {cfg.output!r}")
         if Path(cfg.init).resolve() == (Path(cfg.output) / MODEL).resolve():
@@ -297,6 +299,9 @@ def check_settings(cfg) -> None:
         raise ValueError(f"loss_weights must be given for {', '.join(KINDS)}, got {weights}")
     if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
         raise ValueError(f"loss_weights must be at least 0 and one above, got {weights}")
+    for pair in cfg.questions:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise ValueError(f"questions must be pairs (picture's path, text), got {pair!r}")
     for name in ("trained", "fresh", "lora_targets"):
         try:
             re.compile(cfg[name])

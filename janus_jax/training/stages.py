@@ -139,17 +139,17 @@ def mixture(name: str, number: int) -> dict[str, dict]:
     """
     stage, old = STAGES[number], name == "janus_1_3b"
     ratio = RATIO_OF_1_3B if old and number == 3 else stage.ratio
-    understanding, text, generation = ratio
+    understanding, text, generation = map(float, ratio)  # so that flags may give them a half
     folder = f"data/stage{number}"
     asked = dict(weight=understanding, format="jsonl", path=f"{folder}/understanding")
     if number == 1:
         return dict(understanding=asked, generation=dict(weight=generation, **IMAGENET))
     captioned = {
-        kind: dict(weight=1, format="arrayrecord", path=f"{folder}/{kind}")
+        kind: dict(weight=1.0, format="arrayrecord", path=f"{folder}/{kind}")
         for kind in ("real", "synthetic")
     }
     if old and number == 2:
-        captioned["imagenet"] = dict(weight=4, **IMAGENET)
+        captioned["imagenet"] = dict(weight=4.0, **IMAGENET)
     return dict(
         understanding=asked,
         text=dict(weight=text, format="jsonl", path=f"{folder}/text"),
