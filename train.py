@@ -81,12 +81,14 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"several processes need a config whose task is stage, got {cfg.task!r}")
     if _DRY_RUN.value and cfg.task != "stage":
         raise ValueError(f"--dry_run needs a config whose task is stage, got {cfg.task!r}")
-    from janus_jax.generation import compile_cache  # JAX takes a second to import
+    from janus_jax import sharding  # JAX takes a second to import
+    from janus_jax.generation import compile_cache
     from janus_jax.training import distributed
 
     compile_cache.enable()
     others = (_COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     distributed.initialize(*others, _DISTRIBUTED.value)
+    sharding.check_devices()
     if cfg.task == "tokenizer":
         from janus_jax.training.tokenizer import train_tokenizer as train
     elif cfg.task == "encoder":

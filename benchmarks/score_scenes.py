@@ -4,9 +4,10 @@
 
 Pictures are judged by janus_jax/data/checker.py, which reads pixels and shares no code with the
 drawing; four pictures a prompt, as in GenEval. Guidance and temperature are chosen on prompts that
-do not count. Answers must equal the expected ones to the letter; questions are about scenes that
-neither the understanding encoder nor the decoder saw in training (the image tokenizer takes no part
-in answering).
+do not count. Answers must equal the expected ones to the letter: those of the drawn scene, in which
+the checker must have read the same from the pixels. Questions are about scenes that neither the
+understanding encoder nor the decoder saw in training (the image tokenizer takes no part in
+answering).
 """
 
 import argparse
@@ -40,6 +41,7 @@ TUNING_PROMPTS = 12  # a kind at most, and at most a quarter of the kind's promp
 SCORED_PROMPTS = 60  # a kind at most
 QUESTIONS = 1200
 ANSWER_BATCH = 48
+READ_WITHIN = 1.0
 SEED = 2026  # of prompts, questions and pictures; training has its own
 
 
@@ -100,6 +102,7 @@ def score_answers(pipeline: Pipeline, split: str, seen: set[bytes]) -> dict:
             skipped += 1
             continue
         pictures.append(scenes.draw(scene))
+        check_reading(scene, pictures[-1])
         questions.append(question)
         answers.append(answer)
     given = ask_all(pipeline, questions, pictures)
@@ -116,6 +119,25 @@ def score_answers(pipeline: Pipeline, split: str, seen: set[bytes]) -> dict:
             for start, good in sorted(by_question.items())
         },
     )
+
+
+def check_reading(scene: scenes.Scene, picture: np.ndarray) -> None:
+    """Raises ValueError unless the checker reads in the pixels what answers are taken from.
+
+    That is the background, and the objects by shape, color and place, to READ_WITHIN pixels.
+    """
+    read = checker.detect(picture)
+    near = [
+        any(
+            (one.shape, one.color) == (item.shape, item.color)
+            and max(abs(one.x - item.x), abs(one.y - item.y)) <= READ_WITHIN
+            for one in read
+        )
+        for item in scene.objects
+    ]
+    ground = checker.background(picture)
+    if not all(near) or len(read) != len(scene.objects) or ground != scene.background:
+        raise ValueError(f"the checker must read {scene}, got {read} on {ground}")
 
 
 def ask_all(pipeline: Pipeline, questions: list[str], pictures: list[np.ndarray]) -> list[str]:

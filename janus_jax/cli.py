@@ -1,6 +1,7 @@
 """The command behind sample.py: flags in; PNG files, or text on the screen, out."""
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -69,7 +70,7 @@ _FLAGS = {
         "--output_dir": dict(
             type=Path,
             metavar="DIR",
-            help="where PNG files go; those of the same names are replaced (default: samples)",
+            help="where PNG files go; those made alike are replaced (default: samples)",
         ),
         "--max_batch": dict(
             type=int,
@@ -147,10 +148,10 @@ def read_prompts(path: Path) -> list[str]:
     Raises:
         ValueError: it is no UTF-8 text, or there is no such line. FileNotFoundError: no such file.
     """
-    if not path.is_file():
+    if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"--prompts_file {path} is not a file")
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # and at nothing rarer
     except UnicodeDecodeError:
         raise ValueError(f"--prompts_file {path} is not UTF-8 text") from None
     if not any(line.strip() for line in lines):
@@ -173,6 +174,7 @@ class ProgressBar:
         self._calls = 0
         self._start = (0.0, 0)
         self._terminal = stream.isatty()
+        self._open = False  # whether there is a line that something may be added to
         self._said = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
@@ -190,11 +192,17 @@ class ProgressBar:
             filled = self.WIDTH * done // total
             bar = "#" * filled + "." * (self.WIDTH - filled)
             show_status(self._stream, f"drawing [{bar}] {line}")
-            if done == total:
-                print(file=self._stream)
+            self._open = True
         elif now - self._said >= self.PAUSE:
             self._said = now
             print(f"drawing {line}", file=self._stream, flush=True)
+
+
+    def close(self) -> None:
+        """Whatever comes next has a line of its own."""
+        if self._open:
+            print(file=self._stream)
+        self._open = False
 
 
 def show_status(stream, line: str) -> None:
@@ -222,6 +230,8 @@ def _check_paths(flags: argparse.Namespace) -> None:
         if flags.save_indices.suffix != ".npz":
             raise ValueError(f"--save_indices must name a .npz file, got {flags.save_indices}")
         folder = flags.save_indices.absolute().parent
+        if flags.save_indices.is_dir():
+            raise ValueError(f"--save_indices must name a file, {flags.save_indices} is a folder")
         if not folder.is_dir():
             raise ValueError(f"--save_indices: no folder {folder}")
         if not os.access(folder, os.W_OK):
@@ -258,14 +268,15 @@ def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") ->
     settings = asked | {
         name: own for name, own in pipeline.drawing._asdict().items() if asked[name] is None
     }
-    drawn = pipeline.generate_images(
-        prompts,
-        num_images=flags.num_images,
-        seed=flags.seed,
-        **settings,
-        max_batch=flags.max_batch,
-        progress=ProgressBar(sys.stderr),
-    )
+    with contextlib.closing(ProgressBar(sys.stderr)) as progress:
+        drawn = pipeline.generate_images(
+            prompts,
+            num_images=flags.num_images,
+            seed=flags.seed,
+            **settings,
+            max_batch=flags.max_batch,
+            progress=progress,
+        )
     settings["dtype"] = pipeline.model.cfg.language_model.dtype.name
     made = {"model": pipeline.name, "settings": json.dumps(settings)}
 
@@ -315,16 +326,21 @@ def chat(flags: argparse.Namespace, pipeline: "Pipeline") -> None:
         try:
             command, _, path = line.partition(" ")
             if command == "/image":
-                shown.append(load_image(path.strip()))
+                shown.append(load_image(Path(path.strip()).expanduser()))
                 continue
             if line == "/new":
                 messages, shown = [], []
                 continue
+            if command.startswith("/"):
+                raise ValueError(f"no command {command}; {commands}")
             content = f"{pipeline.processor.image_tag}\n" * len(shown) + line
             turn = {"role": "user", "content": content, "images": shown}
             answer = _print_answer(pipeline, [*messages, turn], None, flags)
         except (ValueError, OSError) as error:
             print(one_line("sample.py", str(error)), file=sys.stderr)
+            continue
+        except KeyboardInterrupt:  # of this answer; at the prompt it ends the program
+            print("\ninterrupted: neither question nor answer is remembered", file=sys.stderr)
             continue
         messages += [turn, {"role": "assistant", "content": answer}]
         shown = []
@@ -360,6 +376,7 @@ def run(argv: Sequence[str] | None) -> None:
     from janus_jax import sharding
     from janus_jax.generation.pipeline import load
 
+    sharding.check_devices()
     mesh = None if flags.mesh is None else sharding.parse_mesh(flags.mesh)
     terminal = sys.stderr.isatty()
     if terminal:

@@ -1,6 +1,8 @@
 """Pictures as PNG files that say how they were made, and a contact sheet of all of them."""
 
 import contextlib
+import hashlib
+import json
 import math
 import os
 import re
@@ -34,10 +36,15 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
             raise
 
 
-def file_stem(prompt: str, seed: int) -> str:
-    """A file name that tells the prompt and the seed; other scripts than Latin are kept."""
-    words = re.sub(r"[^\w]+", "-", prompt).strip("-").lower()[:_NAME_LENGTH].strip("-")
-    return f"{words or 'image'}-seed{seed}"
+def file_stem(words: str, seed: int, made: Sequence[Mapping[str, str]]) -> str:
+    """A file name that tells some words and the seed; other scripts than Latin are kept.
+
+    made: text fields of what is shown. A digest of them ends the name, so that another long prompt
+    that begins alike, another model or other settings replace nothing.
+    """
+    words = re.sub(r"[^\w]+", "-", words).strip("-").lower()[:_NAME_LENGTH].strip("-")
+    digest = hashlib.blake2b(json.dumps(made, sort_keys=True).encode(), digest_size=3).hexdigest()
+    return f"{words or 'image'}-seed{seed}-{digest}"
 
 
 def save_png(path: Path, pixels: np.ndarray, fields: Mapping[str, str]) -> Path:
@@ -79,7 +86,8 @@ def save_pictures(
     seed: int,
     fields: Callable[[str, int], Mapping[str, str]],
 ) -> list[Path]:
-    """Writes every picture and then contact sheets; files of the same names are replaced.
+    """Writes every picture and then contact sheets; files of the same names, which were made alike,
+    are replaced.
 
     pixels: uint8[N, S, S, 3], prompt after prompt. fields: text fields of (prompt, number of the
     picture within its prompt).
@@ -89,7 +97,8 @@ def save_pictures(
     for i, picture in enumerate(pixels):
         prompt, j = prompts[i // each], i % each
         number = f"{i // each:03d}-" if len(prompts) > 1 else ""
-        path = folder / f"{number}{file_stem(prompt, seed)}-{j:02d}.png"
+        stem = file_stem(prompt, seed, [fields(prompt, 0)])
+        path = folder / f"{number}{stem}-{j:02d}.png"
         paths.append(save_png(path, picture, fields(prompt, j)))
     return [*paths, *_save_sheets(folder, pixels, prompts, seed, fields)]
 
@@ -103,7 +112,8 @@ def _save_sheets(
     """
     each, paths = len(pixels) // len(prompts), []
     columns = each if len(prompts) > 1 else math.ceil(math.sqrt(each))
-    name = "prompts" if len(prompts) > 1 else file_stem(prompts[0], seed)
+    words = "prompts" if len(prompts) > 1 else prompts[0]
+    name = file_stem(words, seed, [fields(prompt, 0) for prompt in prompts])
     rows = max(1, _SHEET_SIDE // (_cell_side(pixels.shape[1], columns) + _GAP))
     starts = range(0, len(pixels), rows * columns)
     for i, start in enumerate(starts):

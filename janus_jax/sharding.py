@@ -149,6 +149,16 @@ def sharding_for(mesh: Mesh) -> Callable[[str, Sequence[int]], NamedSharding]:
     return of
 
 
+def check_devices() -> None:
+    """Raises ValueError if JAX cannot use the devices that it is to run on."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter for a platform it has no code for
+        asked = jax.config.jax_platforms or "any that is there"
+        rule = "the devices must be there and free"
+        raise ValueError(f"{rule}, got {asked} (JAX_PLATFORMS): {str(error) or 'none'}") from error
+
+
 def check_mesh(mesh: Mesh, cfg: JanusConfig) -> None:
     """Raises ValueError unless the axes are ours and `tensor` divides every number of heads."""
     if not isinstance(mesh, Mesh) or set(mesh.axis_names) != set(AXES):

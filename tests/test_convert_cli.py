@@ -224,14 +224,14 @@ def test_a_full_disk_leaves_nothing(golden, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(files.np, "ascontiguousarray", full)  # as a tensor is written
     for args in ((), ("--layout", "deepseek")):
         command = ("export",) if args else ()
-        said = refused(*command, golden / "janus", tmp_path / "o", *args)
+        said = refused(*command, golden / "janus", tmp_path / "new" / "newer" / "o", *args)
         assert "No space left on device" in said
 
 
 def test_a_disk_without_room_is_seen_before_writing(golden, refused, tmp_path, monkeypatch):
     usage = files.shutil.disk_usage(tmp_path)._replace(free=1_000_000)
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
-    folders = (golden / "janus", tmp_path / "o")
+    folders = (golden / "janus", tmp_path / "new" / "newer" / "o")
     for command in (folders, ("export", *folders, "--layout", "deepseek")):
         assert "no room on the disk" in refused(*command)
 

@@ -34,6 +34,17 @@ def test_another_layout_keeps_how_it_draws_and_system_prompt(golden, tmp_path):
         assert Processor.from_dir(folder).system_prompt == ""
 
 
+def test_a_folder_of_transformers_without_system_prompt_stays_so(golden, tmp_path):
+    export.export_folder(
+        with_settings(golden, tmp_path / "s", "config.json"), tmp_path / "hf", "transformers", False
+    )
+    path = tmp_path / "hf" / "processor_config.json"
+    path.write_text('{"num_image_tokens": 16, "use_default_system_prompt": false}')
+    export.export_folder(tmp_path / "hf", tmp_path / "back", "deepseek", overwrite=False)
+    for folder in (tmp_path / "hf", tmp_path / "back"):
+        assert Processor.from_dir(folder).system_prompt == ""
+
+
 def test_bos_is_added_wherever_its_name_stands(golden, tmp_path):
     source = with_settings(golden, tmp_path / "s", "tokenizer_config.json")
     (source / "tokenizer_config.json").write_text("{}")

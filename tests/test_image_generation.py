@@ -117,6 +117,19 @@ def test_a_prompt_gives_in_a_batch_what_it_gives_alone(pipeline, five):
     np.testing.assert_array_equal(batch.pixels[:1], alone.pixels)
 
 
+def test_another_batch_moves_logits_by_no_more_than_rounding(pipeline):
+    """The bound that docs/sampling.md tells; with more padding, too."""
+    alone = _requests(pipeline, [OTHER], 1)
+
+    def greedy(step, logits):
+        return np.argmax(logits, axis=-1).astype(np.int32)
+
+    expected = _walk(pipeline, alone, greedy)[0][:, 0]
+    for prompts, number, place in (([OTHER], 3, 2), ([PROMPT, OTHER], 1, 1)):
+        found = _walk(pipeline, _requests(pipeline, prompts, number), greedy)[0][:, place]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
 def test_a_new_prompt_or_setting_compiles_nothing(pipeline, five):
     before = image.draw._cache_size()
     changes = [

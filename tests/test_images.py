@@ -129,6 +129,19 @@ def test_colour_key_of_an_rgb_png(tmp_path):
     assert (colour(got, 0), colour(got, 1)) == ((255, 255, 255), (9, 9, 9))
 
 
+def test_colour_key_of_a_16_bit_png(tmp_path):
+    image = Image.fromarray(np.array([[1000, 32896]], np.uint16))
+    got = images.load_image(save(tmp_path / "a.png", image, transparency=1000))
+    assert (colour(got, 0), colour(got, 1)) == ((255, 255, 255), (128, 128, 128))
+
+
+@pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
+def test_exif_that_nobody_can_read_does_not_cost_the_picture(tmp_path, suffix):
+    image = Image.new("RGB", (16, 8), (0, 128, 0))
+    got = images.load_image(save(tmp_path / f"a.{suffix}", image, exif=b"Exif\0\0garbage of some"))
+    assert got.size == (16, 8) and np.abs(np.subtract(colour(got), (0, 128, 0))).max() <= 2
+
+
 @pytest.mark.parametrize("mode, value, want", [("L", 90, 90), ("1", 1, 255), ("1", 0, 0)])
 def test_greyscale(tmp_path, mode, value, want):
     got = images.load_image(save(tmp_path / "a.png", Image.new(mode, (2, 2), value)))

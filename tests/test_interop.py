@@ -20,6 +20,7 @@ from janus_jax.interop.config import read_config, write_config
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.interop.readers import open_checkpoint
 from janus_jax.models.janus import JanusConfig
+from janus_jax.processing.chat import format_conversation
 
 
 def anywhere(path, shape):
@@ -204,6 +205,10 @@ def test_transformers_reads_the_exported_processor_files(golden, folders, tmp_pa
         [{"role": "user", "content": content}], tokenize=False, add_generation_prompt=True
     )
     assert text == sample["prompt"]
+    messages = [{"role": "system", "content": "Rhyme."}, {"role": "user", "content": "Hi"}]
+    said = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    waiting = [*messages, {"role": "assistant", "content": ""}]
+    assert said == format_conversation(waiting, "deepseek")
     tokens = tokenizer("a" + tokenizer.image_token).input_ids
     assert tokens.count(tokenizer.bos_token_id) == 1 and tokens[0] == tokenizer.bos_token_id
     assert tokens[-1] == 387 and tokenizer.boi_token == "<begin_of_image>"

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -46,7 +47,9 @@ def test_greedy_indices_are_those_of_the_original(run, golden, tmp_path):
         *("--guidance_weight", 5, "--save_indices", "kept.npz", "--output_dir", "out/deep"),
     )
     assert (status, err) == (0, "")
-    stem = "out/deep/a-close-up-photo-of-a-red-cat-studio-lig-seed0"
+    stem = paths[0].removesuffix("-00.png")
+    words = "a-close-up-photo-of-a-red-cat-studio-lig"
+    assert re.fullmatch(rf"out/deep/{words}-seed0-[0-9a-f]{{6}}", stem)
     assert paths == [f"{stem}-00.png", f"{stem}-01.png", f"{stem}-sheet.png", "kept.npz"]
     kept = np.load("kept.npz")
     np.testing.assert_array_equal(kept["indices"], recorded["greedy_tokens"])
@@ -57,32 +60,45 @@ def test_greedy_indices_are_those_of_the_original(run, golden, tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*") if p.name.startswith(".")) == []
 
 
-def test_a_png_says_how_it_was_made(run, loaded):
+def test_a_png_says_how_it_was_made(run, loaded, pipeline):
     flags = ("--num_images", 2, "--seed", 7, "--temperature", 0.5, "--top_k", 9)
     _, paths, _ = run("--prompt", "ein grünes Haus 🏠", *flags)
     text = Image.open(paths[1]).text
     assert text["prompt"] == "ein grünes Haus 🏠"
-    assert (text["seed"], text["image"], text["model"]) == ("7", "1", "janus")
+    assert (text["seed"], text["image"], text["model"]) == ("7", "1", pipeline.name)
     assert json.loads(text["settings"]) == {
         "guidance_weight": 5.0, "temperature": 0.5, "top_k": 9, "top_p": None, "dtype": "float32",
     }  # fmt: skip
-    assert Path(paths[1]).name == "ein-grünes-haus-seed7-01.png"
+    assert re.fullmatch(r"ein-grünes-haus-seed7-[0-9a-f]{6}-01.png", Path(paths[1]).name)
 
 
 def test_each_line_of_a_file_is_a_prompt(run, loaded, pipeline, tmp_path):
-    (tmp_path / "prompts.txt").write_bytes("\ufeffa dog\r\n\r\n  a cat \n".encode())
+    (tmp_path / "prompts.txt").write_bytes("\ufeffa\u2028dog\r\n\r\n  a cat \n".encode())
     status, paths, _ = run("--prompts_file", "prompts.txt", "--num_images", 2)
     assert status == 0
-    names = [Path(path).name for path in paths]
+    names = [re.sub("seed0-[0-9a-f]{6}", "seed0-DIGEST", Path(path).name) for path in paths]
     assert names == [
-        *("000-a-dog-seed0-00.png", "000-a-dog-seed0-01.png"),
-        *("001-a-cat-seed0-00.png", "001-a-cat-seed0-01.png", "prompts-sheet.png"),
+        *("000-a-dog-seed0-DIGEST-00.png", "000-a-dog-seed0-DIGEST-01.png"),
+        *("001-a-cat-seed0-DIGEST-00.png", "001-a-cat-seed0-DIGEST-01.png"),
+        "prompts-seed0-DIGEST-sheet.png",
     ]
-    expected = pipeline.generate_images(["a dog", "a cat"], 2).pixels
+    expected = pipeline.generate_images(["a\u2028dog", "a cat"], 2).pixels
     np.testing.assert_array_equal(np.asarray(Image.open(paths[2])), expected[2])
     sheet = np.asarray(Image.open(paths[4]))
     np.testing.assert_array_equal(sheet[4 + 68 : 68 + 68, 4:68], expected[2])
-    assert Image.open(paths[4]).text["prompt"] == "a dog\na cat"
+    assert Image.open(paths[4]).text["prompt"] == "a\u2028dog\na cat"
+
+
+def test_what_is_made_otherwise_has_another_name():
+    stems = [
+        gallery.file_stem(prompt, 0, [dict(prompt=prompt, model=model, settings=settings)])
+        for prompt in ("a" * 50, "a" * 50 + "b")
+        for model in ("one/model", "other/model")
+        for settings in ("{}", '{"temperature": 0.5}')
+    ]
+    assert len(set(stems)) == 8 and len({stem[:46] for stem in stems}) == 1
+    made = [dict(prompt="a" * 50, model="one/model", settings="{}")]
+    assert gallery.file_stem("a" * 50, 0, made) == stems[0]
 
 
 def test_a_question_is_answered(run, loaded, pipeline, golden):
@@ -95,7 +111,8 @@ def test_a_question_is_answered(run, loaded, pipeline, golden):
 
 def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
     picture = golden / "preprocess" / "img0_50x120.png"
-    said = f"Hi\n/image {picture}\n/new\n"
+    monkeypatch.setenv("HOME", str(golden))
+    said = "Hi\n/image ~/preprocess/img0_50x120.png\n/img x\n/new\n"
     said += f"Hello\n\n/image nowhere.png\n/image\n/image {picture}\nWhat is it?\n/quit\nnever\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
     asked = []
@@ -110,11 +127,40 @@ def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
     assert status == 0
     assert "sample.py: no image file at nowhere.png" in err.splitlines()
     assert "sample.py: no image file at ." in err.splitlines()
+    assert "sample.py: no command /img; '/image FILE' shows a picture" in err
+    assert len(err.splitlines()) == 4
     assert len(asked) == 3
     forgotten, first = (pipeline.answer(text, max_new_tokens=6) for text in ("Hi", "Hello"))
     assert [m["content"] for m in asked[2]] == ["Hello", first, "<image_placeholder>\nWhat is it?"]
     last = pipeline.answer(asked[2], max_new_tokens=6)
     assert "\n".join(lines) == f"{forgotten}\n{first}\n{last}"
+
+
+def test_an_interrupt_ends_one_answer_and_not_the_chat(run, loaded, pipeline, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nHello\n"))
+    asked = []
+
+    def stream(conversation, *rest, **settings):
+        asked.append([message["content"] for message in conversation])
+        yield "a"
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "stream", stream)
+    status, _, err = run("--chat")
+    assert status == 0 and asked == [["Hi"], ["Hello"]]
+    assert err.splitlines()[-1] == "interrupted: neither question nor answer is remembered"
+
+
+def test_devices_that_are_not_there_take_one_line(run, monkeypatch):
+    def devices():
+        raise RuntimeError("Unable to initialize backend 'tpu'")
+
+    monkeypatch.setattr(jax, "devices", devices)
+    status, out, err = run("--prompt", "a")
+    assert (status, out, err.count("\n")) == (2, [], 1)
+    rule = "sample.py: the devices must be there and free, got cpu (JAX_PLATFORMS): Unable to init"
+    assert err.startswith(rule)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +191,7 @@ def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
         (["--prompt", "a", "--output_dir", "gs://bucket/a"], "a disk of this machine, got gs:/"),
         (["--prompt", "a", "--output_dir", "blank.txt/a"], "blank.txt is a file, not a folder"),
         (["--prompt", "a", "--save_indices", "a.txt"], "must name a .npz file, got a.txt"),
+        (["--prompt", "a", "--save_indices", "b.npz"], "must name a file, b.npz is a folder"),
         (["--prompt", "a", "--save_indices", "no/a.npz"], "--save_indices: no folder "),
         (["--question", "a", "--image", "none.png"], "no image file at none.png"),
         (["--question", "a", "--image", "blank.txt"], "cannot read image blank.txt"),
@@ -161,11 +208,12 @@ def test_what_is_wrong_takes_one_line(flags, message, run, pipeline, monkeypatch
     monkeypatch.setattr(pipelines, "load", lambda *a, **k: pipeline if fine else real(*a, **k))
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "b.npz").mkdir()
     status, out, err = run(*flags)
     assert (status, out) == (2, [])
     assert err.startswith("sample.py: ") and err.count("\n") == 1
     assert message in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["blank.txt", "bytes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.npz", "blank.txt", "bytes.txt"]
 
 
 @pytest.mark.parametrize(
@@ -262,7 +310,9 @@ def test_the_bar_tells_the_time_left_without_the_time_to_compile(monkeypatch):
         "drawing [########......................]  27%, 1 min 20 s left",
         "drawing [##############################] 100%, 0 s left",
     ]
-    assert out.getvalue().endswith("\n")
+    bar.close()
+    bar.close()  # the line ends once, wherever the drawing was
+    assert out.getvalue().count("\n") == 1 and out.getvalue().endswith("\n")
 
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch):
@@ -295,7 +345,8 @@ def test_many_prompts_take_several_sheets(tmp_path):
     pixels = np.zeros((260, 60, 60, 3), np.uint8)
     pixels[2 * 64] = 255
     paths = gallery.save_pictures(tmp_path, pixels, prompts, 0, lambda *_: {"model": "a"})
-    assert [path.name for path in paths[260:]] == [f"prompts-sheet-{i:02d}.png" for i in range(3)]
+    found = [re.sub("[0-9a-f]{6}-", "", path.name) for path in paths[260:]]
+    assert found == [f"prompts-seed0-sheet-{i:02d}.png" for i in range(3)]
     sheets = [Image.open(path) for path in paths[260:]]
     assert [sheet.height for sheet in sheets] == [64 * 64 + 4, 64 * 64 + 4, 2 * 64 + 4]
     assert [sheet.text["prompt"].count("\n") for sheet in sheets] == [63, 63, 1]

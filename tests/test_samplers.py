@@ -75,6 +75,15 @@ def test_top_p_counts_what_top_k_left(logits):
         np.testing.assert_array_equal(np.flatnonzero(kept[row]), np.sort(order[:number]))
 
 
+@pytest.mark.parametrize("temperature", [1e30, 3e38])
+def test_a_temperature_that_overflows_chooses_among_what_is_left(logits, temperature):
+    index = jnp.arange(200, dtype=jnp.uint32)
+    noise = samplers.gumbel_noise(np.uint32(1), index, 0, SIZE)
+    sampling = _sampling(temperature=temperature, top_k=3)
+    chosen = samplers.pick(jnp.broadcast_to(logits[0], (200, SIZE)), noise, sampling)
+    assert set(np.asarray(chosen)) == set((-logits[0]).argsort()[:3])
+
+
 def test_without_filters_the_logits_are_left_alone(logits):
     np.testing.assert_array_equal(samplers.keep_likeliest(logits, _sampling()), logits)
 

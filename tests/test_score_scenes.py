@@ -4,6 +4,7 @@ import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 
 from benchmarks import score_scenes
 from configs import janus_tiny_encoder, janus_tiny_stage3
@@ -73,6 +74,18 @@ def test_answers_must_equal_the_expected_ones(monkeypatch):
     assert sum(entry["questions"] for entry in record["by_question"].values()) == 60
     record = score_scenes.score_answers(taught(monkeypatch, honest=False), "train", set())
     assert 0 < record["exact_match"] < 0.3
+
+
+@pytest.mark.parametrize("change", [dict(x=60), dict(color="blue"), dict(shape="circle")])
+def test_answers_are_those_of_what_the_checker_reads(change):
+    item = scenes.Object("square", "red", size=30, x=40, y=40)
+    scene = scenes.Scene("white", (item,))
+    picture = scenes.draw(scene)
+    score_scenes.check_reading(scene, picture)
+    other = scenes.Scene("white", (dataclasses.replace(item, **change),))
+    for wrong in (other, scenes.Scene("black", (item,)), scenes.Scene("white", (item, item))):
+        with pytest.raises(ValueError, match="the checker must read Scene"):
+            score_scenes.check_reading(wrong, picture)
 
 
 def test_scenes_of_the_training_are_left_out(monkeypatch):

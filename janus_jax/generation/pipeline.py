@@ -72,7 +72,7 @@ class Pipeline:
         """Draws num_images pictures of each prompt.
 
         Picture j of a prompt and a seed is the same whatever the other prompts, num_images,
-        max_batch and the mesh (in float32, on one kind of machine).
+        max_batch and the mesh, in float32 and on one kind of machine (limits: docs/sampling.md).
 
         Args:
             prompts: a description, or P of them, without any template.
@@ -375,7 +375,7 @@ def load(
     loading.check_processor(processor, cfg)
     drawing = loading.Drawing.from_dir(folder)
     model = build_model(cfg, load_params(folder, cfg, place, dtype))
-    name = Path(path_or_hub_id or loading.TINY).resolve().name
+    name = loading.TINY.name if path_or_hub_id is None else str(path_or_hub_id)
     return Pipeline(model, processor, name, drawing, mesh)
 
 

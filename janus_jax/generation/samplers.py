@@ -127,5 +127,6 @@ def pick(logits: jax.Array, noise: jax.Array, sampling: Sampling) -> jax.Array:
     argmax(logits / temperature + noise) draws from the softmax (the Gumbel-max trick); multiplied
     by the temperature it also holds at 0, where it is the plain argmax.
     """
-    logits = keep_likeliest(logits, sampling)
-    return jnp.argmax(logits + sampling.temperature * noise, axis=-1).astype(jnp.int32)
+    kept = keep_likeliest(logits, sampling) > -jnp.inf
+    noisy = jnp.clip(logits + sampling.temperature * noise, -_LARGEST, _LARGEST)  # it may overflow
+    return jnp.argmax(jnp.where(kept, noisy, -jnp.inf), axis=-1).astype(jnp.int32)

@@ -38,11 +38,12 @@ def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator
             raise FileExistsError(f"{folder} exists (--overwrite replaces it)")
         if not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
             raise ValueError(f"{folder} is not a checkpoint folder (no {CONFIG}): not overwritten")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(folder.parent).free
+    new = [parent for parent in folder.parents if not parent.exists()]
+    free = shutil.disk_usage(folder.parents[len(new)]).free
     if size > free:
         gigabytes = f"{size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
         raise OSError(f"no room on the disk for {folder}: it needs {gigabytes}")
+    folder.parent.mkdir(parents=True, exist_ok=True)
     beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         beside.chmod(0o755)  # mkdtemp makes it private
@@ -50,6 +51,9 @@ def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator
         _replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+        for parent in new:  # empty after a failure, and only then
+            with contextlib.suppress(OSError):
+                parent.rmdir()
 
 
 def _replace(beside: Path, folder: Path) -> None:

@@ -36,13 +36,15 @@ SHARED_IMAGE_KEYS = (
 )
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
+{%- if message['role'] != 'system' -%}
 {{ ('USER' if message['role'] == 'user' else 'ASSISTANT') + ': ' }}
+{%- endif -%}
 {%- if message['content'] is string -%}{{ message['content'] | trim }}
 {%- else -%}{%- for part in message['content'] -%}
 {%- if part['type'] == 'image' -%}{{ '<image_placeholder>\\n' }}
 {%- else -%}{{ part['text'] | trim }}{%- endif -%}
 {%- endfor -%}{%- endif -%}
-{{ '\\n\\n' if message['role'] == 'user' else eos_token }}
+{{ eos_token if message['role'] == 'assistant' else '\\n\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
 """
@@ -93,6 +95,8 @@ def _to_deepseek(folder: Path, cfg: JanusConfig) -> None:
         "num_image_tokens": cfg.und_encoder.num_tokens,
         "sft_format": processor.get("sft_format", "deepseek"),
     }
+    if processor.get("use_default_system_prompt") is False:
+        processor.setdefault("system_prompt", "")
     write_json(folder / PROCESSOR, _kept(processor) | named)
     own = _optional(folder / GENERATION)
     for name in ("chat_template.jinja", "chat_template.json", GENERATION):

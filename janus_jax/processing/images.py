@@ -29,12 +29,26 @@ def _scaled_to_8_bit(image: Image.Image) -> Image.Image:
     else:
         whites = _FLOAT_WHITES if image.mode == "F" else _INT_WHITES
         white = next((w for w in whites if values.max() <= w), values.max())
-    return Image.fromarray(np.clip(np.rint(values / white * 255), 0, 255).astype(np.uint8))
+    scaled = Image.fromarray(np.clip(np.rint(values / white * 255), 0, 255).astype(np.uint8))
+    if isinstance(clear := image.info.get("transparency"), int):  # the grey that stands for none
+        scaled.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
+    return scaled
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As its EXIF data say, unless nobody can read them: the picture is good for all that."""
+    image.load()  # what is wrong with the picture itself is told by this
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises anything at all on broken bytes
+        return image
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     """Upright RGB: EXIF orientation applied, transparent parts on white, 16 bits scaled to 8."""
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _scaled_to_8_bit(image)
     if image.has_transparency_data:
