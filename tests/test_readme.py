@@ -154,7 +154,7 @@ def test_the_page_on_training(home, monkeypatch):
     for name in ("finetune_lora", "finetune_full"):  # the configs as they are, but for the sizes
         logged = [json.loads(line) for line in (runs / name / "metrics.jsonl").open()]
         losses = [line["loss"] for line in logged if "loss" in line]
-        assert losses[-1] < 0.9 * losses[0]
+        assert losses[-1] < losses[0] - 0.1  # in a dozen steps
     assert "eval/understanding" in (runs / "mine" / "metrics.jsonl").read_text()
     assert (home / "runs" / "for_torch" / "model.safetensors").is_file()
 
