@@ -5,12 +5,9 @@ import re
 
 import pytest
 
-from janus_jax.data import scenes, tokenize_images
 from janus_jax.data.mixture import open_parts
-from janus_jax.generation.loading import TINY
 from janus_jax.interop.load import param_shapes
 from janus_jax.models.janus import JanusConfig
-from janus_jax.training.run import train_stage
 
 MODELS = ("janus_1_3b", "janus_pro_1b", "janus_pro_7b")
 # learning rate, warm-up, steps of the 1B and 7B, rows, parts that train
@@ -94,19 +91,3 @@ def test_the_small_stages_train_the_same_parts(number):
     config = config_of(f"janus_tiny_stage{number}")
     assert config.trained == config_of(f"janus_pro_1b_stage{number}").trained
     assert bool(config.fresh) == (number == 1)
-
-
-def test_the_first_small_stages_go_on_from_each_other_with_tokens(tmp_path, monkeypatch):
-    """As they stand but for their lengths: tokens are made, read, and drawn from."""
-    monkeypatch.chdir(tmp_path)
-    for kind in scenes.KINDS:
-        places = ["--source", f"scenes:generation/{kind}", "--output"]
-        places += [f"jsonl:data/janus_tiny/{kind}"]
-        tokenize_images.main(["--model", str(TINY), *places, "--count", "4"])
-    for number, init in ((1, "runs/janus_tiny_encoder"), (2, "runs/janus_tiny_stage1/model")):
-        config = config_of(f"janus_tiny_stage{number}")
-        assert config.init == init
-        config.init = str(TINY) if number == 1 else init
-        config.update(mesh="data=1", rows=2, steps=1, warmup_steps=0, sample_every=0)
-        train_stage(config)
-    assert (tmp_path / "runs" / "janus_tiny_stage2" / "model" / "model.safetensors").is_file()
