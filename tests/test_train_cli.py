@@ -79,6 +79,7 @@ def trained(tmp_path_factory) -> Path:
     ).items():
         cfg.update(init=str(before), output=str(folder / name), mesh="data=1", rows=2)
         cfg.update(steps=1, warmup_steps=0, sample_every=0)
+        cfg.update(learning_rate=1e-3, end_learning_rate=1e-3)  # both parts of stage 3: one program
         for kind in scenes.KINDS:
             cfg.mixture.generation[kind].path = str(folder / kind)
         train_stage(cfg)
