@@ -172,13 +172,13 @@ def digest(scene: scenes.Scene) -> bytes:
     return hashlib.blake2b(name.encode(), digest_size=12).digest()
 
 
-def score(model: str | None) -> dict:
+def score(model: str | None, keep_drawing: bool) -> dict:
     """The whole record."""
     start = time.monotonic()
     pipeline = load(model, dtype="float32")
     seen = training_scenes()
-    tried = try_drawing(pipeline)
-    chosen = max(tried, key=tried.get)
+    tried = {} if keep_drawing else try_drawing(pipeline)
+    chosen = max(tried, key=tried.get) if tried else pipeline.drawing
     return dict(
         generation=dict(
             images_per_prompt=NUM_IMAGES,
@@ -206,8 +206,10 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="JSON file for the record")
     keep = "write the chosen guidance and temperature into the model's folder, as its own"
     parser.add_argument("--set_drawing", action="store_true", help=keep)
+    own = "draw with the model's own guidance and temperature, and try no others"
+    parser.add_argument("--keep_drawing", action="store_true", help=own)
     flags = parser.parse_args()
-    record = score(flags.model)
+    record = score(flags.model, flags.keep_drawing)
     if flags.set_drawing:
         chosen = {name: record["generation"][own] for own, name in STATED.items()}
         write_json(Path(flags.model or TINY) / "generation_config.json", chosen)
