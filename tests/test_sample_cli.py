@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from janus_jax import cli, gallery
+from janus_jax import cli, gallery, progress
 
 PROMPT = "A close-up photo of a red cat, studio light."
 
@@ -295,10 +295,10 @@ def test_a_file_that_fails_leaves_nothing_behind(tmp_path):
 
 def test_the_bar_tells_the_time_left_without_the_time_to_compile(monkeypatch):
     now = iter([0.0, 0.0, 30.0, 60.0, 70.0, 80.0, 160.0])
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
     out = io.StringIO()
     out.isatty = lambda: True
-    bar = cli.ProgressBar(out)
+    bar = progress.ProgressBar(out)
     for done in (0, 1, 11, 21, 31, 111):
         bar(done, 111)
     lines = [line.rstrip() for line in out.getvalue().split("\r")[1:]]
@@ -317,9 +317,9 @@ def test_the_bar_tells_the_time_left_without_the_time_to_compile(monkeypatch):
 
 def test_a_log_gets_a_line_now_and_then(monkeypatch):
     now = iter([0.0, 0.0, 5.0, 10.0, 20.0, 40.0, 45.0, 80.0])
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(now))
+    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
     out = io.StringIO()
-    bar = cli.ProgressBar(out)
+    bar = progress.ProgressBar(out)
     for done in (0, 10, 20, 30, 50, 55, 90):
         bar(done, 100)
     assert out.getvalue() == "drawing  50%, 50 s left\ndrawing  90%, 10 s left\n"

@@ -31,6 +31,7 @@ from janus_jax.flags import OneLineParser, check_local, device_memory, one_line_
 from janus_jax.gallery import written_whole
 from janus_jax.processing.images import load_image, preprocess_generation
 from janus_jax.processing.json_files import read_json
+from janus_jax.progress import show_status
 
 Skipped = dict[str, str]  # record (where it is), reason and detail
 
@@ -260,7 +261,6 @@ def _source_options(args: argparse.Namespace) -> dict[str, str | int]:
 
 def run(args: argparse.Namespace) -> str:
     """Does what the flags say, and returns a line about it."""
-    from janus_jax.cli import show_status
     from janus_jax.generation import compile_cache, loading, samplers
     from janus_jax.interop.load import load_vq, open_folder
 
@@ -295,8 +295,6 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _tokenize_all(source: Source, encoder: Encoder, output: Output, max_bad: float) -> str:
-    from janus_jax.cli import show_status
-
     starts, skipped = range(0, len(source), output.shard_size), []
     began, done, terminal = time.monotonic(), 0, sys.stderr.isatty()
     for shard, start in enumerate(starts):
