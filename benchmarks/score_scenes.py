@@ -41,7 +41,7 @@ TUNING_PROMPTS = 12  # a kind at most, and at most a quarter of the kind's promp
 SCORED_PROMPTS = 60  # a kind at most
 QUESTIONS = 1200
 ANSWER_BATCH = 48
-READ_WITHIN = 1.0
+READ_WITHIN = 1.0  # pixels
 SEED = 2026  # of prompts, questions and pictures; training has its own
 
 
@@ -204,10 +204,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="checkpoint folder (default: the one that ships)")
     parser.add_argument("--output", type=Path, help="JSON file for the record")
-    keep = "write the chosen guidance and temperature into the model's folder, as its own"
-    parser.add_argument("--set_drawing", action="store_true", help=keep)
-    own = "draw with the model's own guidance and temperature, and try no others"
-    parser.add_argument("--keep_drawing", action="store_true", help=own)
+    drawing = parser.add_mutually_exclusive_group()
+    write = "write the chosen guidance and temperature into the model's folder, as its own"
+    drawing.add_argument("--set_drawing", action="store_true", help=write)
+    keep = "draw with the model's own guidance and temperature, and try no others"
+    drawing.add_argument("--keep_drawing", action="store_true", help=keep)
     flags = parser.parse_args()
     record = score(flags.model, flags.keep_drawing)
     if flags.set_drawing:

@@ -9,13 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from janus_jax.flags import (
-    OneLineParser,
-    check_local,
-    device_memory,
-    one_line,
-    one_line_errors,
-)
+from janus_jax.flags import OneLineParser, check_local, device_memory, one_line, one_line_errors
 from janus_jax.progress import ProgressBar, show_status
 
 if TYPE_CHECKING:
