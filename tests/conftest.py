@@ -12,8 +12,9 @@ if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
 os.environ["JANUS_JAX_COMPILE_CACHE"] = "0"  # tests leave no files in the home directory
-programs = tempfile.TemporaryDirectory()  # for many tests, and commands that they run, share some
-os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have it from the process that started them
+    programs = tempfile.TemporaryDirectory()  # for tests, and commands that they run, share some
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax  # noqa: E402
