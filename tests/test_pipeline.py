@@ -4,6 +4,7 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -13,11 +14,14 @@ import pytest
 from PIL import Image
 
 import janus_jax
+from janus_jax import sharding
 from janus_jax.generation import compile_cache, decoding, image, loading
 from janus_jax.generation import pipeline as pipelines
 from janus_jax.models.janus import JanusConfig
 from janus_jax.processing import images
 from janus_jax.processing.processor import Processor
+
+ANSWERED = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": " It is red"}]
 
 
 @pytest.mark.parametrize(
@@ -56,6 +60,7 @@ def test_drawing_refuses_arguments_out_of_range(pipeline, settings, message):
         ({"conversation": " "}, "a message of the user must say something, got ' '"),
         ({"conversation": [{"role": [], "content": "a"}]}, r"role must be .*, got \[\]"),
         ({"conversation": [{"role": "bot", "content": "a"}]}, "role must be .*, got 'bot'"),
+        ({"conversation": ANSWERED}, "must end with the user, got 'It is red'"),
         ({"max_batch": 0}, "max_batch must be a whole number of at least 1, got 0"),
         ({"images": [[1]]}, "an image array must be uint8"),
         ({"conversation": ["a", "b"], "images": [[]]}, "one list for each conversation: 2, got 1"),
@@ -157,6 +162,13 @@ def test_dtypes_are_names_or_types(dtype):
 
 def test_the_default_dtype_on_cpu_is_float32():
     assert loading.check_dtype(None) == jnp.float32
+    assert loading.check_dtype(None, sharding.make_mesh()) == jnp.float32
+
+
+def test_the_default_dtype_is_that_of_the_mesh_s_devices():
+    chip = types.SimpleNamespace(platform="tpu")
+    mesh = types.SimpleNamespace(devices=np.array([[chip]]))
+    assert loading.check_dtype(None, mesh) == jnp.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["float16", jnp.float16, "int8", 3])

@@ -145,6 +145,25 @@ def test_images_in_the_messages_and_beside_them_are_the_same(processor):
         processor.conversation(messages, [first])
 
 
+def test_a_picture_is_shown_in_the_message_that_carries_it(processor):
+    picture = np.full((8, 8, 3), 128, np.uint8)
+    roles, tag = ("user", "assistant", "user"), processor.image_tag
+
+    def tokens(*texts, **numbers):
+        """numbers: of pictures that the first and the last message carry."""
+        messages = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=True)]
+        for i, name in ((0, "first"), (2, "last")):
+            messages[i]["images"] = [picture] * numbers.get(name, 0)
+        return processor.conversation(messages)[0]
+
+    both = tokens(f"{tag}\nA?", "yes", f"{tag}\nB?", first=1, last=1)
+    assert tokens(f"{tag}\nA?", "yes", "B?", first=1, last=1) == both
+    with pytest.raises(ValueError, match="got 0 images for 1 placeholders in message 1"):
+        tokens(f"{tag}A?", "yes", "B?", last=1)
+    with pytest.raises(ValueError, match="got 2 images for 1 placeholders in message 3"):
+        tokens("A?", "yes", f"B {tag}?", last=2)
+
+
 def test_numbers_of_images_and_placeholders_must_agree(processor):
     grey = np.full((8, 8, 3), 128, np.uint8)
     with pytest.raises(ValueError, match="got 0 images for 1 placeholders"):
@@ -163,6 +182,13 @@ def test_length_past_the_trained_context(processor):
     processor.check_length(4000, 96)
     with pytest.raises(ValueError, match=r"context of 4096 tokens, got 4000 [+] 97 = 4097"):
         processor.check_length(4000, 97)
+
+
+def test_image_settings_are_an_object(folder):
+    (folder / "preprocessor_config.json").unlink()
+    edit(folder / "processor_config.json", image_processor="VLM")
+    with pytest.raises(ValueError, match="image_processor must be an object, got 'VLM'"):
+        Processor.from_dir(folder)
 
 
 def test_folder_without_processor_config(folder, processor):

@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from janus_jax.generation import samplers
 from janus_jax.models.janus import JanusConfig
@@ -21,16 +22,18 @@ DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 _HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin")
 
 
-def check_dtype(dtype) -> jnp.dtype:
+def check_dtype(dtype, mesh: Mesh | None = None) -> jnp.dtype:
     """The compute and storage type: float32 or bfloat16, by name or as a type; None is the default.
 
     The default is bfloat16 on TPU and GPU, and float32 on CPU, which is no faster in bfloat16.
+    It goes by the devices of the mesh, or else by JAX's default.
 
     Raises:
         ValueError: another dtype.
     """
     if dtype is None:
-        return jnp.dtype(jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16)
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
     name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
     if name not in DTYPES:
         raise ValueError(

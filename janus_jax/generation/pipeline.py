@@ -14,7 +14,7 @@ from janus_jax.generation import compile_cache, decoding, image, loading, sample
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.models.janus import Janus
 from janus_jax.models.vq import VQ
-from janus_jax.processing.chat import Message
+from janus_jax.processing import chat
 from janus_jax.processing.images import (
     ImageSource,
     load_image,
@@ -24,7 +24,7 @@ from janus_jax.processing.images import (
 from janus_jax.processing.processor import Example, Processor
 from janus_jax.processing.tokenizer import TextStream
 
-Conversation = str | Sequence[Message]
+Conversation = str | Sequence[chat.Message]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +220,9 @@ class Pipeline:
         return samplers.make_sampling(temperature, top_k, top_p, size)
 
     def _examples(self, conversations, pictures, max_new_tokens: int) -> list[Example]:
+        for messages in conversations:
+            if not isinstance(messages, str):
+                chat.check_unanswered(messages)
         examples = [
             self.processor.conversation(messages, own)
             for messages, own in zip(conversations, pictures, strict=True)
@@ -362,7 +365,7 @@ def load(
     Source: the folders of MultiModalityCausalLM (the original code) and of transformers'
     JanusForConditionalGeneration.
     """
-    dtype = loading.check_dtype(dtype)
+    dtype = loading.check_dtype(dtype, mesh)
     compile_cache.enable()
     folder = loading.find_folder(path_or_hub_id)
     cfg = open_folder(folder).cfg.with_dtype(dtype)

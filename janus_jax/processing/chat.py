@@ -126,6 +126,13 @@ def generic_roles(messages: Sequence[Message]) -> list[Message]:
     return named + ([{"role": "assistant", "content": ""}] if len(turns) % 2 else [])
 
 
+def check_unanswered(messages: Sequence[Message]) -> None:
+    """Raises ValueError unless the user has said something that is not answered yet."""
+    answer = generic_roles(messages)[-1]["content"].strip()
+    if answer:
+        raise ValueError(f"a conversation to go on with must end with the user, got {answer!r}")
+
+
 def format_conversation(
     messages: Sequence[Message], sft_format: str, system_prompt: str = ""
 ) -> str:

@@ -50,6 +50,8 @@ def _image_config(folder: Path, processor: dict[str, Any]) -> ImageConfig:
     """From preprocessor_config.json, or from where transformers 5 keeps the same keys."""
     nested = processor.get("image_processor")
     if nested is not None and not (folder / "preprocessor_config.json").is_file():
+        if not isinstance(nested, dict):
+            raise ValueError(f"{folder}: image_processor must be an object, got {nested!r}")
         return ImageConfig.from_dict(nested)
     return ImageConfig.from_dict(read_json(folder / "preprocessor_config.json"))
 
@@ -70,20 +72,34 @@ def _system_prompt(path: Path, processor: dict[str, Any]) -> str:
     return prompt
 
 
-def _images_of_each(
-    messages: Sequence[chat.Message], images: Sequence[ImageSource]
-) -> list[list[ImageSource]]:
-    """The images that each message carries; those beside the messages go to the user's first."""
-    shown = [picture_list(message.get("images")) for message in messages]
-    carried = sum(map(len, shown))
-    if carried and len(images):
+def _place_images(
+    messages: Sequence[chat.Message], images: Sequence[ImageSource], tag: str
+) -> tuple[list[chat.Message], list[ImageSource]]:
+    """The messages with a placeholder for each image, and all images in that order."""
+    carried = [picture_list(message.get("images")) for message in messages]
+    number = sum(map(len, carried))
+    if not number:
+        first = next(i for i, message in enumerate(messages) if message["role"] == "user")
+        numbers = [len(images) if i == first else 0 for i in range(len(messages))]
+        return chat.with_placeholders(messages, numbers, tag), list(images)
+    if len(images):
         raise ValueError(
             "images come in the messages or beside them, not both: "
-            f"got {carried} in the messages and {len(images)} beside them"
+            f"got {number} in the messages and {len(images)} beside them"
         )
-    first = next(i for i, message in enumerate(messages) if message["role"] == "user")
-    shown[first] += images
-    return shown
+    placed = []
+    for i, (message, own) in enumerate(zip(messages, carried, strict=True), 1):
+        placed += chat.with_placeholders([message], [len(own)], tag)
+        _check_numbers(len(own), placed[-1]["content"].count(tag), tag, f" in message {i}")
+    return placed, [image for own in carried for image in own]
+
+
+def _check_numbers(num_images: int, placeholders: int, tag: str, where: str = "") -> None:
+    if placeholders != num_images:
+        raise ValueError(
+            f"each {tag} needs one image and each image one {tag}, "
+            f"got {num_images} images for {placeholders} placeholders{where}"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +186,9 @@ class Processor:
         Args:
             messages: a question, or messages with roles "user" and "assistant" (and at first
                 "system"); one that ends with the user is made ready to be answered.
-            images: in the order of the placeholders (`image_tag`), one for each; or each message
-                carries its own in "images". Where no message has a placeholder, the images come
-                before the first text of the user, and those of a message before its text.
+            images: in the order of the placeholders (`image_tag`), one for each; where there are
+                none, the images come before the first text of the user. Or each message carries
+                its own in "images", for the placeholders in its text, or before a text without.
         Returns:
             tokens, and pixels float32[n, S, S, 3].
         Raises:
@@ -182,9 +198,7 @@ class Processor:
         if isinstance(messages, str):
             messages = chat.question_messages(messages, len(images), self.image_tag)
         messages = chat.generic_roles(messages)
-        shown = _images_of_each(messages, images)
-        messages = chat.with_placeholders(messages, list(map(len, shown)), self.image_tag)
-        images = [image for own in shown for image in own]
+        messages, images = _place_images(messages, images, self.image_tag)
         return self.tokens(messages, len(images)), self.pixels(images)
 
     def tokens(self, messages: Sequence[chat.Message], num_images: int) -> list[int]:
@@ -240,12 +254,7 @@ class Processor:
             )
 
     def _check_images(self, tokens: list[int], num_images: int) -> None:
-        placeholders = tokens.count(self.tokenizer.image_id)
-        if placeholders != num_images:
-            raise ValueError(
-                f"each {self.image_tag} needs one image and each image one {self.image_tag}, "
-                f"got {num_images} images for {placeholders} placeholders"
-            )
+        _check_numbers(num_images, tokens.count(self.tokenizer.image_id), self.image_tag)
 
     def _expand(self, tokens: Sequence[int]) -> list[int]:
         """Each placeholder as begin of image, its feature slots, end of image."""
