@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv and argv[0] in COMMANDS else None
     args = _parser(command).parse_args(argv)
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # all work is on the host
+    os.environ["JAX_PLATFORMS"] = "cpu"  # all work is on the host
     with one_line_errors("convert"):
         lines = _run(command, args)
     print("\n".join(lines))

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from janus_jax.flags import OneLineParser, check_local, device_memory, one_line, one_line_errors
+from janus_jax.flags import OneLineParser, device_memory, one_line, one_line_errors
+from janus_jax.paths import check_local, written_whole
 from janus_jax.progress import ProgressBar, show_status
 
 if TYPE_CHECKING:
@@ -40,7 +41,10 @@ _FLAGS = {
     },
     "sampling": {
         "--seed": dict(
-            type=int, default=0, metavar="N", help="another seed, other results (default: 0)"
+            type=int,
+            default=0,
+            metavar="N",
+            help="another seed, other results where the temperature is not 0 (default: 0)",
         ),
         "--temperature": dict(
             type=float,
@@ -48,9 +52,15 @@ _FLAGS = {
             help="0 takes the likeliest token "
             "(default: for pictures the checkpoint's own, or 1; for text 0)",
         ),
-        "--top_k": dict(type=int, metavar="N", help="sample among the N likeliest tokens only"),
+        "--top_k": dict(
+            type=int,
+            metavar="N",
+            help="sample among the N likeliest tokens only, at a temperature above 0",
+        ),
         "--top_p": dict(
-            type=float, metavar="X", help="sample among the fewest tokens that reach probability X"
+            type=float,
+            metavar="X",
+            help="sample among the fewest tokens that reach probability X, likewise",
         ),
     },
     "pictures to draw": {
@@ -133,6 +143,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, default in own.items():
         if getattr(flags, name) is None:
             setattr(flags, name, default)
+    for name in ("top_k", "top_p"):
+        if getattr(flags, name) is not None and flags.temperature == 0:
+            raise ValueError(f"--{name} has no use with --temperature 0, which text has by default")
     return flags
 
 
@@ -158,9 +171,9 @@ def _check_paths(flags: argparse.Namespace) -> None:
     if flags.output_dir:
         check_local("--output_dir", flags.output_dir)
         parents = (flags.output_dir, *flags.output_dir.absolute().parents)
-        there = next(folder for folder in parents if folder.exists())
+        there = next(folder for folder in parents if os.path.lexists(folder))
         if not there.is_dir():
-            raise ValueError(f"--output_dir {flags.output_dir}: {there} is a file, not a folder")
+            raise ValueError(f"--output_dir {flags.output_dir}: {there} is not a folder")
         if not os.access(there, os.W_OK):
             raise ValueError(f"--output_dir {flags.output_dir}: {there} cannot be written to")
     if flags.save_indices:
@@ -169,6 +182,8 @@ def _check_paths(flags: argparse.Namespace) -> None:
         folder = flags.save_indices.absolute().parent
         if flags.save_indices.is_dir():
             raise ValueError(f"--save_indices must name a file, {flags.save_indices} is a folder")
+        if folder == flags.output_dir.absolute():
+            return  # which is made where it is not there
         if not folder.is_dir():
             raise ValueError(f"--save_indices: no folder {folder}")
         if not os.access(folder, os.W_OK):
@@ -223,7 +238,7 @@ def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") ->
 
     paths = gallery.save_pictures(flags.output_dir, drawn.pixels, prompts, flags.seed, fields)
     if flags.save_indices:
-        with gallery.written_whole(flags.save_indices) as file:
+        with written_whole(flags.save_indices) as file:
             np.savez(
                 file,
                 indices=drawn.indices,
@@ -244,9 +259,7 @@ def _print_answer(pipeline: "Pipeline", conversation, images, flags) -> str:
         for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
     }
     for piece in pipeline.stream(conversation, images, **settings):
-        # what the terminal cannot show is no reason to stop
-        encoding = sys.stdout.encoding or "utf-8"
-        print(piece.encode(encoding, "replace").decode(encoding), end="", flush=True)
+        print(piece, end="", flush=True)
         pieces.append(piece)
     print()
     return "".join(pieces)
@@ -263,15 +276,14 @@ def chat(flags: argparse.Namespace, pipeline: "Pipeline") -> None:
         try:
             command, _, path = line.partition(" ")
             if command == "/image":
-                shown.append(load_image(Path(path.strip()).expanduser()))
+                shown.append(load_image(Path(os.path.expanduser(path.strip()))))
                 continue
             if line == "/new":
                 messages, shown = [], []
                 continue
             if command.startswith("/"):
                 raise ValueError(f"no command {command}; {commands}")
-            content = f"{pipeline.processor.image_tag}\n" * len(shown) + line
-            turn = {"role": "user", "content": content, "images": shown}
+            turn = {"role": "user", "content": line, "images": shown}
             answer = _print_answer(pipeline, [*messages, turn], None, flags)
         except (ValueError, OSError) as error:
             print(one_line("sample.py", str(error)), file=sys.stderr)
@@ -335,5 +347,7 @@ def run(argv: Sequence[str] | None) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command; what a user can cause ends in one line and status 2."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to stop
     with one_line_errors("sample.py"):
         run(argv)

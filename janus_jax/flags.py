@@ -2,10 +2,8 @@
 
 import argparse
 import contextlib
-import re
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import NoReturn
 
 
@@ -46,12 +44,6 @@ def one_line_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
         stop(name, f"out of memory: {error}")
     except (ValueError, OSError, *kinds) as error:
         stop(name, str(error))
-
-
-def check_local(name: str, path: str | Path) -> None:
-    """Raises ValueError for gs://... and the like, of which Path makes a folder here."""
-    if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
-        raise ValueError(f"{name} must be a place on a disk of this machine, got {path}")
 
 
 @contextlib.contextmanager

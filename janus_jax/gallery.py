@@ -1,39 +1,21 @@
 """Pictures as PNG files that say how they were made, and a contact sheet of all of them."""
 
-import contextlib
 import hashlib
 import json
 import math
-import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from janus_jax.paths import written_whole
+
 _SHEET_SIDE = 4096  # the most pixels a contact sheet is wide
 _GAP = 4
 _NAME_LENGTH = 40
-
-
-@contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under `path` when it is complete, and leaves nothing otherwise."""
-    beside = dict(dir=path.parent, prefix=f".{path.name}.")
-    with tempfile.NamedTemporaryFile(**beside, delete=False) as file:
-        try:
-            yield file
-            file.close()
-            os.chmod(file.name, 0o644)
-            os.replace(file.name, path)
-        except BaseException:
-            file.close()
-            os.unlink(file.name)
-            raise
 
 
 def file_stem(words: str, seed: int, made: Sequence[Mapping[str, str]]) -> str:
@@ -122,6 +104,7 @@ def _save_sheets(
         first = start // each
         told = "\n".join(prompts[first : first + math.ceil(len(shown) / each)])
         shared = {**fields(prompts[first], 0), "prompt": told}
+        shared.pop("image", None)  # the number of one picture
         path = folder / f"{name}-sheet{number}.png"
         paths.append(save_png(path, contact_sheet(shown, columns), shared))
     return paths

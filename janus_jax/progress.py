@@ -41,7 +41,6 @@ class ProgressBar:
             self._said = now
             print(f"drawing {line}", file=self._stream, flush=True)
 
-
     def close(self) -> None:
         """Whatever comes next has a line of its own."""
         if self._open:

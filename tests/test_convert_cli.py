@@ -100,10 +100,12 @@ def test_dst_that_exists(golden, refused, run, tmp_path):
     (tmp_path / "o" / "mine.txt").write_text("keep")
     assert "exists (--overwrite replaces it)" in refused(golden / "janus", tmp_path / "o")
     said = refused(golden / "janus", tmp_path / "o", "--overwrite")
-    assert "is not a checkpoint folder" in said  # not even then
+    assert "only an empty folder is, or a checkpoint folder" in said  # not even then
     told = refused(golden / "janus", "gs://bucket/o")
     assert "must be a place on a disk of this machine, got gs:/" in told
-    (tmp_path / "o" / "config.json").write_text("{}")
+    (tmp_path / "o" / "config.json").write_text("{}")  # as many a project has
+    refused(golden / "janus", tmp_path / "o", "--overwrite")
+    (tmp_path / "o" / "model.safetensors").touch()
     assert run(golden / "janus", tmp_path / "o", "--overwrite")[0] == 0
     assert not (tmp_path / "o" / "mine.txt").exists() and (tmp_path / "o" / "params").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
@@ -112,6 +114,7 @@ def test_dst_that_exists(golden, refused, run, tmp_path):
 def test_dst_that_holds_src(golden, refused, tmp_path):
     source = checkpoints.make_single(golden, tmp_path / "a" / "b")
     (tmp_path / "a" / "config.json").write_text("{}")
+    (tmp_path / "a" / "model.safetensors").touch()
     for target in (source, tmp_path / "a"):
         said = refused("export", source, target, "--layout", "deepseek", "--overwrite")
         assert "is DST or inside it" in said
@@ -127,6 +130,40 @@ def test_truncated_safetensors(golden, refused, tmp_path):
         said = refused(source, tmp_path / "o")
         assert "model.safetensors" in said
         assert "truncated" in said
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"dtype": ["F32"], "shape": [2], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [float("inf")], "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, float("inf")]},
+        {"dtype": "F8", "shape": [2], "data_offsets": [0, 2]},
+        {"dtype": "F32", "shape": 2, "data_offsets": [0, 8]},
+        {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]},
+        [],
+    ],
+)
+def test_damaged_headers(golden, refused, tmp_path, fields):
+    source = checkpoints.make_single(golden, tmp_path / "s")
+    header = json.dumps({"a": fields}).encode()
+    contents = len(header).to_bytes(8, "little") + header + bytes(8)
+    (source / "model.safetensors").write_bytes(contents)
+    said = refused("inspect", source)
+    assert "model.safetensors" in said and " a" in said
+
+
+def test_the_host_is_enough(run, golden, monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert run("inspect", golden / "janus")[0] == 0
+    assert os.environ["JAX_PLATFORMS"] == "cpu"
+
+
+def test_an_index_names_files_beside_it(golden, refused, tmp_path):
+    source = checkpoints.make_sharded(golden, tmp_path / "s")
+    index = source / "model.safetensors.index.json"
+    index.write_text(index.read_text().replace("model-00002", "../s/model-00002"))
+    assert "must name files beside it, got ../s/model-00002-of-" in refused("inspect", source)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])

@@ -53,6 +53,20 @@ def test_bos_is_added_wherever_its_name_stands(golden, tmp_path):
     assert tokenizer("a").input_ids[0] == Processor.from_dir(source).tokenizer.bos_id
 
 
+def test_bos_is_added_where_a_template_adds_none(golden, tmp_path):
+    source = with_settings(golden, tmp_path / "s", "tokenizer_config.json")
+    path = source / "tokenizer.json"
+    step = {"type": "TemplateProcessing", "special_tokens": {}}
+    step |= {"single": [{"Sequence": {"id": "A", "type_id": 0}}]}
+    step |= {"pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": step}))
+    export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    bos_id = Processor.from_dir(source).tokenizer.bos_id
+    tokens = tokenizer("a").input_ids
+    assert tokens[0] == bos_id and tokens.count(bos_id) == 1
+
+
 @pytest.mark.parametrize(
     ("settings", "says"),
     [

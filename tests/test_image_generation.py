@@ -203,7 +203,10 @@ def test_bfloat16_draws_with_a_float32_image_tokenizer(golden):
 
 @pytest.mark.parametrize(
     ("total", "most", "shards", "size"),
-    [(5, 2, 1, 2), (10, 8, 1, 5), (1, 16, 1, 1), (1, 16, 8, 8), (9, 4, 2, 4), (16, 16, 8, 16)],
+    [
+        *[(5, 2, 1, 2), (10, 8, 1, 5), (1, 16, 1, 1), (1, 16, 8, 8)],
+        *[(9, 4, 2, 4), (16, 16, 8, 16), (6, 3, 2, 2), (10, 7, 4, 4)],
+    ],
 )
 def test_chunks_are_even_and_full_multiples_of_the_shards(total, most, shards, size):
     assert decoding.chunk_size(total, most, shards) == size

@@ -372,5 +372,12 @@ def test_orbax_is_read_in_groups(folders, monkeypatch):
     assert all(sum(sizes) <= 200_000 or len(sizes) == 1 for sizes in groups)
 
 
+@pytest.mark.parametrize("form", ["single", "orbax_single"])
+def test_parameters_go_to_the_default_device(folders, form):
+    with jax.default_device(jax.devices()[3]):
+        params = load(folders[form])
+    assert {d for value in params.values() for d in value.devices()} == {jax.devices()[3]}
+
+
 def test_orbax_keeps_the_dtype_of_the_source(folders):
     assert {leaf.dtype for leaf in sizes(folders).values()} == {np.dtype(jnp.bfloat16)}

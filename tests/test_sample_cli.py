@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 from PIL import Image
 
 from janus_jax import cli, gallery, progress
+from janus_jax.paths import written_whole
 
 PROMPT = "A close-up photo of a red cat, studio light."
 
@@ -44,19 +46,21 @@ def test_greedy_indices_are_those_of_the_original(run, golden, tmp_path):
     recorded = np.load(golden / "janus_t2i.npz")
     status, paths, err = run(
         *("--prompt", PROMPT, "--num_images", 2, "--temperature", 0),
-        *("--guidance_weight", 5, "--save_indices", "kept.npz", "--output_dir", "out/deep"),
+        *("--guidance_weight", 5, "--output_dir", "out/deep"),
+        *("--save_indices", "out/deep/kept.npz"),
     )
     assert (status, err) == (0, "")
     stem = paths[0].removesuffix("-00.png")
     words = "a-close-up-photo-of-a-red-cat-studio-lig"
     assert re.fullmatch(rf"out/deep/{words}-seed0-[0-9a-f]{{6}}", stem)
-    assert paths == [f"{stem}-00.png", f"{stem}-01.png", f"{stem}-sheet.png", "kept.npz"]
-    kept = np.load("kept.npz")
+    assert paths == [f"{stem}-00.png", f"{stem}-01.png", f"{stem}-sheet.png", "out/deep/kept.npz"]
+    kept = np.load(paths[3])
     np.testing.assert_array_equal(kept["indices"], recorded["greedy_tokens"])
     assert kept["prompt"].tolist() == [PROMPT, PROMPT]
     for path, expected in zip(paths, recorded["greedy_uint8"], strict=False):
         assert np.abs(np.asarray(Image.open(path)).astype(int) - expected).max() <= 1
     assert Image.open(paths[2]).size == (2 * 64 + 12, 64 + 8)
+    assert "image" not in Image.open(paths[2]).text
     assert sorted(p.name for p in tmp_path.rglob("*") if p.name.startswith(".")) == []
 
 
@@ -113,7 +117,8 @@ def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
     picture = golden / "preprocess" / "img0_50x120.png"
     monkeypatch.setenv("HOME", str(golden))
     said = "Hi\n/image ~/preprocess/img0_50x120.png\n/img x\n/new\n"
-    said += f"Hello\n\n/image nowhere.png\n/image\n/image {picture}\nWhat is it?\n/quit\nnever\n"
+    said += "Hello\n\n/image nowhere.png\n/image\n/image ~no_such_user/a.png\n"
+    said += f"/image {picture}\nWhat is it?\n/quit\nnever\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
     asked = []
     stream = pipeline.stream
@@ -128,10 +133,12 @@ def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
     assert "sample.py: no image file at nowhere.png" in err.splitlines()
     assert "sample.py: no image file at ." in err.splitlines()
     assert "sample.py: no command /img; '/image FILE' shows a picture" in err
-    assert len(err.splitlines()) == 4
+    assert "sample.py: no image file at ~no_such_user/a.png" in err.splitlines()
+    assert len(err.splitlines()) == 5
     assert len(asked) == 3
     forgotten, first = (pipeline.answer(text, max_new_tokens=6) for text in ("Hi", "Hello"))
-    assert [m["content"] for m in asked[2]] == ["Hello", first, "<image_placeholder>\nWhat is it?"]
+    assert [m["content"] for m in asked[2]] == ["Hello", first, "What is it?"]
+    assert [len(m.get("images", ())) for m in asked[2]] == [0, 0, 1]
     last = pipeline.answer(asked[2], max_new_tokens=6)
     assert "\n".join(lines) == f"{forgotten}\n{first}\n{last}"
 
@@ -173,6 +180,8 @@ def test_devices_that_are_not_there_take_one_line(run, monkeypatch):
         (["--prompt", "a", "--seed", "-1"], "seed must be a whole number in [0, 2**32), got -1"),
         (["--prompt", "a", "--image", "b"], "--image has no use with --prompt and --prompts_file"),
         (["--chat", "--num_images", "2"], "--num_images has no use with --question and --chat"),
+        (["--question", "a", "--top_k", "3"], "--top_k has no use with --temperature 0"),
+        (["--prompt", "a", "--temperature", "0", "--top_p", "0.5"], "--top_p has no use with"),
         (["--prompt", ""], "--prompt must say something, got ''"),
         (["--prompt", "a", "--num_images", "0"], "num_images must be a whole number of at least 1"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
@@ -187,9 +196,10 @@ def test_devices_that_are_not_there_take_one_line(run, monkeypatch):
         (["--prompts_file", "none.txt"], "--prompts_file none.txt is not a file"),
         (["--prompts_file", "blank.txt"], "--prompts_file blank.txt holds no prompt"),
         (["--prompts_file", "bytes.txt"], "--prompts_file bytes.txt is not UTF-8 text"),
-        (["--prompt", "a", "--output_dir", "blank.txt"], "blank.txt is a file, not a folder"),
+        (["--prompt", "a", "--output_dir", "blank.txt"], "blank.txt is not a folder"),
+        (["--prompt", "a", "--output_dir", "to_nothing"], "to_nothing is not a folder"),
         (["--prompt", "a", "--output_dir", "gs://bucket/a"], "a disk of this machine, got gs:/"),
-        (["--prompt", "a", "--output_dir", "blank.txt/a"], "blank.txt is a file, not a folder"),
+        (["--prompt", "a", "--output_dir", "blank.txt/a"], "blank.txt is not a folder"),
         (["--prompt", "a", "--save_indices", "a.txt"], "must name a .npz file, got a.txt"),
         (["--prompt", "a", "--save_indices", "b.npz"], "must name a file, b.npz is a folder"),
         (["--prompt", "a", "--save_indices", "no/a.npz"], "--save_indices: no folder "),
@@ -209,11 +219,13 @@ def test_what_is_wrong_takes_one_line(flags, message, run, pipeline, monkeypatch
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "b.npz").mkdir()
+    (tmp_path / "to_nothing").symlink_to(tmp_path / "nothing")
+    there = sorted(tmp_path.iterdir())
     status, out, err = run(*flags)
     assert (status, out) == (2, [])
     assert err.startswith("sample.py: ") and err.count("\n") == 1
     assert message in err
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["b.npz", "blank.txt", "bytes.txt"]
+    assert sorted(tmp_path.iterdir()) == there
 
 
 @pytest.mark.parametrize(
@@ -286,11 +298,32 @@ def test_other_errors_of_the_runtime_are_not_hidden(run, loaded, pipeline, monke
 
 def test_a_file_that_fails_leaves_nothing_behind(tmp_path):
     (tmp_path / "a.png").write_text("old")
-    with pytest.raises(ZeroDivisionError), gallery.written_whole(tmp_path / "a.png") as file:
+    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "a.png") as file:
         file.write(b"half")
         _ = 1 / 0
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
     assert (tmp_path / "a.png").read_text() == "old"
+
+
+def test_who_may_read_a_file_is_as_the_user_has_it(tmp_path):
+    before = os.umask(0o077)
+    try:
+        with written_whole(tmp_path / "a.png") as file:
+            file.write(b"mine")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.png").stat().st_mode & 0o777 == 0o600
+
+
+def test_what_a_terminal_cannot_show_is_no_reason_to_stop(golden, tmp_path):
+    flags = ("--prompt", "ein grünes Haus", "--num_images", 1, "--output_dir", tmp_path)
+    done = subprocess.run(
+        [sys.executable, "sample.py", "--model", golden / "janus", *map(str, flags)],
+        cwd=Path(__file__).parents[1], env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "/ein-gr?nes-haus-seed0-" in done.stdout and len(list(tmp_path.iterdir())) == 2
 
 
 def test_the_bar_tells_the_time_left_without_the_time_to_compile(monkeypatch):

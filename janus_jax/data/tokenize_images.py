@@ -27,8 +27,8 @@ from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import refusal, told, too_many
 from janus_jax.data.sources import FORMATS, open_source
 from janus_jax.data.writers import SUFFIXES, write_records
-from janus_jax.flags import OneLineParser, check_local, device_memory, one_line_errors
-from janus_jax.gallery import written_whole
+from janus_jax.flags import OneLineParser, device_memory, one_line_errors
+from janus_jax.paths import check_local, written_whole
 from janus_jax.processing.images import load_image, preprocess_generation
 from janus_jax.processing.json_files import read_json
 from janus_jax.progress import show_status

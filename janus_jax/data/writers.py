@@ -13,7 +13,7 @@ import numpy as np
 from janus_jax.data.parquet import import_pyarrow
 from janus_jax.data.reading import INDICES_SUFFIX
 from janus_jax.data.records import Record, record_fields
-from janus_jax.gallery import written_whole
+from janus_jax.paths import written_whole
 
 SUFFIXES = dict(jsonl=".jsonl", tar=".tar", arrayrecord=".array_record", parquet=".parquet")
 ROW_GROUP = 16  # rows: who reads them shuffled decodes a whole group for each

@@ -43,7 +43,9 @@ def batch_within_memory(cfg: LlamaConfig, slots: int, mesh: Mesh | None) -> int:
 
 
 def chunk_size(total: int, most: int, shards: int) -> int:
-    """Size of equal chunks of at most `most` entries, rounded up to a multiple of the shards."""
+    """Size of equal chunks of at most `most` entries, a multiple of the shards (so at least that).
+    """
+    most = max(shards, most // shards * shards)
     chunks = math.ceil(total / most)
     return math.ceil(total / chunks / shards) * shards
 

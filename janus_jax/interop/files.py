@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from janus_jax.flags import check_local
 from janus_jax.interop.readers import SAFETENSORS, SAFETENSORS_DTYPES
+from janus_jax.paths import check_local, sibling
 
 CONFIG = "config.json"
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
+WEIGHTS = ("*.safetensors", "*.bin", "params")  # the last is Orbax's
 SHARD_BYTES = 5 * 10**9
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
@@ -36,17 +37,20 @@ def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator
     if os.path.lexists(folder):
         if not overwrite:
             raise FileExistsError(f"{folder} exists (--overwrite replaces it)")
-        if not (folder / CONFIG).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-            raise ValueError(f"{folder} is not a checkpoint folder (no {CONFIG}): not overwritten")
+        if not _may_be_replaced(folder):
+            raise ValueError(
+                f"{folder} is not overwritten: only an empty folder is, or a checkpoint folder, "
+                f"which holds {CONFIG} and weights"
+            )
     new = [parent for parent in folder.parents if not parent.exists()]
     free = shutil.disk_usage(folder.parents[len(new)]).free
     if size > free:
         gigabytes = f"{size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
         raise OSError(f"no room on the disk for {folder}: it needs {gigabytes}")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    beside = sibling(folder)
+    beside.mkdir()
     try:
-        beside.chmod(0o755)  # mkdtemp makes it private
         yield beside
         _replace(beside, folder)
     finally:
@@ -54,6 +58,13 @@ def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator
         for parent in new:  # empty after a failure, and only then
             with contextlib.suppress(OSError):
                 parent.rmdir()
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    weights = any(path for pattern in WEIGHTS for path in folder.glob(pattern))
+    return not any(folder.iterdir()) or ((folder / CONFIG).is_file() and weights)
 
 
 def _replace(beside: Path, folder: Path) -> None:

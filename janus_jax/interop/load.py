@@ -178,7 +178,7 @@ def _restore(
     paths: Container[str] | None,
 ) -> dict[str, jax.Array]:
     check_stored(folder)
-    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    here = jnp.zeros(()).sharding  # the default device
     wanted = {
         path: jax.ShapeDtypeStruct(
             shape, kind(path), sharding=sharding_for(path, shape) or here

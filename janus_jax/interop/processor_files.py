@@ -166,10 +166,12 @@ def _write_tokenizer(folder: Path, bos_id: int) -> None:
     write_json(folder / TOKENIZER_CONFIG, config | IMAGE_TOKENS | named)
     bos, tokenizer = stated_token(folder, "bos_token", BOS), read_json(folder / TOKENIZER)
     steps = tokenizer.get("post_processor") or {"type": "Sequence", "processors": []}
-    if "TemplateProcessing" in str(steps):
-        return
     steps = steps["processors"] if steps["type"] == "Sequence" else [steps]
     first = {"SpecialToken": {"id": bos, "type_id": 0}}
+    templates = [step for step in steps if step["type"] == "TemplateProcessing"]
+    if any(first in template["single"] for template in templates):
+        return
+    steps = [step for step in steps if step not in templates]
     one, two = ({"Sequence": {"id": name, "type_id": 0}} for name in "AB")
     template = {
         "type": "TemplateProcessing",

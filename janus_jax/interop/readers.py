@@ -102,9 +102,9 @@ def _place(path: Path, name: str, fields: dict, data: int) -> Tensor:
     try:
         kind, shape = fields["dtype"], tuple(int(n) for n in fields["shape"])
         start, end = (int(n) for n in fields["data_offsets"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, OverflowError):
         raise ValueError(f"{path} has a damaged safetensors header at {name}: {fields}") from None
-    if kind not in SAFETENSORS_DTYPES:
+    if not isinstance(kind, str) or kind not in SAFETENSORS_DTYPES:
         raise ValueError(f"{path}: {name} has dtype {kind}, not {', '.join(SAFETENSORS_DTYPES)}")
     dtype = SAFETENSORS_DTYPES[kind]
     needs = dtype.itemsize * math.prod(shape)
@@ -120,6 +120,8 @@ def _open_shards(
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of tensor names to files")
     files = sorted(set(weight_map.values()))
+    if elsewhere := [name for name in files if Path(name).name != name]:
+        raise ValueError(f"{index} must name files beside it, got {', '.join(elsewhere)}")
     absent = [name for name in files if not (folder / name).is_file()]
     if absent:
         raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(absent)}")

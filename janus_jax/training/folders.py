@@ -10,13 +10,13 @@ from pathlib import Path
 import jax.numpy as jnp
 
 from janus_jax.data.scenes import IMAGE_SIZE
-from janus_jax.flags import check_local
 from janus_jax.interop.files import CONFIG, small_files
 from janus_jax.interop.load import Folder, build_model, load_params, open_folder
 from janus_jax.interop.processor_files import copy_files
 from janus_jax.interop.readers import SAFETENSORS
 from janus_jax.interop.save import save_deepseek
 from janus_jax.models.janus import Janus, JanusConfig
+from janus_jax.paths import check_local
 
 
 @dataclasses.dataclass(frozen=True)

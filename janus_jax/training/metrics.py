@@ -6,7 +6,6 @@ import datetime
 import itertools
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +16,7 @@ from absl import logging
 from tensorboardX import SummaryWriter
 
 from janus_jax.data.records import KINDS
+from janus_jax.paths import written_whole
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -232,9 +232,8 @@ def _cut(path: Path, first: int) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= first]
     if kept != lines:  # in one piece: this run may be killed as well
-        new = path.with_suffix(".new")
-        new.write_bytes(b"".join(kept))
-        os.replace(new, path)
+        with written_whole(path) as file:
+            file.write(b"".join(kept))
 
 
 def _means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:

@@ -16,7 +16,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from janus_jax.data.loading import RowsConfig
 from janus_jax.data.records import KINDS
-from janus_jax.flags import check_local
 from janus_jax.generation.loading import DTYPES, check_processor
 from janus_jax.interop.load import (
     FLOAT32_PATHS,
@@ -28,6 +27,7 @@ from janus_jax.interop.load import (
 )
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.remat import REMATS
+from janus_jax.paths import check_local
 from janus_jax.processing.processor import Processor
 from janus_jax.sharding import (
     batch_sharding,
