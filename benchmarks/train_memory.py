@@ -4,8 +4,9 @@
     python -m benchmarks.train_memory --init checkpoints/Janus-Pro-1B --config finetune_lora \\
         --device v5e --output benchmarks/results/train_memory.jsonl
 
-Only the small files of the checkpoint folder are read. The plan is XLA's own, for one chip of the
-named kind (v5e: 16 GB, v5p: 95 GB): arguments, temporaries and results of the compiled step.
+Only the small files of the checkpoint folder are read. For one chip of the named kind (v5e: 16 GB,
+v5p: 95 GB): the size of what lies there during a step, and what XLA plans for the compiled step
+beside it, temporaries and results.
 """
 
 import argparse

@@ -155,6 +155,17 @@ def test_the_benchmark_measures_what_it_writes(tmp_path, monkeypatch):
     assert 0.5 < found["packing_efficiency"] <= 1
 
 
+def test_what_is_longer_than_the_decoder_s_positions_is_left_out(settings, processor, tmp_path):
+    longest = MODEL.language_model.max_position_embeddings
+    texts = [Record("text", text="red " * number) for number in (longest + 1, longest // 2)]
+    write_records("jsonl", tmp_path / "long.jsonl", texts * 5)
+    source = dict(format="jsonl", path=str(tmp_path / "long.jsonl"))
+    settings = dataclasses.replace(settings, mixture=source, length=2 * longest, max_bad=0.5)
+    rows, skipped = open_rows(settings, processor, MODEL, tmp_path)
+    next(iter(rows))
+    assert skipped.counts[""]["too long"] > 0
+
+
 def test_rows_streams_and_hosts_must_divide(settings):
     with pytest.raises(ValueError, match="got rows=4 streams=2 hosts=4"):
         settings.own_streams(0, 4)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from PIL import Image
 from stage_configs import small_config
 
@@ -59,6 +60,21 @@ def test_a_dry_run_tells_what_the_run_would_do_and_trains_nothing(tmp_path):
     for path in pictures:
         picture = np.asarray(Image.open(path))
         assert picture.shape == (64, 64, 3) and len(np.unique(picture)) > 2
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        dict(sample_every=1, questions=(("no/such.png", "What is it?"),)),
+        dict(eval_every=1, eval_mixture=dict(asked=dict(format="jsonl", path="no/such.jsonl"))),
+    ],
+)
+def test_a_dry_run_looks_at_what_will_be_asked(tmp_path, changed):
+    config = small_config(tmp_path)
+    config.eval_mixture = ConfigDict(changed.pop("eval_mixture", {}))
+    config.update(changed)
+    with pytest.raises(FileNotFoundError, match="no/such"):
+        list(dry_run(config))
 
 
 @pytest.mark.parametrize("tokenized", [False, True])

@@ -133,6 +133,7 @@ def test_each_config_of_janus_tiny_goes_on_from_one_before():
         assert [drawn[kind].path for kind in kinds] == [f"data/janus_tiny/{k}" for k in kinds]
 
 
+@pytest.mark.slow
 def test_the_page_on_training(home, monkeypatch):
     """Python first, for the commands use the files that it writes; then all, in two chains."""
     monkeypatch.chdir(home)

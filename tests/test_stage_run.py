@@ -16,6 +16,7 @@ import janus_jax
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.interop.load import open_folder, stored_params
 from janus_jax.training.checkpoints import Checkpoints
+from janus_jax.training.evaluation import asked_pictures
 from janus_jax.training.metrics import Log
 from janus_jax.training.run import alone_in, train_stage
 from janus_jax.training.setup import Setup
@@ -67,6 +68,8 @@ def test_sigterm_saves_and_the_run_goes_on_to_the_same_weights(whole, tmp_path, 
     assert not (tmp_path / "model").exists()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     monkeypatch.undo()
+    train_stage(small_config(tmp_path, steps=2))  # what it has learned so far is wanted
+    assert (tmp_path / "model").exists() and len(lines(tmp_path)) == 2
     train_stage(small_config(tmp_path))
     assert_same(weights(tmp_path / "model"), weights(whole / "model"))
     losses = [[line["loss"] for line in lines(folder)] for folder in (tmp_path, whole)]
@@ -147,6 +150,20 @@ def test_a_picture_that_cannot_be_read_is_told_of_before_the_first_step(tmp_path
     assert not (tmp_path / "metrics.jsonl").read_text()
 
 
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (dict(prompts=("a", " ")), "a prompt must be a text that is not empty, got ' '"),
+        (dict(prompts=("a " * 5000,)), "must fit the trained context of 512 tokens"),
+        (dict(questions=(("docs/scene.png", "a " * 5000),)), "must fit the trained context of 512"),
+    ],
+)
+def test_what_cannot_be_asked_is_told_of_before_the_first_step(tmp_path, asked, message):
+    setup = Setup.from_config(small_config(tmp_path, sample_every=2, **asked))
+    with pytest.raises(ValueError, match=message):
+        asked_pictures(setup)
+
+
 def test_settings_may_be_mended_until_something_is_saved(tmp_path):
     missing = dict(sample_every=1, questions=(("no/picture.png", "What is it?"),))
     with pytest.raises(FileNotFoundError, match=r"no/picture\.png"):
@@ -183,16 +200,27 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
 
 def test_a_moving_average_is_what_is_written(tmp_path):
     trained = r"language_model\.layers\.0\."
-    config = small_config(tmp_path, average_decay=0.75, trained=trained, steps=1)
-    train_stage(config)
+    config = small_config(tmp_path, average_decay=0.75, trained=trained, steps=2, save_every=1)
     setup, path = Setup.from_config(config), "language_model.layers.0.mlp.up_proj.kernel"
+
+    def newest():
+        """(parameter, average)"""
+        with Checkpoints(tmp_path / "checkpoints", 3) as checkpoints:
+            state, _ = checkpoints.restore(setup.abstract_state())
+        return np.asarray(state.params[path]), np.asarray(state.average[path])
+
+    train_stage(config)
+    param, average = newest()
+    shutil.rmtree(tmp_path / "checkpoints" / "2")
+    param_before, average_before = newest()
     first = stored_params(setup.source).read(path)
-    with Checkpoints(tmp_path / "checkpoints", 1) as checkpoints:
-        state, _ = checkpoints.restore(setup.abstract_state())
-    mean = 0.75 * first + 0.25 * np.asarray(state.params[path])
-    np.testing.assert_allclose(state.average[path], mean, rtol=1e-6)
-    assert not np.array_equal(first, mean)
-    np.testing.assert_array_equal(weights(tmp_path / "model")[path], state.average[path])
+    mean = 0.75 * first + 0.25 * param_before
+    np.testing.assert_allclose(average_before, mean, rtol=1e-6)
+    np.testing.assert_allclose(average, 0.75 * average_before + 0.25 * param, rtol=1e-6)
+    assert not np.array_equal(param_before, param) and not np.array_equal(param, average)
+    np.testing.assert_array_equal(weights(tmp_path / "model")[path], average)
+    train_stage(config)  # goes on from step 1
+    np.testing.assert_array_equal(newest(), (param, average))
 
 
 def test_held_out_losses_pictures_and_answers_at_intervals(tmp_path):
@@ -236,10 +264,12 @@ def test_the_held_out_loss_is_that_of_the_same_rows_each_time(tmp_path):
 
 def test_what_was_left_out_is_reported_and_forgotten_by_a_run_that_begins_anew(tmp_path):
     data, listed = tmp_path / "said.jsonl", tmp_path / "run" / "skipped-000.jsonl"
+    held_out = tmp_path / "run" / "eval" / "skipped-000.jsonl"
     data.write_text('{"text": "a word"}\n' * 20 + "{\n" + '{"text": ""}\n')
-    listed.parent.mkdir()
+    held_out.parent.mkdir(parents=True)
     mended = dict(source="text", record=f"{data}:1", reason="malformed", detail="")
-    listed.write_text(json.dumps(mended) + "\n")
+    for path in (listed, held_out):
+        path.write_text(json.dumps(mended) + "\n")
     trained = r"language_model\.layers\.0\."
     config = small_config(tmp_path / "run", steps=1, trained=trained, eval_every=1, eval_batches=1)
     config.mixture = ConfigDict(dict(text=dict(format="jsonl", path=str(data))))

@@ -194,6 +194,12 @@ def test_no_step_reads_the_tokenizer_where_pictures_come_as_indices(config):
         (dict(weight_decay=-1.0), "weight_decay must be a number of at least 0, got -1.0"),
         (dict(seed=2**32), "seed must be below 2**32, got 4294967296"),
         (dict(warmup_steps=10**6), "warmup_steps must be at least 0 and less than steps, got "),
+        (dict(learning_rate=1e-4), "end_learning_rate must be at most learning_rate (give both), "),
+        (dict(sample_every=5, prompts=()), "sample_every=5 needs prompts or questions, got none"),
+        (
+            dict(trained=r"gen_head\.out", fresh=r"gen_head\."),
+            r"fresh must match nothing that is frozen, got 'gen_head\\.', which matches gen_head.",
+        ),
         (dict(eval_every=5), "eval_every=5 needs an eval_mixture, got none"),
         (dict(loss_weights=dict(understanding=1.0, text=1.0, generation=float("inf"))), "loss_w"),
         (dict(lora_rank=4, trained="gen_head"), "with adapters nothing else is trained: lora_ta"),

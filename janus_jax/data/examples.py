@@ -95,7 +95,7 @@ class ExampleMaker:
         """uint8[S, S, 3] or int32[N]."""
         if not self.tokenized:
             if not record.pictures:
-                raise BadRecord("no picture", "there are only indices, and the run wants pictures")
+                raise BadRecord("no picture", "it has indices, and the run wants pictures")
             return crop_square(_decoded(record.pictures[0]), self.image_size)
         if record.indices is None:
             raise BadRecord("no indices", "there is only a picture, and the run wants indices")
@@ -126,7 +126,8 @@ class ExampleMaker:
     def _check(self, example: Example) -> None:
         length, pictures = len(example["tokens"]), len(example["pixels"])
         if length > self.max_length:
-            raise BadRecord("too long", f"{length} tokens, at most {self.max_length} fit a row")
+            most = f"at most {self.max_length} fit a row and the model"
+            raise BadRecord("too long", f"{length} tokens, {most}")
         if pictures > self.max_pictures:
             raise BadRecord(
                 "too many pictures", f"{pictures}, at most {self.max_pictures} fit a row"

@@ -96,32 +96,40 @@ def open_rows(
     """
     own = cfg.own_streams(host, hosts)
     part = open_parts(cfg.mixture, open_source)
-    make = ExampleMaker(
+    make = _example_maker(cfg, processor, model)
+    records = {leaf.name: len(leaf.source) for leaf in part.leaves()}
+    left_out = Skipped(Path(folder) / f"skipped-{host:03d}.jsonl", cfg.max_bad, records)
+    rows = {index: _rows(cfg, part, index, make, left_out) for index in own}
+    streams = Streams(rows, cfg.rows // cfg.streams, _settings(cfg, part))
+    return ThreadPrefetchIterDataset(streams, prefetch_buffer_size=PREFETCHED), left_out
+
+
+def _example_maker(cfg: RowsConfig, processor: Processor, model: JanusConfig) -> ExampleMaker:
+    return ExampleMaker(
         processor=processor,
         image_size=model.image_size,
         num_drawn=model.num_image_tokens,
         codebook_size=model.gen_vq.codebook_size,
-        max_length=cfg.length,
+        # positions begin anew in each example, so it is these that the decoder must have
+        max_length=min(cfg.length, model.language_model.max_position_embeddings),
         max_pictures=cfg.max_pictures,
         max_drawn=cfg.max_drawn,
         tokenized=cfg.tokenized,
     )
-    records = {leaf.name: len(leaf.source) for leaf in part.leaves()}
-    left_out = Skipped(Path(folder) / f"skipped-{host:03d}.jsonl", cfg.max_bad, records)
+
+
+def _rows(
+    cfg: RowsConfig, part: Part, index: int, make: ExampleMaker, left_out: Skipped
+) -> grain.IterDataset:
+    """The rows of one stream."""
     options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=2 * cfg.threads)
-
-    def rows(index: int) -> grain.IterDataset:
-        examples = stream(part, index, cfg.streams, make, cfg.seed).to_iter_dataset(options)
-        kept = examples.filter(left_out).map(lambda loaded: loaded.example)
-        pad_id = processor.tokenizer.pad_id
-        seed = (cfg.seed + index) % 2**32
-        filled = packed(kept, cfg.length, cfg.max_pictures, cfg.max_drawn, pad_id, seed)
-        # as many as come out at once, so that no step waits while the next ones are filled
-        return ThreadPrefetchIterDataset(filled, prefetch_buffer_size=OPEN_ROWS)
-
-    settings = _settings(cfg, part)
-    streams = Streams({index: rows(index) for index in own}, cfg.rows // cfg.streams, settings)
-    return ThreadPrefetchIterDataset(streams, prefetch_buffer_size=PREFETCHED), left_out
+    examples = stream(part, index, cfg.streams, make, cfg.seed).to_iter_dataset(options)
+    kept = examples.filter(left_out).map(lambda loaded: loaded.example)
+    pad_id = make.processor.tokenizer.pad_id
+    seed = (cfg.seed + index) % 2**32
+    filled = packed(kept, cfg.length, cfg.max_pictures, cfg.max_drawn, pad_id, seed)
+    # as many as come out at once, so that no step waits while the next ones are filled
+    return ThreadPrefetchIterDataset(filled, prefetch_buffer_size=OPEN_ROWS)
 
 
 def _settings(cfg: RowsConfig, part: Part) -> dict[str, int | bool | str]:

@@ -107,7 +107,7 @@ class Pipeline:
         if max_batch is not None:
             samplers.check_count("max_batch", max_batch)
         requests = image.make_requests(
-            [self._image_prompt(prompt) for prompt in _at_least_one("prompts", prompts)],
+            [self.image_prompt(prompt) for prompt in _at_least_one("prompts", prompts)],
             num_images,
             seed,
             guidance_weight,
@@ -117,7 +117,12 @@ class Pipeline:
         indices, pixels = image.generate(self.model, requests, max_batch, self.mesh, progress)
         return Images(pixels, indices)
 
-    def _image_prompt(self, prompt: str) -> tuple[list[int], list[int]]:
+    def image_prompt(self, prompt: str) -> tuple[list[int], list[int]]:
+        """The tokens of a description, and of none, that image tokens follow.
+
+        Raises:
+            ValueError: it says nothing, or is too long for the trained context.
+        """
         if not isinstance(prompt, str) or not prompt.strip():
             raise ValueError(f"a prompt must be a text that is not empty, got {prompt!r}")
         tokens = self.processor.image_prompt(prompt)
@@ -165,7 +170,7 @@ class Pipeline:
         many = not _is_conversation(conversation)
         conversations = _at_least_one("conversations", conversation) if many else [conversation]
         pictures = _pictures_of_each(images, len(conversations)) if many else [picture_list(images)]
-        examples = self._examples(conversations, pictures, max_new_tokens)
+        examples = self.examples(conversations, pictures, max_new_tokens)
         answers = list(self._answers(examples, max_new_tokens, max_batch, sampling, seed))
         return answers if many else answers[0]
 
@@ -194,7 +199,7 @@ class Pipeline:
         sampling = self._text_settings(max_new_tokens, temperature, top_k, top_p, seed)
         if not _is_conversation(conversation):
             raise ValueError("stream takes one conversation, got a list of them")
-        examples = self._examples([conversation], [picture_list(images)], max_new_tokens)
+        examples = self.examples([conversation], [picture_list(images)], max_new_tokens)
         requests = self._text_requests(examples, _prompt_length(examples), sampling, seed)
         return self._pieces(requests, max_new_tokens)
 
@@ -219,7 +224,17 @@ class Pipeline:
         size = self.model.cfg.language_model.vocab_size
         return samplers.make_sampling(temperature, top_k, top_p, size)
 
-    def _examples(self, conversations, pictures, max_new_tokens: int) -> list[Example]:
+    def examples(
+        self,
+        conversations: Sequence[Conversation],
+        pictures: Sequence[Sequence[ImageSource]],
+        max_new_tokens: int,
+    ) -> list[Example]:
+        """Conversations and the pictures of each as tokens and pixels.
+
+        Raises:
+            ValueError, FileNotFoundError: as answer.
+        """
         for messages in conversations:
             if not isinstance(messages, str):
                 chat.check_unanswered(messages)

@@ -15,6 +15,8 @@ from janus_jax.data.packing import efficiency
 from janus_jax.interop.load import load_vq
 from janus_jax.models.vq import VQ
 from janus_jax.processing.processor import Processor
+from janus_jax.training.distributed import check_processes
+from janus_jax.training.evaluation import asked_pictures, held_out_rows
 from janus_jax.training.memory import held, step_bytes
 from janus_jax.training.setup import Setup, Shapes
 
@@ -31,12 +33,17 @@ def dry_run(cfg) -> Iterator[str]:
     Raises as train_stage does.
     """
     setup = Setup.from_config(cfg)
+    check_processes(setup.mesh)
     folder = Path(cfg.output) / "dry_run" / f"host-{jax.process_index()}"
     trained, frozen = setup.shapes
     yield f"trained: {_numbers(trained)}"
     yield f"frozen: {_numbers(frozen)}"
     hosts = jax.process_index(), jax.process_count()
     _empty(folder)
+    if cfg.eval_every:
+        held_out_rows(setup, folder)
+    if cfg.sample_every:
+        asked_pictures(setup)
     rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, folder, *hosts)
     with contextlib.closing(iter(rows)) as iterator:
         batch = next(iterator)

@@ -6,9 +6,13 @@ import itertools
 from collections.abc import Callable
 from pathlib import Path
 
+import grain
 import jax
+from flax import nnx
+from PIL import Image
 
 from janus_jax.data.loading import open_rows
+from janus_jax.data.skipped import Skipped
 from janus_jax.generation.loading import Drawing
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.interop.load import load_params, param_shapes
@@ -19,21 +23,28 @@ from janus_jax.training.setup import DTYPES, Setup, put_rows
 from janus_jax.training.state import TrainState, written_params
 from janus_jax.training.step import Params
 
+LONGEST_ANSWER = 256  # tokens
+
 Watch = Callable[[int, TrainState], None]  # step, state
 
 
-def evaluation(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
-    """Reports eval/KIND, the mean loss of each kind on the first cfg.eval_batches steps' rows of
-    cfg.eval_mixture, and what was left out of them; they are the same rows each time.
+def held_out_rows(setup: Setup, output: Path) -> tuple[grain.IterDataset, Skipped]:
+    """Rows of cfg.eval_mixture, and what is left out of them (data/loading.py), listed in
+    OUTPUT/eval.
 
     Raises ValueError or FileNotFoundError for a mixture that cannot be opened.
     """
-    cfg = setup.cfg
-    rows_cfg = dataclasses.replace(setup.rows, mixture=cfg.eval_mixture.to_dict())
+    rows_cfg = dataclasses.replace(setup.rows, mixture=setup.cfg.eval_mixture.to_dict())
     hosts = jax.process_index(), jax.process_count()
-    folder = output / "eval"
-    rows, skipped = open_rows(rows_cfg, setup.processor, setup.source.cfg, folder, *hosts)
-    losses = jax.jit(setup.objective().totals)
+    return open_rows(rows_cfg, setup.processor, setup.source.cfg, output / "eval", *hosts)
+
+
+def evaluation(
+    setup: Setup, frozen: Params, log: Log, rows: grain.IterDataset, skipped: Skipped
+) -> Watch:
+    """Reports eval/KIND, the mean loss of each kind on the rows of the first cfg.eval_batches
+    steps, and what was left out of them; they are the same rows each time."""
+    cfg, losses = setup.cfg, jax.jit(setup.objective().totals)
 
     def evaluate(step: int, state: TrainState) -> None:
         found, params = [], written_params(state)
@@ -49,15 +60,29 @@ def evaluation(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
     return evaluate
 
 
+def asked_pictures(setup: Setup) -> list[list[Image.Image]]:
+    """Those of each of cfg.questions.
+
+    Raises FileNotFoundError or ValueError for a picture that cannot be read, and for a prompt or a
+    question that the model could not take.
+    """
+    cfg = setup.cfg
+    pictures = [[load_image(picture)] for picture, _ in cfg.questions]
+    janus = Pipeline(nnx.merge(*setup.model), setup.processor, "", Drawing())  # without values
+    for prompt in cfg.prompts:
+        janus.image_prompt(prompt)
+    janus.examples([question for _, question in cfg.questions], pictures, LONGEST_ANSWER)
+    return pictures
+
+
 def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
     """Draws cfg.prompts and answers cfg.questions, pairs of a picture's path and a text.
 
     They go to OUTPUT/samples/STEP, prompt-0.png ... and answers.txt, and to TensorBoard. With the
     model as it is at that step, always with the seed of the config.
-    Raises FileNotFoundError or ValueError for a picture that cannot be read.
+    Raises FileNotFoundError or ValueError as asked_pictures.
     """
-    cfg, sharding = setup.cfg, sharding_for(setup.mesh)
-    pictures = [[load_image(picture)] for picture, _ in cfg.questions]
+    cfg, sharding, pictures = setup.cfg, sharding_for(setup.mesh), asked_pictures(setup)
     asked = [question for _, question in cfg.questions]
     # nothing is differentiated here, and remat writes to the model, which loops do not allow
     plain = dataclasses.replace(setup, model_cfg=setup.model_cfg.with_remat("none"))
@@ -79,7 +104,7 @@ def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
                 write(folder / f"prompt-{number}.png", encode_png(picture))
             log.images(step, "prompts", pixels)
         if cfg.questions:
-            answers = janus.answer(asked, pictures)
+            answers = janus.answer(asked, pictures, LONGEST_ANSWER)
             pairs = zip(cfg.questions, answers, strict=True)
             text = "".join(f"{path}: {ask} -> {said}\n" for (path, ask), said in pairs)
             write(folder / "answers.txt", text.encode())

@@ -33,7 +33,7 @@ from janus_jax.interop.load import stored_params
 from janus_jax.processing.json_files import read_json
 from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.distributed import check_processes, check_shared
-from janus_jax.training.evaluation import Watch, evaluation, samples
+from janus_jax.training.evaluation import Watch, evaluation, held_out_rows, samples
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
 from janus_jax.training.lora import adapter_paths, merged
 from janus_jax.training.metrics import Log
@@ -61,21 +61,21 @@ def train_stage(cfg) -> None:
     """
     setup, output = Setup.from_config(cfg), Path(cfg.output)
     check_processes(setup.mesh)
-    host, hosts = jax.process_index(), jax.process_count()
-    rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, output, host, hosts)
+    hosts = jax.process_index(), jax.process_count()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
         stack.enter_context(alone_in(output))
         checkpoints = stack.enter_context(Checkpoints(output / CHECKPOINTS, cfg.keep))
         check_shared(checkpoints.newest)
         check_output(cfg, checkpoints.newest)
+        rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, output, *hosts)
         if checkpoints.newest is None:
             skipped.forget()  # of a start before, after which they may have been mended
         iterator = stack.enter_context(contextlib.closing(iter(rows)))
         state, frozen = begin(setup, checkpoints, iterator)
         log = stack.enter_context(open_log(setup, output, int(state.step), skipped))
         costs = step_flops(setup.source.cfg, *setup.shapes)
-        watches = watches_of(setup, frozen, log, output)
+        watches = watches_of(setup, frozen, log, output, int(state.step))
         run = Run(setup.step(), setup.mesh, frozen, costs, checkpoints, log, watches, stop)
         state = run.steps(state, iterator, cfg.steps, cfg.save_every)
         if int(state.step) == cfg.steps:
@@ -150,12 +150,15 @@ def open_log(setup: Setup, output: Path, first: int, skipped: Skipped) -> Log:
 
 
 def watches_of(
-    setup: Setup, frozen: Params, log: Log, output: Path
+    setup: Setup, frozen: Params, log: Log, output: Path, first: int
 ) -> list[tuple[int, Watch]]:
-    """What is asked of the run, and every how many steps."""
+    """What is asked of the run, and every how many steps. first: as of open_log."""
     cfg, found = setup.cfg, []
     if cfg.eval_every:
-        found.append((cfg.eval_every, evaluation(setup, frozen, log, output)))
+        rows, skipped = held_out_rows(setup, output)
+        if first == 0:
+            skipped.forget()
+        found.append((cfg.eval_every, evaluation(setup, frozen, log, rows, skipped)))
     if cfg.sample_every:
         found.append((cfg.sample_every, samples(setup, frozen, log, output)))
     return found
@@ -196,7 +199,7 @@ class Run:
                 waiting = None
             if save:
                 self.checkpoints.save(state, rows.get_state())
-            for watch in due:  # after saving: one that fails costs no steps
+            for watch in due:  # after saving, where the step is also saved: one may fail
                 watch(number, state)
             if stopping:
                 logging.info("told to stop: saved at step %d", number)

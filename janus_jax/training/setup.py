@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,9 +98,9 @@ class Setup:
             lora = LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
         rows = rows_config(cfg, mesh)
         setup = cls(cfg, source, processor, model_cfg, mesh, rows, lora)
-        trained, _ = setup.shapes
-        if cfg.fresh and not any(re.match(cfg.fresh, path) for path in trained):
-            raise ValueError(f"no parameter path that trains matches fresh={cfg.fresh!r}")
+        trained, frozen = setup.shapes
+        if cfg.fresh:
+            check_fresh(cfg.fresh, trained, frozen)
         return setup
 
     @property
@@ -270,6 +270,16 @@ def rows_config(cfg, mesh: Mesh) -> RowsConfig:
     return rows
 
 
+def check_fresh(fresh: str, trained: Iterable[str], frozen: Iterable[str]) -> None:
+    """Raises ValueError unless, of these paths, fresh matches some that train and no other."""
+    if not any(re.match(fresh, path) for path in trained):
+        raise ValueError(f"no parameter path that trains matches {fresh=}")
+    kept = [path for path in frozen if re.match(fresh, path)]
+    if kept:
+        rule = "fresh must match nothing that is frozen"
+        raise ValueError(f"{rule}, got {fresh!r}, which matches {kept[0]}")
+
+
 def check_settings(cfg) -> None:
     """Raises ValueError for a number out of its range, or a name that is none of those known."""
     counts = ("steps", "log_every", "save_every", "keep", "accumulate", "chunk", "eval_batches")
@@ -288,9 +298,11 @@ def check_settings(cfg) -> None:
             raise ValueError(f"{name} must be a number of at least 0, got {cfg[name]}")
     if cfg.seed >= 2**32:
         raise ValueError(f"seed must be below 2**32, got {cfg.seed}")
-    learning_rates(cfg)  # raises for a warm-up that takes all steps
+    learning_rates(cfg)  # raises for those that do not fit together
     if cfg.eval_every and not cfg.eval_mixture:
         raise ValueError(f"eval_every={cfg.eval_every} needs an eval_mixture, got none")
+    if cfg.sample_every and not (cfg.prompts or cfg.questions):
+        raise ValueError(f"sample_every={cfg.sample_every} needs prompts or questions, got none")
     for name, known in dict(dtype=DTYPES, model_dtype=DTYPES, remat=REMATS).items():
         if cfg[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {cfg[name]!r}")

@@ -90,11 +90,14 @@ def learning_rates(cfg) -> optax.Schedule:
     where the rate is to stay, as in all of Janus-Pro's stages.
 
     cfg: ConfigDict with learning_rate, end_learning_rate, warmup_steps, steps.
-    Raises ValueError if the warm-up takes all steps.
+    Raises ValueError if the warm-up takes all steps, or the rate would rise after it.
     """
     if not 0 <= cfg.warmup_steps < cfg.steps:
         asked = f"warmup_steps={cfg.warmup_steps} steps={cfg.steps}"
         raise ValueError(f"warmup_steps must be at least 0 and less than steps, got {asked}")
+    if cfg.end_learning_rate > cfg.learning_rate:
+        rule = "end_learning_rate must be at most learning_rate (give both)"
+        raise ValueError(f"{rule}, got {cfg.end_learning_rate} for {cfg.learning_rate}")
     return optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, cfg.warmup_steps, cfg.steps, cfg.end_learning_rate
     )
@@ -104,7 +107,7 @@ def make_optimizer(cfg) -> optax.GradientTransformation:
     """AdamW after clipping by global norm, as in Janus-Pro's Table 2.
 
     cfg: ConfigDict as of learning_rates, with b1, b2, weight_decay, clip.
-    Raises ValueError if the warm-up takes all steps.
+    Raises ValueError as learning_rates.
     """
     return optax.chain(
         optax.clip_by_global_norm(cfg.clip),

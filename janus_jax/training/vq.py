@@ -93,7 +93,7 @@ def make_vq_step(
 ) -> Callable:
     """The jitted step (state, usage, images, patch_groups) -> (state, usage, metrics).
 
-    images: uint8[B, Y, X, 3]; patch_groups: int32[B * y * x], see losses.vq_loss.
+    images: uint8[B, Y, X, 3]; patch_groups: int32[B * y * x], see vq_loss.
     cfg: ConfigDict with seed and steps; quantise_from, the step from which latents are quantised
     (an autoencoder first: codes put on random latents of an untrained encoder hold it back);
     dead_code_usage, uses a step under which a code is moved, in the first three quarters of
