@@ -159,11 +159,16 @@ def check_devices() -> None:
         raise ValueError(f"{rule}, got {asked} (JAX_PLATFORMS): {str(error) or 'none'}") from error
 
 
-def check_mesh(mesh: Mesh, cfg: JanusConfig) -> None:
-    """Raises ValueError unless the axes are ours and `tensor` divides every number of heads."""
+def check_axes(mesh: Mesh) -> None:
+    """Raises ValueError unless it is a mesh, and its axes are ours."""
     if not isinstance(mesh, Mesh) or set(mesh.axis_names) != set(AXES):
         given = f"axes {mesh.axis_names}" if isinstance(mesh, Mesh) else repr(mesh)
         raise ValueError(f"a mesh must have the axes {', '.join(AXES)}, got {given}")
+
+
+def check_mesh(mesh: Mesh, cfg: JanusConfig) -> None:
+    """Raises ValueError unless the axes are ours and `tensor` divides every number of heads."""
+    check_axes(mesh)
     tensor, decoder = mesh.shape["tensor"], cfg.language_model
     heads = {
         "attention heads of the decoder": decoder.num_attention_heads,

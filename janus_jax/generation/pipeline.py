@@ -380,6 +380,8 @@ def load(
     Source: the folders of MultiModalityCausalLM (the original code) and of transformers'
     JanusForConditionalGeneration.
     """
+    if mesh is not None:
+        sharding.check_axes(mesh)
     dtype = loading.check_dtype(dtype, mesh)
     compile_cache.enable()
     folder = loading.find_folder(path_or_hub_id)

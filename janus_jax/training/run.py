@@ -65,10 +65,10 @@ def train_stage(cfg) -> None:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
         stack.enter_context(alone_in(output))
+        rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, output, *hosts)
         checkpoints = stack.enter_context(Checkpoints(output / CHECKPOINTS, cfg.keep))
         check_shared(checkpoints.newest)
         check_output(cfg, checkpoints.newest)
-        rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, output, *hosts)
         if checkpoints.newest is None:
             skipped.forget()  # of a start before, after which they may have been mended
         iterator = stack.enter_context(contextlib.closing(iter(rows)))
