@@ -39,6 +39,14 @@ def pytest_report_header() -> str | None:
         return f"torch is not installed: {len(collect_ignore)} files that compare with it left out"
 
 
+@pytest.fixture(scope="module")
+def quick_compiles():
+    """Compiles in less time what then runs slower, for programs of which few steps are run."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def golden() -> Path:
     """Folder of the recordings of the original PyTorch code (see its README)."""

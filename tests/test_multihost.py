@@ -23,6 +23,8 @@ from janus_jax.training.distributed import check_processes, check_shared, initia
 from janus_jax.training.metrics import Log
 from janus_jax.training.run import train_stage
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")  # as in the processes
+
 ROOT = Path(__file__).parents[1]
 WORKER = "tests/multihost_worker.py"
 SECONDS = 600  # after which a process is killed; all of this file takes one
@@ -142,13 +144,6 @@ def assert_same_run(one: Path, processes: int, other: Path, steps: range) -> Non
     found, expected = records(one, processes), records(other, 1)
     assert [found[step] for step in steps] == [expected[step] for step in steps]
     assert all(len(found[step]) == 8 for step in steps)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_as_in_the_processes():
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module")

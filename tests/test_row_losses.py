@@ -16,6 +16,8 @@ from janus_jax.data.records import KINDS, Record
 from janus_jax.processing.images import encode_png
 from janus_jax.training.row_losses import cross_entropies, drawn_indices, normalise, row_losses
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def plain(head, hidden, targets, wanted):
     losses = optax.softmax_cross_entropy_with_integer_labels(head(hidden), targets)

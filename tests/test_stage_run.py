@@ -21,6 +21,8 @@ from janus_jax.training.metrics import Log
 from janus_jax.training.run import alone_in, train_stage
 from janus_jax.training.setup import Setup
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def weights(folder):
     stored = stored_params(open_folder(folder))

@@ -13,6 +13,8 @@ from janus_jax.training.memory import row_shapes
 from janus_jax.training.setup import Setup, put_rows
 from janus_jax.training.state import make_optimizer
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 ROWS = 8
 
 

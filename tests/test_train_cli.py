@@ -41,6 +41,7 @@ def run(*flags: str, **settings) -> subprocess.CompletedProcess:
     """train.py with these flags, and --config.NAME=VALUE of each setting."""
     flags += tuple(f"--config.{name}={value}" for name, value in settings.items())
     env = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of the time
     command = [sys.executable, "train.py", *flags]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
 
