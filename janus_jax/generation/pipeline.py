@@ -236,8 +236,7 @@ class Pipeline:
             ValueError, FileNotFoundError: as answer.
         """
         for messages in conversations:
-            if not isinstance(messages, str):
-                chat.check_unanswered(messages)
+            chat.check_unanswered(messages)
         examples = [
             self.processor.conversation(messages, own)
             for messages, own in zip(conversations, pictures, strict=True)

@@ -5,7 +5,6 @@ import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -71,13 +70,13 @@ def _replace(beside: Path, folder: Path) -> None:
     if not folder.exists():
         beside.rename(folder)
         return
-    old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.old.", dir=folder.parent))
+    old = sibling(folder)
     try:
-        folder.rename(old / "was")
+        folder.rename(old)
         beside.rename(folder)
     except BaseException:  # an interrupt, too, must not cost the folder that was there
         if not folder.exists():
-            (old / "was").rename(folder)
+            old.rename(folder)
         raise
     finally:
         shutil.rmtree(old, ignore_errors=True)
