@@ -19,9 +19,10 @@ from pathlib import Path
 
 import numpy as np
 
-from janus_jax.interop.files import CONFIG, write_json, write_safetensors
+from janus_jax.interop.files import CONFIG, write_safetensors
 from janus_jax.interop.readers import TORCH_BIN
 from janus_jax.interop.tensors import BFLOAT16
+from janus_jax.processing.json_files import write_json
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 STD = 0.02  # of all values but the norms' scales, which are around 1

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from janus_jax.flags import OneLineParser, one_line_errors
+from janus_jax.flags import OneLineParser, clean_up_on_sigterm, one_line_errors
 
 COMMANDS = ("export", "inspect")
 DESCRIPTION = """\
@@ -72,11 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = _parser(command).parse_args(argv)
     os.environ["JAX_PLATFORMS"] = "cpu"  # all work is on the host
     with one_line_errors("convert"):
-        lines = _run(command, args)
-    print("\n".join(lines))
+        print("\n".join(_run(command, args)))
 
 
 if __name__ == "__main__":
     # Storage tasks that a failure cut short report once more, to nobody, as they are collected.
     sys.unraisablehook = lambda unraisable: None
+    clean_up_on_sigterm()
     main()

@@ -16,13 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from janus_jax.interop.files import (
-    CONFIG,
-    new_folder,
-    small_files,
-    write_json,
-    write_safetensors_file,
-)
+from janus_jax.interop.files import CONFIG, new_folder, small_files, write_safetensors_file
+from janus_jax.processing.json_files import write_json
 
 PARAMS = "params"
 UNUSED = "unused.safetensors"

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import signal
 import sys
 from collections.abc import Iterator
 from typing import NoReturn
@@ -28,6 +29,14 @@ def stop(name: str, message: str, status: int = 2) -> NoReturn:
 def one_line(name: str, message: str) -> str:
     """What a command has to say of an error."""
     return f"{name}: {' '.join(message.split())}"
+
+
+def clean_up_on_sigterm() -> None:
+    """Lets SIGTERM end the program as an error does: nothing half written stays behind.
+
+    Schedulers and containers send it; by itself it ends a program where it stands.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 @contextlib.contextmanager

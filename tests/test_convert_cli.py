@@ -132,6 +132,23 @@ def test_truncated_safetensors(golden, refused, tmp_path):
         assert "truncated" in said
 
 
+def test_pointers_of_git_lfs_are_named(golden, refused, tmp_path):
+    source = checkpoints.make_single(golden, tmp_path / "s")
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
+    (source / "model.safetensors").write_text(pointer)
+    assert "a pointer to them: run git lfs pull" in refused("inspect", source)
+    (source / "model.safetensors").rename(source / "pytorch_model.bin")
+    assert "a pointer to them: run git lfs pull" in refused("inspect", source)
+
+
+@pytest.mark.parametrize("section", [None, {"params": []}])
+def test_a_section_of_a_wrong_type_is_named(golden, refused, tmp_path, section):
+    source = checkpoints.make_single(golden, tmp_path / "s")
+    config = json.loads((source / "config.json").read_text()) | {"vision_config": section}
+    (source / "config.json").write_text(json.dumps(config))
+    assert "vision_config, and params in it, must be objects" in refused("inspect", source)
+
+
 @pytest.mark.parametrize(
     "fields",
     [
@@ -254,6 +271,32 @@ def test_transformers_needs_the_tokenizer(golden, refused, tmp_path):
     refused("export", source, tmp_path / "o", "--layout", "transformers")
 
 
+def test_what_came_meanwhile_is_not_replaced(tmp_path):
+    for overwrite, error in ((False, FileExistsError), (True, ValueError)):
+        with pytest.raises(error), files.new_folder(tmp_path / "o", overwrite):
+            (tmp_path / "o").mkdir(exist_ok=True)
+            (tmp_path / "o" / "mine.txt").write_text("keep")
+        assert (tmp_path / "o" / "mine.txt").read_text() == "keep"
+        assert [path.name for path in tmp_path.iterdir()] == ["o"]
+        (tmp_path / "o" / "mine.txt").unlink()
+        (tmp_path / "o").rmdir()
+
+
+def test_sigterm_leaves_nothing(tmp_path):
+    program = f"""
+import os, signal
+from pathlib import Path
+from janus_jax.flags import clean_up_on_sigterm
+from janus_jax.interop.files import new_folder
+clean_up_on_sigterm()
+with new_folder(Path({str(tmp_path)!r}) / "new" / "o") as beside:
+    (beside / "half").touch()
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT)
+    assert done.returncode == 143 and list(tmp_path.iterdir()) == []
+
+
 def test_a_full_disk_leaves_nothing(golden, refused, tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -281,6 +324,14 @@ def test_a_damaged_orbax_folder(golden, refused, run, tmp_path):
     assert "params is damaged: " in refused(*command)
     (tmp_path / "o" / "params" / "_METADATA").write_text("{")
     assert "params is damaged: " in refused(*command)
+
+
+def test_an_orbax_folder_without_the_unused_tensors_is_as_good(golden, run, tmp_path):
+    assert run(golden / "janus", tmp_path / "o")[0] == 0
+    (tmp_path / "o" / "unused.safetensors").unlink()
+    assert "not used" not in run("inspect", tmp_path / "o")[1]
+    command = ("export", tmp_path / "o", tmp_path / "d", "--layout", "deepseek")
+    assert "wrote zeros for" in run(*command)[1]
 
 
 def test_an_interruption_leaves_nothing(golden, run, tmp_path, monkeypatch):

@@ -30,7 +30,7 @@ def test_another_layout_keeps_how_it_draws_and_system_prompt(golden, tmp_path):
     assert stated["use_default_system_prompt"] is False
     export.export_folder(tmp_path / "hf", tmp_path / "back", "deepseek", overwrite=False)
     for folder in (tmp_path / "hf", tmp_path / "back"):
-        assert loading.Drawing.from_dir(folder) == (1.5, 0.5)
+        assert loading.DrawingDefaults.from_dir(folder) == (1.5, 0.5)
         assert Processor.from_dir(folder).system_prompt == ""
 
 
@@ -71,6 +71,8 @@ def test_bos_is_added_where_a_template_adds_none(golden, tmp_path):
     ("settings", "says"),
     [
         (dict(sft_format="plain"), "sft_format deepseek or deepseek_old, not 'plain'"),
+        (dict(sft_format=["x"]), r"sft_format must be one of .*, got \['x'\]"),
+        (dict(image_tag="<begin_of_image>"), "the image_tag <image_placeholder>, not '<begin_of"),
         (dict(system_prompt="Rhyme."), "DeepSeek's system prompt or none, not 'Rhyme.'"),
     ],
 )

@@ -20,8 +20,8 @@ from tokenizers import (
 )
 
 from janus_jax.data import questions, scenes
-from janus_jax.interop.files import write_json
 from janus_jax.processing.chat import JANUS_ROLES
+from janus_jax.processing.json_files import write_json
 from janus_jax.processing.tokenizer import BOS, EOS, IMAGE, IMAGE_END, IMAGE_START, PAD
 
 PATCH = "<patch_placeholder>"  # in the released tokenizers, used by nothing

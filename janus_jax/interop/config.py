@@ -15,6 +15,11 @@ from janus_jax.models.vq import VQConfig
 
 DEEPSEEK, TRANSFORMERS = "deepseek", "transformers"
 FLOW_KEYS = ("vision_gen_enc_config", "vision_gen_dec_config", "vision_und_enc_config")
+SECTIONS = (
+    *("vision_config", "aligner_config", "language_config"),
+    *("gen_vision_config", "gen_aligner_config", "gen_head_config"),
+    *("text_config", "vq_config"),
+)
 SIGLIP, VQ16 = SiglipConfig.siglip_large_patch16_384(), VQConfig.vq_16()
 SIGLIP_NAME = "siglip_large_patch16_384"
 # transformers.LlamaConfig
@@ -52,6 +57,7 @@ def read_config(config: Mapping) -> JanusConfig:
       ValueError: another model, a missing size, or a value that is not supported.
     """
     read = {DEEPSEEK: _read_deepseek, TRANSFORMERS: _read_transformers}[layout_of(config)]
+    _check_sections(config)
     try:
         cfg = read(config)
         _check_sizes(cfg)
@@ -59,6 +65,13 @@ def read_config(config: Mapping) -> JanusConfig:
     except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"config.json has a value of a wrong type: {error}") from None
     return cfg
+
+
+def _check_sections(config: Mapping) -> None:
+    for key, section in ((key, config[key]) for key in SECTIONS if key in config):
+        params = section.get("params", {}) if isinstance(section, Mapping) else None
+        if not isinstance(params, Mapping):
+            raise ValueError(f"config.json: {key}, and params in it, must be objects")
 
 
 def _require(section: Mapping, where: str, **wanted) -> None:
@@ -247,7 +260,9 @@ def write_config(
     dtype = _stated_dtype(source)
     if layout == DEEPSEEK:
         return _write_deepseek(cfg, dtype)
-    _check_transformers(cfg, image_token_id)
+    _check_transformers(cfg)
+    if image_token_id is None:
+        raise ValueError("the transformers layout needs a tokenizer.json with <image_placeholder>")
     return _write_transformers(cfg, dtype, image_token_id)
 
 
@@ -332,7 +347,7 @@ def _section(kind: str, cls: str, params: dict) -> dict:
     return {"cls": cls, "model_type": kind, "params": params}
 
 
-def _check_transformers(cfg: JanusConfig, image_token_id: int | None) -> None:
+def _check_transformers(cfg: JanusConfig) -> None:
     """What JanusForConditionalGeneration keeps fixed."""
     vision, vq, width = cfg.und_encoder, cfg.gen_vq, cfg.language_model.hidden_size
     fixed = (
@@ -344,8 +359,6 @@ def _check_transformers(cfg: JanusConfig, image_token_id: int | None) -> None:
     for what, value, wanted in fixed:
         if value != wanted:
             raise ValueError(f"the transformers layout needs {what}: {value} is not {wanted}")
-    if image_token_id is None:
-        raise ValueError("the transformers layout needs a tokenizer.json with <image_placeholder>")
 
 
 def _write_transformers(cfg: JanusConfig, dtype: str, image_token_id: int) -> dict:

@@ -10,10 +10,11 @@ import numpy as np
 from janus_jax import checkpoint
 from janus_jax.interop import deepseek
 from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS, write_config
-from janus_jax.interop.files import CONFIG, new_folder, write_json, write_safetensors
+from janus_jax.interop.files import CONFIG, new_folder, write_safetensors
 from janus_jax.interop.load import Folder, StoredParams, open_folder, stored_params, table_for
 from janus_jax.interop.processor_files import copy_files, translate_files
 from janus_jax.interop.rules import Shape, export_steps, torch_shape
+from janus_jax.processing.json_files import write_json
 from janus_jax.processing.tokenizer import Tokenizer
 
 Kinds = dict[str, tuple[np.dtype, Shape]]

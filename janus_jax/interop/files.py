@@ -12,6 +12,7 @@ import numpy as np
 
 from janus_jax.interop.readers import SAFETENSORS, SAFETENSORS_DTYPES
 from janus_jax.paths import check_local, sibling
+from janus_jax.processing.json_files import write_json
 
 CONFIG = "config.json"
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
@@ -33,14 +34,7 @@ def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator
     """
     check_local("the folder to write", folder)
     folder = Path(folder).resolve()
-    if os.path.lexists(folder):
-        if not overwrite:
-            raise FileExistsError(f"{folder} exists (--overwrite replaces it)")
-        if not _may_be_replaced(folder):
-            raise ValueError(
-                f"{folder} is not overwritten: only an empty folder is, or a checkpoint folder, "
-                f"which holds {CONFIG} and weights"
-            )
+    _check_replaced(folder, overwrite)
     new = [parent for parent in folder.parents if not parent.exists()]
     free = shutil.disk_usage(folder.parents[len(new)]).free
     if size > free:
@@ -51,6 +45,7 @@ def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator
     beside.mkdir()
     try:
         yield beside
+        _check_replaced(folder, overwrite)  # what came meanwhile is nobody's to delete
         _replace(beside, folder)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
@@ -59,7 +54,20 @@ def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator
                 parent.rmdir()
 
 
-def _may_be_replaced(folder: Path) -> bool:
+def _check_replaced(folder: Path, overwrite: bool) -> None:
+    """Raises FileExistsError or ValueError if there is something that must not be replaced."""
+    if not os.path.lexists(folder):
+        return
+    if not overwrite:
+        raise FileExistsError(f"{folder} exists (--overwrite replaces it)")
+    if not _is_checkpoint_or_empty(folder):
+        raise ValueError(
+            f"{folder} is not overwritten: only an empty folder is, or a checkpoint folder, "
+            f"which holds {CONFIG} and weights"
+        )
+
+
+def _is_checkpoint_or_empty(folder: Path) -> bool:
     if not folder.is_dir():
         return False
     weights = any(path for pattern in WEIGHTS for path in folder.glob(pattern))
@@ -86,12 +94,6 @@ def small_files(folder: Path) -> list[Path]:
     """Config, tokenizer and processor files of a checkpoint folder."""
     found = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
     return sorted(p for p in found if p.is_file() and not p.name.endswith(".index.json"))
-
-
-def write_json(path: Path, value: Mapping) -> None:
-    """Writes UTF-8 text as a person may edit it: indented by 2, letters as they are."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", "utf-8")
 
 
 def write_safetensors(

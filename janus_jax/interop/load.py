@@ -280,7 +280,8 @@ def stored_params(folder: Folder) -> StoredParams:
 def _stored_orbax(folder: Folder) -> StoredParams:
     stored = check_stored(folder)
     kinds = {path: (np.dtype(leaf.dtype), tuple(leaf.shape)) for path, leaf in stored.items()}
-    tensors, _ = read_safetensors(folder.path / checkpoint.UNUSED)
+    path = folder.path / checkpoint.UNUSED
+    tensors, _ = read_safetensors(path) if path.is_file() else ({}, [])
     unused = {name: tensor.read() for name, tensor in tensors.items()}
     table = table_for(folder.layout, folder.cfg)
     skipped = {name: " ".join(skip_reasons(table, name)) for name in unused}

@@ -9,10 +9,10 @@ import shutil
 from pathlib import Path
 
 from janus_jax.interop.config import DEEPSEEK
-from janus_jax.interop.files import small_files, write_json
+from janus_jax.interop.files import small_files
 from janus_jax.models.janus import JanusConfig
-from janus_jax.processing.chat import DEFAULT_SYSTEM_PROMPT, JANUS_ROLES
-from janus_jax.processing.json_files import read_json
+from janus_jax.processing.chat import DEFAULT_SYSTEM_PROMPT, JANUS_ROLES, check_sft_format
+from janus_jax.processing.json_files import read_json, write_json
 from janus_jax.processing.tokenizer import (
     BOS,
     IMAGE,
@@ -60,8 +60,10 @@ def translate_files(source: Path, target: Path, layout: str, cfg: JanusConfig) -
     """Copies a folder's small files and rewrites the processor's for another layout.
 
     Raises:
-      ValueError: the layout cannot express the folder's template or system prompt.
+      ValueError: the layout cannot express the folder's template, system prompt or placeholder.
     """
+    if (tag := _optional(source / PROCESSOR).get("image_tag", IMAGE)) != IMAGE:
+        raise ValueError(f"another layout needs the image_tag {IMAGE}, not {tag!r}")
     copy_files(source, target)
     if layout == DEEPSEEK:
         _to_deepseek(target, cfg)
@@ -140,6 +142,7 @@ def _to_transformers(folder: Path, cfg: JanusConfig) -> None:
 
 
 def _roles(sft_format: str) -> tuple[str, str]:
+    check_sft_format(sft_format)
     if sft_format not in JANUS_ROLES:
         known = " or ".join(JANUS_ROLES)
         raise ValueError(f"the transformers layout needs sft_format {known}, not {sft_format!r}")

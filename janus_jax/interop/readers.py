@@ -27,6 +27,7 @@ SAFETENSORS_DTYPES = {
 DOUBLED = "stored twice"
 SAFETENSORS = "model.safetensors"
 TORCH_BIN = "pytorch_model.bin"
+_LFS = b"version https://git-lfs"  # what a clone without Git LFS has in place of each large file
 
 Read = tuple[dict[str, Tensor], list[str]]  # tensors by name, and names that the file holds twice
 
@@ -45,12 +46,19 @@ def open_checkpoint(folder: Path | str) -> TensorSource:
     for name, read in kinds:
         index = folder / f"{name}.index.json"
         if (folder / name).is_file():
-            tensors, doubled = read(folder / name)
+            tensors, doubled = _read_file(folder / name, read)
             return TensorSource(folder, tensors, {DOUBLED: doubled} if doubled else {})
         if index.is_file():
             return _open_shards(folder, index, read)
     looked_for = ", ".join(f"{name}[.index.json]" for name, _ in kinds)
     raise FileNotFoundError(f"{folder} holds no weights: looked for {looked_for}")
+
+
+def _read_file(path: Path, read: Callable[[Path], Read]) -> Read:
+    with path.open("rb") as file:
+        if file.read(len(_LFS)) == _LFS:
+            raise ValueError(f"{path} is no weights but a pointer to them: run git lfs pull")
+    return read(path)
 
 
 def _read_torch(path: Path) -> Read:
@@ -128,7 +136,7 @@ def _open_shards(
     tensors: dict[str, Tensor] = {}
     doubled, unlisted = [], []
     for file in files:
-        found, twice = read(folder / file)
+        found, twice = _read_file(folder / file, read)
         doubled += twice
         for name, tensor in found.items():
             if name in tensors:

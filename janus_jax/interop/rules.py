@@ -9,7 +9,7 @@ convolutions OIHW; ours are [in, out] and HWIO.
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -166,7 +166,7 @@ def _writers(table: Table, path: str) -> dict[str, Step]:
     return found
 
 
-def export_steps(table: Table, paths: Sequence[str]) -> list[Step]:
+def export_steps(table: Table, paths: Collection[str]) -> list[Step]:
     """PyTorch tensors, in order of name, that hold exactly these parameters.
 
     Raises:

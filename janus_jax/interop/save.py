@@ -9,9 +9,10 @@ from flax import nnx
 
 from janus_jax.interop import deepseek
 from janus_jax.interop.config import DEEPSEEK, write_config
-from janus_jax.interop.files import CONFIG, new_folder, write_json, write_safetensors
+from janus_jax.interop.files import CONFIG, new_folder, write_safetensors
 from janus_jax.interop.rules import export_steps, torch_shape
 from janus_jax.models.janus import Janus
+from janus_jax.processing.json_files import write_json
 
 
 def save_deepseek(

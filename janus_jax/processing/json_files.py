@@ -1,6 +1,7 @@
-"""The small JSON files of a checkpoint folder."""
+"""The small JSON files of a checkpoint folder, read and written."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,3 +22,9 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
     return value
+
+
+def write_json(path: Path, value: Mapping) -> None:
+    """Writes UTF-8 text as a person may edit it: indented by 2, letters as they are."""
+    text = json.dumps(value, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", "utf-8")

@@ -28,9 +28,8 @@ from jax.sharding import Mesh
 from janus_jax.data.loading import open_rows
 from janus_jax.data.skipped import Skipped
 from janus_jax.interop.export import write_folder
-from janus_jax.interop.files import write_json
 from janus_jax.interop.load import stored_params
-from janus_jax.processing.json_files import read_json
+from janus_jax.processing.json_files import read_json, write_json
 from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.distributed import check_processes, check_shared
 from janus_jax.training.evaluation import Watch, evaluation, held_out_rows, samples
