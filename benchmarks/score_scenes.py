@@ -30,9 +30,9 @@ from janus_jax.data.mixture import open_parts
 from janus_jax.data.questions import sample_question
 from janus_jax.data.scene_batches import sample_scenes
 from janus_jax.data.sources import open_source
-from janus_jax.generation.loading import STATED, TINY, Drawing
+from janus_jax.generation.loading import STATED, TINY, DrawingDefaults
 from janus_jax.generation.pipeline import Pipeline
-from janus_jax.interop.files import write_json
+from janus_jax.processing.json_files import write_json
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0)
 TEMPERATURES = (1.0, 0.8, 0.6)
@@ -68,14 +68,14 @@ def score_pictures(
     return float(np.mean([checker.satisfies(*pair) for pair in zip(wanted, found, strict=True)]))
 
 
-def try_drawing(pipeline: Pipeline) -> dict[Drawing, float]:
+def try_drawing(pipeline: Pipeline) -> dict[DrawingDefaults, float]:
     """Score of each way to draw on the tuning prompts of training compositions."""
     prompts = [p for kind in scenes.KINDS for p in split_prompts("train", kind)[0]]
-    ways = itertools.starmap(Drawing, itertools.product(GUIDANCE, TEMPERATURES))
+    ways = itertools.starmap(DrawingDefaults, itertools.product(GUIDANCE, TEMPERATURES))
     return {way: score_pictures(pipeline, prompts, SEED + 1, **way._asdict()) for way in ways}
 
 
-def score_split(pipeline: Pipeline, split: str, drawing: Drawing) -> dict:
+def score_split(pipeline: Pipeline, split: str, drawing: DrawingDefaults) -> dict:
     """Score of every kind that the split has, and their mean, as GenEval's overall score."""
     by_kind = {}
     for kind in scenes.KINDS:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from janus_jax import checks
 from janus_jax.flags import OneLineParser, device_memory, one_line, one_line_errors
 from janus_jax.paths import check_local, written_whole
 from janus_jax.progress import ProgressBar, show_status
@@ -200,55 +201,53 @@ def _check_values(flags: argparse.Namespace) -> None:
             raise ValueError(f"--{name} must say something, got {getattr(flags, name)!r}")
     temperature = 1.0 if flags.temperature is None else flags.temperature
     samplers.check_sampling(temperature, flags.top_k, flags.top_p)
-    samplers.check_seed(flags.seed)
+    checks.check_seed(flags.seed)
     if flags.guidance_weight is not None:
-        samplers.check_number("guidance_weight", flags.guidance_weight)
+        checks.check_number("guidance_weight", flags.guidance_weight)
     for name in ("num_images", "max_batch", "max_new_tokens"):
         if getattr(flags, name) is not None:
-            samplers.check_count(name, getattr(flags, name))
+            checks.check_count(name, getattr(flags, name))
     flags.image = [load_image(image) for image in flags.image or []]
 
 
 def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") -> None:
-    """Draws, writes the files and prints their paths."""
+    """Draws, writes the files as they come, and prints the paths of all that are there."""
     import numpy as np
 
-    from janus_jax import gallery
+    from janus_jax.gallery import Gallery
 
     names = ("guidance_weight", "temperature", "top_k", "top_p")
     asked = {name: getattr(flags, name) for name in names}
     settings = asked | {
         name: own for name, own in pipeline.drawing._asdict().items() if asked[name] is None
     }
-    with contextlib.closing(ProgressBar(sys.stderr)) as progress:
-        drawn = pipeline.generate_images(
-            prompts,
-            num_images=flags.num_images,
-            seed=flags.seed,
-            **settings,
-            max_batch=flags.max_batch,
-            progress=progress,
-        )
-    settings["dtype"] = pipeline.model.cfg.language_model.dtype.name
-    made = {"model": pipeline.name, "settings": json.dumps(settings)}
+    dtype = np.dtype(pipeline.model.cfg.language_model.dtype).name
+    made = {"model": pipeline.name, "settings": json.dumps(settings | {"dtype": dtype})}
 
     def fields(prompt: str, number: int) -> dict[str, str]:
         which = {"prompt": prompt, "seed": str(flags.seed), "image": str(number)}
         return {**which, **made, "software": "janus_jax"}
 
-    paths = gallery.save_pictures(flags.output_dir, drawn.pixels, prompts, flags.seed, fields)
-    if flags.save_indices:
-        with written_whole(flags.save_indices) as file:
-            np.savez(
-                file,
-                indices=drawn.indices,
-                prompt=np.repeat(prompts, flags.num_images),
-                seed=flags.seed,
-                **made,
+    shown = Gallery(flags.output_dir, prompts, flags.num_images, flags.seed, fields)
+    number = dict(num_images=flags.num_images, max_batch=flags.max_batch)
+    indices, paths = [], []
+    try:
+        with contextlib.closing(ProgressBar(sys.stderr)) as progress:
+            drawn = pipeline.stream_images(
+                prompts, seed=flags.seed, progress=progress, **number, **settings
             )
-        paths.append(flags.save_indices)
-    for path in paths:
-        print(path)
+            for part in drawn:
+                paths += shown.add(part.pixels)
+                indices.append(part.indices)
+        paths += shown.save_sheets()
+        if flags.save_indices:
+            told = dict(prompt=np.repeat(prompts, flags.num_images), seed=flags.seed, **made)
+            with written_whole(flags.save_indices) as file:
+                np.savez(file, indices=np.concatenate(indices), **told)
+            paths.append(flags.save_indices)
+    finally:  # an interrupt or a full device does not cost what was drawn before
+        for path in paths:
+            print(path)
 
 
 def _print_answer(pipeline: "Pipeline", conversation, images, flags) -> str:

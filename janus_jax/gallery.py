@@ -1,5 +1,6 @@
 """Pictures as PNG files that say how they were made, and a contact sheet of all of them."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -61,50 +62,54 @@ def contact_sheet(pixels: np.ndarray, columns: int) -> np.ndarray:
     return np.asarray(sheet)
 
 
-def save_pictures(
-    folder: Path,
-    pixels: np.ndarray,
-    prompts: Sequence[str],
-    seed: int,
-    fields: Callable[[str, int], Mapping[str, str]],
-) -> list[Path]:
-    """Writes every picture and then contact sheets; files of the same names, which were made alike,
-    are replaced.
+@dataclasses.dataclass
+class Gallery:
+    """The pictures of some prompts as PNG files, each written as it comes, and contact sheets.
 
-    pixels: uint8[N, S, S, 3], prompt after prompt. fields: text fields of (prompt, number of the
-    picture within its prompt).
+    Files of the same names, which were made alike, are replaced.
+
+    num_images: pictures of each prompt. fields: text fields of (prompt, number of the picture
+    within its prompt).
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    each, paths = len(pixels) // len(prompts), []
-    for i, picture in enumerate(pixels):
-        prompt, j = prompts[i // each], i % each
-        number = f"{i // each:03d}-" if len(prompts) > 1 else ""
-        stem = file_stem(prompt, seed, [fields(prompt, 0)])
-        path = folder / f"{number}{stem}-{j:02d}.png"
-        paths.append(save_png(path, picture, fields(prompt, j)))
-    return [*paths, *_save_sheets(folder, pixels, prompts, seed, fields)]
 
+    folder: Path
+    prompts: Sequence[str]
+    num_images: int
+    seed: int
+    fields: Callable[[str, int], Mapping[str, str]]
+    _shown: list[np.ndarray] = dataclasses.field(default_factory=list)
 
-def _save_sheets(
-    folder: Path, pixels: np.ndarray, prompts: Sequence[str], seed: int, fields
-) -> list[Path]:
-    """A sheet with a row for each of several prompts, or several sheets rather than a tall one.
+    def add(self, pixels: np.ndarray) -> list[Path]:
+        """Writes the next pictures, uint8[N, S, S, 3], prompt after prompt."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return [self._save(picture) for picture in pixels]
 
-    Image viewers refuse pictures of some 180 megapixels, which 553 prompts would make.
-    """
-    each, paths = len(pixels) // len(prompts), []
-    columns = each if len(prompts) > 1 else math.ceil(math.sqrt(each))
-    words = "prompts" if len(prompts) > 1 else prompts[0]
-    name = file_stem(words, seed, [fields(prompt, 0) for prompt in prompts])
-    rows = max(1, _SHEET_SIDE // (_cell_side(pixels.shape[1], columns) + _GAP))
-    starts = range(0, len(pixels), rows * columns)
-    for i, start in enumerate(starts):
-        shown = pixels[start : start + rows * columns]
-        number = f"-{i:02d}" if len(starts) > 1 else ""
-        first = start // each
-        told = "\n".join(prompts[first : first + math.ceil(len(shown) / each)])
-        shared = {**fields(prompts[first], 0), "prompt": told}
-        shared.pop("image", None)  # the number of one picture
-        path = folder / f"{name}-sheet{number}.png"
-        paths.append(save_png(path, contact_sheet(shown, columns), shared))
-    return paths
+    def _save(self, picture: np.ndarray) -> Path:
+        i, j = divmod(len(self._shown), self.num_images)
+        self._shown.append(picture)
+        prompt, number = self.prompts[i], f"{i:03d}-" if len(self.prompts) > 1 else ""
+        stem = file_stem(prompt, self.seed, [self.fields(prompt, 0)])
+        path = self.folder / f"{number}{stem}-{j:02d}.png"
+        return save_png(path, picture, self.fields(prompt, j))
+
+    def save_sheets(self) -> list[Path]:
+        """A sheet with a row for each of several prompts, or several sheets rather than a tall one.
+
+        Image viewers refuse pictures of some 180 megapixels, which 553 prompts would make.
+        """
+        prompts, each, paths = self.prompts, self.num_images, []
+        columns = each if len(prompts) > 1 else math.ceil(math.sqrt(each))
+        words = "prompts" if len(prompts) > 1 else prompts[0]
+        name = file_stem(words, self.seed, [self.fields(prompt, 0) for prompt in prompts])
+        rows = max(1, _SHEET_SIDE // (_cell_side(len(self._shown[0]), columns) + _GAP))
+        starts = range(0, len(self._shown), rows * columns)
+        for i, start in enumerate(starts):
+            shown = np.stack(self._shown[start : start + rows * columns])
+            number = f"-{i:02d}" if len(starts) > 1 else ""
+            first = start // each
+            told = "\n".join(prompts[first : first + math.ceil(len(shown) / each)])
+            shared = {**self.fields(prompts[first], 0), "prompt": told}
+            shared.pop("image", None)  # the number of one picture
+            path = self.folder / f"{name}-sheet{number}.png"
+            paths.append(save_png(path, contact_sheet(shown, columns), shared))
+        return paths

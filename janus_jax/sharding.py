@@ -13,6 +13,7 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from janus_jax.checks import check_count
 from janus_jax.models.janus import JanusConfig
 from janus_jax.models.kv_cache import KVCache
 
@@ -76,8 +77,7 @@ def make_mesh(
     """
     sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
     for name, size in sizes.items():
-        if not isinstance(size, int) or size < 1:
-            raise ValueError(f"mesh axis {name} must be a whole number of at least 1, got {size!r}")
+        check_count(f"mesh axis {name}", size)
     devices = jax.devices() if devices is None else list(devices)
     needed = math.prod(sizes.values())
     if needed > len(devices):
@@ -159,16 +159,20 @@ def check_devices() -> None:
         raise ValueError(f"{rule}, got {asked} (JAX_PLATFORMS): {str(error) or 'none'}") from error
 
 
-def check_axes(mesh: Mesh) -> None:
-    """Raises ValueError unless it is a mesh, and its axes are ours."""
+def with_auto_axes(mesh: Mesh) -> Mesh:
+    """The same devices and axes, laid out by XLA: jax.make_mesh asks for explicit types by default.
+
+    Raises:
+        ValueError: it is no mesh, or its axes are not ours.
+    """
     if not isinstance(mesh, Mesh) or set(mesh.axis_names) != set(AXES):
         given = f"axes {mesh.axis_names}" if isinstance(mesh, Mesh) else repr(mesh)
         raise ValueError(f"a mesh must have the axes {', '.join(AXES)}, got {given}")
+    return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def check_mesh(mesh: Mesh, cfg: JanusConfig) -> None:
-    """Raises ValueError unless the axes are ours and `tensor` divides every number of heads."""
-    check_axes(mesh)
+    """Raises ValueError unless the axis `tensor` divides every number of heads."""
     tensor, decoder = mesh.shape["tensor"], cfg.language_model
     heads = {
         "attention heads of the decoder": decoder.num_attention_heads,

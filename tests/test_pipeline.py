@@ -29,12 +29,14 @@ ANSWERED = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "
     [
         ({"prompts": []}, "prompts must hold at least one, got none"),
         ({"prompts": " "}, "a prompt must be a text that is not empty, got ' '"),
-        ({"prompts": ["a", 3]}, "a prompt must be a text that is not empty, got 3"),
+        ({"prompts": ["a", 3]}, "prompt 2 of 2, 3: a prompt must be a text that is not empty, got"),
+        ({"prompts": ["a", "b " * 999]}, r"prompt 2 of 2, '(b ){20}\.\.\.': .* of 512 tokens"),
         ({"prompts": None}, "a prompt must be a text that is not empty, got None"),
         ({"prompts": "\udcff"}, "a text must be valid Unicode"),
         ({"temperature": 1e39}, "temperature must be a finite number, got 1e\\+39"),
         ({"prompts": "a " * 5000}, r"must fit the trained context of 512 tokens, got \d+ \+ 16"),
         ({"num_images": 0}, "num_images must be a whole number of at least 1, got 0"),
+        ({"num_images": 10**30}, r"num_images must be below 2\*\*31, got 10{30}$"),
         ({"num_images": 1.5}, "num_images must be a whole number of at least 1, got 1.5"),
         ({"max_batch": 0}, "max_batch must be a whole number of at least 1, got 0"),
         ({"seed": 0.5}, r"seed must be a whole number in \[0, 2\*\*32\), got 0.5"),
@@ -77,6 +79,15 @@ def test_answering_refuses_arguments_out_of_range(pipeline, settings, message):
         pipeline.answer(**{"conversation": "a", **settings})
 
 
+def test_pictures_come_chunk_by_chunk(pipeline):
+    parts = list(pipeline.stream_images("a cat", num_images=5, max_batch=2))
+    assert [len(part.pixels) for part in parts] == [2, 2, 1]
+    whole = pipeline.generate_images("a cat", num_images=5)
+    np.testing.assert_array_equal(np.concatenate([part.indices for part in parts]), whole.indices)
+    with pytest.raises(ValueError, match="num_images must be"):  # before the first is asked for
+        pipeline.stream_images("a cat", num_images=0)
+
+
 def test_a_prompt_may_fill_the_context_of_config_json_and_no_more(pipeline):
     number = len(pipeline.processor.conversation("a")[0])
     pipeline.stream("a", max_new_tokens=512 - number)
@@ -89,7 +100,7 @@ def test_no_config_json_lengthens_the_trained_context(golden):
     model = type("Model", (), {"cfg": JanusConfig.janus_pro_1b()})()
     assert model.cfg.language_model.max_position_embeddings == 16384
     processor = Processor.from_dir(golden / "janus")
-    loaded = pipelines.Pipeline(model, processor, "name", loading.Drawing())
+    loaded = pipelines.Pipeline(model, processor, "name", loading.DrawingDefaults())
     assert loaded.processor.trained_context == 4096
 
 

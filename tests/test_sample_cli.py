@@ -93,6 +93,19 @@ def test_each_line_of_a_file_is_a_prompt(run, loaded, pipeline, tmp_path):
     assert Image.open(paths[4]).text["prompt"] == "a\u2028dog\na cat"
 
 
+def test_what_was_drawn_before_an_interrupt_is_kept(run, loaded, pipeline, monkeypatch):
+    whole = pipeline.stream_images
+
+    def interrupted(*args, **settings):
+        yield next(whole(*args, **settings))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "stream_images", interrupted)
+    status, paths, err = run("--prompt", PROMPT, "--num_images", 3, "--max_batch", 2)
+    assert (status, len(paths)) == (130, 2) and err.endswith("sample.py: interrupted\n")
+    assert all(Path(path).is_file() for path in paths)
+
+
 def test_what_is_made_otherwise_has_another_name():
     stems = [
         gallery.file_stem(prompt, 0, [dict(prompt=prompt, model=model, settings=settings)])
@@ -190,7 +203,7 @@ def test_devices_that_are_not_there_take_one_line(run, monkeypatch):
         (["--prompt", "a", "--mesh", "tensor=99"], "needs 99 devices, there are 8"),
         (["--prompt", "a", "--mesh", "x"], "a mesh is written data=1,fsdp=1,tensor=1"),
         (["--prompt", "a", "--mesh", ""], "a mesh is written data=1,fsdp=1,tensor=1"),
-        (["--prompt", "a", "--num_images", str(10**12)], "out of memory: Unable to allocate"),
+        (["--prompt", "a", "--num_images", str(2**31 - 1)], "out of memory: Unable to allocate"),
         (["--prompt", "\udcff"], "a text must be valid Unicode"),
         (["--question", " "], "--question must say something, got ' '"),
         (["--prompts_file", "none.txt"], "--prompts_file none.txt is not a file"),
@@ -256,7 +269,7 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(flags, run, monkeyp
 @pytest.mark.parametrize(
     ("flags", "fails", "advice"),
     [
-        (["--prompt", "a"], "generate_images", "while drawing; a smaller --max_batch needs less"),
+        (["--prompt", "a"], "stream_images", "while drawing; a smaller --max_batch needs less"),
         (
             ["--question", "a"],
             "stream",
@@ -291,7 +304,7 @@ def test_other_errors_of_the_runtime_are_not_hidden(run, loaded, pipeline, monke
     def broken(*_, **__):
         raise RuntimeError("INTERNAL: a bug")
 
-    monkeypatch.setattr(pipeline, "generate_images", broken)
+    monkeypatch.setattr(pipeline, "stream_images", broken)
     with pytest.raises(RuntimeError, match="INTERNAL: a bug"):
         run("--prompt", "a")
 
@@ -377,7 +390,8 @@ def test_many_prompts_take_several_sheets(tmp_path):
     prompts = [f"p{i}" for i in range(130)]
     pixels = np.zeros((260, 60, 60, 3), np.uint8)
     pixels[2 * 64] = 255
-    paths = gallery.save_pictures(tmp_path, pixels, prompts, 0, lambda *_: {"model": "a"})
+    shown = gallery.Gallery(tmp_path, prompts, 2, 0, lambda *_: {"model": "a"})
+    paths = shown.add(pixels[:3]) + shown.add(pixels[3:]) + shown.save_sheets()
     found = [re.sub("[0-9a-f]{6}-", "", path.name) for path in paths[260:]]
     assert found == [f"prompts-seed0-sheet-{i:02d}.png" for i in range(3)]
     sheets = [Image.open(path) for path in paths[260:]]

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from janus_jax import checks
 from janus_jax.generation import samplers
 
 SIZE = 12
@@ -124,6 +125,7 @@ def test_noise_does_not_follow_the_default_generator():
         (("1", None, None), "temperature must be a finite number, got '1'"),
         ((1.0, 0, None), "top_k must be a whole number of at least 1, got 0"),
         ((1.0, 13, None), "top_k must be at most 12, got 13"),
+        ((1.0, 2**31, None), r"top_k must be below 2\*\*31, got 2147483648"),
         ((1.0, 2.0, None), "top_k must be a whole number of at least 1, got 2.0"),
         ((1.0, None, 0.0), r"top_p must be in \(0, 1\], got 0.0"),
         ((1.0, None, 1.01), r"top_p must be in \(0, 1\], got 1.01"),
@@ -137,4 +139,4 @@ def test_settings_out_of_range_are_refused(settings, message):
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.0, "0", None, True])
 def test_seeds_that_are_no_32_bit_numbers_are_refused(seed):
     with pytest.raises(ValueError, match="seed must be a whole number"):
-        samplers.check_seed(seed)
+        checks.check_seed(seed)

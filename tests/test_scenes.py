@@ -145,7 +145,7 @@ def test_yes_and_no_are_balanced():
 )
 def test_describe(objects, text):
     placed = tuple(scenes.Object(s, c, 28, x, y) for s, c, x, y in objects)
-    assert questions.describe(scenes.Scene("gray", placed)) == text
+    assert questions.describe(scenes.Scene("white", placed)) == text
 
 
 def test_tokenizer_folder(tmp_path):

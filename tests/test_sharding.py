@@ -128,6 +128,14 @@ def test_a_mesh_of_other_axes_is_refused(golden, mesh):
         load(golden / "janus", mesh=mesh)
 
 
+def test_a_mesh_with_explicit_axes_is_as_good(golden, pipeline):
+    """What jax.make_mesh gives where it is told nothing else."""
+    explicit = (jax.sharding.AxisType.Explicit,) * 3
+    mesh = jax.make_mesh((1, 1, 2), sharding.AXES, axis_types=explicit)
+    drawn = load(golden / "janus", mesh=mesh).generate_images("a cat", seed=11)
+    np.testing.assert_array_equal(drawn.indices, pipeline.generate_images("a cat", seed=11).indices)
+
+
 @pytest.fixture(scope="module")
 def one_device(pipeline):
     return pipeline.generate_images(PROMPTS, num_images=4, seed=11)

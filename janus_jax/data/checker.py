@@ -61,7 +61,7 @@ class Detection:
 
 
 def background(image: np.ndarray) -> str:
-    """Background name ("white", "gray", "black") of uint8[Y, X, 3]."""
+    """Background name of uint8[Y, X, 3]: "white", "black", or "gray", which no scene has."""
     level = float(_background_rgb(image.astype(np.float32)).mean())
     if level > 230:
         return "white"

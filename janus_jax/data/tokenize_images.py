@@ -22,12 +22,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from janus_jax import checks
 from janus_jax.data.reading import Source
 from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import refusal, told, too_many
 from janus_jax.data.sources import FORMATS, open_source
 from janus_jax.data.writers import SUFFIXES, write_records
-from janus_jax.flags import OneLineParser, device_memory, one_line_errors
+from janus_jax.flags import OneLineParser, clean_up_on_sigterm, device_memory, one_line_errors
 from janus_jax.paths import check_local, written_whole
 from janus_jax.processing.images import load_image, preprocess_generation
 from janus_jax.processing.json_files import read_json
@@ -261,11 +262,11 @@ def _source_options(args: argparse.Namespace) -> dict[str, str | int]:
 
 def run(args: argparse.Namespace) -> str:
     """Does what the flags say, and returns a line about it."""
-    from janus_jax.generation import compile_cache, loading, samplers
+    from janus_jax.generation import compile_cache, loading
     from janus_jax.interop.load import load_vq, open_folder
 
     for name in ("batch_size", "shard_size"):
-        samplers.check_count(f"--{name}", getattr(args, name))
+        checks.check_count(f"--{name}", getattr(args, name))
     if not 0 <= args.max_bad < 1:
         raise ValueError(f"--max_bad must be at least 0 and below 1, got {args.max_bad}")
     options = _source_options(args)
@@ -345,4 +346,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    clean_up_on_sigterm()
     main()

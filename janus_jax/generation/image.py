@@ -7,7 +7,7 @@ words when guidance is on), P prompt length, T image tokens, V codebook size, S 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -204,7 +204,7 @@ def generate(
     max_batch: int | None = None,
     mesh: Mesh | None = None,
     progress: Progress | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Draws any number of images, a chunk at a time, all chunks by the same program.
 
     Args:
@@ -212,8 +212,8 @@ def generate(
         max_batch: the most images drawn at once; by default as many as batch_within_memory says.
             On a mesh, at least one for each group of devices that shares out the batch.
         progress: called with the image tokens drawn so far and in all.
-    Returns:
-        indices int32[B, T] and pixels uint8[B, S, S, 3].
+    Yields:
+        indices int32[b, T] and pixels uint8[b, S, S, 3] of the next b images.
     """
     total, rows, length = requests.tokens.shape
     per_image = model.cfg.num_image_tokens
@@ -222,12 +222,8 @@ def generate(
     size = decoding.chunk_size(total, most, sharding.num_batch_shards(mesh))
     if progress is not None:
         progress(0, total * per_image)
-    chunks = [
-        _draw_chunk(model, requests, start, size, mesh, progress)
-        for start in range(0, total, size)
-    ]
-    indices, pixels = zip(*chunks, strict=True)
-    return np.concatenate(indices), np.concatenate(pixels)
+    for start in range(0, total, size):
+        yield _draw_chunk(model, requests, start, size, mesh, progress)
 
 
 def _draw_chunk(
@@ -238,7 +234,7 @@ def _draw_chunk(
     mesh: Mesh | None,
     progress: Progress | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The next `size` images from `start` on, or as many as there are, as generate gives them."""
+    """The next `size` images from `start` on, or as many as there are."""
     total, per_image = len(requests.tokens), model.cfg.num_image_tokens
     wanted = min(size, total - start)
     # the last chunk is filled up with its last image, whose copies are dropped

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from janus_jax.generation import samplers
+from janus_jax import checks
 from janus_jax.models.janus import JanusConfig
 from janus_jax.processing.json_files import read_json
 from janus_jax.processing.processor import Processor
@@ -69,7 +69,7 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
 STATED = {"guidance_weight": "guidance_scale", "temperature": "temperature"}
 
 
-class Drawing(NamedTuple):
+class DrawingDefaults(NamedTuple):
     """How a checkpoint draws where nothing else is asked.
 
     Where it states nothing, as the original code does (generation_inference.py).
@@ -79,7 +79,7 @@ class Drawing(NamedTuple):
     temperature: float = 1.0
 
     @classmethod
-    def from_dir(cls, folder: Path) -> "Drawing":
+    def from_dir(cls, folder: Path) -> "DrawingDefaults":
         """Reads generation_config.json, where STATED has the names.
 
         Raises:
@@ -89,11 +89,11 @@ class Drawing(NamedTuple):
         stated = read_json(path) if path.is_file() else {}
         found = {own: stated[name] for own, name in STATED.items() if stated.get(name) is not None}
         for own, value in found.items():
-            samplers.check_number(f"{STATED[own]} in {path}", value)
-        drawing = cls(**{own: float(value) for own, value in found.items()})
-        if drawing.temperature < 0:
-            raise ValueError(f"temperature in {path} must be at least 0, got {drawing.temperature}")
-        return drawing
+            checks.check_number(f"{STATED[own]} in {path}", value)
+        defaults = cls(**{own: float(value) for own, value in found.items()})
+        if (temperature := defaults.temperature) < 0:
+            raise ValueError(f"temperature in {path} must be at least 0, got {temperature}")
+        return defaults
 
 
 def check_processor(processor: Processor, cfg: JanusConfig) -> None:

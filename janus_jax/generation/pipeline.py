@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from janus_jax import sharding
+from janus_jax import checks, sharding
 from janus_jax.generation import compile_cache, decoding, image, loading, samplers, text
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.models.janus import Janus
@@ -47,7 +47,7 @@ class Pipeline:
         model: Janus,
         processor: Processor,
         name: str,
-        drawing: loading.Drawing,
+        drawing: loading.DrawingDefaults,
         mesh: Mesh | None = None,
     ):
         context = min(processor.trained_context, model.cfg.language_model.max_position_embeddings)
@@ -93,29 +93,73 @@ class Pipeline:
             ValueError: an argument out of its range, or a prompt too long for the trained context.
         Source: generation_inference.py of the original code.
         """
+        settings = (guidance_weight, temperature, top_k, top_p, max_batch, progress)
+        drawn = list(self.stream_images(prompts, num_images, seed, *settings))
+        return Images(
+            np.concatenate([part.pixels for part in drawn]),
+            np.concatenate([part.indices for part in drawn]),
+        )
+
+    def stream_images(
+        self,
+        prompts: str | Sequence[str],
+        num_images: int = 1,
+        seed: int = 0,
+        guidance_weight: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        max_batch: int | None = None,
+        progress: image.Progress | None = None,
+    ) -> Iterator[Images]:
+        """As generate_images, at most max_batch pictures at a time, as soon as they are drawn.
+
+        The arguments are checked at once; the parts, joined, are what generate_images gives.
+
+        Args:
+            prompts and the rest: see generate_images.
+        Returns:
+            An iterator of pictures; it draws when asked for the next ones.
+        Raises:
+            ValueError: as generate_images.
+        Source: generation_inference.py of the original code, which draws one batch.
+        """
         several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
         prompts = list(prompts) if several else [prompts]
         cfg = self.model.cfg
         if temperature is None:
             temperature = self.drawing.temperature
         sampling = samplers.make_sampling(temperature, top_k, top_p, cfg.gen_vq.codebook_size)
-        samplers.check_seed(seed)
+        checks.check_seed(seed)
         if guidance_weight is None:
             guidance_weight = self.drawing.guidance_weight
-        samplers.check_number("guidance_weight", guidance_weight)
-        samplers.check_count("num_images", num_images)
+        checks.check_number("guidance_weight", guidance_weight)
+        checks.check_count("num_images", num_images)
         if max_batch is not None:
-            samplers.check_count("max_batch", max_batch)
+            checks.check_count("max_batch", max_batch)
         requests = image.make_requests(
-            [self.image_prompt(prompt) for prompt in _at_least_one("prompts", prompts)],
+            self._image_prompts(_at_least_one("prompts", prompts)),
             num_images,
             seed,
             guidance_weight,
             sampling,
             self.processor.tokenizer.pad_id,
         )
-        indices, pixels = image.generate(self.model, requests, max_batch, self.mesh, progress)
-        return Images(pixels, indices)
+        drawn = image.generate(self.model, requests, max_batch, self.mesh, progress)
+        return (Images(pixels, indices) for indices, pixels in drawn)
+
+    def _image_prompts(self, prompts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
+        """image_prompt of each; an error names the one of several that is wrong."""
+        tokens = []
+        for number, prompt in enumerate(prompts, 1):
+            try:
+                tokens.append(self.image_prompt(prompt))
+            except ValueError as error:
+                if len(prompts) == 1:
+                    raise
+                start = repr(prompt if len(str(prompt)) <= 40 else f"{prompt[:40]}...")
+                raise ValueError(f"prompt {number} of {len(prompts)}, {start}: {error}") from None
+        return tokens
 
     def image_prompt(self, prompt: str) -> tuple[list[int], list[int]]:
         """The tokens of a description, and of none, that image tokens follow.
@@ -166,7 +210,7 @@ class Pipeline:
         """
         sampling = self._text_settings(max_new_tokens, temperature, top_k, top_p, seed)
         if max_batch is not None:
-            samplers.check_count("max_batch", max_batch)
+            checks.check_count("max_batch", max_batch)
         many = not _is_conversation(conversation)
         conversations = _at_least_one("conversations", conversation) if many else [conversation]
         pictures = _pictures_of_each(images, len(conversations)) if many else [picture_list(images)]
@@ -219,8 +263,8 @@ class Pipeline:
     def _text_settings(
         self, max_new_tokens, temperature, top_k, top_p, seed
     ) -> samplers.Sampling:
-        samplers.check_count("max_new_tokens", max_new_tokens)
-        samplers.check_seed(seed)
+        checks.check_count("max_new_tokens", max_new_tokens)
+        checks.check_seed(seed)
         size = self.model.cfg.language_model.vocab_size
         return samplers.make_sampling(temperature, top_k, top_p, size)
 
@@ -380,7 +424,7 @@ def load(
     JanusForConditionalGeneration.
     """
     if mesh is not None:
-        sharding.check_axes(mesh)
+        mesh = sharding.with_auto_axes(mesh)
     dtype = loading.check_dtype(dtype, mesh)
     compile_cache.enable()
     folder = loading.find_folder(path_or_hub_id)
@@ -392,7 +436,7 @@ def load(
         place = sharding.sharding_for(mesh)
     processor = Processor.from_dir(folder)
     loading.check_processor(processor, cfg)
-    drawing = loading.Drawing.from_dir(folder)
+    drawing = loading.DrawingDefaults.from_dir(folder)
     model = build_model(cfg, load_params(folder, cfg, place, dtype))
     name = loading.TINY.name if path_or_hub_id is None else str(path_or_hub_id)
     return Pipeline(model, processor, name, drawing, mesh)

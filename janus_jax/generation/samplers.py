@@ -4,16 +4,15 @@ B batch, V vocabulary (the codebook, where images are drawn).
 """
 
 import dataclasses
-import numbers
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from janus_jax.checks import LARGEST, check_count, check_number
+
 # The same numbers on every machine, whatever generator a user's settings make the default.
 _GENERATOR = "threefry2x32"
-
-_LARGEST = float(np.finfo(np.float32).max)
 
 
 @jax.tree_util.register_dataclass
@@ -28,29 +27,6 @@ class Sampling:
     temperature: np.float32
     top_k: np.int32 | None = None
     top_p: np.float32 | None = None
-
-
-def _is_int(value) -> bool:
-    return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-
-
-def check_number(name: str, value) -> None:
-    """Raises ValueError unless the value is a number that is finite in float32."""
-    number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not abs(value) <= _LARGEST:
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-
-
-def check_count(name: str, value) -> None:
-    """Raises ValueError unless the value is a whole number of at least 1."""
-    if not _is_int(value) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
-
-
-def check_seed(seed) -> None:
-    """Raises ValueError unless the seed is a whole number in [0, 2**32)."""
-    if not _is_int(seed) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number in [0, 2**32), got {seed!r}")
 
 
 def check_sampling(temperature, top_k, top_p) -> None:
@@ -128,5 +104,5 @@ def pick(logits: jax.Array, noise: jax.Array, sampling: Sampling) -> jax.Array:
     by the temperature it also holds at 0, where it is the plain argmax.
     """
     kept = keep_likeliest(logits, sampling) > -jnp.inf
-    noisy = jnp.clip(logits + sampling.temperature * noise, -_LARGEST, _LARGEST)  # it may overflow
+    noisy = jnp.clip(logits + sampling.temperature * noise, -LARGEST, LARGEST)  # it may overflow
     return jnp.argmax(jnp.where(kept, noisy, -jnp.inf), axis=-1).astype(jnp.int32)

@@ -10,6 +10,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
 from janus_jax.models.kv_cache import KVCache
@@ -34,8 +35,8 @@ class LlamaConfig:
     rms_norm_eps: float
     rope_theta: float
     max_position_embeddings: int
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     remat: str = "none"
 
     @property

@@ -9,6 +9,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
 from janus_jax.models.linear import linear
@@ -32,8 +33,8 @@ class SiglipConfig:
     num_heads: int
     mlp_dim: int
     select_layer: int = -1
-    dtype: jnp.dtype = jnp.float32
-    param_dtype: jnp.dtype = jnp.float32
+    dtype: DTypeLike = jnp.float32
+    param_dtype: DTypeLike = jnp.float32
     remat: str = "none"
 
     @property

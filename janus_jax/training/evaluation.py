@@ -13,7 +13,7 @@ from PIL import Image
 
 from janus_jax.data.loading import open_rows
 from janus_jax.data.skipped import Skipped
-from janus_jax.generation.loading import Drawing
+from janus_jax.generation.loading import DrawingDefaults
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.interop.load import load_params, param_shapes
 from janus_jax.processing.images import encode_png, load_image
@@ -68,7 +68,8 @@ def asked_pictures(setup: Setup) -> list[list[Image.Image]]:
     """
     cfg = setup.cfg
     pictures = [[load_image(picture)] for picture, _ in cfg.questions]
-    janus = Pipeline(nnx.merge(*setup.model), setup.processor, "", Drawing())  # without values
+    model = nnx.merge(*setup.model)  # without values
+    janus = Pipeline(model, setup.processor, "", DrawingDefaults())
     for prompt in cfg.prompts:
         janus.image_prompt(prompt)
     janus.examples([question for _, question in cfg.questions], pictures, LONGEST_ANSWER)
@@ -86,7 +87,7 @@ def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
     asked = [question for _, question in cfg.questions]
     # nothing is differentiated here, and remat writes to the model, which loops do not allow
     plain = dataclasses.replace(setup, model_cfg=setup.model_cfg.with_remat("none"))
-    make, drawing = plain.build(), Drawing.from_dir(setup.source.path)
+    make, drawing = plain.build(), DrawingDefaults.from_dir(setup.source.path)
     dtype = DTYPES[cfg.dtype]
     if setup.rows.tokenized:  # the steps do without the image tokenizer
         paths = [path for path in param_shapes(setup.source.cfg) if path.startswith("gen_vq.")]
