@@ -93,8 +93,11 @@ class Pipeline:
             ValueError: an argument out of its range, or a prompt too long for the trained context.
         Source: generation_inference.py of the original code.
         """
-        settings = (guidance_weight, temperature, top_k, top_p, max_batch, progress)
-        drawn = list(self.stream_images(prompts, num_images, seed, *settings))
+        settings = dict(
+            guidance_weight=guidance_weight, temperature=temperature, top_k=top_k, top_p=top_p
+        )
+        parts = self.stream_images(prompts, num_images, seed, max_batch, progress, **settings)
+        drawn = list(parts)
         return Images(
             np.concatenate([part.pixels for part in drawn]),
             np.concatenate([part.indices for part in drawn]),
@@ -105,12 +108,9 @@ class Pipeline:
         prompts: str | Sequence[str],
         num_images: int = 1,
         seed: int = 0,
-        guidance_weight: float | None = None,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
         max_batch: int | None = None,
         progress: image.Progress | None = None,
+        **settings: float | None,
     ) -> Iterator[Images]:
         """As generate_images, at most max_batch pictures at a time, as soon as they are drawn.
 
@@ -118,6 +118,7 @@ class Pipeline:
 
         Args:
             prompts and the rest: see generate_images.
+            settings: guidance_weight, temperature, top_k and top_p.
         Returns:
             An iterator of pictures; it draws when asked for the next ones.
         Raises:
@@ -126,14 +127,8 @@ class Pipeline:
         """
         several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
         prompts = list(prompts) if several else [prompts]
-        cfg = self.model.cfg
-        if temperature is None:
-            temperature = self.drawing.temperature
-        sampling = samplers.make_sampling(temperature, top_k, top_p, cfg.gen_vq.codebook_size)
+        guidance_weight, sampling = self._image_settings(**settings)
         checks.check_seed(seed)
-        if guidance_weight is None:
-            guidance_weight = self.drawing.guidance_weight
-        checks.check_number("guidance_weight", guidance_weight)
         checks.check_count("num_images", num_images)
         if max_batch is not None:
             checks.check_count("max_batch", max_batch)
@@ -147,6 +142,18 @@ class Pipeline:
         )
         drawn = image.generate(self.model, requests, max_batch, self.mesh, progress)
         return (Images(pixels, indices) for indices, pixels in drawn)
+
+    def _image_settings(
+        self, guidance_weight=None, temperature=None, top_k=None, top_p=None
+    ) -> tuple[float, samplers.Sampling]:
+        """Checked, and the checkpoint's own where they are None."""
+        if guidance_weight is None:
+            guidance_weight = self.drawing.guidance_weight
+        checks.check_number("guidance_weight", guidance_weight)
+        if temperature is None:
+            temperature = self.drawing.temperature
+        size = self.model.cfg.gen_vq.codebook_size
+        return guidance_weight, samplers.make_sampling(temperature, top_k, top_p, size)
 
     def _image_prompts(self, prompts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
         """image_prompt of each; an error names the one of several that is wrong."""
