@@ -68,10 +68,15 @@ def read_config(config: Mapping) -> JanusConfig:
 
 
 def _check_sections(config: Mapping) -> None:
-    for key, section in ((key, config[key]) for key in SECTIONS if key in config):
-        params = section.get("params", {}) if isinstance(section, Mapping) else None
-        if not isinstance(params, Mapping):
-            raise ValueError(f"config.json: {key}, and params in it, must be objects")
+    for key in SECTIONS:
+        section = config.get(key, {})
+        _check_object(section, key)
+        _check_object(section.get("params", {}), f"{key}.params")
+
+
+def _check_object(value, where: str) -> None:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"config.json: {where} must be an object, got {value!r}")
 
 
 def _require(section: Mapping, where: str, **wanted) -> None:
