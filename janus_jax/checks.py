@@ -1,6 +1,7 @@
 """What a number that a user gives must be; told in one line otherwise."""
 
 import numbers
+from collections.abc import Sequence
 
 LARGEST = float.fromhex("0x1.fffffep+127")  # of float32
 
@@ -22,6 +23,12 @@ def check_count(name: str, value) -> None:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if value >= 2**31:  # devices count in int32
         raise ValueError(f"{name} must be below 2**31, got {value!r}")
+
+
+def check_not_empty(name: str, values: Sequence) -> None:
+    """Raises ValueError where there are no values."""
+    if not len(values):
+        raise ValueError(f"{name} must hold at least one, got none")
 
 
 def check_seed(seed) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from janus_jax.generation.image import to_uint8
+from janus_jax.generation.codec import to_uint8
 from janus_jax.processing import images
 
 NAMES = ("img0_50x120", "img1_300x37", "img2_64x64", "img3_1x200")

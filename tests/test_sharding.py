@@ -7,8 +7,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from janus_jax import load, sharding
-from janus_jax.generation import image, samplers
-from janus_jax.generation import pipeline as pipelines
+from janus_jax.generation import codec, image, samplers
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.training.lora import LoRAConfig, add_adapters
 
@@ -198,8 +197,8 @@ def test_tokens_and_pixels_are_whole_on_every_device(golden, sharded, pipeline, 
 
         return call
 
-    monkeypatch.setattr(image, "finish", recorded(image.finish))
-    monkeypatch.setattr(pipelines, "encode_pixels", recorded(pipelines.encode_pixels))
+    monkeypatch.setattr(codec, "with_pixels", recorded(codec.with_pixels))
+    monkeypatch.setattr(codec, "encode_pixels", recorded(codec.encode_pixels))
     codes = np.load(golden / "janus_vq.npz")["codes"]
     codes = np.resize(codes, (5, codes.shape[1]))
     pixels = sharded.decode_indices(codes)

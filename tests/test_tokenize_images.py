@@ -19,7 +19,7 @@ from janus_jax.data import tokenize_images
 from janus_jax.data.records import Record
 from janus_jax.data.sources import open_source
 from janus_jax.data.writers import SUFFIXES, write_records
-from janus_jax.generation import pipeline as pipelines
+from janus_jax.generation import codec
 from janus_jax.interop.load import load_vq, open_folder
 
 ROOT = Path(__file__).parent.parent
@@ -221,9 +221,9 @@ def test_an_interrupted_run_goes_on(format, run, tmp_path, monkeypatch):
         assert run(*args) == (130, "", "tokenize_images: interrupted\n")
     first = {name: data for name, data in contents(tmp_path / "tokens").items() if "0.json" in name}
     assert first
-    encoded, encode = [], pipelines.encode_pixels
+    encoded, encode = [], codec.encode_pixels
     monkeypatch.setattr(
-        pipelines, "encode_pixels", lambda vq, pixels: encoded.append(1) or encode(vq, pixels)
+        codec, "encode_pixels", lambda vq, pixels: encoded.append(1) or encode(vq, pixels)
     )
     status, said, err = run(*args)
     assert (status, err, said.count("7 pictures tokenized")) == (0, "", 1)
@@ -324,7 +324,7 @@ def test_out_of_device_memory(refused, tmp_path, monkeypatch):
     def encode_pixels(vq, pixels):
         raise RuntimeError("RESOURCE_EXHAUSTED: 99 GB")
 
-    monkeypatch.setattr(pipelines, "encode_pixels", encode_pixels)
+    monkeypatch.setattr(codec, "encode_pixels", encode_pixels)
     write_records("tar", tmp_path / "a.tar", captioned(1))
     told = refused(f"tar:{tmp_path / 'a.tar'}", f"tar:{tmp_path / 'tokens'}")
     assert "out of memory: on the device, while encoding; a smaller --batch_size" in told

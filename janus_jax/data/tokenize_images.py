@@ -111,7 +111,7 @@ class Encoder:
         return np.concatenate([np.asarray(indices) for indices in encoded] or [[]])[:number]
 
     def _encode(self) -> None:
-        from janus_jax.generation.pipeline import encode_pixels
+        from janus_jax.generation.codec import encode_pixels
 
         if self._encoded:  # or batches would queue up in memory
             self._encoded[-1].block_until_ready()

@@ -13,13 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from janus_jax import sharding
-from janus_jax.generation import decoding, samplers
+from janus_jax.generation import codec, decoding, samplers
 from janus_jax.generation.samplers import Sampling
 from janus_jax.models.janus import Janus
-from janus_jax.models.vq import VQ
 
 # Calls of a progress report in the course of one chunk, at most.
 _REPORTS = 25
@@ -122,34 +120,6 @@ def draw_token(model: Janus, requests: Requests, drawing: Drawing) -> Drawing:
     return Drawing(indices, step + 1, context)
 
 
-def decode_pixels(model: Janus, indices: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-    """Indices int32[B, T] -> pixels uint8[B, S, S, 3], truncated as in the reference.
-
-    One image at a time on each device: its activations are large (75 MB a layer at 384 pixels),
-    and an image comes out the same whatever the others and the mesh.
-    """
-
-    def decode(vq: VQ, indices: jax.Array) -> jax.Array:
-        return jax.lax.map(lambda row: _decode_one(vq, row), indices)
-
-    if mesh is None:
-        return decode(model.gen_vq, indices)
-    batch = P(sharding.BATCH_AXES)
-    decode = jax.shard_map(decode, mesh=mesh, in_specs=(P(), batch), out_specs=batch)
-    return decode(model.gen_vq, indices)
-
-
-def _decode_one(vq: VQ, indices: jax.Array) -> jax.Array:
-    """int32[T] -> uint8[S, S, 3]."""
-    with jax.default_matmul_precision("highest"):  # bands would show in bfloat16
-        return to_uint8(vq.decode(indices[None])[0])
-
-
-def to_uint8(pixels: jax.Array) -> jax.Array:
-    """float32 in [-1, 1], any shape -> uint8 of it; clipped and truncated, as in the reference."""
-    return jnp.clip((pixels + 1) / 2 * 255, 0, 255).astype(jnp.uint8)
-
-
 @functools.partial(jax.jit, static_argnames="mesh")
 def draw(
     model: Janus, requests: Requests, mesh: Mesh | None = None
@@ -161,7 +131,7 @@ def draw(
 
     drawing = begin(model, requests, mesh)
     drawing, _ = jax.lax.scan(step, drawing, length=model.cfg.num_image_tokens - 1)
-    return sharding.replicate((drawing.indices, decode_pixels(model, drawing.indices, mesh)), mesh)
+    return codec.with_pixels(model.gen_vq, drawing.indices, mesh)
 
 
 _begin = jax.jit(begin, static_argnames="mesh")
@@ -170,14 +140,6 @@ _begin = jax.jit(begin, static_argnames="mesh")
 @functools.partial(jax.jit, donate_argnames="drawing")
 def _draw_tokens(model: Janus, requests: Requests, drawing: Drawing, count) -> Drawing:
     return jax.lax.fori_loop(0, count, lambda _, d: draw_token(model, requests, d), drawing)
-
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def finish(
-    model: Janus, indices: jax.Array, mesh: Mesh | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Indices int32[B, T], and their pixels uint8[B, S, S, 3]."""
-    return sharding.replicate((indices, decode_pixels(model, indices, mesh)), mesh)
 
 
 def draw_reporting(
@@ -195,7 +157,7 @@ def draw_reporting(
         report(done)
         drawing = _draw_tokens(model, requests, drawing, min(stride, total - done))
         drawing.step.block_until_ready()
-    return finish(model, drawing.indices, mesh)
+    return codec.with_pixels(model.gen_vq, drawing.indices, mesh)
 
 
 def generate(

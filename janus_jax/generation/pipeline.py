@@ -1,26 +1,18 @@
 """A checkpoint folder as an object that draws pictures and answers questions about them."""
 
 import dataclasses
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
 from janus_jax import checks, sharding
-from janus_jax.generation import compile_cache, decoding, image, loading, samplers, text
+from janus_jax.generation import codec, compile_cache, decoding, image, loading, samplers, text
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.models.janus import Janus
-from janus_jax.models.vq import VQ
 from janus_jax.processing import chat
-from janus_jax.processing.images import (
-    ImageSource,
-    load_image,
-    picture_list,
-    preprocess_generation,
-)
+from janus_jax.processing.images import ImageSource, picture_list
 from janus_jax.processing.processor import Example, Processor
 from janus_jax.processing.tokenizer import TextStream
 
@@ -127,13 +119,14 @@ class Pipeline:
         """
         several = isinstance(prompts, Iterable) and not isinstance(prompts, str)
         prompts = list(prompts) if several else [prompts]
+        checks.check_not_empty("prompts", prompts)
         guidance_weight, sampling = self._image_settings(**settings)
         checks.check_seed(seed)
         checks.check_count("num_images", num_images)
         if max_batch is not None:
             checks.check_count("max_batch", max_batch)
         requests = image.make_requests(
-            self._image_prompts(_at_least_one("prompts", prompts)),
+            self._image_prompts(prompts),
             num_images,
             seed,
             guidance_weight,
@@ -219,7 +212,8 @@ class Pipeline:
         if max_batch is not None:
             checks.check_count("max_batch", max_batch)
         many = not _is_conversation(conversation)
-        conversations = _at_least_one("conversations", conversation) if many else [conversation]
+        conversations = conversation if many else [conversation]
+        checks.check_not_empty("conversations", conversations)
         pictures = _pictures_of_each(images, len(conversations)) if many else [picture_list(images)]
         examples = self.examples(conversations, pictures, max_new_tokens)
         answers = list(self._answers(examples, max_new_tokens, max_batch, sampling, seed))
@@ -333,15 +327,7 @@ class Pipeline:
             FileNotFoundError: there is no such file.
         Source: VQModel.encode of the original code; report of Janus, section 3.1 (resizing).
         """
-        size = self.model.cfg.image_size
-        pixels = [
-            preprocess_generation(load_image(source), size)
-            for source in _at_least_one("images", picture_list(images))
-        ]
-        # one at a time: a new number of pictures compiles nothing, and memory stays small
-        rows = [sharding.put_batch(x[None], self.mesh) for x in pixels]
-        vq = self.model.gen_vq
-        return np.concatenate([np.asarray(encode_pixels(vq, x, self.mesh)) for x in rows])
+        return codec.encode_images(self.model, images, self.mesh)
 
     def decode_indices(self, indices: np.ndarray) -> np.ndarray:
         """Pictures of image tokens, one at a time on each device.
@@ -354,31 +340,7 @@ class Pipeline:
             ValueError: another shape or type, or an index outside the codebook.
         Source: VQModel.decode_code and generation_inference.py of the original code.
         """
-        indices, cfg = np.asarray(indices), self.model.cfg
-        size, length = cfg.gen_vq.codebook_size, cfg.num_image_tokens
-        if indices.ndim != 2 or indices.shape[1] != length or not len(indices):
-            raise ValueError(f"indices must be int[N, {length}], got {list(indices.shape)}")
-        if indices.dtype.kind not in "iu":
-            raise ValueError(f"indices must be whole numbers, got {indices.dtype}")
-        if indices.min() < 0 or indices.max() >= size:
-            raise ValueError(
-                f"indices must be in [0, {size}), got {indices.min()} to {indices.max()}"
-            )
-        # one at a time on each device, as encode_images; the last call is filled up with the last
-        step, last, decoded = sharding.num_batch_shards(self.mesh), len(indices) - 1, []
-        for start in range(0, len(indices), step):
-            rows = indices[np.minimum(np.arange(start, start + step), last)].astype(np.int32)
-            rows = sharding.put_batch(rows, self.mesh)
-            _, pixels = image.finish(self.model, rows, self.mesh)
-            decoded.append(np.asarray(pixels))
-        return np.concatenate(decoded)[: len(indices)]
-
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def encode_pixels(vq: VQ, pixels: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-    """float32[B, S, S, 3] in [-1, 1] -> int32[B, T], in float32 as the tokenizer's decoder."""
-    with jax.default_matmul_precision("highest"):
-        return sharding.replicate(vq.encode(pixels), mesh)
+        return codec.decode_indices(self.model, indices, self.mesh)
 
 
 def _is_conversation(value) -> bool:
@@ -399,12 +361,6 @@ def _pictures_of_each(images, number: int) -> list[list]:
         given = len(images) if isinstance(images, (list, tuple)) else type(images).__name__
         raise ValueError(f"images must have one list for each conversation: {number}, got {given}")
     return [picture_list(own) for own in images]
-
-
-def _at_least_one(name: str, values: Sequence) -> Sequence:
-    if not len(values):
-        raise ValueError(f"{name} must hold at least one, got none")
-    return values
 
 
 def load(

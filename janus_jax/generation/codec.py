@@ -1,0 +1,97 @@
+"""The image tokenizer at work: pictures -> image tokens -> pixels.
+
+B or N images, T image tokens, S pixels a side. Always in float32: bands would show in bfloat16.
+One image at a time on each device: its activations are large (75 MB a layer at 384 pixels), another
+number of images compiles nothing, and an image comes out the same whatever the others and the mesh.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from janus_jax import checks, sharding
+from janus_jax.models.janus import Janus, JanusConfig
+from janus_jax.models.vq import VQ
+from janus_jax.processing.images import (
+    ImageSource,
+    load_image,
+    picture_list,
+    preprocess_generation,
+)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def encode_pixels(vq: VQ, pixels: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+    """float32[B, S, S, 3] in [-1, 1] -> int32[B, T]."""
+    with jax.default_matmul_precision("highest"):
+        return sharding.replicate(vq.encode(pixels), mesh)
+
+
+def decode_pixels(vq: VQ, indices: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+    """Indices int32[B, T] -> pixels uint8[B, S, S, 3], truncated as in the reference."""
+
+    def decode(vq: VQ, indices: jax.Array) -> jax.Array:
+        return jax.lax.map(lambda row: _decode_one(vq, row), indices)
+
+    if mesh is None:
+        return decode(vq, indices)
+    batch = P(sharding.BATCH_AXES)
+    return jax.shard_map(decode, mesh=mesh, in_specs=(P(), batch), out_specs=batch)(vq, indices)
+
+
+def _decode_one(vq: VQ, indices: jax.Array) -> jax.Array:
+    """int32[T] -> uint8[S, S, 3]."""
+    with jax.default_matmul_precision("highest"):
+        return to_uint8(vq.decode(indices[None])[0])
+
+
+def to_uint8(pixels: jax.Array) -> jax.Array:
+    """float32 in [-1, 1], any shape -> uint8 of it; clipped and truncated, as in the reference."""
+    return jnp.clip((pixels + 1) / 2 * 255, 0, 255).astype(jnp.uint8)
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def with_pixels(
+    vq: VQ, indices: jax.Array, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """Indices int32[B, T], and their pixels uint8[B, S, S, 3]; both whole on every device."""
+    return sharding.replicate((indices, decode_pixels(vq, indices, mesh)), mesh)
+
+
+def encode_images(
+    model: Janus, images: Sequence[ImageSource] | ImageSource, mesh: Mesh | None = None
+) -> np.ndarray:
+    """See Pipeline.encode_images."""
+    sources = picture_list(images)
+    checks.check_not_empty("images", sources)
+    pixels = [preprocess_generation(load_image(x), model.cfg.image_size) for x in sources]
+    rows = [sharding.put_batch(x[None], mesh) for x in pixels]
+    return np.concatenate([np.asarray(encode_pixels(model.gen_vq, x, mesh)) for x in rows])
+
+
+def decode_indices(model: Janus, indices: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
+    """See Pipeline.decode_indices."""
+    indices = np.asarray(indices)
+    _check_indices(indices, model.cfg)
+    # the last call is filled up with the last image, whose copies are dropped
+    step, last, decoded = sharding.num_batch_shards(mesh), len(indices) - 1, []
+    for start in range(0, len(indices), step):
+        rows = indices[np.minimum(np.arange(start, start + step), last)].astype(np.int32)
+        _, pixels = with_pixels(model.gen_vq, sharding.put_batch(rows, mesh), mesh)
+        decoded.append(np.asarray(pixels))
+    return np.concatenate(decoded)[: len(indices)]
+
+
+def _check_indices(indices: np.ndarray, cfg: JanusConfig) -> None:
+    size, length = cfg.gen_vq.codebook_size, cfg.num_image_tokens
+    if indices.ndim != 2 or indices.shape[1] != length or not len(indices):
+        raise ValueError(f"indices must be int[N, {length}], got {list(indices.shape)}")
+    if indices.dtype.kind not in "iu":
+        raise ValueError(f"indices must be whole numbers, got {indices.dtype}")
+    if indices.min() < 0 or indices.max() >= size:
+        raise ValueError(f"indices must be in [0, {size}), got {indices.min()} to {indices.max()}")
