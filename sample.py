@@ -5,8 +5,8 @@ python sample.py --image a.png --question "What is in the picture?"
 """
 
 from janus_jax.cli import main
-from janus_jax.flags import clean_up_on_sigterm
+from janus_jax.flags import set_up_program
 
 if __name__ == "__main__":
-    clean_up_on_sigterm()
+    set_up_program()
     main()

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from janus_jax.flags import OneLineParser, clean_up_on_sigterm, one_line_errors
+from janus_jax.flags import OneLineParser, one_line_errors, set_up_program
 
 COMMANDS = ("export", "inspect")
 DESCRIPTION = """\
@@ -78,5 +78,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 if __name__ == "__main__":
     # Storage tasks that a failure cut short report once more, to nobody, as they are collected.
     sys.unraisablehook = lambda unraisable: None
-    clean_up_on_sigterm()
+    set_up_program()
     main()

@@ -9,6 +9,7 @@ import contextlib
 import math
 import shutil
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -73,9 +74,15 @@ def save(
         kinds = {name: (array.dtype, array.shape) for name, array in unused.items()}
         write_safetensors_file(beside / UNUSED, kinds, unused.__getitem__)
         tree = traverse_util.unflatten_dict(dict(params), sep=".")
-        failed = _told_as(OSError, f"{folder} could not be written")
-        with failed, ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(beside / PARAMS, tree)
+        # in a thread, for which an interrupt waits: Orbax's own threads would write on otherwise,
+        # into a folder that is deleted
+        with _told_as(OSError, f"{folder} could not be written"), ThreadPoolExecutor(1) as pool:
+            pool.submit(_write, beside / PARAMS, tree).result()
+
+
+def _write(folder: Path, tree: Mapping) -> None:
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(folder, tree)
 
 
 def _damaged(folder: Path | str) -> contextlib.AbstractContextManager[None]:

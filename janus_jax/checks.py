@@ -1,4 +1,4 @@
-"""What a number that a user gives must be; told in one line otherwise."""
+"""What a value that a user gives must be; told in one line otherwise."""
 
 import numbers
 from collections.abc import Sequence

@@ -230,24 +230,24 @@ def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") ->
 
     shown = Gallery(flags.output_dir, prompts, flags.num_images, flags.seed, fields)
     number = dict(num_images=flags.num_images, max_batch=flags.max_batch)
-    indices, paths = [], []
+    indices = []
     try:
         with contextlib.closing(ProgressBar(sys.stderr)) as progress:
             drawn = pipeline.stream_images(
                 prompts, seed=flags.seed, progress=progress, **number, **settings
             )
             for part in drawn:
-                paths += shown.add(part.pixels)
+                shown.add(part.pixels)
                 indices.append(part.indices)
-        paths += shown.save_sheets()
-        if flags.save_indices:
-            told = dict(prompt=np.repeat(prompts, flags.num_images), seed=flags.seed, **made)
-            with written_whole(flags.save_indices) as file:
-                np.savez(file, indices=np.concatenate(indices), **told)
-            paths.append(flags.save_indices)
+        shown.save_sheets()
     finally:  # an interrupt or a full device does not cost what was drawn before
-        for path in paths:
+        for path in shown.paths:
             print(path)
+    if flags.save_indices:
+        told = dict(prompt=np.repeat(prompts, flags.num_images), seed=flags.seed, **made)
+        with written_whole(flags.save_indices) as file:
+            np.savez(file, indices=np.concatenate(indices), **told)
+        print(flags.save_indices)
 
 
 def _print_answer(pipeline: "Pipeline", conversation, images, flags) -> str:

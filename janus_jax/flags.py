@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import NoReturn
 
@@ -31,12 +32,15 @@ def one_line(name: str, message: str) -> str:
     return f"{name}: {' '.join(message.split())}"
 
 
-def clean_up_on_sigterm() -> None:
-    """Lets SIGTERM end the program as an error does: nothing half written stays behind.
+def set_up_program() -> None:
+    """What a command asks of its process before it begins.
 
-    Schedulers and containers send it; by itself it ends a program where it stands.
+    SIGTERM, which schedulers and containers send, ends the program as an error does and not where
+    it stands: nothing half written stays behind. Pillow does not warn of pictures that are large
+    and read all the same.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    warnings.filterwarnings("ignore", "Image size .* exceeds limit")
 
 
 @contextlib.contextmanager

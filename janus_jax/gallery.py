@@ -69,7 +69,7 @@ class Gallery:
     Files of the same names, which were made alike, are replaced.
 
     num_images: pictures of each prompt. fields: text fields of (prompt, number of the picture
-    within its prompt).
+    within its prompt). paths: the files that are written.
     """
 
     folder: Path
@@ -77,27 +77,29 @@ class Gallery:
     num_images: int
     seed: int
     fields: Callable[[str, int], Mapping[str, str]]
+    paths: list[Path] = dataclasses.field(default_factory=list)
     _shown: list[np.ndarray] = dataclasses.field(default_factory=list)
 
-    def add(self, pixels: np.ndarray) -> list[Path]:
+    def add(self, pixels: np.ndarray) -> None:
         """Writes the next pictures, uint8[N, S, S, 3], prompt after prompt."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        return [self._save(picture) for picture in pixels]
+        for picture in pixels:
+            self._add_one(picture)
 
-    def _save(self, picture: np.ndarray) -> Path:
+    def _add_one(self, picture: np.ndarray) -> None:
         i, j = divmod(len(self._shown), self.num_images)
         self._shown.append(picture)
         prompt, number = self.prompts[i], f"{i:03d}-" if len(self.prompts) > 1 else ""
         stem = file_stem(prompt, self.seed, [self.fields(prompt, 0)])
         path = self.folder / f"{number}{stem}-{j:02d}.png"
-        return save_png(path, picture, self.fields(prompt, j))
+        self.paths.append(save_png(path, picture, self.fields(prompt, j)))
 
-    def save_sheets(self) -> list[Path]:
+    def save_sheets(self) -> None:
         """A sheet with a row for each of several prompts, or several sheets rather than a tall one.
 
         Image viewers refuse pictures of some 180 megapixels, which 553 prompts would make.
         """
-        prompts, each, paths = self.prompts, self.num_images, []
+        prompts, each = self.prompts, self.num_images
         columns = each if len(prompts) > 1 else math.ceil(math.sqrt(each))
         words = "prompts" if len(prompts) > 1 else prompts[0]
         name = file_stem(words, self.seed, [self.fields(prompt, 0) for prompt in prompts])
@@ -111,5 +113,4 @@ class Gallery:
             shared = {**self.fields(prompts[first], 0), "prompt": told}
             shared.pop("image", None)  # the number of one picture
             path = self.folder / f"{name}-sheet{number}.png"
-            paths.append(save_png(path, contact_sheet(shown, columns), shared))
-        return paths
+            self.paths.append(save_png(path, contact_sheet(shown, columns), shared))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -263,6 +264,22 @@ def test_transformers_needs_the_tokenizer(golden, refused, tmp_path):
     refused("export", source, tmp_path / "o", "--layout", "transformers")
 
 
+def test_an_interrupted_deletion_is_finished(tmp_path, monkeypatch):
+    delete, calls = shutil.rmtree, []
+
+    def interrupted(folder, **how):
+        calls.append(folder)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        delete(folder, **how)
+
+    (tmp_path / "o").mkdir()
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with pytest.raises(KeyboardInterrupt), files.new_folder(tmp_path / "o", True) as beside:
+        (beside / "new.txt").touch()
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["o", "o/new.txt"]
+
+
 def test_what_came_meanwhile_is_not_replaced(tmp_path):
     for overwrite, error in ((False, FileExistsError), (True, ValueError)):
         with pytest.raises(error), files.new_folder(tmp_path / "o", overwrite):
@@ -272,21 +289,6 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["o"]
         (tmp_path / "o" / "mine.txt").unlink()
         (tmp_path / "o").rmdir()
-
-
-def test_sigterm_leaves_nothing(tmp_path):
-    program = f"""
-import os, signal
-from pathlib import Path
-from janus_jax.flags import clean_up_on_sigterm
-from janus_jax.interop.files import new_folder
-clean_up_on_sigterm()
-with new_folder(Path({str(tmp_path)!r}) / "new" / "o") as beside:
-    (beside / "half").touch()
-    os.kill(os.getpid(), signal.SIGTERM)
-"""
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT)
-    assert done.returncode == 143 and list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_leaves_nothing(golden, refused, tmp_path, monkeypatch):

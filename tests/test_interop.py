@@ -327,6 +327,11 @@ def test_what_is_not_supported_in_transformers_is_refused(where, value, says):
         read_config(edited(checkpoints.TRANSFORMERS_CONFIG, where, value))
 
 
+def test_sections_of_the_other_layout_are_not_looked_at(golden):
+    config = json.loads((golden / "janus" / "config.json").read_text())
+    assert read_config(edited(config, "text_config", None)) == read_config(config)
+
+
 def test_rope_theta_is_read_wherever_it_stands():
     config = checkpoints.TRANSFORMERS_CONFIG
     new = edited(config, "text_config.rope_parameters.rope_theta", 5e4)

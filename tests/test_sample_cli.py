@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from janus_jax import cli, gallery, progress
+from janus_jax.generation import image
 from janus_jax.paths import written_whole
 
 PROMPT = "A close-up photo of a red cat, studio light."
@@ -93,17 +94,30 @@ def test_each_line_of_a_file_is_a_prompt(run, loaded, pipeline, tmp_path):
     assert Image.open(paths[4]).text["prompt"] == "a\u2028dog\na cat"
 
 
-def test_what_was_drawn_before_an_interrupt_is_kept(run, loaded, pipeline, monkeypatch):
-    whole = pipeline.stream_images
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
+def test_what_was_drawn_before_an_error_is_kept(run, loaded, error, monkeypatch, tmp_path):
+    save, saved = gallery.save_png, []
 
-    def interrupted(*args, **settings):
-        yield next(whole(*args, **settings))
-        raise KeyboardInterrupt
+    def broken(path, *rest):
+        if len(saved) == 3:  # within the second chunk
+            raise error
+        saved.append(str(save(path, *rest)))
+        return path
 
-    monkeypatch.setattr(pipeline, "stream_images", interrupted)
-    status, paths, err = run("--prompt", PROMPT, "--num_images", 3, "--max_batch", 2)
-    assert (status, len(paths)) == (130, 2) and err.endswith("sample.py: interrupted\n")
-    assert all(Path(path).is_file() for path in paths)
+    monkeypatch.setattr(gallery, "save_png", broken)
+    status, paths, err = run("--prompt", PROMPT, "--num_images", 4, "--max_batch", 2)
+    says = {130: "interrupted", 2: "[Errno 28] No space left on device"}[status]
+    assert paths == saved and err.endswith(f"sample.py: {says}\n")
+    assert sorted(saved) == sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.png"))
+
+
+def test_no_memory_takes_one_line(run, loaded, monkeypatch):
+    def allocate(*args, **settings):
+        raise MemoryError("Unable to allocate 9 TiB")
+
+    monkeypatch.setattr(image, "make_requests", allocate)
+    says = "sample.py: out of memory: Unable to allocate 9 TiB\n"
+    assert run("--prompt", "a") == (2, [], says)
 
 
 def test_what_is_made_otherwise_has_another_name():
@@ -203,7 +217,6 @@ def test_devices_that_are_not_there_take_one_line(run, monkeypatch):
         (["--prompt", "a", "--mesh", "tensor=99"], "needs 99 devices, there are 8"),
         (["--prompt", "a", "--mesh", "x"], "a mesh is written data=1,fsdp=1,tensor=1"),
         (["--prompt", "a", "--mesh", ""], "a mesh is written data=1,fsdp=1,tensor=1"),
-        (["--prompt", "a", "--num_images", str(2**31 - 1)], "out of memory: Unable to allocate"),
         (["--prompt", "\udcff"], "a text must be valid Unicode"),
         (["--question", " "], "--question must say something, got ' '"),
         (["--prompts_file", "none.txt"], "--prompts_file none.txt is not a file"),
@@ -391,10 +404,12 @@ def test_many_prompts_take_several_sheets(tmp_path):
     pixels = np.zeros((260, 60, 60, 3), np.uint8)
     pixels[2 * 64] = 255
     shown = gallery.Gallery(tmp_path, prompts, 2, 0, lambda *_: {"model": "a"})
-    paths = shown.add(pixels[:3]) + shown.add(pixels[3:]) + shown.save_sheets()
-    found = [re.sub("[0-9a-f]{6}-", "", path.name) for path in paths[260:]]
+    shown.add(pixels[:3])
+    shown.add(pixels[3:])
+    shown.save_sheets()
+    found = [re.sub("[0-9a-f]{6}-", "", path.name) for path in shown.paths[260:]]
     assert found == [f"prompts-seed0-sheet-{i:02d}.png" for i in range(3)]
-    sheets = [Image.open(path) for path in paths[260:]]
+    sheets = [Image.open(path) for path in shown.paths[260:]]
     assert [sheet.height for sheet in sheets] == [64 * 64 + 4, 64 * 64 + 4, 2 * 64 + 4]
     assert [sheet.text["prompt"].count("\n") for sheet in sheets] == [63, 63, 1]
     assert sheets[1].text["prompt"].startswith("p64\n")

@@ -28,7 +28,7 @@ from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import refusal, told, too_many
 from janus_jax.data.sources import FORMATS, open_source
 from janus_jax.data.writers import SUFFIXES, write_records
-from janus_jax.flags import OneLineParser, clean_up_on_sigterm, device_memory, one_line_errors
+from janus_jax.flags import OneLineParser, device_memory, one_line_errors, set_up_program
 from janus_jax.paths import check_local, written_whole
 from janus_jax.processing.images import load_image, preprocess_generation
 from janus_jax.processing.json_files import read_json
@@ -346,5 +346,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    clean_up_on_sigterm()
+    set_up_program()
     main()

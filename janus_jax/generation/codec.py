@@ -1,8 +1,6 @@
 """The image tokenizer at work: pictures -> image tokens -> pixels.
 
 B or N images, T image tokens, S pixels a side. Always in float32: bands would show in bfloat16.
-One image at a time on each device: its activations are large (75 MB a layer at 384 pixels), another
-number of images compiles nothing, and an image comes out the same whatever the others and the mesh.
 """
 
 import functools
@@ -27,13 +25,17 @@ from janus_jax.processing.images import (
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def encode_pixels(vq: VQ, pixels: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-    """float32[B, S, S, 3] in [-1, 1] -> int32[B, T]."""
+    """float32[B, S, S, 3] in [-1, 1] -> int32[B, T], all at once."""
     with jax.default_matmul_precision("highest"):
         return sharding.replicate(vq.encode(pixels), mesh)
 
 
 def decode_pixels(vq: VQ, indices: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-    """Indices int32[B, T] -> pixels uint8[B, S, S, 3], truncated as in the reference."""
+    """Indices int32[B, T] -> pixels uint8[B, S, S, 3], truncated as in the reference.
+
+    One image at a time on each device: its activations are large (75 MB a layer at 384 pixels),
+    and an image comes out the same whatever the others and the mesh.
+    """
 
     def decode(vq: VQ, indices: jax.Array) -> jax.Array:
         return jax.lax.map(lambda row: _decode_one(vq, row), indices)
@@ -63,10 +65,10 @@ def with_pixels(
     return sharding.replicate((indices, decode_pixels(vq, indices, mesh)), mesh)
 
 
-def encode_images(
+def to_indices(
     model: Janus, images: Sequence[ImageSource] | ImageSource, mesh: Mesh | None = None
 ) -> np.ndarray:
-    """See Pipeline.encode_images."""
+    """See Pipeline.encode_images; one at a time, so another number of images compiles nothing."""
     sources = picture_list(images)
     checks.check_not_empty("images", sources)
     pixels = [preprocess_generation(load_image(x), model.cfg.image_size) for x in sources]
@@ -74,8 +76,8 @@ def encode_images(
     return np.concatenate([np.asarray(encode_pixels(model.gen_vq, x, mesh)) for x in rows])
 
 
-def decode_indices(model: Janus, indices: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
-    """See Pipeline.decode_indices."""
+def to_pixels(model: Janus, indices: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
+    """See Pipeline.decode_indices; one at a time on each device, as to_indices."""
     indices = np.asarray(indices)
     _check_indices(indices, model.cfg)
     # the last call is filled up with the last image, whose copies are dropped

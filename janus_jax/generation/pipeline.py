@@ -21,7 +21,7 @@ Conversation = str | Sequence[chat.Message]
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """Pictures, prompt after prompt: N = prompts * num_images, S pixels and T tokens.
+    """N pictures, prompt after prompt: S pixels a side and T tokens.
 
     pixels: uint8[N, S, S, 3].
     indices: int32[N, T], the tokens they were decoded from, row-major.
@@ -88,8 +88,10 @@ class Pipeline:
         settings = dict(
             guidance_weight=guidance_weight, temperature=temperature, top_k=top_k, top_p=top_p
         )
-        parts = self.stream_images(prompts, num_images, seed, max_batch, progress, **settings)
-        drawn = list(parts)
+        number = dict(num_images=num_images, max_batch=max_batch)
+        drawn = list(
+            self.stream_images(prompts, seed=seed, progress=progress, **number, **settings)
+        )
         return Images(
             np.concatenate([part.pixels for part in drawn]),
             np.concatenate([part.indices for part in drawn]),
@@ -98,6 +100,7 @@ class Pipeline:
     def stream_images(
         self,
         prompts: str | Sequence[str],
+        *,
         num_images: int = 1,
         seed: int = 0,
         max_batch: int | None = None,
@@ -106,7 +109,8 @@ class Pipeline:
     ) -> Iterator[Images]:
         """As generate_images, at most max_batch pictures at a time, as soon as they are drawn.
 
-        The arguments are checked at once; the parts, joined, are what generate_images gives.
+        The arguments are checked at once; the parts, joined, are what generate_images gives. On a
+        mesh a part has at least one picture for each group of devices that shares out the batch.
 
         Args:
             prompts and the rest: see generate_images.
@@ -157,8 +161,9 @@ class Pipeline:
             except ValueError as error:
                 if len(prompts) == 1:
                     raise
-                start = repr(prompt if len(str(prompt)) <= 40 else f"{prompt[:40]}...")
-                raise ValueError(f"prompt {number} of {len(prompts)}, {start}: {error}") from None
+                told = str(prompt)
+                start = told if len(told) <= 40 else f"{told[:40]}..."
+                raise ValueError(f"prompt {number} of {len(prompts)}, {start!r}: {error}") from None
         return tokens
 
     def image_prompt(self, prompt: str) -> tuple[list[int], list[int]]:
@@ -327,7 +332,7 @@ class Pipeline:
             FileNotFoundError: there is no such file.
         Source: VQModel.encode of the original code; report of Janus, section 3.1 (resizing).
         """
-        return codec.encode_images(self.model, images, self.mesh)
+        return codec.to_indices(self.model, images, self.mesh)
 
     def decode_indices(self, indices: np.ndarray) -> np.ndarray:
         """Pictures of image tokens, one at a time on each device.
@@ -340,7 +345,7 @@ class Pipeline:
             ValueError: another shape or type, or an index outside the codebook.
         Source: VQModel.decode_code and generation_inference.py of the original code.
         """
-        return codec.decode_indices(self.model, indices, self.mesh)
+        return codec.to_pixels(self.model, indices, self.mesh)
 
 
 def _is_conversation(value) -> bool:

@@ -5,6 +5,7 @@ both are filled in here. Whatever the networks do not implement is refused, neve
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Mapping
 
@@ -15,11 +16,15 @@ from janus_jax.models.vq import VQConfig
 
 DEEPSEEK, TRANSFORMERS = "deepseek", "transformers"
 FLOW_KEYS = ("vision_gen_enc_config", "vision_gen_dec_config", "vision_und_enc_config")
-SECTIONS = (
-    *("vision_config", "aligner_config", "language_config"),
+# config.json's objects, and the objects in them; DeepSeek's parts are a class and its params
+PARTS = (
+    *("vision_config", "aligner_config"),
     *("gen_vision_config", "gen_aligner_config", "gen_head_config"),
-    *("text_config", "vq_config"),
 )
+OBJECTS = {
+    DEEPSEEK: ("language_config", *PARTS, *(f"{part}.params" for part in PARTS)),
+    TRANSFORMERS: ("text_config", "vision_config", "vq_config"),
+}
 SIGLIP, VQ16 = SiglipConfig.siglip_large_patch16_384(), VQConfig.vq_16()
 SIGLIP_NAME = "siglip_large_patch16_384"
 # transformers.LlamaConfig
@@ -56,8 +61,9 @@ def read_config(config: Mapping) -> JanusConfig:
     Raises:
       ValueError: another model, a missing size, or a value that is not supported.
     """
-    read = {DEEPSEEK: _read_deepseek, TRANSFORMERS: _read_transformers}[layout_of(config)]
-    _check_sections(config)
+    layout = layout_of(config)
+    read = {DEEPSEEK: _read_deepseek, TRANSFORMERS: _read_transformers}[layout]
+    _check_objects(config, layout)
     try:
         cfg = read(config)
         _check_sizes(cfg)
@@ -67,16 +73,11 @@ def read_config(config: Mapping) -> JanusConfig:
     return cfg
 
 
-def _check_sections(config: Mapping) -> None:
-    for key in SECTIONS:
-        section = config.get(key, {})
-        _check_object(section, key)
-        _check_object(section.get("params", {}), f"{key}.params")
-
-
-def _check_object(value, where: str) -> None:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"config.json: {where} must be an object, got {value!r}")
+def _check_objects(config: Mapping, layout: str) -> None:
+    for path in OBJECTS[layout]:
+        value = functools.reduce(lambda found, key: found.get(key, {}), path.split("."), config)
+        if not isinstance(value, Mapping):
+            raise ValueError(f"config.json: {path} must be an object, got {value!r}")
 
 
 def _require(section: Mapping, where: str, **wanted) -> None:

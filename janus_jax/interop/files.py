@@ -48,7 +48,7 @@ def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator
         _check_replaced(folder, overwrite)  # what came meanwhile is nobody's to delete
         _replace(beside, folder)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        _delete(beside)
         for parent in new:  # empty after a failure, and only then
             with contextlib.suppress(OSError):
                 parent.rmdir()
@@ -87,7 +87,15 @@ def _replace(beside: Path, folder: Path) -> None:
             old.rename(folder)
         raise
     finally:
-        shutil.rmtree(old, ignore_errors=True)
+        _delete(old)
+
+
+def _delete(folder: Path) -> None:
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:  # an interrupt, after which nothing would come back to the rest
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def small_files(folder: Path) -> list[Path]:

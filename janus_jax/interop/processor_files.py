@@ -134,7 +134,7 @@ def _to_transformers(folder: Path, cfg: JanusConfig) -> None:
         "use_default_system_prompt": _has_default_system_prompt(processor),
     }
     write_json(folder / PROCESSOR, _kept(processor) | named)
-    tokenizer = Tokenizer.from_dir(folder, processor.get("image_tag", IMAGE))
+    tokenizer = Tokenizer.from_dir(folder)
     _write_tokenizer(folder, tokenizer.bos_id)
     template = CHAT_TEMPLATE.replace("USER", user).replace("ASSISTANT", assistant)
     (folder / "chat_template.jinja").write_text(template, "utf-8")

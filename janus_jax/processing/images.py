@@ -6,7 +6,6 @@ Channels last everywhere. `preprocess` gives the numbers of DeepSeek's `VLMImage
 import dataclasses
 import io
 import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -76,11 +75,7 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
     if not from_bytes and (not name.exists() or name.is_dir()):
         raise FileNotFoundError(f"no image file at {name}")
     try:
-        with warnings.catch_warnings():
-            # of large pictures; twice as large ones are an error
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            opened = Image.open(io.BytesIO(source) if from_bytes else source)
-        with opened as image:
+        with Image.open(io.BytesIO(source) if from_bytes else source) as image:
             return _to_rgb(image)
     except Image.UnidentifiedImageError:
         raise ValueError(f"cannot read image {name}: not a picture of a known format") from None

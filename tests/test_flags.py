@@ -1,0 +1,47 @@
+"""What the commands ask of their process, each run as the program that it is."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+# runs a command as `python -m` does, and then says what it has set
+ASK = """
+import contextlib, runpy, signal, sys
+from PIL import Image
+name = sys.argv.pop()
+with contextlib.suppress(SystemExit):
+    runpy.run_module(name, run_name="__main__")
+assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
+Image.MAX_IMAGE_PIXELS = 60
+Image._decompression_bomb_check((10, 10))
+"""
+# sends itself SIGTERM while the weights are written
+STOP = """
+import os, runpy, signal, threading, time
+def stop():
+    while not any(thread.name == "async_save" for thread in threading.enumerate()):
+        time.sleep(1e-4)
+    os.kill(os.getpid(), signal.SIGTERM)
+threading.Thread(target=stop, daemon=True).start()
+runpy.run_module("convert", run_name="__main__")
+"""
+
+
+def python(program: str, *args) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", program, *map(str, args)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", ["sample", "convert", "janus_jax.data.tokenize_images"])
+def test_sigterm_and_large_pictures(command):
+    done = python(ASK, command)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("\n") == 1 and "required" in done.stderr
+
+
+def test_sigterm_leaves_nothing(golden, tmp_path):
+    done = python(STOP, golden / "janus", tmp_path / "new" / "o")
+    assert (done.returncode, done.stdout) == (143, "") and list(tmp_path.iterdir()) == []
