@@ -45,6 +45,7 @@ def quick_compiles():
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
+    jax.clear_caches()  # other files compare what runs as it does for users
 
 
 @pytest.fixture(scope="session")

@@ -69,13 +69,18 @@ def test_a_step_is_one_of_the_optimizer_and_takes_the_state_over(config, batch, 
     trained, frozen = setup.load_trained(), setup.load_frozen()
     grads, _ = plain
     optimizer = make_optimizer(cfg)
+
+    @jax.jit
+    def update(params, opt_state):
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
     norm = float(optax.tree.norm(grads))
     assert norm > 1.5 * cfg.clip
-    params, opt_state = dict(trained), optimizer.init(trained)
+    params, opt_state = dict(trained), jax.jit(optimizer.init)(trained)
     state, step = setup.first_state(jax.tree.map(jnp.copy, trained)), setup.step()
     for number in range(2):  # the first has the learning rate 0, where the warm-up begins
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        params, opt_state = update(params, opt_state)
         before = state
         state, metrics = step(state, frozen, put_rows(batch, setup.mesh))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
@@ -133,12 +138,12 @@ def test_the_objective_is_the_weighted_mean_over_all_targets(config, batch, plai
     np.testing.assert_allclose(objective.mean(losses), total / number, rtol=1e-6)
     trained, frozen = setup.load_trained(), setup.load_frozen()
 
-    def mean(trained):
+    def mean(trained, frozen, batch):
         found = objective.losses(trained, frozen, batch)
         summed = sum(weights[kind] * total for kind, (total, _) in found.items())
         return summed / number, found
 
-    want = jax.jit(jax.grad(mean, has_aux=True))(trained)
+    want = jax.jit(jax.grad(mean, has_aux=True))(trained, frozen, batch)
     assert_close(gradients(setup.cfg, batch), jax.device_get(want))
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from janus_jax.generation import samplers, text
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 NEW = 12
 
 

@@ -53,7 +53,7 @@ def tree(folder: Path) -> dict[str, bytes | None]:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory) -> Path:
+def trained(tmp_path_factory, quick_compiles) -> Path:
     """A step or two of each config, one after the other; the folder that holds all results."""
     folder = tmp_path_factory.mktemp("runs")
     small = dict(crop=32, crop_batch_size=1, output=folder / "vq")
