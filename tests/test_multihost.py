@@ -171,7 +171,6 @@ def whole(tmp_path_factory, stopped) -> Path:
     return output
 
 
-@pytest.mark.slow
 def test_a_sigterm_to_one_of_two_processes_stops_both_at_one_step(stopped):
     (last,) = saved_steps(stopped)
     assert list(losses(stopped)) == list(range(1, last + 1))
@@ -179,12 +178,10 @@ def test_a_sigterm_to_one_of_two_processes_stops_both_at_one_step(stopped):
     assert 1 < last < 1000 and not (stopped / "model").exists()
 
 
-@pytest.mark.slow
 def test_two_processes_have_the_losses_and_records_of_one(stopped, whole):
     assert_same_run(stopped, 2, whole, range(1, saved_steps(stopped)[-1] + 1))
 
 
-@pytest.mark.slow
 def test_one_process_goes_on_from_two(stopped, whole, tmp_path):
     """With eight devices."""
     (last,) = saved_steps(stopped)
@@ -195,7 +192,6 @@ def test_one_process_goes_on_from_two(stopped, whole, tmp_path):
     assert_same_run(tmp_path, 1, whole, range(last + 1, last + 4))
 
 
-@pytest.mark.slow
 def test_two_processes_go_on_from_one_and_write_the_model(whole, tmp_path):
     """Found as Slurm tells; on another mesh."""
     output, last = tmp_path / "run", saved_steps(whole)[-1]

@@ -88,7 +88,6 @@ def trained(tmp_path_factory, quick_compiles) -> Path:
     return folder
 
 
-@pytest.mark.slow
 def test_what_was_trained_loads_and_draws(trained):
     names = {"vq", "refined", "encoder", "stage1", "stage2", "stage3", "stage3_refined"}
     assert {path.name for path in trained.iterdir()} == names | set(scenes.KINDS)
@@ -98,7 +97,6 @@ def test_what_was_trained_loads_and_draws(trained):
     assert drawn.pixels.std() > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "parts"),
     [
@@ -121,7 +119,6 @@ def test_a_stage_trains_its_parts(trained, before, after, parts):
     assert sorted({name.split(".")[0] for name in changed}) == parts
 
 
-@pytest.mark.slow
 def test_the_tokenizer_is_trained_on_alone(trained):
     names = ("vq", "refined")
     before, after = (load_file(trained / name / "model.safetensors") for name in names)
@@ -129,7 +126,6 @@ def test_the_tokenizer_is_trained_on_alone(trained):
     assert changed and all(name.startswith("gen_vision_model.") for name in changed)
 
 
-@pytest.mark.slow
 def test_the_encoder_is_trained_alone(trained):
     names = ("refined", "encoder")
     before, after = (load_file(trained / name / "model.safetensors") for name in names)
@@ -137,7 +133,6 @@ def test_the_encoder_is_trained_alone(trained):
     assert changed and all(name.startswith("vision_model.") for name in changed)
 
 
-@pytest.mark.slow
 def test_a_run_may_replace_an_earlier_one(trained):
     small = [path.name for path in files.small_files(trained / "encoder")]
     check_output(str(trained / "encoder"), JanusConfig.janus_tiny(), small)
