@@ -17,8 +17,6 @@ from janus_jax import cli, gallery, progress
 from janus_jax.generation import image
 from janus_jax.paths import written_whole
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PROMPT = "A close-up photo of a red cat, studio light."
 
 

@@ -11,8 +11,6 @@ import pytest
 
 from janus_jax.generation import samplers, text
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 NEW = 12
 
 

@@ -20,8 +20,6 @@ from janus_jax.training.loop import drawn_batches, run_steps
 from janus_jax.training.state import init_state, make_optimizer, split_model
 from janus_jax.training.vq import USAGE_DECAY, make_vq_step, move_spare_codes
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 CODES = 12
 
 
