@@ -60,3 +60,11 @@ def pipeline(golden):
     from janus_jax import load
 
     return load(golden / "janus", dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def small(golden):
+    """As pipeline, with fewer layers: compiled sooner, for what is compared with no recording."""
+    from janus_jax import load
+
+    return load(golden / "janus_small", dtype="float32")

@@ -1,4 +1,4 @@
-"""Settings of runs that tests can afford: the golden checkpoint, small rows of drawn scenes."""
+"""Settings of runs that tests can afford: a small checkpoint, small rows of drawn scenes."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from janus_jax.training.stages import base_config
 
-GOLDEN = Path(__file__).parent / "golden" / "janus"
+SMALL = Path(__file__).parent / "golden" / "janus_small"
 
 
 def get_config() -> ConfigDict:
@@ -18,7 +18,7 @@ def small_config(output: Path, **changed) -> ConfigDict:
     """One device unless `mesh` says otherwise; float32."""
     config = base_config()
     config.update(
-        init=str(GOLDEN),
+        init=str(SMALL),
         output=str(output),
         steps=4,
         length=192,

@@ -20,6 +20,7 @@ from torch_reference import (
     uniform,
 )
 
+from janus_jax.interop.load import abstract
 from janus_jax.models.attention import causal_mask, positions_from_mask
 from janus_jax.models.janus import Janus, JanusConfig, merge_features
 from janus_jax.models.vq import VQ
@@ -63,7 +64,7 @@ def parameter_counts(cfg: JanusConfig) -> dict[str, int]:
         encoder = dataclasses.replace(cfg.und_encoder, num_layers=layers)
         decoder = dataclasses.replace(cfg.language_model, num_hidden_layers=layers)
         cut = dataclasses.replace(cfg, und_encoder=encoder, language_model=decoder)
-        model = nnx.eval_shape(lambda: Janus(cut, rngs=nnx.Rngs(0)))
+        model = nnx.merge(*abstract(cut))
         parts = {part: jax.tree.leaves(nnx.state(getattr(model, part))) for part in PARTS}
         return {part: sum(x.size for x in leaves) for part, leaves in parts.items()}
 

@@ -150,7 +150,7 @@ def assert_same_run(one: Path, processes: int, other: Path, steps: range) -> Non
 def stopped(tmp_path_factory) -> Path:
     """A run of two processes that one of them was told to stop."""
     output = tmp_path_factory.mktemp("runs") / "stopped"
-    with two_processes(output, mesh="fsdp=8", steps=1000) as processes:
+    with two_processes(output, mesh="data=2,fsdp=4", steps=1000) as processes:
         until = time.monotonic() + SECONDS
         while not (output / "records-0.jsonl").exists():
             assert time.monotonic() < until

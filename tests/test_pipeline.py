@@ -80,13 +80,13 @@ def test_answering_refuses_arguments_out_of_range(pipeline, settings, message):
         pipeline.answer(**{"conversation": "a", **settings})
 
 
-def test_pictures_come_chunk_by_chunk(pipeline):
-    parts = list(pipeline.stream_images("a cat", num_images=5, max_batch=2))
+def test_pictures_come_chunk_by_chunk(small):
+    parts = list(small.stream_images("a cat", num_images=5, max_batch=2))
     assert [len(part.pixels) for part in parts] == [2, 2, 1]
-    whole = pipeline.generate_images("a cat", num_images=5)
+    whole = small.generate_images("a cat", num_images=5)
     np.testing.assert_array_equal(np.concatenate([part.indices for part in parts]), whole.indices)
     with pytest.raises(ValueError, match="num_images must be"):  # before the first is asked for
-        pipeline.stream_images("a cat", num_images=0)
+        small.stream_images("a cat", num_images=0)
 
 
 def test_a_prompt_may_fill_the_context_of_config_json_and_no_more(pipeline):
@@ -121,18 +121,18 @@ def test_a_picture_survives_decoding_and_encoding_as_the_tokenizer_has_it(pipeli
     np.testing.assert_array_equal(pipeline.encode_images(list(pixels)), expected)
 
 
-def test_pictures_of_any_kind_are_encoded(pipeline, golden):
+def test_pictures_of_any_kind_are_encoded(small, golden):
     path = golden / "preprocess" / "img0_50x120.png"
-    expected = pipeline.encode_images(path)
+    expected = small.encode_images(path)
     assert expected.shape == (1, 16) and expected.dtype == np.int32
     for source in (str(path), path.read_bytes(), Image.open(path), np.asarray(Image.open(path))):
-        np.testing.assert_array_equal(pipeline.encode_images([source]), expected)
+        np.testing.assert_array_equal(small.encode_images([source]), expected)
     pixels = np.asarray(Image.open(path))
     np.testing.assert_array_equal(
-        pipeline.encode_images(np.stack([pixels, pixels])), np.repeat(expected, 2, axis=0)
+        small.encode_images(np.stack([pixels, pixels])), np.repeat(expected, 2, axis=0)
     )
     with pytest.raises(ValueError, match="images must hold at least one"):
-        pipeline.encode_images([])
+        small.encode_images([])
 
 
 @pytest.mark.parametrize(
@@ -294,19 +294,19 @@ def test_public_names_are_there():
         _ = janus_jax.nothing
 
 
-def test_the_checkpoint_states_how_it_draws(pipeline, golden, tmp_path):
-    assert pipeline.drawing == (5.0, 1.0)  # the golden folder states none
-    shutil.copytree(golden / "janus", tmp_path / "janus")
-    stated = tmp_path / "janus" / "generation_config.json"
+def test_the_checkpoint_states_how_it_draws(small, golden, tmp_path):
+    assert small.drawing == (5.0, 1.0)  # the folder states none
+    shutil.copytree(golden / "janus_small", tmp_path / "janus_small")
+    stated = tmp_path / "janus_small" / "generation_config.json"
     stated.write_text('{"guidance_scale": 2, "temperature": 0}')
-    own = janus_jax.load(tmp_path / "janus", dtype="float32")
+    own = janus_jax.load(tmp_path / "janus_small", dtype="float32")
     assert own.drawing == (2.0, 0.0)
     drawn = own.generate_images("a red cat")
-    want = pipeline.generate_images("a red cat", temperature=0, guidance_weight=2.0)
+    want = small.generate_images("a red cat", temperature=0, guidance_weight=2.0)
     np.testing.assert_array_equal(drawn.indices, want.indices)
     stated.write_text('{"guidance_scale": "much"}')
     with pytest.raises(ValueError, match="must be a finite number, got 'much'"):
-        janus_jax.load(tmp_path / "janus", dtype="float32")
+        janus_jax.load(tmp_path / "janus_small", dtype="float32")
     stated.write_text('{"temperature": -1}')
     with pytest.raises(ValueError, match=r"temperature in .* must be at least 0, got -1"):
-        janus_jax.load(tmp_path / "janus", dtype="float32")
+        janus_jax.load(tmp_path / "janus_small", dtype="float32")

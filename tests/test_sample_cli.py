@@ -22,13 +22,13 @@ PROMPT = "A close-up photo of a red cat, studio light."
 
 @pytest.fixture
 def run(golden, capsys, tmp_path, monkeypatch):
-    """Runs the command on the golden checkpoint: (status, lines of stdout, stderr)."""
+    """Runs the command on the small checkpoint: (status, lines of stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
         status = 0
         try:
-            cli.main(["--model", str(golden / "janus"), *map(str, flags)])
+            cli.main(["--model", str(golden / "janus_small"), *map(str, flags)])
         except SystemExit as stopped:
             status = stopped.code
         out, err = capsys.readouterr()
@@ -38,16 +38,16 @@ def run(golden, capsys, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def loaded(pipeline, monkeypatch):
-    """The session's pipeline in place of a load for every test."""
-    monkeypatch.setattr("janus_jax.generation.pipeline.load", lambda *_, **__: pipeline)
+def loaded(small, monkeypatch):
+    """The session's small checkpoint in place of a load for every test."""
+    monkeypatch.setattr("janus_jax.generation.pipeline.load", lambda *_, **__: small)
 
 
 def test_greedy_indices_are_those_of_the_original(run, golden, tmp_path):
     recorded = np.load(golden / "janus_t2i.npz")
     status, paths, err = run(
-        *("--prompt", PROMPT, "--num_images", 2, "--temperature", 0),
-        *("--guidance_weight", 5, "--output_dir", "out/deep"),
+        *("--model", golden / "janus", "--prompt", PROMPT, "--num_images", 2),
+        *("--temperature", 0, "--guidance_weight", 5, "--output_dir", "out/deep"),
         *("--save_indices", "out/deep/kept.npz"),
     )
     assert (status, err) == (0, "")
@@ -65,19 +65,19 @@ def test_greedy_indices_are_those_of_the_original(run, golden, tmp_path):
     assert sorted(p.name for p in tmp_path.rglob("*") if p.name.startswith(".")) == []
 
 
-def test_a_png_says_how_it_was_made(run, loaded, pipeline):
+def test_a_png_says_how_it_was_made(run, loaded, small):
     flags = ("--num_images", 2, "--seed", 7, "--temperature", 0.5, "--top_k", 9)
     _, paths, _ = run("--prompt", "ein grünes Haus 🏠", *flags)
     text = Image.open(paths[1]).text
     assert text["prompt"] == "ein grünes Haus 🏠"
-    assert (text["seed"], text["image"], text["model"]) == ("7", "1", pipeline.name)
+    assert (text["seed"], text["image"], text["model"]) == ("7", "1", small.name)
     assert json.loads(text["settings"]) == {
         "guidance_weight": 5.0, "temperature": 0.5, "top_k": 9, "top_p": None, "dtype": "float32",
     }  # fmt: skip
     assert re.fullmatch(r"ein-grünes-haus-seed7-[0-9a-f]{6}-01.png", Path(paths[1]).name)
 
 
-def test_each_line_of_a_file_is_a_prompt(run, loaded, pipeline, tmp_path):
+def test_each_line_of_a_file_is_a_prompt(run, loaded, small, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa\u2028dog\r\n\r\n  a cat \n".encode())
     status, paths, _ = run("--prompts_file", "prompts.txt", "--num_images", 2)
     assert status == 0
@@ -87,7 +87,7 @@ def test_each_line_of_a_file_is_a_prompt(run, loaded, pipeline, tmp_path):
         *("001-a-cat-seed0-DIGEST-00.png", "001-a-cat-seed0-DIGEST-01.png"),
         "prompts-seed0-DIGEST-sheet.png",
     ]
-    expected = pipeline.generate_images(["a\u2028dog", "a cat"], 2).pixels
+    expected = small.generate_images(["a\u2028dog", "a cat"], 2).pixels
     np.testing.assert_array_equal(np.asarray(Image.open(paths[2])), expected[2])
     sheet = np.asarray(Image.open(paths[4]))
     np.testing.assert_array_equal(sheet[4 + 68 : 68 + 68, 4:68], expected[2])
@@ -132,15 +132,15 @@ def test_what_is_made_otherwise_has_another_name():
     assert gallery.file_stem("a" * 50, 0, made) == stems[0]
 
 
-def test_a_question_is_answered(run, loaded, pipeline, golden):
+def test_a_question_is_answered(run, loaded, small, golden):
     pictures = [golden / "preprocess" / name for name in ("img0_50x120.png", "img2_64x64.png")]
     flags = [word for picture in pictures for word in ("--image", picture)]
     status, lines, err = run(*flags, "--question", "Which?", "--max_new_tokens", 6)
     assert (status, err) == (0, "")
-    assert "\n".join(lines) == pipeline.answer("Which?", pictures, max_new_tokens=6)
+    assert "\n".join(lines) == small.answer("Which?", pictures, max_new_tokens=6)
 
 
-def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
+def test_a_chat_remembers_its_turns(run, loaded, small, golden, monkeypatch):
     picture = golden / "preprocess" / "img0_50x120.png"
     monkeypatch.setenv("HOME", str(golden))
     said = "Hi\n/image ~/preprocess/img0_50x120.png\n/img x\n/new\n"
@@ -148,13 +148,13 @@ def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
     said += f"/image {picture}\nWhat is it?\n/quit\nnever\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
     asked = []
-    stream = pipeline.stream
+    stream = small.stream
 
     def recorded(conversation, *rest, **settings):
         asked.append(conversation)
         return stream(conversation, *rest, **settings)
 
-    monkeypatch.setattr(pipeline, "stream", recorded)
+    monkeypatch.setattr(small, "stream", recorded)
     status, lines, err = run("--chat", "--max_new_tokens", 6)
     assert status == 0
     assert "sample.py: no image file at nowhere.png" in err.splitlines()
@@ -163,14 +163,14 @@ def test_a_chat_remembers_its_turns(run, loaded, pipeline, golden, monkeypatch):
     assert "sample.py: no image file at ~no_such_user/a.png" in err.splitlines()
     assert len(err.splitlines()) == 5
     assert len(asked) == 3
-    forgotten, first = (pipeline.answer(text, max_new_tokens=6) for text in ("Hi", "Hello"))
+    forgotten, first = (small.answer(text, max_new_tokens=6) for text in ("Hi", "Hello"))
     assert [m["content"] for m in asked[2]] == ["Hello", first, "What is it?"]
     assert [len(m.get("images", ())) for m in asked[2]] == [0, 0, 1]
-    last = pipeline.answer(asked[2], max_new_tokens=6)
+    last = small.answer(asked[2], max_new_tokens=6)
     assert "\n".join(lines) == f"{forgotten}\n{first}\n{last}"
 
 
-def test_an_interrupt_ends_one_answer_and_not_the_chat(run, loaded, pipeline, monkeypatch):
+def test_an_interrupt_ends_one_answer_and_not_the_chat(run, loaded, small, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nHello\n"))
     asked = []
 
@@ -180,7 +180,7 @@ def test_an_interrupt_ends_one_answer_and_not_the_chat(run, loaded, pipeline, mo
         if len(asked) == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pipeline, "stream", stream)
+    monkeypatch.setattr(small, "stream", stream)
     status, _, err = run("--chat")
     assert status == 0 and asked == [["Hi"], ["Hello"]]
     assert err.splitlines()[-1] == "interrupted: neither question nor answer is remembered"
@@ -236,12 +236,12 @@ def test_devices_that_are_not_there_take_one_line(run, monkeypatch):
         (["--prompt", "a", "--model", "nowhere"], "nowhere is not a folder"),
     ],
 )
-def test_what_is_wrong_takes_one_line(flags, message, run, pipeline, monkeypatch, tmp_path):
+def test_what_is_wrong_takes_one_line(flags, message, run, small, monkeypatch, tmp_path):
     from janus_jax.generation import pipeline as pipelines
 
     real = pipelines.load
     fine = "nowhere" not in flags and "float16" not in flags
-    monkeypatch.setattr(pipelines, "load", lambda *a, **k: pipeline if fine else real(*a, **k))
+    monkeypatch.setattr(pipelines, "load", lambda *a, **k: small if fine else real(*a, **k))
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     (tmp_path / "b.npz").mkdir()
@@ -296,14 +296,14 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(flags, run, monkeyp
         ),
     ],
 )
-def test_out_of_memory_is_told_in_one_line(flags, fails, advice, run, pipeline, monkeypatch):
+def test_out_of_memory_is_told_in_one_line(flags, fails, advice, run, small, monkeypatch):
     def exhausted(*_, **__):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 
-    load = exhausted if fails == "load" else lambda *_, **__: pipeline
+    load = exhausted if fails == "load" else lambda *_, **__: small
     monkeypatch.setattr("janus_jax.generation.pipeline.load", load)
     if fails != "load":
-        monkeypatch.setattr(pipeline, fails, exhausted)
+        monkeypatch.setattr(small, fails, exhausted)
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     status, _, err = run(*flags)
     assert status == 2
@@ -313,11 +313,11 @@ def test_out_of_memory_is_told_in_one_line(flags, fails, advice, run, pipeline, 
         cli.parse_flags([*flags, flag, "1"])
 
 
-def test_other_errors_of_the_runtime_are_not_hidden(run, loaded, pipeline, monkeypatch):
+def test_other_errors_of_the_runtime_are_not_hidden(run, loaded, small, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("INTERNAL: a bug")
 
-    monkeypatch.setattr(pipeline, "stream_images", broken)
+    monkeypatch.setattr(small, "stream_images", broken)
     with pytest.raises(RuntimeError, match="INTERNAL: a bug"):
         run("--prompt", "a")
 
@@ -344,7 +344,7 @@ def test_who_may_read_a_file_is_as_the_user_has_it(tmp_path):
 def test_what_a_terminal_cannot_show_is_no_reason_to_stop(golden, tmp_path):
     flags = ("--prompt", "ein grünes Haus", "--num_images", 1, "--output_dir", tmp_path)
     done = subprocess.run(
-        [sys.executable, "sample.py", "--model", golden / "janus", *map(str, flags)],
+        [sys.executable, "sample.py", "--model", golden / "janus_small", *map(str, flags)],
         cwd=Path(__file__).parents[1], env=os.environ | {"PYTHONIOENCODING": "ascii"},
         capture_output=True, text=True,
     )  # fmt: skip

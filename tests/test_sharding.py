@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 from janus_jax import load, sharding
 from janus_jax.generation import codec, image, samplers
+from janus_jax.interop.load import OneKey
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.training.lora import LoRAConfig, add_adapters
 
@@ -37,9 +38,9 @@ def adapted_paths(pipeline):
     """Of the golden model's parameters, with an adapter on every layer that may have one."""
 
     def build():
-        model = Janus(pipeline.model.cfg, rngs=nnx.Rngs(0))
+        model = Janus(pipeline.model.cfg, rngs=OneKey())
         targets = r"(?!gen_vq\.|language_model\.lm_head|gen_head\.out).*"
-        add_adapters(model, LoRAConfig(4, 8.0, targets), rngs=nnx.Rngs(1))
+        add_adapters(model, LoRAConfig(4, 8.0, targets), rngs=OneKey())
         return model
 
     flat = nnx.to_flat_state(nnx.state(nnx.eval_shape(build)))
@@ -127,23 +128,24 @@ def test_a_mesh_of_other_axes_is_refused(golden, mesh):
         load(golden / "janus", mesh=mesh)
 
 
-def test_a_mesh_with_explicit_axes_is_as_good(golden, pipeline):
+@pytest.fixture(scope="module")
+def one_device(small):
+    return small.generate_images(PROMPTS, num_images=4, seed=11)
+
+
+def test_a_mesh_with_explicit_axes_is_as_good(golden, one_device):
     """What jax.make_mesh gives where it is told nothing else."""
     explicit = (jax.sharding.AxisType.Explicit,) * 3
     mesh = jax.make_mesh((1, 1, 2), sharding.AXES, axis_types=explicit)
-    drawn = load(golden / "janus", mesh=mesh).generate_images("a cat", seed=11)
-    np.testing.assert_array_equal(drawn.indices, pipeline.generate_images("a cat", seed=11).indices)
-
-
-@pytest.fixture(scope="module")
-def one_device(pipeline):
-    return pipeline.generate_images(PROMPTS, num_images=4, seed=11)
+    pipeline = load(golden / "janus_small", dtype="float32", mesh=mesh)
+    drawn = pipeline.generate_images(PROMPTS, num_images=4, seed=11)
+    np.testing.assert_array_equal(drawn.indices, one_device.indices)
 
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_eight_devices_draw_what_one_draws(golden, one_device, shape):
     mesh = sharding.make_mesh(*shape)
-    pipeline = load(golden / "janus", dtype="float32", mesh=mesh)
+    pipeline = load(golden / "janus_small", dtype="float32", mesh=mesh)
     drawn = pipeline.generate_images(PROMPTS, num_images=4, seed=11)
     np.testing.assert_array_equal(drawn.indices, one_device.indices)
     np.testing.assert_array_equal(drawn.pixels, one_device.pixels)
@@ -151,7 +153,7 @@ def test_eight_devices_draw_what_one_draws(golden, one_device, shape):
 
 @pytest.fixture(scope="module")
 def sharded(golden):
-    return load(golden / "janus", dtype="float32", mesh=sharding.make_mesh(2, 2, 2))
+    return load(golden / "janus_small", dtype="float32", mesh=sharding.make_mesh(2, 2, 2))
 
 
 def test_parameters_are_born_sharded(sharded):
@@ -185,7 +187,7 @@ def test_images_fill_up_the_devices(sharded, one_device):
     assert sharded.encode_images(list(drawn.pixels)).shape == (7, 16)
 
 
-def test_tokens_and_pixels_are_whole_on_every_device(golden, sharded, pipeline, monkeypatch):
+def test_tokens_and_pixels_are_whole_on_every_device(golden, sharded, small, monkeypatch):
     """So that each of several processes can read them."""
     seen = []
 
@@ -205,12 +207,12 @@ def test_tokens_and_pixels_are_whole_on_every_device(golden, sharded, pipeline, 
     encoded = sharded.encode_images(pixels[0])
     assert len(seen) == 2 * 2 + 1  # four pictures at once, then one
     assert all(len(s.device_set) == 8 and s.is_fully_replicated for s in seen)
-    np.testing.assert_array_equal(encoded, pipeline.encode_images(pixels[0]))
+    np.testing.assert_array_equal(encoded, small.encode_images(pixels[0]))
 
 
-def test_eight_devices_answer_what_one_answers(golden, sharded, pipeline):
+def test_eight_devices_answer_what_one_answers(golden, sharded, small):
     picture = golden / "preprocess" / "img0_50x120.png"
     asked = (["What is it?", "Hello"], [[picture], []])
-    expected = pipeline.answer(*asked, max_new_tokens=6)
+    expected = small.answer(*asked, max_new_tokens=6)
     assert sharded.answer(*asked, max_new_tokens=6) == expected
     assert "".join(sharded.stream("What is it?", picture, max_new_tokens=6)) == expected[0]

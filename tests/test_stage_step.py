@@ -50,6 +50,11 @@ def plain(config, batch):
     return gradients(config(), batch)
 
 
+def norm_of(grads) -> float:
+    """Of all gradients together, which are on the host."""
+    return float(np.sqrt(sum(np.vdot(grad, grad) for grad in grads.values())))
+
+
 def assert_close(found, plain):
     """To the rounding of float32 sums in another order."""
     (grads, losses), (want_grads, want_losses) = found, plain
@@ -57,7 +62,7 @@ def assert_close(found, plain):
         np.testing.assert_allclose(losses[kind][0], total, rtol=1e-5)
         assert losses[kind][1] == count > 0
     assert grads.keys() == want_grads.keys()
-    scale = float(optax.tree.norm(want_grads))
+    scale = norm_of(want_grads)
     for path, grad in want_grads.items():
         error = np.linalg.norm(grads[path] - grad) / (np.linalg.norm(grad) + 1e-3 * scale)
         assert error < 1e-4, (path, error)
@@ -75,10 +80,10 @@ def test_a_step_is_one_of_the_optimizer_and_takes_the_state_over(config, batch, 
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    norm = float(optax.tree.norm(grads))
+    norm = norm_of(grads)
     assert norm > 1.5 * cfg.clip
     params, opt_state = dict(trained), jax.jit(optimizer.init)(trained)
-    state, step = setup.first_state(jax.tree.map(jnp.copy, trained)), setup.step()
+    state, step = setup.first_state(setup.load_trained()), setup.step()
     for number in range(2):  # the first has the learning rate 0, where the warm-up begins
         params, opt_state = update(params, opt_state)
         before = state
@@ -150,9 +155,10 @@ def test_the_objective_is_the_weighted_mean_over_all_targets(config, batch, plai
 def test_gradients_in_bfloat16_are_near_those_in_float32(config, batch, plain):
     """Those of tables and heads, which are sums over tokens, as near as the kernels'."""
     grads, _ = gradients(config(dtype="bfloat16"), batch)
+    scale = norm_of(plain[0])
     for path, want in plain[0].items():
         assert grads[path].dtype == np.float32
-        if np.linalg.norm(want) > 1e-3 * float(optax.tree.norm(plain[0])):
+        if np.linalg.norm(want) > 1e-3 * scale:
             error = np.linalg.norm(grads[path] - want) / np.linalg.norm(want)
             assert error < 0.1, (path, error)
 
@@ -174,7 +180,7 @@ def test_what_is_frozen_has_no_gradient_no_optimizer_state_and_no_float32_copy(c
         return step.lower(*setup.shapes, row_shapes(setup)).as_text().count("stablehlo.dot_general")
 
     kernels = sum(path.endswith("_proj.kernel") for path in frozen)
-    assert products(Setup.from_config(config(dtype="bfloat16"))) - products(setup) >= kernels > 20
+    assert products(Setup.from_config(config(dtype="bfloat16"))) - products(setup) >= kernels > 10
 
 
 def test_no_step_reads_the_tokenizer_where_pictures_come_as_indices(config):

@@ -102,21 +102,21 @@ def test_writing_stops_when_every_row_has_ended(pipeline, requests, recorded, mo
     assert sorted(steps) == list(range(1, len(expected)))
 
 
-def test_a_batch_of_unequal_conversations_gives_the_answers_of_each_alone(pipeline, conversations):
+def test_a_batch_of_unequal_conversations_gives_the_answers_of_each_alone(small, conversations):
     messages, images = conversations
     settings = {"max_new_tokens": NEW, "temperature": 0.8, "seed": 5}
-    batch = pipeline.answer(messages, images, **settings)
-    alone = [pipeline.answer(m, i, **settings) for m, i in zip(*conversations, strict=True)]
+    batch = small.answer(messages, images, **settings)
+    alone = [small.answer(m, i, **settings) for m, i in zip(*conversations, strict=True)]
     assert batch == alone
     assert len(set(batch)) == 3
 
 
 @pytest.mark.parametrize("by_memory", [True, False])
 def test_chunks_of_conversations_give_the_same_answers(
-    pipeline, conversations, by_memory, monkeypatch
+    small, conversations, by_memory, monkeypatch
 ):
     settings = {"max_new_tokens": NEW, "temperature": 0.8, "seed": 5}
-    expected = pipeline.answer(*conversations, **settings)
+    expected = small.answer(*conversations, **settings)
     sizes, write = [], text.write
 
     def counted(model, requests, *rest):
@@ -128,45 +128,45 @@ def test_chunks_of_conversations_give_the_same_answers(
         monkeypatch.setattr(text.decoding, "CACHE_BYTES", 1)
     else:
         settings["max_batch"] = 2
-    assert pipeline.answer(*conversations, **settings) == expected
+    assert small.answer(*conversations, **settings) == expected
     assert sizes == ([1, 1, 1] if by_memory else [2, 2])
 
 
-def test_two_images_in_one_row_and_none_in_the_other(pipeline, golden):
+def test_two_images_in_one_row_and_none_in_the_other(small, golden):
     pictures = [golden / "preprocess" / name for name in ("img0_50x120.png", "img2_64x64.png")]
     asked = ["Which is larger?", "Hello"]
-    batch = pipeline.answer(asked, [pictures, []], max_new_tokens=NEW)
-    assert batch[0] == pipeline.answer(asked[0], pictures, max_new_tokens=NEW)
-    assert batch[0] != pipeline.answer(asked[0], pictures[::-1], max_new_tokens=NEW)
-    assert batch[1] == pipeline.answer(asked[1], max_new_tokens=NEW)
+    batch = small.answer(asked, [pictures, []], max_new_tokens=NEW)
+    assert batch[0] == small.answer(asked[0], pictures, max_new_tokens=NEW)
+    assert batch[0] != small.answer(asked[0], pictures[::-1], max_new_tokens=NEW)
+    assert batch[1] == small.answer(asked[1], max_new_tokens=NEW)
 
 
-def test_sampling_follows_the_seed(pipeline):
-    ask = functools.partial(pipeline.answer, "Hello", max_new_tokens=NEW, temperature=1.5)
+def test_sampling_follows_the_seed(small):
+    ask = functools.partial(small.answer, "Hello", max_new_tokens=NEW, temperature=1.5)
     assert ask(seed=1) == ask(seed=1)
     assert ask(seed=1) != ask(seed=2)
-    assert ask(seed=1, top_k=1) == pipeline.answer("Hello", max_new_tokens=NEW)
+    assert ask(seed=1, top_k=1) == small.answer("Hello", max_new_tokens=NEW)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_pieces_of_a_stream_join_to_the_answer(pipeline, golden, temperature):
+def test_pieces_of_a_stream_join_to_the_answer(small, golden, temperature):
     asked = ("Was ist das?", golden / "preprocess" / "img0_50x120.png")
     settings = {"max_new_tokens": NEW, "temperature": temperature, "seed": 2}
-    pieces = list(pipeline.stream(*asked, **settings))
+    pieces = list(small.stream(*asked, **settings))
     assert len(pieces) > 2
-    assert "".join(pieces) == pipeline.answer(*asked, **settings)
+    assert "".join(pieces) == small.answer(*asked, **settings)
 
 
-def test_a_character_of_several_tokens_is_one_piece(pipeline, monkeypatch):
-    tokens = pipeline.processor.tokenizer.encode("aé😀!")[1:]
+def test_a_character_of_several_tokens_is_one_piece(small, monkeypatch):
+    tokens = small.processor.tokenizer.encode("aé😀!")[1:]
     assert len(tokens) > 4
     monkeypatch.setattr(text, "stream", lambda *_: iter(tokens))
-    assert list(pipeline.stream("Hello")) == ["a", "é", "😀", "!"]
+    assert list(small.stream("Hello")) == ["a", "é", "😀", "!"]
     monkeypatch.setattr(text, "stream", lambda *_: iter(tokens[:-2]))
-    assert list(pipeline.stream("Hello")) == ["a", "é", "\ufffd"]
+    assert list(small.stream("Hello")) == ["a", "é", "\ufffd"]
 
 
-def test_one_new_token_is_enough(pipeline):
-    answer = pipeline.answer("Hello", max_new_tokens=NEW)
-    first = pipeline.answer("Hello", max_new_tokens=1)
+def test_one_new_token_is_enough(small):
+    answer = small.answer("Hello", max_new_tokens=NEW)
+    first = small.answer("Hello", max_new_tokens=1)
     assert first and answer.startswith(first)

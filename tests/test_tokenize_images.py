@@ -44,7 +44,7 @@ def captioned(count: int) -> list[Record]:
 def run(golden, capsys, tmp_path):
     """Runs the command in this process: (status, stdout, stderr)."""
 
-    def call(source, output, *more, model=golden / "janus"):
+    def call(source, output, *more, model=golden / "janus_small"):
         args = ["--model", model, "--source", source, "--output", output, "--batch_size", 2, *more]
         status = 0
         try:
@@ -80,14 +80,14 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("format", [*SUFFIXES, "class_folder"])
-def test_pictures_of_every_format_become_tokens(format, run, pipeline, tmp_path):
+def test_pictures_of_every_format_become_tokens(format, run, small, tmp_path):
     records, out = captioned(5), tmp_path / "tokens"
     source = tmp_path / f"train{SUFFIXES.get(format, '')}"
     write_records(format, source, records)
     status, said, err = run(f"{format}:{source}", f"{format}:{out}", "--shard_size", 3)
     assert (status, err) == (0, "")
     assert said == f"{out}: 5 pictures tokenized, 0 records copied, 0 skipped\n"
-    expected = pipeline.encode_images([record.pictures[0] for record in records])
+    expected = small.encode_images([record.pictures[0] for record in records])
     found = list(open_source(format, out))
     assert [record.text for record in found] == [record.text for record in records]
     assert all(record.pictures == () for record in found)
@@ -97,7 +97,7 @@ def test_pictures_of_every_format_become_tokens(format, run, pipeline, tmp_path)
         assert shards == [f"shard-{i:05d}{SUFFIXES[format]}" for i in range(2)]
 
 
-def test_other_records_are_copied_and_bad_ones_listed(run, pipeline, tmp_path):
+def test_other_records_are_copied_and_bad_ones_listed(run, small, tmp_path):
     indices = np.arange(4, dtype=np.int32)
     good = [
         Record("understanding", (("What?", "Noise."),), pictures=(picture(7), picture(8))),
@@ -128,7 +128,7 @@ def test_other_records_are_copied_and_bad_ones_listed(run, pipeline, tmp_path):
         (f"{source}:10", "malformed"),
     ]
     assert "none.png" in lines[1]["detail"]
-    expected = iter(pipeline.encode_images([picture(1), picture(2)]))
+    expected = iter(small.encode_images([picture(1), picture(2)]))
     for found, record in zip(open_source("tar", out), good, strict=True):
         assert (found.kind, found.turns, found.text) == (record.kind, record.turns, record.text)
         if record.kind == "generation":
@@ -272,12 +272,12 @@ def test_it_goes_on_only_with_the_same(golden, run, refused, tmp_path):
     assert "with format tar and must be gone on with so, got jsonl" in refused(
         source, f"jsonl:{tmp_path / 'tokens'}"
     )
-    model = shutil.copytree(golden / "janus", tmp_path / "janus")
+    model = shutil.copytree(golden / "janus_small", tmp_path / "janus_small")
     assert run(source, output, model=model)[0] == 0  # a copy is the same
     weights = safetensors.numpy.load_file(model / "model.safetensors")
     weights["gen_vision_model.quant_conv.bias"] += 1
     safetensors.numpy.save_file(weights, model / "model.safetensors")
-    assert "was begun with model janus with the image tokenizer" in refused(
+    assert "was begun with model janus_small with the image tokenizer" in refused(
         source, output, model=model
     )
     write_records("tar", tmp_path / "train.tar", captioned(4))
@@ -330,10 +330,10 @@ def test_out_of_device_memory(refused, tmp_path, monkeypatch):
     assert "out of memory: on the device, while encoding; a smaller --batch_size" in told
 
 
-def test_the_image_tokenizer_alone_is_the_models(golden, pipeline, tmp_path, capsys):
-    convert([str(golden / "janus"), str(tmp_path / "orbax")])
-    for folder in (golden / "janus", tmp_path / "orbax"):
-        alone, whole = load_vq(open_folder(folder)), pipeline.model.gen_vq
+def test_the_image_tokenizer_alone_is_the_models(golden, small, tmp_path, capsys):
+    convert([str(golden / "janus_small"), str(tmp_path / "orbax")])
+    for folder in (golden / "janus_small", tmp_path / "orbax"):
+        alone, whole = load_vq(open_folder(folder)), small.model.gen_vq
         assert jax.tree.structure(alone) == jax.tree.structure(whole)
         for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(whole), strict=True):
             np.testing.assert_array_equal(one, other)

@@ -12,15 +12,18 @@ import torch
 from flax import nnx
 from ml_collections import ConfigDict
 
+from janus_jax.interop.load import abstract
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.llama import LlamaConfig
 from janus_jax.models.siglip import SiglipConfig
 from janus_jax.models.vq import VQConfig, l2_normalise
 from janus_jax.training.loop import drawn_batches, run_steps
 from janus_jax.training.state import init_state, make_optimizer, split_model
-from janus_jax.training.vq import USAGE_DECAY, make_vq_step, move_spare_codes
+from janus_jax.training.vq import USAGE_DECAY, make_vq_step
+from janus_jax.training.vq import move_spare_codes as move
 
 CODES = 12
+move_spare_codes = jax.jit(move)
 
 
 def config(**changes) -> ConfigDict:
@@ -70,7 +73,7 @@ def tiny_config() -> JanusConfig:
 @functools.cache
 def tiny_params() -> tuple[nnx.GraphDef, nnx.State]:
     """A graph and random parameters in NumPy: the buffers that a step is given are lost."""
-    graph, shapes = nnx.split(nnx.eval_shape(lambda: Janus(tiny_config(), rngs=nnx.Rngs(0))))
+    graph, shapes = abstract(tiny_config())
     rng = np.random.default_rng(0)
 
     def fill(leaf):
@@ -132,10 +135,11 @@ def test_only_the_tokenizer_is_trained(vq_run):
 def test_codes_lie_on_latents_until_these_are_quantised(vq_run):
     """Before step 4 every code is on a latent of its batch and counts as used."""
     graph, frozen, told = vq_run
+    latents_of = jax.jit(lambda vq, pixels: l2_normalise(vq.latents(pixels)))
     for earlier, later in itertools.pairwise(told[:4]):
         vq = nnx.merge(graph, earlier["params"], frozen).gen_vq
         pixels = images(4).astype(np.float32) / 127.5 - 1
-        latents = np.asarray(l2_normalise(vq.latents(pixels))).reshape(-1, 4)
+        latents = np.asarray(latents_of(vq, pixels)).reshape(-1, 4)
         codes = np.asarray(later["params"]["gen_vq"]["codebook"][...])
         distance = np.abs(codes[:, None] - latents).max(-1).min(-1)
         assert distance.max() < 1e-5

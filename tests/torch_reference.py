@@ -19,7 +19,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from janus_jax.interop.load import build_model, load_params, open_folder
+from janus_jax.interop.load import OneKey, build_model, load_params, open_folder
 from janus_jax.models.janus import Janus
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -120,19 +120,22 @@ def call(module: nnx.Module, *args):
 
 def rebuilt(model, cfg):
     """The same weights in a model of another config; cast where cfg stores another type."""
-    graph, wanted = nnx.split(nnx.eval_shape(lambda: type(model)(cfg, rngs=nnx.Rngs(0))))
-    state = jax.tree.map(lambda old, new: old.astype(new.dtype), nnx.state(model), wanted)
-    return nnx.merge(graph, state)
+    graph, wanted = nnx.split(nnx.eval_shape(lambda: type(model)(cfg, rngs=OneKey())))
+
+    def cast(old, new):
+        return np.asarray(old).astype(new.dtype)
+
+    return nnx.merge(graph, jax.tree.map(cast, nnx.state(model), wanted))
 
 
-def causal(batch: int, length: int) -> jnp.ndarray:
+def causal(batch: int, length: int) -> np.ndarray:
     """The mask of unpadded rows, bool[B, T, T]."""
-    return jnp.broadcast_to(jnp.tril(jnp.ones((length, length), bool)), (batch, length, length))
+    return np.tile(np.tril(np.ones((length, length), bool)), (batch, 1, 1))
 
 
-def counting(batch: int, length: int) -> jnp.ndarray:
+def counting(batch: int, length: int) -> np.ndarray:
     """Positions 0..T-1 of every row, int32[B, T]."""
-    return jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    return np.tile(np.arange(length, dtype=np.int32), (batch, 1))
 
 
 def load_janus(folder: Path) -> Janus:

@@ -64,7 +64,7 @@ def table_for(layout: str, cfg: JanusConfig) -> Table:
     return (deepseek if layout == DEEPSEEK else transformers).table(cfg)
 
 
-class _OneKey:
+class OneKey:
     """Stands in for nnx.Rngs where shapes are all that is wanted.
 
     Counting keys inside a trace takes quadratic time: 11 s instead of 1 s for Janus-Pro-1B.
@@ -77,7 +77,7 @@ class _OneKey:
 @functools.lru_cache(maxsize=2)
 def abstract(cfg: JanusConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """A Janus whose parameters are shapes and dtypes, in its two parts."""
-    return nnx.split(nnx.eval_shape(lambda: Janus(cfg, rngs=_OneKey())))
+    return nnx.split(nnx.eval_shape(lambda: Janus(cfg, rngs=OneKey())))
 
 
 def param_shapes(cfg: JanusConfig) -> dict[str, Shape]:
@@ -240,7 +240,7 @@ def load_vq(folder: Folder) -> VQ:
     def array(path: str) -> jax.Array:
         return jnp.array(stored.read(f"gen_vq.{path}"), jnp.float32)
 
-    shapes = nnx.eval_shape(lambda: VQ(folder.cfg.gen_vq, rngs=_OneKey()))
+    shapes = nnx.eval_shape(lambda: VQ(folder.cfg.gen_vq, rngs=OneKey()))
     return filled(*nnx.split(shapes), array)
 
 
