@@ -39,6 +39,15 @@ def pytest_report_header() -> str | None:
         return f"torch is not installed: {len(collect_ignore)} files that compare with it left out"
 
 
+@pytest.fixture(scope="session", autouse=True)
+def processes_without_torch():
+    """Processes that tests start find no torch: nothing that users run may need it."""
+    own, given = Path(__file__).parent / "without_torch", os.environ.get("PYTHONPATH")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(own), given])))
+        yield
+
+
 @pytest.fixture(scope="module")
 def quick_compiles():
     """Compiles in less time what then runs slower, for programs of which few steps are run."""

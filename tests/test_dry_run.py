@@ -17,6 +17,8 @@ from janus_jax.training.dry_run import dry_run
 from janus_jax.training.memory import row_shapes
 from janus_jax.training.setup import Setup
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def files_of_a_run_before(folder: Path) -> Path:
     """Writes what a dry run leaves, of more rows and pictures; returns a file that is none of it.

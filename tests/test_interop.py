@@ -86,6 +86,15 @@ FORMS = (
 )
 
 
+def test_the_small_checkpoint_is_part_of_the_golden_one(golden):
+    whole, part = (
+        safetensors.torch.load_file(golden / name / "model.safetensors")
+        for name in ("janus", "janus_small")
+    )
+    assert 200 < len(part) < len(whole)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in part.items())
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_gives_the_same_parameters(folders, params, form):
     assert_same_params(load(folders[form]), params)

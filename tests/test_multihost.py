@@ -45,7 +45,7 @@ def environment(**more: str) -> dict[str, str]:
         XLA_FLAGS=flags,
         JAX_DEFAULT_MATMUL_PRECISION="highest",
         JAX_DISABLE_MOST_OPTIMIZATIONS="1",  # compiling is most of the time
-        PYTHONPATH=str(ROOT),
+        PYTHONPATH=os.pathsep.join([str(ROOT), os.environ["PYTHONPATH"]]),
     )
     return os.environ | settings | more
 
