@@ -20,6 +20,8 @@ from PIL import Image
 from configs import janus_tiny_stage1, janus_tiny_stage2
 from janus_jax.data import scenes
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")  # as in the processes
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -48,12 +50,13 @@ def home(golden, tmp_path_factory) -> Path:
 
 
 def run(home: Path, command: str) -> subprocess.CompletedProcess:
-    """A README line as a shell runs it, with this Python and without the tests' settings."""
+    """A README line as a shell runs it, with this Python and the tests' settings left out."""
     words = shlex.split(command)
     assert words[0] == "python"
     settings = ("XLA_", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE", "JANUS_JAX")
     env = {name: value for name, value in os.environ.items() if not name.startswith(settings)}
     env["XDG_CACHE_HOME"] = str(home / "cache")
+    env["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiling is most of the time
     done = subprocess.run(
         [sys.executable, *words[1:]], cwd=home, env=env, input="What shape is it?\n/quit\n",
         capture_output=True, text=True, timeout=300,

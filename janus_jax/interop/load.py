@@ -19,7 +19,7 @@ from janus_jax.interop.readers import open_checkpoint, read_safetensors
 from janus_jax.interop.rules import Plan, Shape, Table, make_plan, skip_reasons
 from janus_jax.interop.tensors import TensorSource
 from janus_jax.models.janus import Janus, JanusConfig
-from janus_jax.models.vq import VQ
+from janus_jax.models.vq import VQ, VQConfig
 from janus_jax.processing.json_files import read_json
 
 FLOAT32_PATHS = r"gen_vq\."  # colours decoded in bfloat16 show bands
@@ -232,6 +232,12 @@ def filled(graphdef: nnx.GraphDef, state: nnx.State, array: Callable[[str], jax.
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
+@functools.lru_cache(maxsize=2)
+def _abstract_vq(cfg: VQConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """As abstract, of the image tokenizer alone."""
+    return nnx.split(nnx.eval_shape(lambda: VQ(cfg, rngs=OneKey())))
+
+
 def load_vq(folder: Folder) -> VQ:
     """A folder's image tokenizer alone, on the default device; of an Orbax folder the host reads
     all parameters."""
@@ -240,8 +246,7 @@ def load_vq(folder: Folder) -> VQ:
     def array(path: str) -> jax.Array:
         return jnp.array(stored.read(f"gen_vq.{path}"), jnp.float32)
 
-    shapes = nnx.eval_shape(lambda: VQ(folder.cfg.gen_vq, rngs=OneKey()))
-    return filled(*nnx.split(shapes), array)
+    return filled(*_abstract_vq(folder.cfg.gen_vq), array)
 
 
 @dataclasses.dataclass(frozen=True)
