@@ -12,7 +12,7 @@ from janus_jax.interop.load import OneKey
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.training.lora import LoRAConfig, add_adapters
 
-MESHES = [(8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 4)]  # of one device: in test_stage_run.py
+MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 4)]
 PROMPTS = ["A close-up photo of a red cat, studio light.", "a dog"]
 
 
