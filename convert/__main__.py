@@ -5,9 +5,8 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
-from janus_jax.flags import OneLineParser, one_line_errors, set_up_program
+from janus_jax.flags import OneLineParser, one_line_errors, place, set_up_program
 
 COMMANDS = ("export", "inspect")
 DESCRIPTION = """\
@@ -27,7 +26,7 @@ def _parser(command: str | None) -> OneLineParser:
     if command == "inspect":
         text = "Print components, parameter counts, dtypes and the tensors that would be skipped."
         parser = OneLineParser("convert", prog="python -m convert inspect", description=text)
-        parser.add_argument("src", type=Path, metavar="SRC", help="checkpoint folder to read")
+        parser.add_argument("src", type=place, metavar="SRC", help="checkpoint folder to read")
         return parser
     if command == "export":
         text = (
@@ -40,8 +39,8 @@ def _parser(command: str | None) -> OneLineParser:
         parser = OneLineParser(
             "convert", prog="python -m convert", description=DESCRIPTION, formatter_class=kind
         )
-    parser.add_argument("src", type=Path, metavar="SRC", help="checkpoint folder to read")
-    parser.add_argument("dst", type=Path, metavar="DST", help="folder to write")
+    parser.add_argument("src", type=place, metavar="SRC", help="checkpoint folder to read")
+    parser.add_argument("dst", type=place, metavar="DST", help="folder to write")
     if command == "export":
         layouts, text = ("deepseek", "transformers"), "names and files of which project"
         parser.add_argument("--layout", required=True, choices=layouts, help=text)

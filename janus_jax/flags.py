@@ -6,6 +6,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import NoReturn
 
 
@@ -19,6 +20,13 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         """Ends the program with status 2."""
         stop(self._name, message)
+
+
+def place(text: str) -> Path:
+    """The type of a flag that names a file or folder: an empty text is not the present folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("a file or folder must be named, got ''")
+    return Path(text)
 
 
 def stop(name: str, message: str, status: int = 2) -> NoReturn:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import checkpoints
 import pytest
+import safetensors.numpy
 import safetensors.torch
 import torch
 
@@ -94,19 +96,21 @@ def test_help_and_bad_arguments(run):
         assert (status, out) == (2, "")
         assert err.startswith("convert: ") and err.count("\n") == 1
     assert "--force" in err
+    assert "argument SRC: a file or folder must be named, got ''" in run("inspect", "")[2]
 
 
 def test_dst_that_exists(golden, refused, run, tmp_path):
     (tmp_path / "o").mkdir()
     (tmp_path / "o" / "mine.txt").write_text("keep")
-    assert "exists (--overwrite replaces it)" in refused(golden / "janus", tmp_path / "o")
-    said = refused(golden / "janus", tmp_path / "o", "--overwrite")
-    assert "only an empty folder is, or a checkpoint folder" in said  # not even then
+    for flags in ((), ("--overwrite",)):
+        said = refused(golden / "janus", tmp_path / "o", *flags)
+        assert "exists and is never replaced: only an empty folder is" in said
     told = refused(golden / "janus", "gs://bucket/o")
     assert "must be a place on a disk of this machine, got gs:/" in told
     (tmp_path / "o" / "config.json").write_text("{}")  # as many a project has
     refused(golden / "janus", tmp_path / "o", "--overwrite")
     (tmp_path / "o" / "model.safetensors").touch()
+    assert "exists (--overwrite replaces it)" in refused(golden / "janus", tmp_path / "o")
     assert run(golden / "janus", tmp_path / "o", "--overwrite")[0] == 0
     assert not (tmp_path / "o" / "mine.txt").exists() and (tmp_path / "o" / "params").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
@@ -161,6 +165,29 @@ def test_damaged_headers(golden, refused, tmp_path, fields):
     (source / "model.safetensors").write_bytes(contents)
     said = refused("inspect", source)
     assert "model.safetensors" in said and " a" in said
+
+
+@pytest.mark.parametrize(
+    ("offsets", "size", "said"),
+    [
+        (((0, 8), (0, 8)), 8, "b must be at byte {8}, where what is before it ends, got {0}"),
+        (((8, 16), (0, 8)), 24, "the end of the file must be at byte {16}, .* got {24}"),
+        (((0, 8), (12, 20)), 20, "b must be at byte {8}, .* got {12}"),
+    ],
+)
+def test_tensors_must_fill_the_file(golden, refused, tmp_path, offsets, size, said):
+    """As the safetensors library asks: an offset that is wrong would load other weights."""
+    source = checkpoints.make_single(golden, tmp_path / "s")
+    fields = {"dtype": "F32", "shape": [2]}
+    header = {name: fields | {"data_offsets": o} for name, o in zip("ab", offsets, strict=True)}
+    raw = json.dumps(header).encode()
+    contents = len(raw).to_bytes(8, "little") + raw + bytes(size)
+    (source / "model.safetensors").write_bytes(contents)
+    with pytest.raises(safetensors.SafetensorError):
+        safetensors.numpy.load(contents)
+    begin = len(contents) - size
+    said = re.sub(r"{(\d+)}", lambda match: str(begin + int(match[1])), said)
+    assert re.search(said, refused("inspect", source))
 
 
 def test_the_host_is_enough(run, golden, monkeypatch):
@@ -281,8 +308,8 @@ def test_an_interrupted_deletion_is_finished(tmp_path, monkeypatch):
 
 
 def test_what_came_meanwhile_is_not_replaced(tmp_path):
-    for overwrite, error in ((False, FileExistsError), (True, ValueError)):
-        with pytest.raises(error), files.new_folder(tmp_path / "o", overwrite):
+    for overwrite in (False, True):
+        with pytest.raises(ValueError), files.new_folder(tmp_path / "o", overwrite):
             (tmp_path / "o").mkdir(exist_ok=True)
             (tmp_path / "o" / "mine.txt").write_text("keep")
         assert (tmp_path / "o" / "mine.txt").read_text() == "keep"

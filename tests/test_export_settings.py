@@ -34,6 +34,15 @@ def test_another_layout_keeps_how_it_draws_and_system_prompt(golden, tmp_path):
         assert Processor.from_dir(folder).system_prompt == ""
 
 
+def test_the_same_layout_asks_nothing_of_the_tokenizer(golden, tmp_path):
+    source = with_settings(golden, tmp_path / "s", "config.json")
+    export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+    (tmp_path / "hf" / "tokenizer.json").unlink()
+    export.export_folder(tmp_path / "hf", tmp_path / "again", "transformers", overwrite=False)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+
+
 def test_a_folder_of_transformers_without_system_prompt_stays_so(golden, tmp_path):
     export.export_folder(
         with_settings(golden, tmp_path / "s", "config.json"), tmp_path / "hf", "transformers", False

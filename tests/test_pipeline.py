@@ -1,6 +1,7 @@
 """The public object: its arguments, encode and decode, and finding a checkpoint."""
 
 import dataclasses
+import io
 import shutil
 import subprocess
 import sys
@@ -33,6 +34,7 @@ ANSWERED = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "
         ({"prompts": [{"content": "b" * 40}, "a"]}, r'prompt 1 of 2, "{.*b{27}\.\.\.": a '),
         ({"prompts": ["a", "b " * 999]}, r"prompt 2 of 2, '(b ){20}\.\.\.': .* of 512 tokens"),
         ({"prompts": None}, "a prompt must be a text that is not empty, got None"),
+        ({"prompts": {"role": "user"}}, "a prompt must be a text that is not empty, got {'role'"),
         ({"prompts": "\udcff"}, "a text must be valid Unicode"),
         ({"temperature": 1e39}, "temperature must be a finite number, got 1e\\+39"),
         ({"prompts": "a " * 5000}, r"must fit the trained context of 512 tokens, got \d+ \+ 16"),
@@ -66,6 +68,7 @@ def test_drawing_refuses_arguments_out_of_range(pipeline, settings, message):
         ({"conversation": ANSWERED}, "must end with the user, got 'It is red'"),
         ({"max_batch": 0}, "max_batch must be a whole number of at least 1, got 0"),
         ({"images": [[1]]}, "an image array must be uint8"),
+        ({"images": io.BytesIO()}, "an image must be a path, .* or an array, got BytesIO"),
         ({"conversation": ["a", "b"], "images": [[]]}, "one list for each conversation: 2, got 1"),
         ({"conversation": "<image_placeholder> a"}, "got 0 images for 1 placeholders"),
         ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
@@ -229,6 +232,8 @@ def test_a_hub_id_is_fetched_only_if_there_is_no_such_folder(tmp_path, monkeypat
     (tmp_path / "org" / "there").mkdir(parents=True)
     assert loading.find_folder("org/there") == Path("org/there")
     assert loading.find_folder("a/b/c") == Path("a/b/c")
+    with pytest.raises(ValueError, match="a folder or a hub id must be given, got ''"):
+        loading.find_folder("")
     assert asked == []
     assert loading.find_folder("org/Name-1.3B") == tmp_path
     assert asked == ["org/Name-1.3B"]

@@ -226,6 +226,7 @@ def test_devices_that_are_not_there_take_one_line(run, monkeypatch):
         (["--prompt", "a", "--output_dir", "to_nothing"], "to_nothing is not a folder"),
         (["--prompt", "a", "--output_dir", "gs://bucket/a"], "a disk of this machine, got gs:/"),
         (["--prompt", "a", "--output_dir", "blank.txt/a"], "blank.txt is not a folder"),
+        (["--prompt", "a", "--output_dir", ""], "argument --output_dir: a file or folder must be"),
         (["--prompt", "a", "--save_indices", "a.txt"], "must name a .npz file, got a.txt"),
         (["--prompt", "a", "--save_indices", "b.npz"], "must name a file, b.npz is a folder"),
         (["--prompt", "a", "--save_indices", "no/a.npz"], "--save_indices: no folder "),

@@ -48,9 +48,12 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
 
     Raises:
         FileNotFoundError: there is no such folder, and the hub has none or cannot be reached.
+        ValueError: it is an empty text, which is no name for the folder one is in.
     """
     if path_or_hub_id is None:
         return TINY
+    if path_or_hub_id == "":
+        raise ValueError("a folder or a hub id must be given, got ''")
     folder, name = Path(path_or_hub_id), str(path_or_hub_id)
     if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         return folder

@@ -58,7 +58,8 @@ def write_folder(
 ) -> list[str]:
     """As export_folder, with `stored` for the parameters and `folder` for all else."""
     source = folder.path
-    image_token_id = Tokenizer.from_dir(source).image_id if layout == TRANSFORMERS else None
+    stated_anew = layout == TRANSFORMERS and folder.layout != layout
+    image_token_id = Tokenizer.from_dir(source).image_id if stated_anew else None
     config = write_config(folder.cfg, folder.config, layout, image_token_id)
     steps = {step.torch: step for step in export_steps(table_for(layout, folder.cfg), stored.kinds)}
     kinds = {name: _kind(step, stored.kinds) for name, step in steps.items()}

@@ -58,13 +58,13 @@ def _check_replaced(folder: Path, overwrite: bool) -> None:
     """Raises FileExistsError or ValueError if there is something that must not be replaced."""
     if not os.path.lexists(folder):
         return
-    if not overwrite:
-        raise FileExistsError(f"{folder} exists (--overwrite replaces it)")
     if not _is_checkpoint_or_empty(folder):
         raise ValueError(
-            f"{folder} is not overwritten: only an empty folder is, or a checkpoint folder, "
-            f"which holds {CONFIG} and weights"
+            f"{folder} exists and is never replaced: only an empty folder is, or a checkpoint "
+            f"folder, which holds {CONFIG} and weights"
         )
+    if not overwrite:
+        raise FileExistsError(f"{folder} exists (--overwrite replaces it)")
 
 
 def _is_checkpoint_or_empty(folder: Path) -> bool:

@@ -82,11 +82,24 @@ def read_safetensors(path: Path) -> Read:
         for name, fields in header.items()
         if name != "__metadata__"
     }
-    end = max((t.offset + t.dtype.itemsize * math.prod(t.shape) for t in tensors.values()),
-              default=0)
+    end = max((tensor.end for tensor in tensors.values()), default=0)
     if end > size:
         raise ValueError(f"{path} is truncated: its tensors need {end} bytes, the file has {size}")
+    if not doubled:  # names stored twice are told with all else that the plan finds
+        _check_covered(path, tensors, 8 + header_size, size)
     return tensors, doubled
+
+
+def _check_covered(path: Path, tensors: dict[str, Tensor], start: int, size: int) -> None:
+    """Raises ValueError unless the tensors fill the file from `start`, none over another."""
+    spans = sorted((tensor.offset, tensor.end, name) for name, tensor in tensors.items())
+    for begin, end, name in [*spans, (size, size, "the end of the file")]:
+        if begin != start:
+            raise ValueError(
+                f"{path} has a damaged safetensors header: {name} must be at byte {start}, "
+                f"where what is before it ends, got {begin}"
+            )
+        start = end
 
 
 def _parse_header(path: Path, raw: bytes) -> tuple[dict, list[str]]:

@@ -21,6 +21,11 @@ class Tensor:
     shape: tuple[int, ...]
     strides: tuple[int, ...] | None = None
 
+    @property
+    def end(self) -> int:
+        """Offset of the byte after a contiguous one."""
+        return self.offset + self.dtype.itemsize * math.prod(self.shape)
+
     def read(self) -> np.ndarray:
         """Read-only view of the file; pages are touched when elements are used."""
         size = math.prod(self.shape)

@@ -97,7 +97,8 @@ def load_image(source: ImageSource) -> Image.Image:
             uint8[H, W], uint8[H, W, 3] or uint8[H, W, 4] (the fourth channel is alpha).
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or no picture, or the array has another dtype or shape.
+        ValueError: the file is truncated or no picture, the array has another dtype or shape, or
+            the source is none of these.
     """
     if isinstance(source, Image.Image):
         try:
@@ -106,7 +107,11 @@ def load_image(source: ImageSource) -> Image.Image:
             raise ValueError(f"cannot read the image: {' '.join(str(error).split())}") from error
     if isinstance(source, (str, os.PathLike, bytes)):
         return _open(source)
-    return _to_rgb(_from_array(np.asarray(source)))
+    array = np.asarray(source)
+    if not array.ndim:
+        kinds = "a path, the bytes of a file, a Pillow image or an array"
+        raise ValueError(f"an image must be {kinds}, got {type(source).__name__}")
+    return _to_rgb(_from_array(array))
 
 
 def picture_list(images: Sequence[ImageSource] | ImageSource | None) -> list[ImageSource]:
