@@ -20,11 +20,14 @@ from torch_reference import (
     uniform,
 )
 
+from janus_jax.generation import image, text
+from janus_jax.generation.samplers import Sampling
 from janus_jax.interop.load import abstract
 from janus_jax.models.attention import causal_mask, positions_from_mask
 from janus_jax.models.janus import Janus, JanusConfig, merge_features
 from janus_jax.models.vq import VQ
 
+GREEDY = Sampling(np.float32(0))
 PARTS = (
     "und_encoder",
     "und_aligner",
@@ -116,6 +119,52 @@ def test_text_with_two_images_a_row_equals_torch():
     ).logits
     got = read(ours, tokens, pixels, counting(2, 40), causal(2, 40))
     assert_close("Janus, text with images", got, expected, 1e-4)
+
+
+def test_greedy_text_tokens_equal_torch_s():
+    """Two rows with two images each; three tokens of the second are padding."""
+    theirs, ours = tiny_pair()
+    tokens, pixels = two_images_a_row()
+    token_mask = np.arange(40) >= np.array([[0], [3]])
+    expected = theirs.generate(
+        input_ids=torch.tensor(tokens),
+        attention_mask=torch.tensor(token_mask),
+        pixel_values=channels_first(pixels.reshape(4, 16, 16, 3)),
+        max_new_tokens=12,
+        do_sample=False,
+        eos_token_id=None,
+        pad_token_id=0,
+    )
+    image_mask = tokens == IMAGE_TOKEN
+    never = np.int32(-1)  # as an end of the answer
+    requests = text.Requests(tokens, token_mask, image_mask, pixels, np.uint32(0), GREEDY, never)
+    got = text.write(ours, requests, 12)
+    np.testing.assert_array_equal(got, expected[:, 40:])
+    assert len(np.unique(got)) > 10
+
+
+def drawn_by_torch(theirs, tokens: np.ndarray, guidance_weight: float) -> np.ndarray:
+    """The loop of generation_inference.py, greedy: tokens [B, 2, P] -> indices [B, 16]."""
+    embeds, indices = theirs.get_input_embeddings()(torch.tensor(tokens).flatten(0, 1)), []
+    for _ in range(16):
+        hidden = theirs.model.language_model(inputs_embeds=embeds).last_hidden_state[:, -1]
+        cond, uncond = theirs.model.generation_head(hidden).unflatten(0, (-1, 2)).unbind(1)
+        indices.append((uncond + guidance_weight * (cond - uncond)).argmax(-1))
+        both_rows = indices[-1].repeat_interleave(2)[:, None]
+        drawn = theirs.prepare_embeddings_for_image_generation(both_rows)
+        embeds = torch.cat([embeds, drawn], dim=1)
+    return torch.stack(indices, dim=1).numpy()
+
+
+def test_greedy_image_tokens_equal_torch_s():
+    theirs, ours = tiny_pair()
+    tokens = np.random.default_rng(5).integers(0, 95, (3, 2, 10)).astype(np.int32)
+    everything, index = np.ones((3, 10), bool), np.arange(3, dtype=np.uint32)
+    seed, weight = np.uint32(0), np.float32(3)
+    requests = image.Requests(tokens, everything, index, seed, weight, GREEDY)
+    indices, _ = image.draw(ours, requests)
+    np.testing.assert_array_equal(indices, drawn_by_torch(theirs, tokens, 3.0))
+    assert len(np.unique(indices)) > 10
 
 
 def test_padded_text_with_images_equals_the_row_alone():

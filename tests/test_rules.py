@@ -12,6 +12,7 @@ from janus_jax.interop.config import layout_of, read_config
 from janus_jax.interop.load import param_shapes, table_for
 from janus_jax.interop.rules import TRANSFORMS, Rule, Skip, Table, export_steps, make_plan
 from janus_jax.interop.tensors import Tensor, TensorSource
+from janus_jax.models.janus import JanusConfig
 
 TABLE = Table(
     rules=(
@@ -131,17 +132,19 @@ def test_export_uses_the_same_rows():
 
 
 @pytest.mark.parametrize(
-    ("name", "skipped"),
+    ("name", "named", "skipped"),
     [
-        ("Janus-Pro-1B", 14),
-        ("Janus-Pro-7B", 14),
-        ("hf-Janus-Pro-1B", 0),
-        ("hf-Janus-Pro-7B", 0),
+        ("Janus-1.3B", JanusConfig.janus_1_3b, 14),
+        ("Janus-Pro-1B", JanusConfig.janus_pro_1b, 14),
+        ("Janus-Pro-7B", JanusConfig.janus_pro_7b, 14),
+        ("hf-Janus-Pro-1B", JanusConfig.janus_pro_1b, 0),
+        ("hf-Janus-Pro-7B", JanusConfig.janus_pro_7b, 0),
     ],
 )
-def test_the_real_files_convert_both_ways(golden, name, skipped):
+def test_the_real_files_convert_both_ways(golden, name, named, skipped):
     listing = json.loads(gzip.decompress((golden / f"listings/{name}.json.gz").read_bytes()))
     cfg, stored = read_config(listing["config"]), listing["tensors"]
+    assert cfg == named()
     table = table_for(layout_of(listing["config"]), cfg)
     expected = param_shapes(cfg)
     plan = make_plan(table, source(stored), expected)
