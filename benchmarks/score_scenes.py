@@ -30,7 +30,7 @@ from janus_jax.data.mixture import open_parts
 from janus_jax.data.questions import sample_question
 from janus_jax.data.scene_batches import sample_scenes
 from janus_jax.data.sources import open_source
-from janus_jax.generation.loading import STATED, TINY, DrawingDefaults
+from janus_jax.generation.loading import STATED, TINY, DrawingDefaults, find_folder
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.processing.json_files import write_json
 
@@ -172,6 +172,12 @@ def digest(scene: scenes.Scene) -> bytes:
     return hashlib.blake2b(name.encode(), digest_size=12).digest()
 
 
+def weights_digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of each weight file of a PyTorch folder: which model the record is of."""
+    files = sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
 def score(model: str | None, keep_drawing: bool) -> dict:
     """The whole record."""
     start = time.monotonic()
@@ -180,6 +186,7 @@ def score(model: str | None, keep_drawing: bool) -> dict:
     tried = {} if keep_drawing else try_drawing(pipeline)
     chosen = max(tried, key=tried.get) if tried else pipeline.drawing
     return dict(
+        sha256=weights_digests(find_folder(model)),
         generation=dict(
             images_per_prompt=NUM_IMAGES,
             **chosen._asdict(),

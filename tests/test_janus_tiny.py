@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import janus_jax
+from benchmarks import score_scenes
 from janus_jax.data import checker, scenes
 from janus_jax.data.questions import sample_question
 from janus_jax.generation.loading import TINY
@@ -70,6 +71,7 @@ def record() -> dict:
 
 def test_it_reaches_what_was_asked_of_it():
     scores = record()
+    assert scores["sha256"] == score_scenes.weights_digests(TINY)
     assert scores["generation"]["train"]["mean_of_kinds"] >= 0.9
     assert scores["understanding"]["train"]["exact_match"] >= 0.95
 
