@@ -76,7 +76,7 @@ def measure(folder: Path, format: str, records: int, rows: int) -> dict[str, flo
     write_records(format, data, make_records(records))
     small = folder / "processor"
     small.mkdir(exist_ok=True)
-    synthetic.write_small_files(small)
+    synthetic.write_small_files(small, synthetic.listing()["config"])
     cfg = RowsConfig(
         mixture=dict(all=dict(format=format, path=str(data))),
         length=4096,

@@ -1,4 +1,8 @@
-"""python -m benchmarks.load_memory: host memory that loading a checkpoint folder takes.
+"""Measures the host memory that loading a checkpoint folder takes.
+
+    python -m benchmarks.load_memory --output benchmarks/results/load_memory.json
+    python -m benchmarks.load_memory --model Janus-Pro-7B --layers 1 \\
+        --output benchmarks/results/load_memory_7b_widths.json
 
 Each folder is loaded by a process of its own on CPU, where parameters lie in host memory too. The
 figure is the largest resident memory of that process, less the bytes of the parameters: so it
@@ -15,10 +19,10 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks import synthetic
 from janus_jax.flags import one_line_errors
 
 ROOT = Path(__file__).parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "load_memory.json"
 FORMATS = ("safetensors", "bin", "orbax")
 DTYPES = ("bfloat16", "float32")
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
@@ -71,23 +75,23 @@ def measure(folder: Path, dtype: str) -> dict[str, float]:
     return {f"{name}_gb": round(size / 1e9, 3) for name, size in sizes.items()}
 
 
-def make_folder(parent: Path, kind: str) -> Path:
-    """The synthetic Janus-Pro-1B in one of FORMATS."""
-    from benchmarks import synthetic
-
+def make_folder(parent: Path, kind: str, model: str, layers: int | None) -> Path:
+    """A synthetic folder in one of FORMATS; model, layers: see synthetic.listing."""
     if kind != "orbax":
-        return synthetic.write_folder(parent / kind, kind)
-    source = synthetic.write_folder(parent / "source")
+        return synthetic.write_folder(parent / kind, kind, model, layers)
+    source = synthetic.write_folder(parent / "source", model=model, layers=layers)
     _python("convert", str(source), str(parent / kind))
     return parent / kind
 
 
-def measure_synthetic(kinds: Sequence[str], dtypes: Sequence[str]) -> list[dict]:
-    """Makes the synthetic folder in each format (up to 8.4 GB on disk at a time) and loads it."""
+def measure_synthetic(
+    kinds: Sequence[str], dtypes: Sequence[str], model: str, layers: int | None
+) -> list[dict]:
+    """Makes the synthetic folder in each format (up to 8.4 GB on disk for 1B) and loads it."""
     found = []
     for kind in kinds:
         with tempfile.TemporaryDirectory() as parent:
-            folder = make_folder(Path(parent), kind)
+            folder = make_folder(Path(parent), kind, model, layers)
             for dtype in dtypes:
                 found.append({"format": kind, "dtype": dtype} | measure(folder, dtype))
                 print(json.dumps(found[-1]), file=sys.stderr, flush=True)
@@ -108,14 +112,16 @@ def report(model: str, measurements: list[dict]) -> dict:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m benchmarks.load_memory", description=__doc__)
-    text = "a checkpoint folder; by default a random Janus-Pro-1B is made in a temporary folder"
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    text = "a checkpoint folder; by default one with random weights is made in a temporary folder"
     parser.add_argument("--folder", type=Path, help=text)
+    text = "whose shape the made folder has (default: Janus-Pro-1B)"
+    parser.add_argument("--model", choices=synthetic.MODELS, default=synthetic.MODELS[0], help=text)
+    parser.add_argument("--layers", type=int, help="of its decoder's layers (default: all)")
     text = "formats of the made folder (default: all)"
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help=text)
     parser.add_argument("--dtype", choices=DTYPES, help="default: both, one after the other")
-    text = f"JSON file to write; without --folder, benchmarks/results/{RESULT.name}"
-    parser.add_argument("--output", type=Path, help=text)
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     return parser
 
@@ -123,8 +129,9 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> dict:
     dtypes = [args.dtype] if args.dtype else DTYPES
     if args.folder is None:
-        found = measure_synthetic(args.formats, dtypes)
-        return report("Janus-Pro-1B with random weights", found)
+        found = measure_synthetic(args.formats, dtypes, args.model, args.layers)
+        depth = "" if args.layers is None else f", decoder layers: {args.layers}"
+        return report(f"{args.model} with random weights{depth}", found)
     found = [{"dtype": dtype} | measure(args.folder, dtype) for dtype in dtypes]
     return report(args.folder.resolve().name, found)
 
@@ -137,9 +144,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(json.dumps(measure_here(args.folder, args.dtype)))
             return
         text = json.dumps(_run(args), indent=2) + "\n"
-        output = args.output or (None if args.folder else RESULT)
-        if output:
-            output.write_text(text, "utf-8")
+        if args.output:
+            args.output.write_text(text, "utf-8")
     print(text, end="")
 
 

@@ -1,7 +1,7 @@
-"""A folder like the released Janus-Pro-1B in all but its values, which are random.
+"""A folder like a released Janus-Pro in all but its values, which are random.
 
-Names, shapes, config and tokenizer are those of the released files, kept in tests/golden; weights
-are bfloat16. Needs no torch and, at a time, the memory of one tensor.
+Names, shapes and config are those of the released files, kept in tests/golden, and the tokenizer is
+that of Janus-Pro-1B; weights are bfloat16. Needs no torch and, at a time, the memory of one tensor.
 """
 
 import functools
@@ -10,11 +10,12 @@ import json
 import lzma
 import math
 import pickle
+import re
 import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from janus_jax.interop.tensors import BFLOAT16
 from janus_jax.processing.json_files import write_json
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
+MODELS = ("Janus-Pro-1B", "Janus-Pro-7B")
 STD = 0.02  # of all values but the norms' scales, which are around 1
 POOL = 2**22 + 15  # random numbers that all tensors are cut from; odd, so that no rows are equal
 SEVEN_B_TOKENS = "øöúÿõ÷ûýÀùÁþü"  # added tokens that the 1B tokenizer lacks
@@ -32,9 +34,19 @@ BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": Fal
 
 
 @functools.cache
-def listing() -> dict:
-    """'config': a released config.json; 'tensors': shape by name, in the file's order."""
-    return json.loads(gzip.decompress((GOLDEN / "listings" / "Janus-Pro-1B.json.gz").read_bytes()))
+def listing(model: str = MODELS[0], layers: int | None = None) -> dict:
+    """'config': a released config.json; 'tensors': shape by name, in the file's order.
+
+    layers: how many of the decoder's layers there are; by default all.
+    """
+    found = json.loads(gzip.decompress((GOLDEN / "listings" / f"{model}.json.gz").read_bytes()))
+    if layers is not None:
+        found["config"]["language_config"]["num_hidden_layers"] = layers
+        layer = re.compile(r"language_model\.model\.layers\.(\d+)\.").match
+        for name in list(found["tensors"]):
+            if (match := layer(name)) and int(match[1]) >= layers:
+                del found["tensors"][name]
+    return found
 
 
 def tokenizer() -> dict:
@@ -53,9 +65,8 @@ def _pool() -> np.ndarray:
     return (STD * normal).astype(BFLOAT16)
 
 
-def values(name: str) -> np.ndarray:
+def values(name: str, shape: Sequence[int]) -> np.ndarray:
     """bfloat16 values of a tensor, the same at every call."""
-    shape = listing()["tensors"][name]
     start = zlib.crc32(name.encode()) % POOL
     flat = np.resize(np.roll(_pool(), -start), math.prod(shape))
     if "norm" in name and name.endswith(".weight"):
@@ -63,27 +74,33 @@ def values(name: str) -> np.ndarray:
     return flat.reshape(shape)
 
 
-def write_folder(folder: Path, weights: str = "safetensors") -> Path:
-    """Writes the folder, 4.2 GB, and returns it.
+def write_folder(
+    folder: Path,
+    weights: str = "safetensors",
+    model: str = MODELS[0],
+    layers: int | None = None,
+) -> Path:
+    """Writes the folder, 4.2 GB if it is the whole Janus-Pro-1B, and returns it.
 
     weights: 'safetensors' is model.safetensors; 'bin' is pytorch_model.bin, as released.
+    model, layers: see listing.
     """
     folder.mkdir(parents=True)
-    write_small_files(folder)
-    tensors = listing()["tensors"]
+    config, tensors = listing(model, layers).values()
+    write_small_files(folder, config)
     if weights == "bin":
         write_torch_file(folder / TORCH_BIN, tensors)
     else:
         kinds = {name: (BFLOAT16, tuple(shape)) for name, shape in tensors.items()}
-        write_safetensors(folder, kinds, values)
+        write_safetensors(folder, kinds, lambda name: values(name, tensors[name]))
     return folder
 
 
-def write_small_files(folder: Path) -> None:
+def write_small_files(folder: Path, config: Mapping) -> None:
     """Writes config, tokenizer and processor files into a folder."""
     for path in (GOLDEN / "janus_pro_1b").glob("*.json"):
         shutil.copyfile(path, folder / path.name)
-    write_json(folder / CONFIG, listing()["config"])
+    write_json(folder / CONFIG, config)
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer(), ensure_ascii=False), "utf-8")
 
 
@@ -93,8 +110,9 @@ def write_torch_file(path: Path, tensors: Mapping[str, list[int]]) -> None:
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(f"{root}/data.pkl", _state_dict_pickle(tensors))
         archive.writestr(f"{root}/byteorder", "little")
-        for key, name in enumerate(tensors):
-            archive.writestr(f"{root}/data/{key}", values(name).reshape(-1).view(np.uint8).data)
+        for key, (name, shape) in enumerate(tensors.items()):
+            flat = values(name, shape).reshape(-1)
+            archive.writestr(f"{root}/data/{key}", flat.view(np.uint8).data)
         archive.writestr(f"{root}/version", "3\n")
 
 

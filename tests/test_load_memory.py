@@ -1,5 +1,6 @@
 """The measurement of what loading a folder takes, on the tiny checkpoint; and its random folder."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -7,8 +8,12 @@ import pytest
 import torch
 
 from benchmarks import load_memory, synthetic
+from janus_jax.interop.config import read_config
+from janus_jax.interop.load import param_shapes, table_for
 from janus_jax.interop.readers import TORCH_BIN, open_checkpoint
-from janus_jax.interop.tensors import BFLOAT16
+from janus_jax.interop.rules import make_plan
+from janus_jax.interop.tensors import BFLOAT16, Tensor, TensorSource
+from janus_jax.models.janus import JanusConfig
 
 NAMES = (  # of every kind of shape, none large
     "vision_model.vision_tower.blocks.3.attn.qkv.bias",
@@ -67,16 +72,25 @@ def test_the_torch_file_is_one(tmp_path):
     read = open_checkpoint(tmp_path)
     assert list(stored) == list(NAMES) == list(read.names)
     for name in NAMES:
-        want = synthetic.values(name)
+        want = synthetic.values(name, shapes[name])
         assert stored[name].is_contiguous() and want.dtype == BFLOAT16
         np.testing.assert_array_equal(stored[name].view(torch.int16), want.view(np.int16))
         np.testing.assert_array_equal(read.read(name), want)
 
 
 def test_values_are_random_and_no_rows_are_equal():
-    values = synthetic.values("language_model.model.layers.0.self_attn.q_proj.weight")
-    values = values.astype(np.float32)
+    name = "language_model.model.layers.0.self_attn.q_proj.weight"
+    values = synthetic.values(name, (2048, 2048)).astype(np.float32)
     assert values.std() == pytest.approx(synthetic.STD, rel=0.01)
     assert len(np.unique(values[:, :4], axis=0)) == len(values)
-    scales = synthetic.values("language_model.model.norm.weight").astype(np.float32)
+    scales = synthetic.values("language_model.model.norm.weight", (2048,)).astype(np.float32)
     assert scales.mean() == pytest.approx(1, rel=0.01) and scales.std() > 0
+
+
+def test_a_released_model_can_be_made_with_fewer_layers():
+    config, tensors = synthetic.listing("Janus-Pro-7B", 1).values()
+    cfg, whole = read_config(config), JanusConfig.janus_pro_7b()
+    decoder = dataclasses.replace(whole.language_model, num_hidden_layers=1)
+    assert cfg == dataclasses.replace(whole, language_model=decoder)
+    file = TensorSource(None, {n: Tensor(None, 0, BFLOAT16, tuple(s)) for n, s in tensors.items()})
+    make_plan(table_for("deepseek", cfg), file, param_shapes(cfg))
