@@ -44,7 +44,8 @@ def _parser(command: str | None) -> OneLineParser:
     if command == "export":
         layouts, text = ("deepseek", "transformers"), "names and files of which project"
         parser.add_argument("--layout", required=True, choices=layouts, help=text)
-    parser.add_argument("--overwrite", action="store_true", help="replace DST if it exists")
+    text = "replace DST if it is a checkpoint folder"
+    parser.add_argument("--overwrite", action="store_true", help=text)
     return parser
 
 

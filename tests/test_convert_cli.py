@@ -200,7 +200,7 @@ def test_an_index_names_files_beside_it(golden, refused, tmp_path):
     source = checkpoints.make_sharded(golden, tmp_path / "s")
     index = source / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("model-00002", "../s/model-00002"))
-    assert "must name files beside it, got ../s/model-00002-of-" in refused("inspect", source)
+    assert "must name files beside it, got '../s/model-00002-of-" in refused("inspect", source)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -307,6 +307,15 @@ def test_an_interrupted_deletion_is_finished(tmp_path, monkeypatch):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["o", "o/new.txt"]
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "processor_config.json"])
+@pytest.mark.parametrize("contents", [b"", b"\xff", b"[]"])
+def test_damaged_files_beside_the_weights(golden, refused, tmp_path, name, contents):
+    source = checkpoints.make_single(golden, tmp_path / "s")
+    (source / name).write_bytes(contents)
+    for command in (("inspect", source), (source, tmp_path / "o")):
+        assert f"{source / name} " in refused(*command)
+
+
 def test_what_came_meanwhile_is_not_replaced(tmp_path):
     for overwrite in (False, True):
         with pytest.raises(ValueError), files.new_folder(tmp_path / "o", overwrite):
@@ -316,6 +325,11 @@ def test_what_came_meanwhile_is_not_replaced(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["o"]
         (tmp_path / "o" / "mine.txt").unlink()
         (tmp_path / "o").rmdir()
+    with pytest.raises(FileExistsError), files.new_folder(tmp_path / "o", overwrite=False):
+        (tmp_path / "o").mkdir()
+        for name in ("config.json", "model.safetensors"):
+            (tmp_path / "o" / name).write_text("keep")
+    assert (tmp_path / "o" / "config.json").read_text() == "keep"
 
 
 def test_a_full_disk_leaves_nothing(golden, refused, tmp_path, monkeypatch):

@@ -313,6 +313,12 @@ def edited(config, where, value):
         ("gen_vision_config.params.norm_num_groups", 7, "VQ channels by norm_num_groups is not"),
         ("language_config.num_attention_heads", 16, "head_dim by 2 is not whole: 3 / 2"),
         ("language_config.rope_theta", "x", "rope_theta .* must be a number above 0, got 'x'"),
+        ("language_config.num_key_value_heads", 0, "num_key_value_heads .* at least 1, got 0"),
+        ("language_config.rope_parameters", [], "config.json has a value of a wrong type"),
+        ("vision_config.params.select_layer", 1.5, "select_layer must be whole, got 1.5"),
+        ("vision_config.params.select_layer", True, "select_layer must be whole, got True"),
+        ("aligner_config.cls", "zzz", "aligner_config.cls must be 'MlpProjector', got 'zzz'"),
+        ("gen_head_config.cls", 5, "gen_head_config.cls must be 'vision_head', got 5"),
     ],
 )
 def test_what_is_not_supported_is_refused(golden, where, value, says):
@@ -325,6 +331,7 @@ def test_what_is_not_supported_is_refused(golden, where, value, says):
     ("where", "value", "says"),
     [
         ("text_config.rope_parameters", {"rope_type": "yarn"}, "rope scaling 'yarn'"),
+        ("text_config.num_attention_heads", 0, "num_attention_heads .* at least 1, got 0"),
         ("tie_word_embeddings", True, "tie_word_embeddings must be False"),
         ("vision_config.use_qk_norm", True, "use_qk_norm must be False"),
         ("vision_config.projection_dim", 2048, "projection_dim must be 48, got 2048"),

@@ -34,6 +34,7 @@ ANSWERED = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "
         ({"prompts": [{"content": "b" * 40}, "a"]}, r'prompt 1 of 2, "{.*b{27}\.\.\.": a '),
         ({"prompts": ["a", "b " * 999]}, r"prompt 2 of 2, '(b ){20}\.\.\.': .* of 512 tokens"),
         ({"prompts": None}, "a prompt must be a text that is not empty, got None"),
+        ({"prompts": b"red"}, "a prompt must be a text that is not empty, got b'red'"),
         ({"prompts": {"role": "user"}}, "a prompt must be a text that is not empty, got {'role'"),
         ({"prompts": "\udcff"}, "a text must be valid Unicode"),
         ({"temperature": 1e39}, "temperature must be a finite number, got 1e\\+39"),

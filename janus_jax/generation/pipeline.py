@@ -121,7 +121,7 @@ class Pipeline:
             ValueError: as generate_images.
         Source: generation_inference.py of the original code, which draws one batch.
         """
-        several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, Mapping))
+        several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes, Mapping))
         prompts = list(prompts) if several else [prompts]
         checks.check_not_empty("prompts", prompts)
         guidance_weight, sampling = self._image_settings(**settings)

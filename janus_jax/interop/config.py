@@ -17,12 +17,15 @@ from janus_jax.models.vq import VQConfig
 DEEPSEEK, TRANSFORMERS = "deepseek", "transformers"
 FLOW_KEYS = ("vision_gen_enc_config", "vision_gen_dec_config", "vision_und_enc_config")
 # config.json's objects, and the objects in them; DeepSeek's parts are a class and its params
-PARTS = (
-    *("vision_config", "aligner_config"),
-    *("gen_vision_config", "gen_aligner_config", "gen_head_config"),
-)
+CLASSES = {
+    "vision_config": "CLIPVisionTower",
+    "aligner_config": "MlpProjector",
+    "gen_vision_config": "VQ-16",
+    "gen_aligner_config": "MlpProjector",
+    "gen_head_config": "vision_head",
+}
 OBJECTS = {
-    DEEPSEEK: ("language_config", *PARTS, *(f"{part}.params" for part in PARTS)),
+    DEEPSEEK: ("language_config", *CLASSES, *(f"{part}.params" for part in CLASSES)),
     TRANSFORMERS: ("text_config", "vision_config", "vq_config"),
 }
 SIGLIP, VQ16 = SiglipConfig.siglip_large_patch16_384(), VQConfig.vq_16()
@@ -128,14 +131,19 @@ def _check(cfg: JanusConfig) -> None:
 def _llama(section: Mapping, where: str) -> LlamaConfig:
     _require(section, f"{where}.", model_type="llama", hidden_act="silu", attention_bias=False)
     _require(section, f"{where}.", mlp_bias=False, tie_word_embeddings=False)
-    rope = section.get("rope_parameters") or section.get("rope_scaling") or {}
+    rope = {}
+    for key in ("rope_scaling", "rope_parameters"):  # the second is what transformers 5 writes
+        rope = {**rope, **({} if section.get(key) is None else section[key])}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind != "default":
         raise ValueError(f"config.json: {where} has rope scaling {kind!r}, supported: 'default'")
     sizes = {key: section.get(key, default) for key, default in LLAMA_DEFAULTS.items()}
-    heads = section.get("num_key_value_heads") or sizes["num_attention_heads"]
+    heads = section.get("num_key_value_heads")
+    if heads is None:
+        heads = sizes["num_attention_heads"]
     theta = rope.get("rope_theta", section.get("rope_theta", 10000.0))
     cfg = LlamaConfig(**sizes, num_key_value_heads=heads, rope_theta=theta)
+    _check_sizes(cfg)  # before one is divided by another
     if section.get("head_dim") is not None:
         _require(section, f"{where}.", head_dim=cfg.head_dim)
     return cfg
@@ -147,8 +155,8 @@ def _read_deepseek(config: Mapping) -> JanusConfig:
         section = config.get(f"{key}_config", {})
         sections[key] = _get(section, "params", f"{key}_config")
     _require(config, "", tie_word_embeddings=False)
-    _require(config["vision_config"], "vision_config.", cls="CLIPVisionTower")
-    _require(config["gen_vision_config"], "gen_vision_config.", cls="VQ-16")
+    for part, cls in CLASSES.items():
+        _require(config[part], f"{part}.", cls=cls)
     decoder = _llama(_get(config, "language_config", "config"), "language_config")
     cfg = JanusConfig(
         und_encoder=_deepseek_vision(sections["vision"]),
@@ -183,6 +191,8 @@ def _deepseek_vision(params: Mapping) -> SiglipConfig:
         raise ValueError(f"config.json: {where}.select_feature is {feature!r}, supported: 'same'")
     layers, width = params.get("layers", SIGLIP.num_layers), params.get("width", SIGLIP.width)
     layer = _get(params, "select_layer", where)
+    if type(layer) is not int:
+        raise ValueError(f"config.json: {where}.select_layer must be whole, got {layer!r}")
     kept = min(layers, layers + layer + 1 if layer <= 0 else layer)
     if kept < 1:
         raise ValueError(f"config.json: {where}.select_layer {layer} leaves no layer of {layers}")
@@ -277,7 +287,7 @@ def _stated_dtype(source: Mapping | None) -> str:
     decoder = source.get("text_config") or source.get("language_config") or {}
     for section in (source, decoder):
         for key in ("torch_dtype", "dtype"):
-            if key in section:
+            if isinstance(section.get(key), str):
                 return section[key]
     return "bfloat16"
 

@@ -12,7 +12,7 @@ from janus_jax.interop import deepseek
 from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS, write_config
 from janus_jax.interop.files import CONFIG, new_folder, write_safetensors
 from janus_jax.interop.load import Folder, StoredParams, open_folder, stored_params, table_for
-from janus_jax.interop.processor_files import copy_files, translate_files
+from janus_jax.interop.processor_files import check_files, copy_files, translate_files
 from janus_jax.interop.rules import Shape, export_steps, torch_shape
 from janus_jax.processing.json_files import write_json
 from janus_jax.processing.tokenizer import Tokenizer
@@ -27,7 +27,7 @@ def import_folder(source: Path, target: Path, overwrite: bool) -> list[str]:
       FileNotFoundError, FileExistsError, ValueError: as `open_folder`, `make_plan`, `new_folder`.
     """
     _check_apart(source, target)
-    folder = open_folder(source)
+    folder = _open(source)
     stored = stored_params(folder)
     checkpoint.save(
         target,
@@ -49,7 +49,7 @@ def export_folder(source: Path, target: Path, layout: str, overwrite: bool) -> l
     codebook_used) come from the source; zeros are written for those that it lacks.
     """
     _check_apart(source, target)
-    folder = open_folder(source)
+    folder = _open(source)
     return write_folder(folder, stored_params(folder), target, layout, overwrite)
 
 
@@ -80,6 +80,12 @@ def write_folder(
         write_json(beside / CONFIG, config)
         write_safetensors(beside, dict(sorted(kinds.items())), read)
     return _export_report(target, kinds, stored, kept, zeros)
+
+
+def _open(source: Path) -> Folder:
+    folder = open_folder(source)
+    check_files(folder.path)
+    return folder
 
 
 def _check_apart(source: Path, target: Path) -> None:
@@ -128,7 +134,7 @@ def _component(name: str) -> str:
 
 def inspect_folder(source: Path) -> list[str]:
     """Lines that say what a folder holds: components, numbers, dtypes, and what is skipped."""
-    folder = open_folder(source)
+    folder = _open(source)
     stored = stored_params(folder)
     kind = "Orbax" if folder.orbax else "PyTorch"
     lines = [f"{source}: {kind} weights, config in the {folder.layout} layout"]

@@ -30,7 +30,7 @@ def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator
     Raises:
       FileExistsError: `folder` exists and `overwrite` is not set.
       OSError: the disk has no room.
-      ValueError: `folder` is not on a disk, or would be overwritten and is no checkpoint folder.
+      ValueError: `folder` is not on a disk, or is there and neither empty nor a checkpoint folder.
     """
     check_local("the folder to write", folder)
     folder = Path(folder).resolve()

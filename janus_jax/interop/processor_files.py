@@ -50,6 +50,12 @@ CHAT_TEMPLATE = """\
 """
 
 
+def check_files(folder: Path) -> None:
+    """Raises ValueError where a tokenizer or processor file is there and no JSON object."""
+    for name in (PREPROCESSOR, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, GENERATION):
+        _optional(folder / name)
+
+
 def copy_files(source: Path, target: Path) -> None:
     """Copies a folder's config, tokenizer and processor files."""
     for path in small_files(source):

@@ -141,7 +141,7 @@ def _open_shards(
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of tensor names to files")
     files = sorted(set(weight_map.values()))
-    if elsewhere := [name for name in files if Path(name).name != name]:
+    if elsewhere := [repr(name) for name in files if not name or Path(name).name != name]:
         raise ValueError(f"{index} must name files beside it, got {', '.join(elsewhere)}")
     absent = [name for name in files if not (folder / name).is_file()]
     if absent:

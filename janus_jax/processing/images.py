@@ -7,7 +7,6 @@ import dataclasses
 import io
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -71,9 +70,9 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 def _open(source: str | os.PathLike | bytes) -> Image.Image:
     from_bytes = isinstance(source, bytes)
-    name = f"<{len(source)} bytes>" if from_bytes else Path(source)
-    if not from_bytes and (not name.exists() or name.is_dir()):
-        raise FileNotFoundError(f"no image file at {name}")
+    name = f"<{len(source)} bytes>" if from_bytes else os.fspath(source)
+    if not from_bytes and (not os.path.exists(source) or os.path.isdir(source)):
+        raise FileNotFoundError(f"no image file at {name or repr(name)}")
     try:
         with Image.open(io.BytesIO(source) if from_bytes else source) as image:
             return _to_rgb(image)

@@ -123,8 +123,8 @@ class Tokenizer:
         Raises:
             ValueError: the text holds lone surrogates, as from bytes that are not UTF-8.
         """
-        if any("\ud800" <= character <= "\udfff" for character in text):
-            raise ValueError(f"a text must be valid Unicode, got {text!r}")
+        if lone := [letter for letter in text if "\ud800" <= letter <= "\udfff"]:
+            raise ValueError(f"a text must be valid Unicode, got {lone[0]!r} in it")
         return [self.bos_id, *self.backend.encode(text, add_special_tokens=False).ids]
 
     def token_bytes(self, token: int, skip_special: bool = True) -> bytes:
