@@ -116,7 +116,7 @@ def _parser() -> argparse.ArgumentParser:
     text = "a checkpoint folder; by default one with random weights is made in a temporary folder"
     parser.add_argument("--folder", type=Path, help=text)
     text = "whose shape the made folder has (default: Janus-Pro-1B)"
-    parser.add_argument("--model", choices=synthetic.MODELS, default=synthetic.MODELS[0], help=text)
+    parser.add_argument("--model", choices=synthetic.MODELS, help=text)
     parser.add_argument("--layers", type=int, help="of its decoder's layers (default: all)")
     text = "formats of the made folder (default: all)"
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help=text)
@@ -129,9 +129,12 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> dict:
     dtypes = [args.dtype] if args.dtype else DTYPES
     if args.folder is None:
-        found = measure_synthetic(args.formats, dtypes, args.model, args.layers)
+        model = args.model or synthetic.MODELS[0]
+        found = measure_synthetic(args.formats, dtypes, model, args.layers)
         depth = "" if args.layers is None else f", decoder layers: {args.layers}"
-        return report(f"{args.model} with random weights{depth}", found)
+        return report(f"{model} with random weights{depth}", found)
+    if args.model or args.layers:
+        raise ValueError("--model and --layers are of a folder that is made, not of --folder")
     found = [{"dtype": dtype} | measure(args.folder, dtype) for dtype in dtypes]
     return report(args.folder.resolve().name, found)
 

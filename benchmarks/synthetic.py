@@ -41,7 +41,11 @@ def listing(model: str = MODELS[0], layers: int | None = None) -> dict:
     """
     found = json.loads(gzip.decompress((GOLDEN / "listings" / f"{model}.json.gz").read_bytes()))
     if layers is not None:
-        found["config"]["language_config"]["num_hidden_layers"] = layers
+        decoder = found["config"]["language_config"]
+        if not 1 <= layers <= decoder["num_hidden_layers"]:
+            most = decoder["num_hidden_layers"]
+            raise ValueError(f"the layers of {model} must be 1 to {most}, got {layers}")
+        decoder["num_hidden_layers"] = layers
         layer = re.compile(r"language_model\.model\.layers\.(\d+)\.").match
         for name in list(found["tensors"]):
             if (match := layer(name)) and int(match[1]) >= layers:

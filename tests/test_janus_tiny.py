@@ -65,13 +65,17 @@ def test_it_answers_questions(janus):
     assert np.mean(right) >= 0.9
 
 
-def record() -> dict:
-    return json.loads((ROOT / "benchmarks" / "results" / "janus_tiny.json").read_text())
+def record(name: str = "janus_tiny") -> dict:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+@pytest.mark.parametrize("name", ["janus_tiny", "janus_tiny_temperature_1"])
+def test_the_records_are_of_these_weights(name):
+    assert record(name)["sha256"] == score_scenes.weights_digests(TINY)
 
 
 def test_it_reaches_what_was_asked_of_it():
     scores = record()
-    assert scores["sha256"] == score_scenes.weights_digests(TINY)
     assert scores["generation"]["train"]["mean_of_kinds"] >= 0.9
     assert scores["understanding"]["train"]["exact_match"] >= 0.95
 

@@ -62,6 +62,10 @@ def test_a_folder_that_does_not_load_is_told_in_one_line(golden, capsys):
     assert (status, out) == (2, "")
     assert err.startswith("load_memory: ") and err.count("\n") == 1
     assert "holds no config.json" in err
+    status, _, err = run(capsys, "--folder", golden / "janus", "--layers", 1)
+    assert status == 2 and "--layers are of a folder that is made" in err
+    status, _, err = run(capsys, "--layers", 25)
+    assert status == 2 and "the layers of Janus-Pro-1B must be 1 to 24, got 25" in err
 
 
 def test_the_torch_file_is_one(tmp_path):
