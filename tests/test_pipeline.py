@@ -87,7 +87,7 @@ def test_answering_refuses_arguments_out_of_range(pipeline, settings, message):
 def test_pictures_come_chunk_by_chunk(small):
     parts = list(small.stream_images("a cat", num_images=5, max_batch=2))
     assert [len(part.pixels) for part in parts] == [2, 2, 1]
-    whole = small.generate_images("a cat", num_images=5, max_batch=2)
+    whole = small.generate_images("a cat", num_images=5)
     np.testing.assert_array_equal(np.concatenate([part.indices for part in parts]), whole.indices)
     with pytest.raises(ValueError, match="num_images must be"):  # before the first is asked for
         small.stream_images("a cat", num_images=0)

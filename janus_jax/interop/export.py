@@ -9,7 +9,8 @@ import numpy as np
 
 from janus_jax import checkpoint
 from janus_jax.interop import deepseek
-from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS, write_config
+from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS
+from janus_jax.interop.config_writing import write_config
 from janus_jax.interop.files import CONFIG, new_folder, write_safetensors
 from janus_jax.interop.load import Folder, StoredParams, open_folder, stored_params, table_for
 from janus_jax.interop.processor_files import check_files, copy_files, translate_files

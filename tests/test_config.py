@@ -1,0 +1,152 @@
+"""config.json of both layouts: what is read, filled in, written and refused."""
+
+import copy
+import dataclasses
+import json
+
+import checkpoints
+import pytest
+
+from janus_jax.interop.config import read_config
+from janus_jax.interop.config_writing import write_config
+from janus_jax.models.janus import JanusConfig
+
+
+def test_released_configs_fill_in_the_constants(golden):
+    sizes = json.loads((golden / "janus" / "config.json").read_text())
+    for key in ("width", "layers", "heads", "patch_size", "mlp_ratio"):
+        del sizes["vision_config"]["params"][key]
+    tower = {"image_size": 384, "model_name": "siglip_large_patch16_384"}
+    sizes["vision_config"]["params"] |= tower
+    sizes["gen_vision_config"]["params"] = {"image_token_size": 16384, "n_embed": 8}
+    sizes["language_config"] = {
+        "model_type": "llama",
+        "num_hidden_layers": 30,
+        "vocab_size": 102400,
+        "max_position_embeddings": 16384,
+    }
+    sizes["aligner_config"]["params"] |= {"input_dim": 1024, "n_embed": 4096}
+    sizes["gen_aligner_config"]["params"]["n_embed"] = 4096
+    head = {"image_token_embed": 4096, "n_embed": 4096, "image_token_size": 16384}
+    sizes["gen_head_config"]["params"] = head
+    assert read_config(sizes) == JanusConfig.janus_pro_7b()
+    head["n_embed"] = 2048
+    with pytest.raises(ValueError, match="n_embed must be 4096, got 2048"):
+        read_config(sizes)
+
+
+@pytest.mark.parametrize("layout", ["deepseek", "transformers"])
+@pytest.mark.parametrize("name", ["janus_pro_1b", "janus_pro_7b"])
+def test_written_configs_read_back(layout, name):
+    cfg = getattr(JanusConfig, name)()
+    assert read_config(write_config(cfg, None, layout, image_token_id=7)) == cfg
+
+
+def test_every_size_survives_both_layouts(golden):
+    cfg = read_config(json.loads((golden / "janus" / "config.json").read_text()))
+    decoder = dataclasses.replace(
+        cfg.language_model, num_key_value_heads=2, rope_theta=5e5, rms_norm_eps=1e-5
+    )
+    vision = dataclasses.replace(cfg.und_encoder, mlp_dim=101, num_heads=3)
+    cfg = dataclasses.replace(
+        cfg, language_model=decoder, und_encoder=vision, und_aligner_depth=3, gen_aligner_depth=1
+    )
+    for layout in ("deepseek", "transformers"):
+        assert read_config(write_config(cfg, None, layout, image_token_id=7)) == cfg
+    vision = dataclasses.replace(vision, select_layer=-2)
+    gen_vq = dataclasses.replace(cfg.gen_vq, norm_num_groups=8)
+    ours = dataclasses.replace(cfg, und_encoder=vision, gen_vq=gen_vq, gen_head_width=20)
+    assert read_config(write_config(ours, None, "deepseek")) == ours
+    with pytest.raises(ValueError, match=r"the transformers layout needs 32 groups .*8 is not 32"):
+        write_config(ours, None, "transformers", image_token_id=7)
+
+
+def edited(config, where, value):
+    config = copy.deepcopy(config)
+    *path, last = where.split(".")
+    section = config
+    for key in path:
+        section = section[key]
+    section[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        ("model_type", "llama", "model_type 'llama', not 'multi_modality' or 'janus'"),
+        ("vision_gen_enc_config", {}, "JanusFlow model .it has vision_gen_enc_config"),
+        ("language_config.tie_word_embeddings", True, "tie_word_embeddings must be False"),
+        ("language_config.rope_scaling", {"type": "linear"}, "rope scaling 'linear'"),
+        ("language_config.hidden_act", "gelu", "hidden_act must be 'silu', got 'gelu'"),
+        ("language_config.attention_bias", True, "attention_bias must be False, got True"),
+        ("language_config.head_dim", 16, "head_dim must be 12, got 16"),
+        ("language_config.num_attention_heads", 5, "hidden_size by heads is not whole: 48 / 5"),
+        ("vision_config.cls", "HybridVisionTower", "cls must be .*, got 'HybridVisionTower'"),
+        ("vision_config.params.select_feature", "patch", "select_feature is 'patch'"),
+        ("vision_config.params.select_layer", -4, "select_layer -4 leaves no layer of 2"),
+        ("aligner_config.params.projector_type", "linear", "projector_type must be .* 'linear'"),
+        ("gen_vision_config.cls", "VQ-8", "cls must be 'VQ-16', got 'VQ-8'"),
+        ("gen_aligner_config", {}, "gen_aligner_config.params is missing"),
+        ("language_config", [], r"language_config must be an object, got \[\]"),
+        ("vision_config", None, "vision_config must be an object, got None"),
+        ("aligner_config.params", [], r"aligner_config.params must be an object, got \[\]"),
+        ("model_type", [], r"model_type \[\], not"),
+        ("vision_config.params.width", 1e400, "wrong type: cannot convert float infinity"),
+        ("language_config.vocab_size", None, "vocab_size of LlamaConfig must be whole .* got None"),
+        ("language_config.num_hidden_layers", 1.5, "num_hidden_layers .* got 1.5"),
+        ("language_config.rms_norm_eps", "x", "rms_norm_eps .* must be a number above 0, got 'x'"),
+        ("gen_vision_config.params.ch", 0, "ch of VQConfig must be whole and at least 1, got 0"),
+        ("gen_vision_config.params.ch_mult", [], r"ch_mult of VQConfig must be whole .* got \(\)"),
+        ("gen_head_config.params.image_token_embed", -1, "gen_head_width of JanusConfig .* got -1"),
+        ("gen_vision_config.params.norm_num_groups", 7, "VQ channels by norm_num_groups is not"),
+        ("language_config.num_attention_heads", 16, "head_dim by 2 is not whole: 3 / 2"),
+        ("language_config.rope_theta", "x", "rope_theta .* must be a number above 0, got 'x'"),
+        ("language_config.num_key_value_heads", 0, "num_key_value_heads .* at least 1, got 0"),
+        ("language_config.rope_parameters", [], "config.json has a value of a wrong type"),
+        ("vision_config.params.select_layer", 1.5, "select_layer must be whole, got 1.5"),
+        ("vision_config.params.select_layer", True, "select_layer must be whole, got True"),
+        ("aligner_config.cls", "zzz", "aligner_config.cls must be 'MlpProjector', got 'zzz'"),
+        ("gen_head_config.cls", 5, "gen_head_config.cls must be 'vision_head', got 5"),
+    ],
+)
+def test_what_is_not_supported_is_refused(golden, where, value, says):
+    config = json.loads((golden / "janus" / "config.json").read_text())
+    with pytest.raises(ValueError, match=says):
+        read_config(edited(config, where, value))
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        ("text_config.rope_parameters", {"rope_type": "yarn"}, "rope scaling 'yarn'"),
+        ("text_config.num_attention_heads", 0, "num_attention_heads .* at least 1, got 0"),
+        ("tie_word_embeddings", True, "tie_word_embeddings must be False"),
+        ("vision_config.use_qk_norm", True, "use_qk_norm must be False"),
+        ("vision_config.projection_dim", 2048, "projection_dim must be 48, got 2048"),
+        ("vq_config.double_latent", True, "double_latent must be False"),
+    ],
+)
+def test_what_is_not_supported_in_transformers_is_refused(where, value, says):
+    with pytest.raises(ValueError, match=says):
+        read_config(edited(checkpoints.TRANSFORMERS_CONFIG, where, value))
+
+
+def test_sections_of_the_other_layout_are_not_looked_at(golden):
+    config = json.loads((golden / "janus" / "config.json").read_text())
+    assert read_config(edited(config, "text_config", None)) == read_config(config)
+
+
+def test_rope_theta_is_read_wherever_it_stands():
+    config = checkpoints.TRANSFORMERS_CONFIG
+    new = edited(config, "text_config.rope_parameters.rope_theta", 5e4)
+    assert read_config(new).language_model.rope_theta == 5e4
+    old = edited(edited(config, "text_config.rope_parameters", None), "text_config.rope_theta", 6e4)
+    assert read_config(old).language_model.rope_theta == 6e4
+
+
+@pytest.mark.parametrize(("layer", "select"), [(-1, -1), (-2, -2), (2, -1), (1, -2), (9, -1)])
+def test_select_layer_counts_from_either_end(golden, layer, select):
+    config = json.loads((golden / "janus" / "config.json").read_text())
+    config = edited(config, "vision_config.params.select_layer", layer)
+    assert read_config(config).und_encoder.select_layer == select
