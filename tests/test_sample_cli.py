@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from janus_jax import cli, gallery, progress
+from janus_jax import cli, gallery
 from janus_jax.generation import image
-from janus_jax.paths import written_whole
 
 PROMPT = "A close-up photo of a red cat, studio light."
 
@@ -118,18 +117,6 @@ def test_no_memory_takes_one_line(run, loaded, monkeypatch):
     monkeypatch.setattr(image, "make_requests", allocate)
     says = "sample.py: out of memory: Unable to allocate 9 TiB\n"
     assert run("--prompt", "a") == (2, [], says)
-
-
-def test_what_is_made_otherwise_has_another_name():
-    stems = [
-        gallery.file_stem(prompt, 0, [dict(prompt=prompt, model=model, settings=settings)])
-        for prompt in ("a" * 50, "a" * 50 + "b")
-        for model in ("one/model", "other/model")
-        for settings in ("{}", '{"temperature": 0.5}')
-    ]
-    assert len(set(stems)) == 8 and len({stem[:46] for stem in stems}) == 1
-    made = [dict(prompt="a" * 50, model="one/model", settings="{}")]
-    assert gallery.file_stem("a" * 50, 0, made) == stems[0]
 
 
 def test_a_question_is_answered(run, loaded, small, golden):
@@ -323,25 +310,6 @@ def test_other_errors_of_the_runtime_are_not_hidden(run, loaded, small, monkeypa
         run("--prompt", "a")
 
 
-def test_a_file_that_fails_leaves_nothing_behind(tmp_path):
-    (tmp_path / "a.png").write_text("old")
-    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "a.png") as file:
-        file.write(b"half")
-        _ = 1 / 0
-    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
-    assert (tmp_path / "a.png").read_text() == "old"
-
-
-def test_who_may_read_a_file_is_as_the_user_has_it(tmp_path):
-    before = os.umask(0o077)
-    try:
-        with written_whole(tmp_path / "a.png") as file:
-            file.write(b"mine")
-    finally:
-        os.umask(before)
-    assert (tmp_path / "a.png").stat().st_mode & 0o777 == 0o600
-
-
 def test_what_a_terminal_cannot_show_is_no_reason_to_stop(golden, tmp_path):
     flags = ("--prompt", "ein grünes Haus", "--num_images", 1, "--output_dir", tmp_path)
     settings = dict(PYTHONIOENCODING="ascii", JAX_DISABLE_MOST_OPTIMIZATIONS="1")
@@ -353,68 +321,12 @@ def test_what_a_terminal_cannot_show_is_no_reason_to_stop(golden, tmp_path):
     assert "/ein-gr?nes-haus-seed0-" in done.stdout and len(list(tmp_path.iterdir())) == 2
 
 
-def test_the_bar_tells_the_time_left_without_the_time_to_compile(monkeypatch):
-    now = iter([0.0, 0.0, 30.0, 60.0, 70.0, 80.0, 160.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    out = io.StringIO()
-    out.isatty = lambda: True
-    bar = progress.ProgressBar(out)
-    for done in (0, 1, 11, 21, 31, 111):
-        bar(done, 111)
-    lines = [line.rstrip() for line in out.getvalue().split("\r")[1:]]
-    assert lines == [
-        "drawing [..............................]   0%",
-        "drawing [..............................]   0%",
-        "drawing [##............................]   9%",
-        "drawing [#####.........................]  18%, 1 min 30 s left",
-        "drawing [########......................]  27%, 1 min 20 s left",
-        "drawing [##############################] 100%, 0 s left",
-    ]
-    bar.close()
-    bar.close()  # the line ends once, wherever the drawing was
-    assert out.getvalue().count("\n") == 1 and out.getvalue().endswith("\n")
-
-
-def test_a_log_gets_a_line_now_and_then(monkeypatch):
-    now = iter([0.0, 0.0, 5.0, 10.0, 20.0, 40.0, 45.0, 80.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    out = io.StringIO()
-    bar = progress.ProgressBar(out)
-    for done in (0, 10, 20, 30, 50, 55, 90):
-        bar(done, 100)
-    assert out.getvalue() == "drawing  50%, 50 s left\ndrawing  90%, 10 s left\n"
-
-
 def test_a_terminal_gets_a_bar(run, loaded, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     _, paths, err = run("--prompt", PROMPT, "--num_images", 1)
     assert len(paths) == 2
     assert err.startswith("\rloading ") and err.endswith("\n")
     assert "100%, 0 s left" in err
-
-
-def test_a_sheet_of_many_pictures_is_at_most_4096_pixels_wide():
-    pixels = np.random.default_rng(0).integers(0, 256, (100, 50, 50, 3), np.uint8)
-    sheet = gallery.contact_sheet(pixels, 100)
-    assert sheet.shape == (4 + 40, 100 * 40 + 4, 3)
-    np.testing.assert_array_equal(gallery.contact_sheet(pixels[:1], 1)[4:-4, 4:-4], pixels[0])
-
-
-def test_many_prompts_take_several_sheets(tmp_path):
-    prompts = [f"p{i}" for i in range(130)]
-    pixels = np.zeros((260, 60, 60, 3), np.uint8)
-    pixels[2 * 64] = 255
-    shown = gallery.Gallery(tmp_path, prompts, 2, 0, lambda *_: {"model": "a"})
-    shown.add(pixels[:3])
-    shown.add(pixels[3:])
-    shown.save_sheets()
-    found = [re.sub("[0-9a-f]{6}-", "", path.name) for path in shown.paths[260:]]
-    assert found == [f"prompts-seed0-sheet-{i:02d}.png" for i in range(3)]
-    sheets = [Image.open(path) for path in shown.paths[260:]]
-    assert [sheet.height for sheet in sheets] == [64 * 64 + 4, 64 * 64 + 4, 2 * 64 + 4]
-    assert [sheet.text["prompt"].count("\n") for sheet in sheets] == [63, 63, 1]
-    assert sheets[1].text["prompt"].startswith("p64\n")
-    np.testing.assert_array_equal(np.asarray(sheets[1])[4:64, 4:64], pixels[128])
 
 
 def test_the_command_itself_explains_itself():
