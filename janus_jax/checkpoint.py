@@ -8,7 +8,7 @@ FOLDER/config.json, ...      config, tokenizer and processor files as the source
 import contextlib
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -104,19 +104,23 @@ def stored_params(folder: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def restore(
-    folder: Path | str, params: Mapping[str, jax.ShapeDtypeStruct]
+    folder: Path | str,
+    params: Mapping[str, jax.ShapeDtypeStruct],
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, jax.Array]:
     """Reads parameters, each straight to its own sharding, and gives it its dtype there.
 
     params: shape, dtype and sharding wanted, by path; others that are stored are not read. They are
     read in groups of GROUP_BYTES, or of one parameter that is larger; no more than that is in
     memory beside them.
+    progress: called with the bytes read so far and in all.
 
     Raises:
       ValueError: the folder is damaged.
     """
     stored, restored = stored_params(folder), {}
     stored = {path: leaf for path, leaf in stored.items() if path in params}
+    done, total = 0, sum(map(_size, stored.values()))
     with _damaged(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
         for group in _groups(stored):
             wanted = {path: params[path].update(dtype=stored[path].dtype) for path in group}
@@ -130,13 +134,21 @@ def restore(
             for path, array in traverse_util.flatten_dict(read, sep=".").items():
                 # waited for, or the arrays of many groups would be there at once
                 restored[path] = jax.block_until_ready(array.astype(params[path].dtype))
+            done += sum(_size(stored[path]) for path in group)
+            if progress is not None:
+                progress(done, total)
     return restored
+
+
+def _size(leaf: jax.ShapeDtypeStruct) -> int:
+    """Bytes of an array."""
+    return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def _groups(stored: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
     group, held = [], 0
     for path, leaf in stored.items():
-        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        size = _size(leaf)
         if group and held + size > GROUP_BYTES:
             yield group
             group, held = [], 0

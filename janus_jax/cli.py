@@ -1,7 +1,6 @@
 """The command behind sample.py: flags in; PNG files, or text on the screen, out."""
 
 import argparse
-import contextlib
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from typing import TYPE_CHECKING
 from janus_jax import checks
 from janus_jax.flags import OneLineParser, device_memory, one_line, one_line_errors, place
 from janus_jax.paths import check_local, written_whole
-from janus_jax.progress import ProgressBar, show_status
+from janus_jax.progress import Progress
 
 if TYPE_CHECKING:
     from janus_jax.generation.pipeline import Pipeline
@@ -134,7 +133,9 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
     Raises:
         ValueError: a flag that means nothing beside the others.
     """
-    flags = make_parser().parse_args(argv)
+    parser = make_parser()
+    flags, unknown = parser.parse_known_args(argv)
+    _check_unknown(parser, unknown)
     drawing = flags.prompt is not None or flags.prompts_file is not None
     mode = "--prompt and --prompts_file" if drawing else "--question and --chat"
     own, other = (_DRAW_DEFAULTS, _TEXT_DEFAULTS)[:: 1 if drawing else -1]
@@ -148,6 +149,22 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
         if getattr(flags, name) is not None and flags.temperature == 0:
             raise ValueError(f"--{name} has no use with --temperature 0, which text has by default")
     return flags
+
+
+# What other programs call the size of their images.
+_SIZE_FLAGS = ("image_size", "img_size", "size", "width", "height", "resolution", "W", "H")
+
+
+def _check_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
+    """Ends the program if there are arguments that it does not know."""
+    for word in unknown:
+        if word.startswith("-") and word.lstrip("-").partition("=")[0] in _SIZE_FLAGS:
+            parser.error(
+                "a Janus model generates images of one size only, the released ones 384 x 384 "
+                f"pixels; remove {word}, and resize the images afterwards"
+            )
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def read_prompts(path: Path) -> list[str]:
@@ -232,7 +249,8 @@ def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") ->
     number = dict(num_images=flags.num_images, max_batch=flags.max_batch)
     indices = []
     try:
-        with contextlib.closing(ProgressBar(sys.stderr)) as progress:
+        # a program may be compiled before the first two reports
+        with Progress("generating", " tokens", warm_up=2) as progress:
             drawn = pipeline.stream_images(
                 prompts, seed=flags.seed, progress=progress, **number, **settings
             )
@@ -326,15 +344,9 @@ def run(argv: Sequence[str] | None) -> None:
 
     sharding.check_devices()
     mesh = None if flags.mesh is None else sharding.parse_mesh(flags.mesh)
-    terminal = sys.stderr.isatty()
-    if terminal:
-        show_status(sys.stderr, f"loading {flags.model or 'janus_tiny'}")
-    try:
-        with device_memory(_LOADING_NEEDS):
-            pipeline = load(flags.model, dtype=flags.dtype, mesh=mesh)
-    finally:
-        if terminal:
-            show_status(sys.stderr, "")
+    name = flags.model or "janus_tiny"
+    with device_memory(_LOADING_NEEDS), Progress(f"loading {name}", "B") as progress:
+        pipeline = load(flags.model, dtype=flags.dtype, mesh=mesh, progress=progress)
     with device_memory(_DRAWING_NEEDS if prompts else _WRITING_NEEDS):
         if prompts:
             draw(flags, prompts, pipeline)

@@ -1,59 +1,61 @@
-"""What a command says while it works: one line of a terminal, replaced as it goes on."""
+"""Progress reports on stderr: a tqdm bar on a terminal, a line every half minute elsewhere."""
 
-import time
+import sys
+
+from tqdm import tqdm
+
+_LOG_INTERVAL = 30.0  # seconds between two lines of a log
+_LOG_FORMAT = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}{unit}, {remaining} left"
 
 
-class ProgressBar:
-    """How far the drawing is and how long it will take: on one line of a terminal.
+class _LogBar(tqdm):
+    """For a file or a pipe: prints each report on a line of its own."""
 
-    Elsewhere, as in a log file, a line now and then.
+    monitor_interval = 0  # no thread: a log needs no refresh between two reports
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Prints the report; an empty message, which would clear a bar, prints nothing."""
+        if msg is None:
+            print(self, file=self.fp, flush=True)
+
+
+class Progress:
+    """Reports how much of a task is done and the time left. A context manager.
+
+    >>> with Progress("loading", "B") as report:
+    >>>     report(done, total)
+
+    The bar appears with the first report and disappears at the end.
     """
 
-    WIDTH = 30
-    PAUSE = 30.0  # seconds between lines of a log
-    COMPILING = 2  # calls after which a program may still be compiled, which says nothing of speed
+    def __init__(self, description: str, unit: str, warm_up: int = 0, stream=None):
+        """unit: of `done` and `total`. warm_up: the time left is computed from the reports after
+        this many, because a program may still be compiling before them."""
+        self._settings = dict(desc=description, unit=unit, file=stream or sys.stderr)
+        self._warm_up = warm_up
+        self._bar: tqdm | None = None
 
-    def __init__(self, stream):
-        self._stream = stream
-        self._calls = 0
-        self._start = (0.0, 0)
-        self._terminal = stream.isatty()
-        self._open = False  # whether there is a line that something may be added to
-        self._said = time.monotonic()
+    def __enter__(self) -> "Progress":
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
     def __call__(self, done: int, total: int) -> None:
-        """To be called with the image tokens drawn so far and in all."""
-        now = time.monotonic()
-        if self._calls <= self.COMPILING:
-            self._start = now, done
-        self._calls += 1
-        since, before = self._start
-        line = f"{100 * done // total:3d}%"
-        if done > before:
-            left = (now - since) / (done - before) * (total - done)
-            line += f", {_duration(left)} left"
-        if self._terminal:
-            filled = self.WIDTH * done // total
-            bar = "#" * filled + "." * (self.WIDTH - filled)
-            show_status(self._stream, f"drawing [{bar}] {line}")
-            self._open = True
-        elif now - self._said >= self.PAUSE:
-            self._said = now
-            print(f"drawing {line}", file=self._stream, flush=True)
+        """done, total: in units."""
+        if self._bar is None:
+            self._bar = self._open(total)
+        if self._warm_up:
+            self._warm_up -= 1
+            self._bar.initial = done
+            self._bar.unpause()
+        self._bar.update(done - self._bar.n)
 
-    def close(self) -> None:
-        """Whatever comes next has a line of its own."""
-        if self._open:
-            print(file=self._stream)
-        self._open = False
-
-
-def show_status(stream, line: str) -> None:
-    """Replaces the last line of a terminal; an empty line leaves nothing of it."""
-    stream.write(f"\r{line:<70}" if line else f"\r{'':70}\r")
-    stream.flush()
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+    def _open(self, total: int) -> tqdm:
+        # smoothing 0: the time left follows the average speed
+        settings = dict(total=total, unit_scale=True, smoothing=0, leave=False, **self._settings)
+        if self._settings["file"].isatty():
+            return tqdm(miniters=1, dynamic_ncols=True, **settings)
+        pause = dict(delay=_LOG_INTERVAL, mininterval=_LOG_INTERVAL, miniters=1)
+        return _LogBar(bar_format=_LOG_FORMAT, **pause, **settings)

@@ -150,13 +150,26 @@ def sharding_for(mesh: Mesh) -> Callable[[str, Sequence[int]], NamedSharding]:
 
 
 def check_devices() -> None:
-    """Raises ValueError if JAX cannot use the devices that it is to run on."""
+    """Raises ValueError if JAX finds no device, or none of the platform that is requested."""
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter for a platform it has no code for
-        asked = jax.config.jax_platforms or "any that is there"
-        rule = "the devices must be there and free"
-        raise ValueError(f"{rule}, got {asked} (JAX_PLATFORMS): {str(error) or 'none'}") from error
+    except (RuntimeError, AssertionError) as error:  # the latter without the platform's plugin
+        reason = str(error).partition(" (set JAX_PLATFORMS")[0]
+        reason = f" ({reason})" if reason else ""
+        requested = jax.config.jax_platforms
+        if not requested:
+            raise ValueError(f"JAX cannot use any device{reason}") from error
+        raise ValueError(
+            f"JAX_PLATFORMS={requested} was requested, but JAX found no {requested} device{reason}"
+            f"; {_remedy(requested)}unset JAX_PLATFORMS to let JAX choose, or set it to cpu"
+        ) from error
+
+
+def _remedy(platforms: str) -> str:
+    """Which extra brings JAX's support for the first of the platforms."""
+    extras = {"cuda": "[cuda12] or janus_jax[cuda13]", "tpu": "[tpu]"}
+    platform = {"gpu": "cuda"}.get(first := platforms.split(",")[0], first)
+    return f"install janus_jax{extras[platform]}, " if platform in extras else ""
 
 
 def with_auto_axes(mesh: Mesh) -> Mesh:

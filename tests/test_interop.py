@@ -251,6 +251,18 @@ def test_orbax_is_read_in_groups(folders, monkeypatch):
     assert all(sum(sizes) <= 200_000 or len(sizes) == 1 for sizes in groups)
 
 
+@pytest.mark.parametrize("form", ["sharded", "transformers", "orbax_single"])
+def test_loading_reports_the_bytes_read(folders, params, form, monkeypatch):
+    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 1e5)
+    reports = []
+    cfg, report = open_folder(folders[form]).cfg, lambda *now: reports.append(now)
+    load_params(folders[form], cfg, anywhere, jnp.bfloat16, progress=report)
+    total = sum(2 * value.size for value in params.values())  # they are stored in bfloat16
+    done = [done for done, _ in reports]
+    assert len(done) > 10 and done == sorted(done)
+    assert reports[-1] == (total, total) and {whole for _, whole in reports} == {total}
+
+
 @pytest.mark.parametrize("form", ["single", "orbax_single"])
 def test_parameters_go_to_the_default_device(folders, form):
     with jax.default_device(jax.devices()[3]):

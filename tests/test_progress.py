@@ -1,37 +1,60 @@
-"""The progress bar: its times, and what it says where there is no terminal."""
+"""Progress reports: a bar on a terminal, lines elsewhere, and the time left."""
 
 import io
 
-from janus_jax import progress
+import pytest
+import tqdm
+
+from janus_jax.progress import Progress
 
 
-def test_the_bar_tells_the_time_left_without_the_time_to_compile(monkeypatch):
-    now = iter([0.0, 0.0, 30.0, 60.0, 70.0, 80.0, 160.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
+@pytest.fixture
+def clock(monkeypatch):
+    """Sets the time that the bars see."""
+    now = [0.0]
+    monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
+    return lambda seconds: now.__setitem__(0, seconds)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def report(stream, clock, times, units, total, **settings):
+    with Progress("loading", "B", stream=stream, **settings) as progress:
+        for time, done in zip(times, units, strict=True):
+            clock(time)
+            progress(done, total)
+
+
+def test_a_terminal_shows_a_bar_with_units_and_the_time_left(clock):
+    out = Terminal()
+    report(out, clock, (0, 10, 30), (0, 10**9, 3 * 10**9), 12 * 10**9)
+    *bars, cleared, end = out.getvalue().split("\r")[1:]
+    assert bars[0].startswith("loading:   0%|") and "0.00/12.0G" in bars[0]
+    assert bars[-1].startswith("loading:  25%|##")
+    assert bars[-1].endswith("3.00G/12.0G [00:30<01:30, 100MB/s]")
+    assert not cleared.strip() and not end and "\n" not in out.getvalue()
+
+
+def test_the_time_left_leaves_out_what_was_compiled_before(clock):
+    out = Terminal()
+    report(out, clock, (0, 60, 70), (0, 10, 20), 50, warm_up=2)
+    assert out.getvalue().split("\r")[-3].endswith("20.0/50.0 [00:10<00:30, 1.00B/s]")
+
+
+def test_a_log_gets_a_line_every_half_minute(clock):
     out = io.StringIO()
-    out.isatty = lambda: True
-    bar = progress.ProgressBar(out)
-    for done in (0, 1, 11, 21, 31, 111):
-        bar(done, 111)
-    lines = [line.rstrip() for line in out.getvalue().split("\r")[1:]]
-    assert lines == [
-        "drawing [..............................]   0%",
-        "drawing [..............................]   0%",
-        "drawing [##............................]   9%",
-        "drawing [#####.........................]  18%, 1 min 30 s left",
-        "drawing [########......................]  27%, 1 min 20 s left",
-        "drawing [##############################] 100%, 0 s left",
-    ]
-    bar.close()
-    bar.close()  # the line ends once, wherever the drawing was
-    assert out.getvalue().count("\n") == 1 and out.getvalue().endswith("\n")
+    report(out, clock, (0, 5, 20, 40, 45, 80), (0, 10, 20, 50, 55, 80), 100)
+    assert out.getvalue() == (
+        "loading: 50%, 50.0 of 100B, 00:40 left\n"
+        "loading: 80%, 80.0 of 100B, 00:20 left\n"
+    )
 
 
-def test_a_log_gets_a_line_now_and_then(monkeypatch):
-    now = iter([0.0, 0.0, 5.0, 10.0, 20.0, 40.0, 45.0, 80.0])
-    monkeypatch.setattr(progress.time, "monotonic", lambda: next(now))
-    out = io.StringIO()
-    bar = progress.ProgressBar(out)
-    for done in (0, 10, 20, 30, 50, 55, 90):
-        bar(done, 100)
-    assert out.getvalue() == "drawing  50%, 50 s left\ndrawing  90%, 10 s left\n"
+def test_a_task_that_fails_before_its_first_report_prints_nothing():
+    out = Terminal()
+    with pytest.raises(ValueError), Progress("loading", "B", stream=out):
+        raise ValueError
+    assert out.getvalue() == ""

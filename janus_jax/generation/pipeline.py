@@ -1,7 +1,7 @@
 """A checkpoint folder as an object that draws pictures and answers questions about them."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -369,7 +369,10 @@ def _pictures_of_each(images, number: int) -> list[list]:
 
 
 def load(
-    path_or_hub_id: str | Path | None = None, dtype=None, mesh: Mesh | None = None
+    path_or_hub_id: str | Path | None = None,
+    dtype=None,
+    mesh: Mesh | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Pipeline:
     """Loads a checkpoint folder, ready to draw and to answer.
 
@@ -383,6 +386,7 @@ def load(
             image tokenizer is always float32.
         mesh: devices to share the work and the parameters among (see sharding.make_mesh); None is
             one device.
+        progress: called with the bytes of weights read so far and in all.
     Returns:
         The model with its processor.
     Raises:
@@ -405,7 +409,7 @@ def load(
     processor = Processor.from_dir(folder)
     loading.check_processor(processor, cfg)
     drawing = loading.DrawingDefaults.from_dir(folder)
-    model = build_model(cfg, load_params(folder, cfg, place, dtype))
+    model = build_model(cfg, load_params(folder, cfg, place, dtype, progress=progress))
     name = loading.TINY.name if path_or_hub_id is None else str(path_or_hub_id)
     return Pipeline(model, processor, name, drawing, mesh)
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Callable, Container, Mapping
 from pathlib import Path
@@ -26,6 +27,7 @@ FLOAT32_PATHS = r"gen_vq\."  # colours decoded in bfloat16 show bands
 ALIGNMENT = 64  # bytes, of jax's CPU buffers
 COLUMNS = 16  # copied at a time: a transposed copy is five times as fast as in one go
 ShardingFor = Callable[[str, Shape], jax.sharding.Sharding | None]
+Report = Callable[[int, int], None]  # bytes done so far, and in all
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +110,7 @@ def load_params(
     dtype,
     float32_paths: str = FLOAT32_PATHS,
     paths: Container[str] | None = None,
+    progress: Report | None = None,
 ) -> dict[str, jax.Array]:
     """Reads a folder's parameters and places each before the next is read.
 
@@ -118,6 +121,7 @@ def load_params(
       dtype: storage dtype of all parameters but those of float32_paths.
       float32_paths: regular expression, matched from the beginning of a path.
       paths: of the parameters to read; None is all.
+      progress: called with the bytes of the folder read so far and in all.
 
     Returns:
       Arrays by path, for `build_model`.
@@ -129,15 +133,19 @@ def load_params(
         return np.dtype(jnp.float32 if exact.match(path) else dtype)
 
     if opened.orbax:
-        return _restore(opened, sharding_for, kind, paths)
+        return _restore(opened, sharding_for, kind, paths, progress)
     source, plan = plan_folder(opened)
     params = {}
-    for step in plan.steps:
+    steps = [step for step in plan.steps if paths is None or any(p in paths for p in step.paths)]
+    sizes = [source.size(step.torch) for step in steps]
+    for step, done in zip(steps, itertools.accumulate(sizes), strict=True):
         for path, view in zip(step.paths, step.op.ours(source.read(step.torch)), strict=True):
             if paths is not None and path not in paths:
                 continue
             sharding = sharding_for(path, view.shape)
             params[path] = _place(view, sharding, kind(path))
+        if progress is not None:
+            progress(done, sum(sizes))
     return params
 
 
@@ -176,6 +184,7 @@ def _restore(
     sharding_for: ShardingFor,
     kind: Callable[[str], np.dtype],
     paths: Container[str] | None,
+    progress: Report | None,
 ) -> dict[str, jax.Array]:
     check_stored(folder)
     here = jnp.zeros(()).sharding  # the default device
@@ -186,7 +195,7 @@ def _restore(
         for path, shape in param_shapes(folder.cfg).items()
         if paths is None or path in paths
     }
-    return checkpoint.restore(folder.path, wanted)
+    return checkpoint.restore(folder.path, wanted, progress)
 
 
 def check_stored(folder: Folder) -> dict[str, jax.ShapeDtypeStruct]:

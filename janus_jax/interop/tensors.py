@@ -69,6 +69,10 @@ class TensorSource:
         """Dtype as stored (ml_dtypes.bfloat16 for bfloat16); reads nothing."""
         return self.tensors[name].dtype
 
+    def size(self, name: str) -> int:
+        """Bytes of a tensor as stored; reads nothing."""
+        return self.dtype(name).itemsize * math.prod(self.shape(name))
+
     def read(self, name: str) -> np.ndarray:
         """Read-only array (ml_dtypes.bfloat16 where stored so), backed by the file."""
         return self.tensors[name].read()

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.remat import REMATS
 from janus_jax.paths import check_local
 from janus_jax.processing.processor import Processor
+from janus_jax.progress import Progress
 from janus_jax.sharding import (
     batch_sharding,
     check_mesh,
@@ -146,14 +147,7 @@ class Setup:
 
     def load_frozen(self) -> Params:
         """What is frozen, from the folder."""
-        frozen = self.shapes[1]
-        return load_params(
-            self.source.path,
-            self.source.cfg,
-            sharding_for(self.mesh),
-            DTYPES[self.cfg.dtype],
-            paths=frozen,
-        )
+        return self._load(self.shapes[1], DTYPES[self.cfg.dtype])
 
     def load_trained(self) -> Params:
         """What trains, from the folder or new, in float32."""
@@ -162,10 +156,16 @@ class Setup:
         stored = trained.keys() - new.keys()
         if not stored:
             return self._new(new)
-        read = load_params(
-            self.source.path, self.source.cfg, sharding_for(self.mesh), jnp.float32, paths=stored
-        )
-        return read | self._new(new)
+        return self._load(stored, jnp.float32) | self._new(new)
+
+    def _load(self, paths: Container[str], dtype) -> Params:
+        """Parameters from the folder; the first process reports how many bytes it has read."""
+        place = sharding_for(self.mesh)
+        with Progress(f"loading {self.cfg.init}", "B") as report:
+            report = report if jax.process_index() == 0 else None
+            return load_params(
+                self.source.path, self.source.cfg, place, dtype, paths=paths, progress=report
+            )
 
     def _begins_anew(self, path: str) -> bool:
         fresh = self.cfg.fresh
