@@ -1,9 +1,45 @@
 """What a value that a user gives must be; told in one line otherwise."""
 
 import numbers
+import reprlib
 from collections.abc import Sequence
 
 LARGEST = float.fromhex("0x1.fffffep+127")  # of float32
+MOST_SHOWN = 80  # characters of one value in a message
+_END_SHOWN = 24  # of them, after the cut: the name of a file, the end of a URL
+
+
+class _Shortener(reprlib.Repr):
+    """repr whose time and length are bounded, however large or nested the value is."""
+
+    def __init__(self):
+        super().__init__()
+        self.maxlevel, self.maxstring, self.maxother = 3, MOST_SHOWN, MOST_SHOWN
+
+    def repr_int(self, value: int, level: int) -> str:
+        if value.bit_length() > 256:  # Python refuses to write more than 4300 digits
+            return f"an integer of {value.bit_length()} bits"
+        return repr(value)
+
+    def repr_bytes(self, value: bytes, level: int) -> str:
+        return repr(bytes(value[:MOST_SHOWN])) + "..." * (len(value) > MOST_SHOWN)
+
+    repr_bytearray = repr_bytes
+
+
+_SHORTENER = _Shortener()
+
+
+def shorten(value) -> str:
+    """The repr of a value that a user gave, for a message: one line of at most 80 characters."""
+    return shorten_text(_SHORTENER.repr(value))
+
+
+def shorten_text(text: str) -> str:
+    """A text that a user gave, as it is but in one line of at most 80 characters."""
+    if len(text) > MOST_SHOWN:
+        text = f"{text[: MOST_SHOWN - _END_SHOWN - 3]}...{text[-_END_SHOWN:]}"
+    return " ".join(text.split())
 
 
 def _is_int(value) -> bool:
@@ -14,15 +50,15 @@ def check_number(name: str, value) -> None:
     """Raises ValueError unless the value is a number that is finite in float32."""
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not abs(value) <= LARGEST:
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
+        raise ValueError(f"{name} must be a finite number, got {shorten(value)}")
 
 
 def check_count(name: str, value) -> None:
     """Raises ValueError unless the value is a whole number in [1, 2**31)."""
     if not _is_int(value) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        raise ValueError(f"{name} must be a whole number of at least 1, got {shorten(value)}")
     if value >= 2**31:  # devices count in int32
-        raise ValueError(f"{name} must be below 2**31, got {value!r}")
+        raise ValueError(f"{name} must be below 2**31, got {shorten(value)}")
 
 
 def check_not_empty(name: str, values: Sequence) -> None:
@@ -34,4 +70,4 @@ def check_not_empty(name: str, values: Sequence) -> None:
 def check_seed(seed) -> None:
     """Raises ValueError unless the seed is a whole number in [0, 2**32)."""
     if not _is_int(seed) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number in [0, 2**32), got {seed!r}")
+        raise ValueError(f"seed must be a whole number in [0, 2**32), got {shorten(seed)}")
