@@ -56,6 +56,6 @@ class Progress:
         # smoothing 0: the time left follows the average speed
         settings = dict(total=total, unit_scale=True, smoothing=0, leave=False, **self._settings)
         if self._settings["file"].isatty():
-            return tqdm(miniters=1, dynamic_ncols=True, **settings)
+            return tqdm(miniters=1, mininterval=0, dynamic_ncols=True, **settings)
         pause = dict(delay=_LOG_INTERVAL, mininterval=_LOG_INTERVAL, miniters=1)
         return _LogBar(bar_format=_LOG_FORMAT, **pause, **settings)

@@ -178,7 +178,7 @@ def test_an_error_has_a_line_of_its_own_on_a_terminal(run, tmp_path, monkeypatch
     source = text_lines(tmp_path / "train.jsonl", 10, {7: "{"})
     status, _, err = run(f"jsonl:{source}", f"tar:{tmp_path / 'tokens'}", "--shard_size", 5)
     shown, blank, said = err.split("\r")[-3:]
-    assert (status, blank.strip()) == (2, "") and shown.startswith("shard 1 of 2")
+    assert (status, blank.strip()) == (2, "") and shown.startswith("tokenizing:  50%|")
     assert said.startswith("tokenize_images: at most 0.05 of a source's records")
 
 

@@ -14,8 +14,6 @@ import collections
 import dataclasses
 import hashlib
 import json
-import sys
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +30,7 @@ from janus_jax.flags import OneLineParser, device_memory, one_line_errors, set_u
 from janus_jax.paths import check_local, written_whole
 from janus_jax.processing.images import load_image, preprocess_generation
 from janus_jax.processing.json_files import read_json
-from janus_jax.progress import show_status
+from janus_jax.progress import Progress
 
 Skipped = dict[str, str]  # record (where it is), reason and detail
 
@@ -288,16 +286,15 @@ def run(args: argparse.Namespace) -> str:
         }
     )
     encoder = Encoder(vq, model.cfg.image_size, args.batch_size)
-    try:
-        return _tokenize_all(source, encoder, output, args.max_bad)
-    finally:  # what is said next, be it an error, has a line of its own
-        if sys.stderr.isatty():
-            show_status(sys.stderr, "")
+    # the time left follows from what comes after the first shard, for which a program is compiled
+    with Progress("tokenizing", " records", warm_up=1) as progress:
+        return _tokenize_all(source, encoder, output, args.max_bad, progress)
 
 
-def _tokenize_all(source: Source, encoder: Encoder, output: Output, max_bad: float) -> str:
+def _tokenize_all(
+    source: Source, encoder: Encoder, output: Output, max_bad: float, progress: Progress
+) -> str:
     starts, skipped = range(0, len(source), output.shard_size), []
-    began, done, terminal = time.monotonic(), 0, sys.stderr.isatty()
     for shard, start in enumerate(starts):
         numbers = range(start, min(start + output.shard_size, len(source)))
         if (report := output.report(shard)) is not None:
@@ -308,11 +305,7 @@ def _tokenize_all(source: Source, encoder: Encoder, output: Output, max_bad: flo
         skipped += (left_out := [_described(one) for one in bad])
         _check_skipped(output, skipped, len(source), max_bad)
         output.write(shard, records, encoded, left_out)
-        done += len(numbers)
-        if terminal:
-            rate = done / (time.monotonic() - began)
-            line = f"shard {shard + 1} of {len(starts)}, {rate:.1f} records a second"
-            show_status(sys.stderr, line)
+        progress(numbers.stop, len(source))
     _check_skipped(output, skipped, len(source), max_bad)
     return output.conclude(len(starts), skipped)
 
