@@ -1,5 +1,6 @@
 """Progress reports on stderr: a tqdm bar on a terminal, a line every half minute elsewhere."""
 
+import shutil
 import sys
 
 from tqdm import tqdm
@@ -56,6 +57,8 @@ class Progress:
         # smoothing 0: the time left follows the average speed
         settings = dict(total=total, unit_scale=True, smoothing=0, leave=False, **self._settings)
         if self._settings["file"].isatty():
-            return tqdm(miniters=1, mininterval=0, dynamic_ncols=True, **settings)
+            # stated, because tqdm shows nothing on a terminal that gives its size as 0 x 0
+            columns, lines = shutil.get_terminal_size()
+            return tqdm(miniters=1, mininterval=0, ncols=columns, nrows=lines, **settings)
         pause = dict(delay=_LOG_INTERVAL, mininterval=_LOG_INTERVAL, miniters=1)
         return _LogBar(bar_format=_LOG_FORMAT, **pause, **settings)
