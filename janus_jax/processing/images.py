@@ -10,50 +10,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
+
+from janus_jax.paths import MAX_FILE_BYTES, check_regular
+from janus_jax.processing.rgb import to_rgb
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
-# The largest value that stands for white, from which an integer or float picture is scaled: the
-# first one that holds the picture's maximum.
-_FLOAT_WHITES = (1.0, 255.0, 65535.0, float(2**31 - 1))
-_INT_WHITES = _FLOAT_WHITES[1:]
-
-
-def _scaled_to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float greyscale as 8 bits; Pillow's own conversion only clips at 255."""
-    values = np.nan_to_num(np.asarray(image, np.float64))
-    if image.mode.startswith("I;16"):
-        white = 65535.0
-    else:
-        whites = _FLOAT_WHITES if image.mode == "F" else _INT_WHITES
-        white = next((w for w in whites if values.max() <= w), values.max())
-    scaled = Image.fromarray(np.clip(np.rint(values / white * 255), 0, 255).astype(np.uint8))
-    if isinstance(clear := image.info.get("transparency"), int):  # the grey that stands for none
-        scaled.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
-    return scaled
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    """As its EXIF data say, unless nobody can read them: the picture is good for all that."""
-    image.load()  # what is wrong with the picture itself is told by this
-    try:
-        return ImageOps.exif_transpose(image)
-    except MemoryError:
-        raise
-    except Exception:  # Pillow raises anything at all on broken bytes
-        return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB: EXIF orientation applied, transparent parts on white, 16 bits scaled to 8."""
-    image = _upright(image)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        image = _scaled_to_8_bit(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")
+# The file formats that are decoded; Pillow knows more, some of which start programs (EPS) or accept
+# any bytes (TGA). JPEG includes MPO, and PPM includes PGM, PBM and PFM.
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+MAX_SIDE = 2**16 - 1  # pixels, as in JPEG; resizing needs memory for each pixel of a side
+MAX_ASPECT = 1000  # the long side over the short one
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -68,20 +36,47 @@ def _from_array(array: np.ndarray) -> Image.Image:
     return Image.fromarray(array)
 
 
+def _check_sides(size: tuple[int, int]) -> None:
+    """Raises ValueError for sides that no photograph or drawing has."""
+    if max(size) > MAX_SIDE or max(size) > MAX_ASPECT * min(size):
+        raise ValueError(
+            f"the sides of an image must be at most {MAX_SIDE} pixels and one at most {MAX_ASPECT} "
+            f"times the other, got {size[0]} x {size[1]}"
+        )
+
+
+def _decoded(image: Image.Image) -> Image.Image:
+    """Raises ValueError, whatever Pillow raises: its decoders raise anything on broken bytes."""
+    try:
+        _check_sides(image.size)
+        return to_rgb(image)
+    except MemoryError:
+        width, height = image.size
+        raise ValueError(f"not enough memory for {width} x {height} pixels") from None
+    except Exception as error:
+        raise ValueError(error_text(error)) from error
+
+
+def error_text(error: Exception) -> str:
+    """What an error says, or its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _open(source: str | os.PathLike | bytes) -> Image.Image:
     from_bytes = isinstance(source, bytes)
     name = f"<{len(source)} bytes>" if from_bytes else os.fspath(source)
     if not from_bytes and (not os.path.exists(source) or os.path.isdir(source)):
         raise FileNotFoundError(f"no image file at {name or repr(name)}")
     try:
-        with Image.open(io.BytesIO(source) if from_bytes else source) as image:
-            return _to_rgb(image)
+        if not from_bytes:
+            check_regular(source, MAX_FILE_BYTES)
+        with Image.open(io.BytesIO(source) if from_bytes else source, formats=FORMATS) as image:
+            return _decoded(image)
     except Image.UnidentifiedImageError:
-        raise ValueError(f"cannot read image {name}: not a picture of a known format") from None
-    except MemoryError:  # says nothing of the picture
-        raise
-    except Exception as error:  # Pillow's decoders raise anything at all on broken bytes
-        raise ValueError(f"cannot read image {name}: {' '.join(str(error).split())}") from error
+        known = f"expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise ValueError(f"cannot read image {name}: unknown format, {known}") from None
+    except Exception as error:  # opening reads the file's head, which may be broken too
+        raise ValueError(f"cannot read image {name}: {error_text(error)}") from error
 
 
 def load_image(source: ImageSource) -> Image.Image:
@@ -89,28 +84,31 @@ def load_image(source: ImageSource) -> Image.Image:
 
     EXIF orientation is applied and transparency is laid on white. 16-bit greyscale is scaled from
     65535; 32-bit integers and floats from the smallest of 1 (floats only), 255, 65535 and
-    2**31 - 1 that holds their maximum.
+    2**31 - 1 that holds their maximum. A file is one of FORMATS, and of at most MAX_FILE_BYTES;
+    Pillow's own MAX_IMAGE_PIXELS limits the pixels to twice that number (178 956 970).
 
     Args:
         source: a path, the bytes of a picture file, a Pillow image, or an array
             uint8[H, W], uint8[H, W, 3] or uint8[H, W, 4] (the fourth channel is alpha).
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated or no picture, the array has another dtype or shape, or
-            the source is none of these.
+        ValueError: the file is truncated, no regular file or no image; a side is longer than
+            MAX_SIDE or one more than MAX_ASPECT times the other, which is checked before decoding;
+            there is not enough memory; the array has another dtype or shape, or the source is none
+            of these.
     """
     if isinstance(source, Image.Image):
         try:
-            return _to_rgb(source)
-        except Exception as error:  # a picture opened but not yet read may be broken too
-            raise ValueError(f"cannot read the image: {' '.join(str(error).split())}") from error
+            return _decoded(source)
+        except ValueError as error:  # an image opened but not yet decoded may be broken too
+            raise ValueError(f"cannot read the image: {error}") from error
     if isinstance(source, (str, os.PathLike, bytes)):
         return _open(source)
     array = np.asarray(source)
     if not array.ndim:
         kinds = "a path, the bytes of a file, a Pillow image or an array"
         raise ValueError(f"an image must be {kinds}, got {type(source).__name__}")
-    return _to_rgb(_from_array(array))
+    return _decoded(_from_array(array))
 
 
 def picture_list(images: Sequence[ImageSource] | ImageSource | None) -> list[ImageSource]:

@@ -1,0 +1,153 @@
+"""Any Pillow image as upright 8-bit RGB, as a person sees it.
+
+What is computed per pixel is computed in bands of rows, so that it needs little more memory than
+the image that comes in and the one that goes out.
+"""
+
+import io
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from PIL import Image, ImageOps
+from PIL.PngImagePlugin import PngImageFile
+
+_BAND = 2**18  # pixels
+_Box = tuple[int, int, int, int]
+
+# The largest value that stands for white, from which an integer or float picture is scaled: the
+# first one that holds the picture's maximum.
+_FLOAT_WHITES = (1.0, 255.0, 65535.0, float(2**31 - 1))
+_INT_WHITES = _FLOAT_WHITES[1:]
+
+# What Pillow multiplies the gray samples of a PNG by; the transparent one stays as in the file.
+_GRAY_SCALES = {"L;2": 85, "L;4": 17}
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Upright RGB: EXIF orientation applied, transparent parts on white, 16 bits scaled to 8."""
+    image = _upright(_with_exact_transparency(image))
+    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        image = _scaled_to_8_bit(image)
+    if image.has_transparency_data:
+        return _assembled("RGB", image.size, lambda box: _on_white(image.crop(box)))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
+def _bands(size: tuple[int, int]) -> Iterator[_Box]:
+    width, height = size
+    rows = max(1, _BAND // width)
+    for top in range(0, height, rows):
+        yield 0, top, width, min(top + rows, height)
+
+
+def _assembled(
+    mode: str, size: tuple[int, int], make: Callable[[_Box], Image.Image]
+) -> Image.Image:
+    """The image whose bands `make` gives."""
+    whole = Image.new(mode, size)
+    for box in _bands(size):
+        whole.paste(make(box), box)
+    return whole
+
+
+def _scaled_to_8_bit(image: Image.Image) -> Image.Image:
+    """16-bit, 32-bit and float greyscale as 8 bits; Pillow's own conversion only clips at 255."""
+    clear = image.info.get("transparency")  # the gray that stands for none
+    white = _white(image)
+
+    def scaled(box: _Box) -> Image.Image:
+        values = _values(image, box)
+        return _gray(np.clip(np.rint(values / white * 255), 0, 255))
+
+    def alpha(box: _Box) -> Image.Image:
+        return _gray(np.where(_values(image, box) == clear, 0, 255))
+
+    whole = _assembled("L", image.size, scaled)
+    if isinstance(clear, int):
+        whole.putalpha(_assembled("L", image.size, alpha))
+    return whole
+
+
+def _gray(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def _values(image: Image.Image, box: _Box) -> np.ndarray:
+    return np.nan_to_num(np.asarray(image.crop(box), np.float64))
+
+
+def _white(image: Image.Image) -> float:
+    if image.mode.startswith("I;16"):
+        return 65535.0
+    most = max(_values(image, box).max() for box in _bands(image.size))
+    whites = _FLOAT_WHITES if image.mode == "F" else _INT_WHITES
+    return next((white for white in whites if most <= white), most)
+
+
+def _with_exact_transparency(image: Image.Image) -> Image.Image:
+    """A PNG whose transparent color Pillow compares with other numbers than the file's.
+
+    Of 16-bit RGB it keeps the upper 8 bits, and it scales 2-bit and 4-bit gray to 8 bits; the
+    transparent color stays a number of the file. Other images are returned as they are.
+    """
+    key, pixels = image.info.get("transparency"), _png_pixels(image)
+    if isinstance(key, int) and pixels in _GRAY_SCALES:
+        scale = _GRAY_SCALES[pixels]
+        image = image.copy()
+        image.info["transparency"] = key % (255 // scale + 1) * scale
+    elif isinstance(key, tuple) and pixels == "RGB;16B":
+        alpha = _alpha_of_16_bits(image, key)
+        image = image.copy()
+        del image.info["transparency"]
+        image.putalpha(alpha)
+    elif isinstance(key, tuple) and not pixels and max(key) > 255:
+        # 16-bit RGB that was loaded before it came here: the lower bits are gone
+        image = image.copy()
+        image.info["transparency"] = tuple(value >> 8 for value in key)
+    return image
+
+
+def _png_pixels(image: Image.Image) -> str:
+    """How the file holds the pixels, in Pillow's words; "" unless it is a PNG yet to be decoded."""
+    return image.tile[0].args if isinstance(image, PngImageFile) and image.tile else ""
+
+
+def _alpha_of_16_bits(image: PngImageFile, key: tuple[int, ...]) -> Image.Image:
+    """0 where all 16 bits of a pixel are those of the transparent color, 255 elsewhere."""
+    low = _low_bytes(image)
+    upper, lower = (np.array(half, np.uint8) for half in np.divmod(key, 256))
+
+    def alpha(box: _Box) -> Image.Image:
+        other = np.asarray(image.crop(box)) != upper
+        other |= np.asarray(low.crop(box)) != lower
+        return _gray(np.where(other.any(-1), 255, 0))
+
+    return _assembled("L", image.size, alpha)
+
+
+def _low_bytes(image: PngImageFile) -> Image.Image:
+    """The lower 8 bits of 16-bit RGB, which Pillow drops when it decodes the image."""
+    position = image.fp.tell()
+    image.fp.seek(0)
+    again = PngImageFile(io.BytesIO(image.fp.read()))
+    image.fp.seek(position)
+    # "L" is little endian: the second byte of each sample, which here is the lower one
+    again.tile = [tile._replace(args="RGB;16L") for tile in again.tile]
+    return again
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As its EXIF data say, unless nobody can read them: the picture is good for all that."""
+    image.load()  # what is wrong with the picture itself is told by this
+    try:
+        return ImageOps.exif_transpose(image)
+    except MemoryError:
+        raise
+    except Exception:  # Pillow raises anything at all on broken bytes
+        return image.copy()
