@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from janus_jax.data.records import BadRecord, Record, check_object
+from janus_jax.paths import MAX_TEXT_BYTES, naming, read_regular
+from janus_jax.processing.images import error_text, load_image
 
 Paths = str | Path | Sequence[str | Path]
 PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
@@ -54,6 +57,10 @@ class Source(abc.ABC):
             return replace(self._read(part, position), where=where)
         except BadRecord as error:  # a new one: the frames of this one would stay in memory
             return BadRecord(error.reason, error.detail, where)
+        except OSError:  # of the file that holds the records
+            raise
+        except Exception as error:  # as MemoryError, for a record that claims to be huge
+            return BadRecord("malformed", error_text(error), where)
 
 
 def find_files(path: Paths, pattern: str) -> list[Path]:
@@ -81,6 +88,9 @@ def _files_at(path: Path, pattern: str) -> list[Path]:
     found = sorted(file for file in path.glob(pattern) if not file.name.startswith("."))
     if not found:
         raise ValueError(f"a source must hold a record, there is no {pattern} in {path}")
+    for file in found:
+        if not file.is_file():
+            raise ValueError(f"a source must consist of regular files, {file} is none")
     return found
 
 
@@ -101,13 +111,20 @@ def opened(path: Path, kind: str, read: Callable[[Path], Any]) -> Any:
 
 def read_span(path: Path, offset: int, size: int) -> bytes:
     """A part of a file."""
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
+def check_text_size(size: int) -> None:
+    """Raises BadRecord for a text of more bytes than are read."""
+    if size > MAX_TEXT_BYTES:
+        raise BadRecord("malformed", f"a text must have at most {MAX_TEXT_BYTES} bytes, got more")
+
+
 def parse_json(raw: bytes) -> dict[str, Any]:
     """The object in a JSON text. Raises BadRecord."""
+    check_text_size(len(raw))
     try:
         value = json.loads(raw.strip())
     except (ValueError, RecursionError) as error:
@@ -137,9 +154,20 @@ def picture_file(root: Path, value: Any) -> bytes:
     if not isinstance(value, str):
         raise BadRecord("malformed", f"a picture must be a path, got {type(value).__name__}")
     try:
-        return (root / value).read_bytes()
+        return read_regular(root / value)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
         raise BadRecord("missing file", f"no picture at {root / value}") from None
     except (OSError, ValueError) as error:  # ValueError: no path at all
         reason = getattr(error, "strerror", None) or str(error)
         raise BadRecord("unreadable file", f"{str(root / value)[:200]}: {reason}") from None
+
+
+def prepared_image(encoded: bytes, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """What `prepare` makes of an image, given as the bytes of its file.
+
+    Raises BadRecord, whatever happens: an image that exhausts the memory concerns one record.
+    """
+    try:
+        return prepare(load_image(encoded))
+    except Exception as error:
+        raise BadRecord("unreadable picture", error_text(error)) from None

@@ -10,6 +10,7 @@ and shared by threads. What is in a record: records.py.
 import inspect
 import os
 from array import array
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,9 @@ from janus_jax.data.reading import (
 from janus_jax.data.records import BadRecord, Record, parse_record
 from janus_jax.data.scene_records import ScenesSource
 from janus_jax.data.tar import TarSource
+from janus_jax.paths import MAX_TEXT_BYTES, naming, read_regular
+
+_PIECE = 2**20  # bytes of a line that are read at once
 
 
 class JsonlSource(Source):
@@ -53,26 +57,29 @@ class JsonlSource(Source):
 
     def _read(self, part: int, position: int) -> Record:
         file, (start, end) = self._files[part], self._offsets[part][position : position + 2]
+        span = read_span(file, start, min(end - start, MAX_TEXT_BYTES + 1))
+        line = span.partition(b"\n")[0]  # blank ones may follow
         root = Path(file.parent if self._image_root is None else self._image_root)
-        return parse_record(
-            parse_json(read_span(file, start, end - start)),
-            lambda value: picture_file(root, value),
-        )
+        return parse_record(parse_json(line), lambda value: picture_file(root, value))
 
 
 def _line_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """int64[N + 1]: where each line begins, and the file's end. int64[N]: the numbers of the lines.
 
-    Read line by line: the file may be larger than the memory.
+    Read in pieces: the file may be larger than the memory, and be a single line.
     """
-    offsets, numbers, offset = array("q"), array("q"), 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.isspace():
-                offsets.append(offset)
+    offsets, numbers = array("q"), array("q")
+    start, end, number, blank = 0, 0, 1, True
+    with naming(path), path.open("rb") as file:
+        for piece in iter(partial(file.readline, _PIECE), b""):
+            if blank and not piece.isspace():
+                offsets.append(start)
                 numbers.append(number)
-            offset += len(line)
-    offsets.append(offset)
+                blank = False
+            end += len(piece)
+            if piece.endswith(b"\n"):
+                start, number, blank = end, number + 1, True
+    offsets.append(end)
     return np.array(offsets, np.int64), np.array(numbers, np.int64)
 
 
@@ -176,7 +183,8 @@ def _read_class_names(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"class_names must be a text file, there is none at {path}")
     names = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    text = opened(path, "a text", lambda path: read_regular(path, MAX_TEXT_BYTES).decode())
+    for number, line in enumerate(text.splitlines(), 1):
         folder, _, rest = line.strip().partition(" ")
         name = rest.partition(",")[0].strip()
         if folder and not name:

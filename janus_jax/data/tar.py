@@ -4,6 +4,7 @@ import dataclasses
 import os
 import tarfile
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from janus_jax.data.reading import (
     PICTURE_SUFFIXES,
     Paths,
     Source,
+    check_text_size,
     find_files,
     opened,
     parse_json,
@@ -19,6 +21,8 @@ from janus_jax.data.reading import (
     picture_bytes,
 )
 from janus_jax.data.records import BadRecord, Record, parse_record
+from janus_jax.paths import MAX_FILE_BYTES, naming
+from janus_jax.processing.images import error_text
 
 # What a member is, by the end of its name; of all but pictures a record has one at most.
 _SINGLE = (".json", ".txt", INDICES_SUFFIX)
@@ -27,6 +31,7 @@ _KINDS |= dict.fromkeys(PICTURE_SUFFIXES, len(_SINGLE))
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _BLOCK = 512
+_HEADER_BYTES = 2**15  # names are shorter, and tarfile takes quadratic time for a header's fields
 
 
 class TarSource(Source):
@@ -52,8 +57,9 @@ class TarSource(Source):
     def _read(self, part: int, position: int) -> Record:
         shard = self._shards[part]
         members = shard.members[slice(*shard.starts[position : position + 2])]
+        _check_sizes(members[:, 2])
         held = [[] for _ in (*_SINGLE, "pictures")]
-        with self._files[part].open("rb") as file:
+        with naming(self._files[part]), self._files[part].open("rb") as file:
             for kind, offset, size in members.tolist():
                 file.seek(offset)
                 held[kind].append(file.read(size))
@@ -61,6 +67,15 @@ class TarSource(Source):
             if len(raws) > 1:
                 raise BadRecord("malformed", f"a record has one {suffix} at most, got {len(raws)}")
         return _parse(*held)
+
+
+def _check_sizes(sizes: np.ndarray) -> None:
+    """Raises BadRecord for members that are no files, and for more than may be read."""
+    if sizes.min() < 0:
+        raise BadRecord("malformed", "a member must be a plain file, not a link or a sparse file")
+    if sizes.sum() > MAX_FILE_BYTES:
+        rule = f"the members of a record must have at most {MAX_FILE_BYTES} bytes"
+        raise BadRecord("malformed", f"{rule}, got {sizes.sum()}")
 
 
 def _parse(jsons: list[bytes], texts: list[bytes], arrays: list[bytes], pictures) -> Record:
@@ -78,6 +93,7 @@ def _parse(jsons: list[bytes], texts: list[bytes], arrays: list[bytes], pictures
 
 
 def _decode(raw: bytes) -> str:
+    check_text_size(len(raw))
     try:
         return raw.decode("utf-8").strip()
     except UnicodeDecodeError as error:
@@ -91,7 +107,8 @@ class _Shard:
     Attributes:
         keys: bytes[N], their names up to the first dot.
         starts: int64[N + 1], the first member of each.
-        members: int64[M, 3], kind (of _KINDS), offset and size, record by record.
+        members: int64[M, 3], kind (of _KINDS), offset and size, record by record; the size of what
+            is no plain file is -1.
     """
 
     keys: np.ndarray
@@ -105,9 +122,10 @@ def _index(path: Path) -> _Shard:
     for member in opened(path, "a plain tar", _members):
         folder, slash, name = member.name.rpartition("/")
         kind = _KINDS.get(Path(name).suffix.lower())
-        if kind is not None and member.isreg():
+        if kind is not None and not member.isdir():
             key = folder + slash + name.partition(".")[0]
-            records.setdefault(key, []).append((kind, member.offset_data, member.size))
+            size = member.size if member.isreg() and not member.issparse() else -1
+            records.setdefault(key, []).append((kind, member.offset_data, size))
     return _Shard(
         keys=np.array([os.fsencode(key) for key in records]),
         starts=np.cumsum([0, *map(len, records.values())]),
@@ -116,19 +134,42 @@ def _index(path: Path) -> _Shard:
 
 
 def _members(path: Path) -> list[tarfile.TarInfo]:
-    with path.open("rb") as file:
+    with naming(path), path.open("rb") as file:
         if file.read(8).startswith(_COMPRESSED):
             raise ValueError("it is compressed, and records could not be read in any order")
         file.seek(0)
         try:
-            members = tarfile.open(fileobj=file, mode="r:").getmembers()
-        except tarfile.TarError as error:
-            raise ValueError(str(error)) from None
+            members, end = _headers(file)
+        except OSError:
+            raise
+        except Exception as error:  # tarfile raises anything at all on broken headers
+            raise ValueError(error_text(error)) from None
         # tarfile takes a damaged header for the end
-        end = 0
-        if members:
-            end = members[-1].offset_data + -(-members[-1].size // _BLOCK) * _BLOCK
         file.seek(end)
         if any(file.read(_BLOCK)):
             raise ValueError(f"the header at byte {end} is damaged")
     return members
+
+
+def _headers(file: BinaryIO) -> tuple[list[tarfile.TarInfo], int]:
+    """The members, and where the next header would be."""
+    tar = tarfile.open(fileobj=_HeaderFile(file), mode="r:")
+    while (member := tar.next()) is not None:
+        # a size below 0 leads back to the same header, for ever
+        if member.size < 0 or tar.offset <= member.offset:
+            raise ValueError(f"the header at byte {member.offset} states a size below 0")
+    return tar.members, tar.offset
+
+
+class _HeaderFile:
+    """A tar file of which tarfile can only read headers: others state their own, huge size."""
+
+    def __init__(self, file: BinaryIO):
+        self._file, self.seek, self.tell = file, file.seek, file.tell
+
+    def read(self, size: int) -> bytes:
+        """Raises ValueError for more bytes than a header has."""
+        if not 0 <= size <= _HEADER_BYTES:
+            got = f"the one before byte {self.tell()} states {size}"
+            raise ValueError(f"a header must have at most {_HEADER_BYTES} bytes, {got}")
+        return self._file.read(size)
