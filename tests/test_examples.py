@@ -5,14 +5,16 @@ import io
 import numpy as np
 import pytest
 from PIL import Image
+from png_files import RGB, png_file
 
-from janus_jax.data import scenes, tiny_tokenizer
+from janus_jax.data import examples, scenes, tiny_tokenizer
 from janus_jax.data.examples import ExampleMaker, conversation_tokens
 from janus_jax.data.records import BadRecord, Record
 from janus_jax.processing.images import load_image, preprocess, preprocess_generation
 from janus_jax.processing.processor import Processor
 
 SIDE, DRAWN = 96, 36
+LONG = png_file(np.zeros((1, 1, 3), int), 8, RGB, size=(60_000, 1))
 TURNS = (("<image>\nWhat is it?", "a circle"), ("What color?", "red"))
 
 
@@ -115,6 +117,8 @@ def test_one_caption_in_ten_is_dropped(processor, make):
     [
         (Record("generation", text="a", pictures=(b"no picture",)), False, "unreadable picture"),
         (Record("generation", text="a", pictures=(png(0)[:60],)), False, "unreadable picture"),
+        (Record("generation", text="a", pictures=(LONG,)), False, "unreadable picture"),
+        (Record("understanding", TURNS, pictures=(LONG,)), False, "unreadable picture"),
         (Record("generation", text="a", indices=np.zeros(36, int)), False, "no picture"),
         (Record("generation", text="a", pictures=(png(0),)), True, "no indices"),
         (Record("generation", text="a", indices=np.zeros(35, int)), True, "malformed"),
@@ -150,6 +154,25 @@ def test_what_cannot_be_trained_on_is_named(make, record, tokenized, reason):
 def test_rows_without_drawn_places_take_no_drawn_picture(make):
     bad = make(Record("generation", text="a", pictures=(png(0),)), max_drawn=0)
     assert bad.reason == "too many pictures"
+
+
+def test_whatever_a_record_does_is_its_own_fault(make, processor, monkeypatch):
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(examples, "crop_square", exhausted)
+    bad = make(Record("generation", text="a", pictures=(png(0),), where="a.tar:7"))
+    assert str(bad) == "a.tar:7: unreadable picture: MemoryError"
+    monkeypatch.setattr(type(processor), "image_prompt", exhausted)
+    bad = make(Record("generation", text="a", pictures=(png(0),), where="a.tar:7"))
+    assert str(bad) == "a.tar:7: malformed: MemoryError"
+
+
+def test_too_many_pictures_are_not_decoded(make, monkeypatch):
+    monkeypatch.setattr(examples, "prepared_image", lambda *_: pytest.fail("one was decoded"))
+    assert make(Record("understanding", TURNS, pictures=(b"",) * 99)).reason == "malformed"
+    turns = (("<image>" * 3, "a"),)
+    assert make(Record("understanding", turns, pictures=(b"",) * 3)).reason == "too many pictures"
 
 
 def test_a_bad_record_says_where_it_is(make):

@@ -5,12 +5,14 @@ of a drawn picture.
 """
 
 import dataclasses
+import functools
 
 import numpy as np
 
+from janus_jax.data.reading import prepared_image
 from janus_jax.data.records import KINDS, PICTURE_TAG, BadRecord, Record
 from janus_jax.processing.chat import with_placeholders
-from janus_jax.processing.images import crop_square, load_image, resize_and_pad
+from janus_jax.processing.images import crop_square, error_text, resize_and_pad
 from janus_jax.processing.processor import Processor
 
 CAPTION_DROPPED = 0.1  # Janus: so that guidance has an unconditional model
@@ -64,18 +66,17 @@ class ExampleMaker:
             self._check(example)
         except BadRecord as bad:
             return BadRecord(bad.reason, bad.detail, record.where)
-        except ValueError as error:  # as the processor refuses a text
-            return BadRecord("malformed", str(error), record.where)
+        except Exception as error:  # ValueError, as the processor refuses a text, or any other
+            return BadRecord("malformed", error_text(error), record.where)
         return example
 
     def _understanding(self, record: Record, rng: np.random.Generator) -> Example:
         tokens, loss_mask = conversation_tokens(
             self.processor, record.turns, len(record.pictures)
         )
-        pixels = [
-            resize_and_pad(_decoded(picture), self.processor.image_config)
-            for picture in record.pictures
-        ]
+        self._check_number(len(record.pictures))  # before they are decoded
+        prepare = functools.partial(resize_and_pad, cfg=self.processor.image_config)
+        pixels = [prepared_image(picture, prepare) for picture in record.pictures]
         return self._example(tokens, loss_mask, pixels=pixels)
 
     def _text(self, record: Record, rng: np.random.Generator) -> Example:
@@ -96,7 +97,8 @@ class ExampleMaker:
         if not self.tokenized:
             if not record.pictures:
                 raise BadRecord("no picture", "it has indices, and the run wants pictures")
-            return crop_square(_decoded(record.pictures[0]), self.image_size)
+            crop = functools.partial(crop_square, size=self.image_size)
+            return prepared_image(record.pictures[0], crop)
         if record.indices is None:
             raise BadRecord("no indices", "there is only a picture, and the run wants indices")
         if len(record.indices) != self.num_drawn:
@@ -123,15 +125,16 @@ class ExampleMaker:
             drawn=np.array(drawn, np.int32 if self.tokenized else np.uint8).reshape(-1, *shape),
         )
 
+    def _check_number(self, pictures: int) -> None:
+        if pictures > self.max_pictures:
+            most = f"at most {self.max_pictures} fit a row"
+            raise BadRecord("too many pictures", f"{pictures}, {most}")
+
     def _check(self, example: Example) -> None:
         length, pictures = len(example["tokens"]), len(example["pixels"])
         if length > self.max_length:
             most = f"at most {self.max_length} fit a row and the model"
             raise BadRecord("too long", f"{length} tokens, {most}")
-        if pictures > self.max_pictures:
-            raise BadRecord(
-                "too many pictures", f"{pictures}, at most {self.max_pictures} fit a row"
-            )
         if len(example["drawn"]) > self.max_drawn:
             raise BadRecord("too many pictures", "rows have no place for a drawn picture")
         places = int(example["image_mask"].sum())
@@ -169,11 +172,3 @@ def conversation_tokens(
         loss_mask += [False] * (len(prompt) - len(loss_mask)) + [True] * len(reply)
         tokens = prompt + reply
     return tokens, loss_mask
-
-
-def _decoded(picture: bytes):
-    """An RGB picture."""
-    try:
-        return load_image(picture)
-    except ValueError as error:
-        raise BadRecord("unreadable picture", str(error)) from error
