@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from janus_jax import checks
 from janus_jax.flags import OneLineParser, device_memory, one_line, one_line_errors, place
-from janus_jax.paths import check_local, written_whole
+from janus_jax.paths import MAX_TEXT_BYTES, check_local, written_whole
 from janus_jax.progress import Progress
 
 if TYPE_CHECKING:
@@ -171,14 +171,19 @@ def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank.
 
     Raises:
-        ValueError: it is no UTF-8 text, or there is no such line. FileNotFoundError: no such file.
+        ValueError: it is no UTF-8 text or too long, or there is no such line. FileNotFoundError: no
+            such file. Pipes are read, as the shell makes them of <(COMMAND).
     """
     if not path.exists() or path.is_dir():
         raise FileNotFoundError(f"--prompts_file {path} is not a file")
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")  # and at nothing rarer
+        with path.open(encoding="utf-8-sig") as file:
+            text = file.read(MAX_TEXT_BYTES + 1)  # a device may have no end
     except UnicodeDecodeError:
         raise ValueError(f"--prompts_file {path} is not UTF-8 text") from None
+    if len(text) > MAX_TEXT_BYTES:
+        raise ValueError(f"--prompts_file {path} must have at most {MAX_TEXT_BYTES} characters")
+    lines = text.split("\n")  # and at nothing rarer
     if not any(line.strip() for line in lines):
         raise ValueError(f"--prompts_file {path} holds no prompt: every line is blank")
     return [line.strip() for line in lines if line.strip()]

@@ -11,7 +11,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from full_disk import full_disk
 from PIL import Image
+from png_files import GRAY, png_file
 
 from janus_jax import cli, gallery
 from janus_jax.generation import image
@@ -93,19 +95,24 @@ def test_each_line_of_a_file_is_a_prompt(run, loaded, small, tmp_path):
     assert Image.open(paths[4]).text["prompt"] == "a\u2028dog\na cat"
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left on device")])
-def test_what_was_drawn_before_an_error_is_kept(run, loaded, error, monkeypatch, tmp_path):
+@pytest.mark.parametrize("full", [False, True])
+def test_what_was_drawn_before_an_error_is_kept(run, loaded, full, monkeypatch, tmp_path):
     save, saved = gallery.save_png, []
 
     def broken(path, *rest):
-        if len(saved) == 3:  # within the second chunk
-            raise error
-        saved.append(str(save(path, *rest)))
-        return path
+        if len(saved) < 3:  # the next one is in the second chunk
+            saved.append(str(save(path, *rest)))
+            return path
+        if not full:
+            raise KeyboardInterrupt
+        with full_disk(at=100):
+            return save(path, *rest)
 
     monkeypatch.setattr(gallery, "save_png", broken)
     status, paths, err = run("--prompt", PROMPT, "--num_images", 4, "--max_batch", 2)
-    says = {130: "interrupted", 2: "[Errno 28] No space left on device"}[status]
+    named = f"[Errno 27] File too large: '{paths[0].removesuffix('-00.png')}-03.png'"
+    says = {130: "interrupted", 2: named}[status]
+    assert status == (2 if full else 130)
     assert paths == saved and err.endswith(f"sample.py: {says}\n")
     assert sorted(saved) == sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.png"))
 
@@ -250,6 +257,9 @@ def test_a_platform_without_devices_takes_one_line(run, monkeypatch, requested, 
         (["--prompt", "a", "--save_indices", "no/a.npz"], "--save_indices: no folder "),
         (["--question", "a", "--image", "none.png"], "no image file at none.png"),
         (["--question", "a", "--image", "blank.txt"], "cannot read image blank.txt"),
+        (["--question", "a", "--image", "/dev/zero"], "/dev/zero: expected a regular file"),
+        (["--question", "a", "--image", "thin.png"], "at most 1000 times the other, got 60000 x 1"),
+        (["--prompts_file", "/dev/zero"], "--prompts_file /dev/zero must have at most 1000 char"),
         (["--question", "a", "--max_new_tokens", "0"], "max_new_tokens must be a whole number"),
         (["--question", "a", "--max_new_tokens", "5000"], "trained context of 512 tokens"),
         (["--prompt", "a", "--model", "nowhere"], "nowhere is not a folder"),
@@ -263,6 +273,8 @@ def test_what_is_wrong_takes_one_line(flags, message, run, small, monkeypatch, t
     monkeypatch.setattr(pipelines, "load", lambda *a, **k: small if fine else real(*a, **k))
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "thin.png").write_bytes(png_file(np.zeros((1, 1)), 8, GRAY, size=(60_000, 1)))
+    monkeypatch.setattr(cli, "MAX_TEXT_BYTES", 1000)
     (tmp_path / "b.npz").mkdir()
     (tmp_path / "to_nothing").symlink_to(tmp_path / "nothing")
     there = sorted(tmp_path.iterdir())

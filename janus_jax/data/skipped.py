@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_jax.data.records import BadRecord
+from janus_jax.paths import naming
 
 if TYPE_CHECKING:
     from janus_jax.data.mixture import Loaded  # with grain, which takes seconds to import
@@ -69,7 +70,7 @@ class Skipped:
     def _write(self, source: str, bad: BadRecord) -> None:
         line = dict(source=source, record=bad.where, reason=bad.reason, detail=bad.detail)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with self._path.open("ab", buffering=0) as file:
+        with naming(self._path), self._path.open("ab", buffering=0) as file:
             file.write(json.dumps(line).encode() + b"\n")
 
     def _check(self, source: str) -> None:

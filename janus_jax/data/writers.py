@@ -5,7 +5,7 @@ import io
 import itertools
 import json
 import tarfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -95,11 +95,23 @@ def _write_arrayrecord(path: Path, records: Iterable[Record], first: int) -> Non
     import msgpack
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    with written_whole(path) as file:
+    with written_whole(path) as file, _os_errors(file.name):
         # groups of one, so that a shuffled reader decodes nothing but what it asks for
         with contextlib.closing(ArrayRecordWriter(file.name, "group_size:1")) as writer:
             for record in records:
                 writer.write(msgpack.packb(record_fields(record, bytes)))
+
+
+@contextlib.contextmanager
+def _os_errors(name: str) -> Iterator[None]:
+    """Raises an ArrayRecordWriter's RuntimeError about the file that it writes as an OSError."""
+    try:
+        yield
+    except RuntimeError as error:
+        reason, writing, _ = str(error).partition(f"; writing {name}")
+        if not writing:
+            raise
+        raise OSError(reason) from None
 
 
 def _write_parquet(path: Path, records: Iterable[Record], first: int) -> None:

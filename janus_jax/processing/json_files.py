@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from janus_jax.paths import written_whole
+
 
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
@@ -27,4 +29,5 @@ def read_json(path: Path) -> dict[str, Any]:
 def write_json(path: Path, value: Mapping) -> None:
     """Writes UTF-8 text as a person may edit it: indented by 2, letters as they are."""
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    path.write_text(text + "\n", "utf-8")
+    with written_whole(path) as file:
+        file.write(f"{text}\n".encode())
