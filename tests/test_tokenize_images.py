@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
+from full_disk import full_disk
 from PIL import Image
 
 from convert.__main__ import main as convert
@@ -252,8 +253,39 @@ def test_a_run_killed_before_it_noted_anything_begins_anew(left, run, refused, t
     (out / "other").unlink()
     assert run(*args)[0] == 0
     assert sorted(contents(out)) == [
-        ".tokenize_images/00000.json", ".tokenize_images/manifest.json", "shard-00000.tar"
-    ]  # fmt: skip
+        *(".tokenize_images/00000.json", ".tokenize_images/lock", ".tokenize_images/manifest.json"),
+        "shard-00000.tar",
+    ]
+
+
+def test_one_run_at_a_time(run, refused, tmp_path, monkeypatch):
+    write_records("tar", tmp_path / "train.tar", captioned(3))
+    args = f"tar:{tmp_path / 'train.tar'}", f"tar:{tmp_path / 'tokens'}"
+    told = []
+
+    def meanwhile(format, path, records, first):
+        told.append(refused(*args))  # a second call of this would never end
+        write_records(format, path, records, first)
+
+    monkeypatch.setattr(tokenize_images, "write_records", meanwhile)
+    status, said, _ = run(*args)
+    rule = "a folder must be written to by one run at a time, another one has"
+    assert told == [f"tokenize_images: {rule} {tmp_path / 'tokens'}\n"]
+    assert status == 0 and "3 pictures tokenized" in said
+    assert len(open_source("tar", tmp_path / "tokens")) == 3
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(refused, tmp_path, monkeypatch):
+    def without_room(*args, **settings):
+        with full_disk(at=1000):
+            write_records(*args, **settings)
+
+    write_records("tar", tmp_path / "train.tar", captioned(3))
+    monkeypatch.setattr(tokenize_images, "write_records", without_room)
+    out = tmp_path / "tokens"
+    told = refused(f"tar:{tmp_path / 'train.tar'}", f"tar:{out}")
+    assert told == f"tokenize_images: [Errno 27] File too large: '{out}/shard-00000.tar'\n"
+    assert sorted(contents(out)) == [".tokenize_images/lock", ".tokenize_images/manifest.json"]
 
 
 def test_it_goes_on_only_with_the_same(golden, run, refused, tmp_path):

@@ -11,7 +11,9 @@ goes on behind the last one. Records that nothing could be made of are listed th
 
 import argparse
 import collections
+import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,14 +23,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from janus_jax import checks
-from janus_jax.data.reading import Source
+from janus_jax.data.reading import Source, prepared_image
 from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import refusal, told, too_many
 from janus_jax.data.sources import FORMATS, open_source
 from janus_jax.data.writers import SUFFIXES, write_records
 from janus_jax.flags import OneLineParser, device_memory, one_line_errors, set_up_program
-from janus_jax.paths import check_local, written_whole
-from janus_jax.processing.images import load_image, preprocess_generation
+from janus_jax.paths import check_local, locked, written_whole
+from janus_jax.processing.images import preprocess_generation
 from janus_jax.processing.json_files import read_json
 from janus_jax.progress import Progress
 
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 
 _REPORTS = ".tokenize_images"
 _MANIFEST = "manifest.json"
+_LOCK = "lock"
 _SKIPPED = "skipped.jsonl"  # with a dot in its path, or a source of JSONL files would read it
 _THREADS = 16  # that read and decode pictures while the device encodes others
 
@@ -126,14 +129,16 @@ def _read(
     """The records of these numbers, with the pixels of those to be encoded."""
     import grain  # takes seconds
 
+    prepare = functools.partial(preprocess_generation, size=image_size)
+
     def read(number: int) -> tuple[Record | BadRecord, np.ndarray | None]:
         record = source[number]
         if isinstance(record, BadRecord) or record.kind != "generation" or not record.pictures:
             return record, None
         try:
-            return record, preprocess_generation(load_image(record.pictures[0]), image_size)
-        except ValueError as error:
-            return BadRecord("unreadable picture", str(error), record.where), None
+            return record, prepared_image(record.pictures[0], prepare)
+        except BadRecord as bad:
+            return BadRecord(bad.reason, bad.detail, record.where), None
 
     options = grain.ReadOptions(num_threads=_THREADS, prefetch_buffer_size=2 * _THREADS)
     dataset = grain.MapDataset.range(numbers.start, numbers.stop).map(read)
@@ -174,6 +179,10 @@ class Output:
         if not (self.folder / _REPORTS / _MANIFEST).is_file() and not self._holds_no_shard():
             raise ValueError(f"--output must be a new folder or one to go on with: {self.folder}")
 
+    def alone(self) -> contextlib.AbstractContextManager:
+        """Raises ValueError if another process writes to the folder."""
+        return locked(self.folder, f"{_REPORTS}/{_LOCK}")
+
     def begin(self, manifest: Mapping[str, Any]) -> None:
         """Notes what the folder is made of. Raises ValueError if it was begun with other things."""
         path = self.folder / _REPORTS / _MANIFEST
@@ -191,7 +200,7 @@ class Output:
         """Whether there is nothing but what a run writes before its first shard, whole or not."""
         reports = self.folder / _REPORTS
         names = [path.name.removeprefix(".") for path in reports.glob("*")]
-        early = all(name.startswith((_MANIFEST, _SKIPPED)) for name in names)
+        early = all(name.startswith((_MANIFEST, _SKIPPED, _LOCK)) for name in names)
         return early and set(self.folder.glob("*")) <= {reports}
 
     def report(self, shard: int) -> dict[str, Any] | None:
@@ -275,19 +284,18 @@ def run(args: argparse.Namespace) -> str:
     compile_cache.enable()
     model = open_folder(loading.find_folder(args.model))
     vq = load_vq(model)
-    output.begin(
-        {
-            "model": f"{model.path.resolve().name} with the image tokenizer {_fingerprint(vq)}",
-            "source": f"{format}:{path.resolve()}",
-            "records": len(source),
-            **options,
-            "format": output.format,
-            "shard_size": output.shard_size,
-        }
-    )
+    manifest = {
+        "model": f"{model.path.resolve().name} with the image tokenizer {_fingerprint(vq)}",
+        "source": f"{format}:{path.resolve()}",
+        "records": len(source),
+        **options,
+        "format": output.format,
+        "shard_size": output.shard_size,
+    }
     encoder = Encoder(vq, model.cfg.image_size, args.batch_size)
     # the time left follows from what comes after the first shard, for which a program is compiled
-    with Progress("tokenizing", " records", warm_up=1) as progress:
+    with output.alone(), Progress("tokenizing", " records", warm_up=1) as progress:
+        output.begin(manifest)
         return _tokenize_all(source, encoder, output, args.max_bad, progress)
 
 

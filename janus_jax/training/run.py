@@ -10,7 +10,6 @@ OUTPUT/model                the trained model, once it has come to its end
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import signal
 import threading
@@ -29,6 +28,7 @@ from janus_jax.data.loading import open_rows
 from janus_jax.data.skipped import Skipped
 from janus_jax.interop.export import write_folder
 from janus_jax.interop.load import stored_params
+from janus_jax.paths import locked
 from janus_jax.processing.json_files import read_json, write_json
 from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.distributed import check_processes, check_shared
@@ -90,13 +90,7 @@ def alone_in(folder: Path) -> Iterator[None]:
     if jax.process_index():  # the first one does it for all
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            rule = "a folder must be written to by one run at a time"
-            raise ValueError(f"{rule}, another one has {folder}") from None
+    with locked(folder, LOCK):
         yield
 
 
