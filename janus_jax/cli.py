@@ -88,6 +88,11 @@ _FLAGS = {
         "--image": dict(
             action="append", metavar="FILE", help="a picture to ask about; may be repeated"
         ),
+        "--allow_urls": dict(
+            action="store_true",
+            default=None,
+            help="fetch an --image that is an http: or https: URL (at most 30 s and 64 MiB each)",
+        ),
         "--max_new_tokens": dict(type=int, metavar="N", help="longest answer (default: 256)"),
     },
 }
@@ -101,7 +106,7 @@ _DRAW_DEFAULTS = {
     "max_batch": None,
     "save_indices": None,
 }
-_TEXT_DEFAULTS = {"image": [], "max_new_tokens": 256, "temperature": 0.0}
+_TEXT_DEFAULTS = {"image": [], "allow_urls": False, "max_new_tokens": 256, "temperature": 0.0}
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -216,11 +221,12 @@ def _check_paths(flags: argparse.Namespace) -> None:
 def _check_values(flags: argparse.Namespace) -> None:
     """Before the model is loaded: what needs no model to be refused; reads the --image files."""
     from janus_jax.generation import samplers
-    from janus_jax.processing.images import load_image
+    from janus_jax.processing.image_sources import open_image
 
     for name in ("prompt", "question"):
         if getattr(flags, name) is not None and not getattr(flags, name).strip():
-            raise ValueError(f"--{name} must say something, got {getattr(flags, name)!r}")
+            got = checks.shorten(getattr(flags, name))
+            raise ValueError(f"--{name} must say something, got {got}")
     temperature = 1.0 if flags.temperature is None else flags.temperature
     samplers.check_sampling(temperature, flags.top_k, flags.top_p)
     checks.check_seed(flags.seed)
@@ -229,7 +235,7 @@ def _check_values(flags: argparse.Namespace) -> None:
     for name in ("num_images", "max_batch", "max_new_tokens"):
         if getattr(flags, name) is not None:
             checks.check_count(name, getattr(flags, name))
-    flags.image = [load_image(image) for image in flags.image or []]
+    flags.image = [open_image(image, flags.allow_urls) for image in flags.image or []]
 
 
 def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") -> None:
@@ -289,7 +295,7 @@ def _print_answer(pipeline: "Pipeline", conversation, images, flags) -> str:
 
 def chat(flags: argparse.Namespace, pipeline: "Pipeline") -> None:
     """Reads turns from standard input until it ends."""
-    from janus_jax.processing.images import load_image
+    from janus_jax.processing.image_sources import open_image
 
     commands = "'/image FILE' shows a picture, '/new' forgets all that was said, '/quit' ends."
     print(f"Ask away. {commands}", file=sys.stderr)
@@ -298,13 +304,13 @@ def chat(flags: argparse.Namespace, pipeline: "Pipeline") -> None:
         try:
             command, _, path = line.partition(" ")
             if command == "/image":
-                shown.append(load_image(Path(os.path.expanduser(path.strip()))))
+                shown.append(open_image(os.path.expanduser(path.strip()), flags.allow_urls))
                 continue
             if line == "/new":
                 messages, shown = [], []
                 continue
             if command.startswith("/"):
-                raise ValueError(f"no command {command}; {commands}")
+                raise ValueError(f"no command {checks.shorten_text(command)}; {commands}")
             turn = {"role": "user", "content": line, "images": shown}
             answer = _print_answer(pipeline, [*messages, turn], None, flags)
         except (ValueError, OSError) as error:

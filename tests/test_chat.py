@@ -68,7 +68,8 @@ def test_the_checkpoint_decides_the_role_texts(pair):
         {"role": pair[0], "content": "Hi", "images": ["x"]},
         {"role": pair[1], "content": "Yes"},
     ]
-    assert chat.generic_roles(messages) == [user("Hi", images=["x"]), assistant("Yes")]
+    asked = user("<image_placeholder>\nHi", images=["x"])
+    assert chat.generic_roles(messages) == [asked, assistant("Yes")]
 
 
 def test_an_unanswered_conversation_gets_an_empty_turn():
@@ -82,7 +83,7 @@ def test_an_unanswered_conversation_gets_an_empty_turn():
     [
         ([], "at least one message of the user, got none"),
         ([{"role": "bot", "content": "x"}], "must be system, user or assistant, got 'bot'"),
-        ([{"role": "user"}], "content must be a string, got NoneType"),
+        ([{"role": "user"}], "content must be a string or a list of parts, got NoneType"),
         ([user("a"), user("b")], "turn 2 must be of the assistant, got user"),
         ([assistant("a")], "turn 1 must be of the user, got assistant"),
         ([user("a"), {"role": "system", "content": "s"}], "turn 2 .* assistant, got system"),

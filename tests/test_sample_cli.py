@@ -152,7 +152,7 @@ def test_a_chat_remembers_its_turns(run, loaded, small, golden, monkeypatch):
     status, lines, err = run("--chat", "--max_new_tokens", 6)
     assert status == 0
     assert "sample.py: no image file at nowhere.png" in err.splitlines()
-    assert "sample.py: no image file at ." in err.splitlines()
+    assert "sample.py: no image file at ''" in err.splitlines()
     assert "sample.py: no command /img; '/image FILE' shows a picture" in err
     assert "sample.py: no image file at ~no_such_user/a.png" in err.splitlines()
     assert len(err.splitlines()) == 5

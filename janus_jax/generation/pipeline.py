@@ -161,9 +161,8 @@ class Pipeline:
             except ValueError as error:
                 if len(prompts) == 1:
                     raise
-                told = str(prompt)
-                start = told if len(told) <= 40 else f"{told[:40]}..."
-                raise ValueError(f"prompt {number} of {len(prompts)}, {start!r}: {error}") from None
+                start = checks.shorten(prompt)
+                raise ValueError(f"prompt {number} of {len(prompts)}, {start}: {error}") from None
         return tokens
 
     def image_prompt(self, prompt: str) -> tuple[list[int], list[int]]:
@@ -173,7 +172,8 @@ class Pipeline:
             ValueError: it says nothing, or is too long for the trained context.
         """
         if not isinstance(prompt, str) or not prompt.strip():
-            raise ValueError(f"a prompt must be a text that is not empty, got {prompt!r}")
+            got = checks.shorten(prompt)
+            raise ValueError(f"a prompt must be a text that is not empty, got {got}")
         tokens = self.processor.image_prompt(prompt)
         self.processor.check_length(len(tokens), self.model.cfg.num_image_tokens)
         return tokens, self.processor.unconditional(tokens)
@@ -188,16 +188,20 @@ class Pipeline:
         top_p: float | None = None,
         seed: int = 0,
         max_batch: int | None = None,
+        allow_urls: bool = False,
     ) -> str | list[str]:
         """Answers a question, or goes on with a conversation.
 
         Args:
             conversation: a question; or messages {"role": "user" or "assistant", "content": text},
-                the last one of the user, a first one of the role "system" allowed. Or a list of
-                these: then all are answered at once, each as it would be alone.
-            images: the pictures (path, bytes, Pillow image or uint8[H, W, 3]), in the order of the
-                placeholders in the text; where no message has a placeholder they come before the
-                first text of the user. For a list of conversations, one such list for each.
+                the last one of the user, a first one of the role "system" allowed. The content may
+                be a list of parts as transformers and OpenAI have it (see processing/messages.py).
+                Or a list of conversations: then all are answered at once, each as it would be
+                alone.
+            images: the images (path, file: or data: URL, bytes, Pillow image or uint8[H, W, 3]), in
+                the order of the placeholders in the text; where no message has a placeholder they
+                come before the first text of the user. For a list of conversations, one such list
+                for each.
             max_new_tokens: the longest answer, in tokens.
             temperature: 0 always takes the likeliest token, whatever the seed.
             top_k, top_p: see generate_images.
@@ -205,6 +209,8 @@ class Pipeline:
                 one the same (in float32, on one kind of machine), alone as among others.
             max_batch: the most conversations answered at once; by default as many as have their
                 keys and values in 4 GiB on each device.
+            allow_urls: fetch images at http: and https: URLs (at most 30 s and 64 MiB each);
+                otherwise such a URL is an error.
         Returns:
             The answer; for a list of conversations, a list of answers.
         Raises:
@@ -220,7 +226,7 @@ class Pipeline:
         conversations = conversation if many else [conversation]
         checks.check_not_empty("conversations", conversations)
         pictures = _pictures_of_each(images, len(conversations)) if many else [picture_list(images)]
-        examples = self.examples(conversations, pictures, max_new_tokens)
+        examples = self.examples(conversations, pictures, max_new_tokens, allow_urls)
         answers = list(self._answers(examples, max_new_tokens, max_batch, sampling, seed))
         return answers if many else answers[0]
 
@@ -233,6 +239,7 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int = 0,
+        allow_urls: bool = False,
     ) -> Iterator[str]:
         """As answer for one conversation, in pieces that never split a character.
 
@@ -249,7 +256,8 @@ class Pipeline:
         sampling = self._text_settings(max_new_tokens, temperature, top_k, top_p, seed)
         if not _is_conversation(conversation):
             raise ValueError("stream takes one conversation, got a list of them")
-        examples = self.examples([conversation], [picture_list(images)], max_new_tokens)
+        pictures = [picture_list(images)]
+        examples = self.examples([conversation], pictures, max_new_tokens, allow_urls)
         requests = self._text_requests(examples, _prompt_length(examples), sampling, seed)
         return self._pieces(requests, max_new_tokens)
 
@@ -279,6 +287,7 @@ class Pipeline:
         conversations: Sequence[Conversation],
         pictures: Sequence[Sequence[ImageSource]],
         max_new_tokens: int,
+        allow_urls: bool = False,
     ) -> list[Example]:
         """Conversations and the pictures of each as tokens and pixels.
 
@@ -288,7 +297,7 @@ class Pipeline:
         for messages in conversations:
             chat.check_unanswered(messages)
         examples = [
-            self.processor.conversation(messages, own)
+            self.processor.conversation(messages, own, allow_urls)
             for messages, own in zip(conversations, pictures, strict=True)
         ]
         for tokens, _ in examples:

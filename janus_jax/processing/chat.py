@@ -1,13 +1,16 @@
 """Conversations -> prompt strings, in the templates the checkpoints were trained with.
 
-A message is a dict {"role": ..., "content": text}, and may carry "images" (see processor.py).
+A message is a dict {"role": ..., "content": a text or a list of parts}, and may carry "images" (see
+messages.py).
 Source: `conversation.py` and `apply_sft_template_for_multi_turn_prompts` of the original code.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from janus_jax.processing.tokenizer import EOS
+from janus_jax.checks import shorten
+from janus_jax.processing import messages as forms
+from janus_jax.processing.tokenizer import EOS, IMAGE
 
 DEFAULT_SYSTEM_PROMPT = (
     "You are a helpful language and vision assistant. You are able to understand the visual "
@@ -80,27 +83,38 @@ _RENDER: dict[str, Callable[[Turns, str], str]] = {
 def check_sft_format(sft_format: str) -> None:
     """Raises ValueError unless there is a template of this name."""
     if not isinstance(sft_format, str) or sft_format not in _RENDER:
-        raise ValueError(f"sft_format must be one of {', '.join(_RENDER)}, got {sft_format!r}")
+        known = ", ".join(_RENDER)
+        raise ValueError(f"sft_format must be one of {known}, got {shorten(sft_format)}")
 
 
-def _with_generic_role(message: Message) -> Message:
-    if not isinstance(message, Mapping):
-        raise ValueError(f"a message must be a dict, got {type(message).__name__}")
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(content, str):
-        raise ValueError(f"a message's content must be a string, got {type(content).__name__}")
+def generic_role(role: Any) -> str | None:
+    """ "system", "user" or "assistant", also for a role of a Janus template; None for others."""
     texts = JANUS_ROLES.values()
     names = {text: name for pair in texts for text, name in zip(pair, _GENERIC, strict=True)}
     name = names.get(role, role) if isinstance(role, str) else None
-    if name not in ("system", *_GENERIC):
-        raise ValueError(f"a role must be system, user or assistant, got {role!r}")
-    if name == "user" and not content.strip():
-        raise ValueError(f"a message of the user must say something, got {content!r}")
-    return {**message, "role": name}
+    return name if name in ("system", *_GENERIC) else None
 
 
-def generic_roles(messages: Sequence[Message]) -> list[Message]:
+def _with_generic_role(message: Message, image_tag: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise ValueError(f"a message must be a dict, got {type(message).__name__}")
+    forms.check_fields(message, ("role", "content", "images", "image"))
+    content, images = forms.read_content(message, message.get("content"), image_tag)
+    role = generic_role(message.get("role"))
+    if role is None:
+        got = shorten(message.get("role"))
+        raise ValueError(f"a role must be system, user or assistant, got {got}")
+    if role == "user" and not content.strip():
+        raise ValueError(f"a message of the user must say something, got {shorten(content)}")
+    carried = {"images": images} if images else {}
+    return {"role": role, "content": content, **carried}
+
+
+def generic_roles(messages: Sequence[Message], image_tag: str = IMAGE) -> list[Message]:
     """The messages with the roles "system", "user" and "assistant", ready to be answered.
+
+    Each content becomes a text, with `image_tag` at the place of each image; a message that holds
+    images has a list of them in "images".
 
     A role written as in either Janus template ("<|User|>", "User") is that role, so that the
     checkpoint and not the conversation decides what the prompt says: the wrong pair costs
@@ -108,12 +122,14 @@ def generic_roles(messages: Sequence[Message]) -> list[Message]:
     assistant turn.
 
     Raises:
-        ValueError: no dict, an unknown role, a missing text, or turns that do not alternate.
+        ValueError: no dict, an unknown role, a missing text, an unknown part, images that do not
+            fit their places, or turns that do not alternate.
     """
     if not isinstance(messages, Sequence):
         kind = type(messages).__name__
         raise ValueError(f"a conversation must be a text or a list of messages, got {kind}")
-    named = [_with_generic_role(message) for message in messages]
+    named = [_with_generic_role(message, image_tag) for message in messages]
+    forms.check_indices(message["content"] for message in messages)
     turns = named[1:] if named and named[0]["role"] == "system" else named
     for i, message in enumerate(turns):
         if message["role"] != _GENERIC[i % 2]:
@@ -132,7 +148,8 @@ def check_unanswered(messages: str | Sequence[Message]) -> None:
         return
     answer = generic_roles(messages)[-1]["content"].strip()
     if answer:
-        raise ValueError(f"a conversation to go on with must end with the user, got {answer!r}")
+        got = shorten(answer)
+        raise ValueError(f"a conversation to go on with must end with the user, got {got}")
 
 
 def format_conversation(

@@ -15,6 +15,8 @@ from PIL import Image
 from janus_jax.paths import MAX_FILE_BYTES, check_regular
 from janus_jax.processing.rgb import to_rgb
 
+from janus_jax.checks import shorten_text
+
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 # The file formats that are decoded; Pillow knows more, some of which start programs (EPS) or accept
@@ -64,7 +66,7 @@ def error_text(error: Exception) -> str:
 
 def _open(source: str | os.PathLike | bytes) -> Image.Image:
     from_bytes = isinstance(source, bytes)
-    name = f"<{len(source)} bytes>" if from_bytes else os.fspath(source)
+    name = f"<{len(source)} bytes>" if from_bytes else shorten_text(os.fspath(source))
     if not from_bytes and (not os.path.exists(source) or os.path.isdir(source)):
         raise FileNotFoundError(f"no image file at {name or repr(name)}")
     try:

@@ -12,13 +12,8 @@ from typing import Any
 import numpy as np
 
 from janus_jax.processing import chat
-from janus_jax.processing.images import (
-    ImageConfig,
-    ImageSource,
-    load_image,
-    picture_list,
-    preprocess,
-)
+from janus_jax.processing.image_sources import open_image
+from janus_jax.processing.images import ImageConfig, ImageSource, preprocess
 from janus_jax.processing.json_files import read_json
 from janus_jax.processing.tokenizer import IMAGE, IMAGE_START, Tokenizer
 
@@ -76,22 +71,20 @@ def _place_images(
     messages: Sequence[chat.Message], images: Sequence[ImageSource], tag: str
 ) -> tuple[list[chat.Message], list[ImageSource]]:
     """The messages with a placeholder for each image, and all images in that order."""
-    carried = [picture_list(message.get("images")) for message in messages]
-    number = sum(map(len, carried))
-    if not number:
+    own = [image for message in messages for image in message.get("images", [])]
+    if not own:
         first = next(i for i, message in enumerate(messages) if message["role"] == "user")
         numbers = [len(images) if i == first else 0 for i in range(len(messages))]
         return chat.with_placeholders(messages, numbers, tag), list(images)
     if len(images):
         raise ValueError(
             "images come in the messages or beside them, not both: "
-            f"got {number} in the messages and {len(images)} beside them"
+            f"got {len(own)} in the messages and {len(images)} beside them"
         )
-    placed = []
-    for i, (message, own) in enumerate(zip(messages, carried, strict=True), 1):
-        placed += chat.with_placeholders([message], [len(own)], tag)
-        _check_numbers(len(own), placed[-1]["content"].count(tag), tag, f" in message {i}")
-    return placed, [image for own in carried for image in own]
+    for i, message in enumerate(messages, 1):
+        number = len(message.get("images", []))
+        _check_numbers(number, message["content"].count(tag), tag, f" in message {i}")
+    return list(messages), own
 
 
 def _check_numbers(num_images: int, placeholders: int, tag: str, where: str = "") -> None:
@@ -180,26 +173,30 @@ class Processor:
         self,
         messages: str | Sequence[chat.Message],
         images: Sequence[ImageSource] = (),
+        allow_urls: bool = False,
     ) -> Example:
         """The tokens of a conversation, each placeholder expanded, and its prepared images.
 
         Args:
             messages: a question, or messages with roles "user" and "assistant" (and at first
-                "system"); one that ends with the user is made ready to be answered.
+                "system"); one that ends with the user is made ready to be answered. A content is a
+                text or a list of parts (see messages.py).
             images: in the order of the placeholders (`image_tag`), one for each; where there are
                 none, the images come before the first text of the user. Or each message carries
-                its own in "images", for the placeholders in its text, or before a text without.
+                its own in "images", for the placeholders in its text, or before a text without; or
+                in the parts of its content.
+            allow_urls: whether remote images are fetched.
         Returns:
             tokens, and pixels float32[n, S, S, 3].
         Raises:
-            ValueError: the numbers of images and placeholders differ, a role is unknown, or turns
-                do not alternate; see also `load_image`.
+            ValueError: the numbers of images and placeholders differ, a role or a part is unknown,
+                or turns do not alternate; see also `open_image`.
         """
         if isinstance(messages, str):
             messages = chat.question_messages(messages, len(images), self.image_tag)
-        messages = chat.generic_roles(messages)
+        messages = chat.generic_roles(messages, self.image_tag)
         messages, images = _place_images(messages, images, self.image_tag)
-        return self.tokens(messages, len(images)), self.pixels(images)
+        return self.tokens(messages, len(images)), self.pixels(images, allow_urls)
 
     def tokens(self, messages: Sequence[chat.Message], num_images: int) -> list[int]:
         """The tokens of a conversation of generic roles that has its placeholders, each expanded.
@@ -212,10 +209,10 @@ class Processor:
         self._check_images(tokens, num_images)
         return self._expand(tokens)
 
-    def pixels(self, images: Sequence[ImageSource]) -> np.ndarray:
+    def pixels(self, images: Sequence[ImageSource], allow_urls: bool = False) -> np.ndarray:
         """Images prepared for the understanding encoder: float32[n, S, S, 3]."""
         cfg = self.image_config
-        prepared = [preprocess(load_image(image), cfg) for image in images]
+        prepared = [preprocess(open_image(image, allow_urls), cfg) for image in images]
         empty = np.zeros((0, cfg.image_size, cfg.image_size, 3), np.float32)
         return np.stack(prepared) if prepared else empty
 

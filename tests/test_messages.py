@@ -1,0 +1,170 @@
+"""Messages in the forms of transformers and OpenAI; sources of images; remote images."""
+
+import base64
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from janus_jax.processing import chat, image_sources, messages
+from janus_jax.processing.processor import Processor
+
+TAG = "<image_placeholder>"
+PLACE = {"type": "image"}
+
+
+def words(text) -> dict:
+    return {"type": "text", "text": text}
+
+
+def at(source, key="image") -> dict:
+    return {"type": "image", key: source}
+
+
+def user(content, **more) -> dict:
+    return {"role": "user", "content": content, **more}
+
+
+def png(value: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8), (value, value, value)).save(file, "PNG")
+    return file.getvalue()
+
+
+def base64_png(value: int) -> str:
+    return base64.b64encode(png(value)).decode()
+
+
+@pytest.fixture(scope="module")
+def processor(golden):
+    return Processor.from_dir(golden / "janus")
+
+
+# The texts that the chat template of transformers' Janus checkpoints writes for these contents.
+@pytest.mark.parametrize(
+    ("parts", "text"),
+    [
+        ([words(" What? ")], "What?"),
+        ([at(1), words("What?")], f"{TAG}\nWhat?"),
+        ([words("What?"), at(1)], f"What?\n{TAG}"),
+        ([words("Before "), at(1), words(" after")], f"Before \n{TAG}\n after"),
+        ([at(1), at(2), words("Same?")], f"{TAG}\n\n{TAG}\nSame?"),
+        ([words("a"), words("b"), at(1)], f"a b\n{TAG}"),
+        ([at(1)], TAG),
+    ],
+)
+def test_parts_are_joined_as_in_transformers(parts, text):
+    said, images = messages.read_content({}, parts, TAG)
+    assert said.strip() == text
+    assert images == [part["image"] for part in parts if part["type"] == "image"]
+
+
+def test_all_sources_of_an_image_are_read(processor, tmp_path):
+    (tmp_path / "a b.png").write_bytes(png(255))
+    path, text = str(tmp_path / "a b.png"), base64_png(255)
+    data = f"data:image/png;base64,{text}"
+    parts = [
+        *(at(path), at(path, "url"), at(path, "path"), at(f"file://{tmp_path}/a%20b.png", "url")),
+        *(at(data, "url"), at(data.replace("/", "%2F").replace("+", "%2B")), at(text, "base64")),
+        *(at(Image.open(path)), at(np.full((8, 8, 3), 255, np.uint8)), at(png(255))),
+        *({"type": "image_url", "image_url": url} for url in (data, {"url": data}, path)),
+        {"type": "image_url", "image_url": {"url": data, "detail": "low"}, "index": None},
+        {"type": "image", "index": 14, "image": path, "url": None, "path": ""},
+    ]
+    _, pixels = processor.conversation([user([*parts, words("Same?")])])
+    assert len(pixels) == len(parts)
+    assert (pixels == 1).all()
+
+
+def test_long_base64_is_an_image_as_in_transformers():
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    text = base64.encodebytes(file.getvalue()).decode()  # with line breaks
+    np.testing.assert_array_equal(image_sources.open_image(text), pixels)
+
+
+def test_parts_give_what_deepseeks_own_form_gives(processor):
+    black, white = (np.full((8, 8, 3), value, np.uint8) for value in (0, 255))
+    own = [
+        {"role": "<|User|>", "content": f"{TAG}\nWhat?", "images": [white]},
+        {"role": "<|Assistant|>", "content": "White."},
+        {"role": "<|User|>", "content": f"And this?\n{TAG}", "images": black},
+    ]
+    parts = [
+        {"role": "system", "content": [words(processor.system_prompt)]},
+        user([at(white), words("What?")]),
+        {"role": "assistant", "content": [words("White.")]},
+        user([words("And this?"), at(black)]),
+    ]
+    tokens, pixels = processor.conversation(own)
+    again, same = processor.conversation(parts)
+    assert tokens == again
+    np.testing.assert_array_equal(pixels, same)
+    assert (pixels[0] == 1).all() and (pixels[1] == -1).all()
+
+
+def test_images_beside_fill_the_places_in_parts(processor):
+    white = np.full((8, 8, 3), 255, np.uint8)
+    asked = [user([words("Which?"), PLACE, {"type": "image", "index": 1}])]
+    expected = [user([words("Which?"), at(white), at(white)])]
+    tokens, pixels = processor.conversation(asked, [white, white])
+    again, _ = processor.conversation(expected)
+    carried, _ = processor.conversation([asked[0] | {"images": [white, white]}])
+    assert tokens == again == carried and len(pixels) == 2
+    single, _ = processor.conversation([user("What?", image=white)])
+    assert single == processor.conversation("What?", [white])[0]
+
+
+WHITE = np.full((8, 8, 3), 255, np.uint8)
+REFUSED = [
+    (user([{"type": "video", "video": "a.mp4"}]), r"parts must be .* got {'type': 'video', 'vid"),
+    (user(["a"]), r"parts must be .* got 'a'"),
+    (user([{"text": "a"}]), r"parts must be .* got {'text': 'a'}"),
+    (user([words(None)]), r"parts must be .* got {'text': None, 'type': 'text'}"),
+    (user([{"type": "image_url", "image_url": {"uri": "a"}}]), r"parts must be"),
+    (user([words("a") | {"image": "a.png"}]), r"a text part must hold nothing else, got \['image'"),
+    (user([PLACE | {"video": "a.mp4"}]), r"an image part must hold nothing else, got \['video'\]"),
+    (user([at("a") | {"url": "b"}]), r"an image part must hold one image, got \['image', 'url'\]"),
+    (user([at("a"), PLACE]), "either all image parts of a message .* got 1 of 2"),
+    (user([at("a")], images=["b"]), "images in the content or beside it, got both"),
+    (user("a", images=["b"], image="b"), "expected images or image, got both"),
+    (user([PLACE, PLACE | {"index": 0}]), "in the order of the images, got index 0 for image 1"),
+    (user([]), "a message of the user must say something, got ''"),
+    (user("a", videos=["a.mp4"]), "a message must be a role, content and images; 'videos' is not"),
+    (user("a", tool_calls=[{"id": 1}]), "'tool_calls' is not read, remove or rename it"),
+    (user([at("%%", "base64")]), "damaged base64 image '%%'"),
+    (user([at(f"{'x' * 999}", "base64")]), r"damaged base64 image 'x{30,}\.\.\.x+'"),
+    (user([at("data:image/png;base64")]), "a data: URL must have a comma before its data"),
+    (user([at("file://elsewhere/a.png")]), "must name a local file, got 'file://elsewhere/a.png'"),
+    (user([at("https://a.org/b")]), r"refusing .* https://a.org/b: pass allow_urls=True \("),
+    (user([at(WHITE), words(TAG)]), "got 1 images for 2 placeholders in message 1"),
+]
+
+
+@pytest.mark.parametrize(("message", "error"), REFUSED)
+def test_what_is_refused(processor, message, error):
+    with pytest.raises(ValueError, match=error) as refused:
+        processor.conversation([message])
+    assert len(str(refused.value)) < 240
+
+
+def test_a_damaged_image_is_not_repeated(processor):
+    for source in (f"data:image/png;base64,{'QUFB' * 9999}", "QUFB" * 9999, "a/" * 2000 + "b.png"):
+        with pytest.raises((ValueError, FileNotFoundError)) as refused:
+            processor.conversation([user([at(source)])])
+        assert len(str(refused.value)) < 200
+
+
+def test_none_in_fields_of_a_message_is_nothing(processor):
+    said = [user("Hi", images=None, audio=None), {"role": "assistant", "content": "Ho"}]
+    said[1] |= {"tool_calls": None, "refusal": None}
+    expected, _ = processor.conversation([user("Hi"), {"role": "assistant", "content": "Ho"}])
+    assert processor.conversation(said)[0] == expected
+
+
+def test_an_answer_in_parts_is_an_answer():
+    said = [user("Hi"), {"role": "assistant", "content": [words("Ho")]}]
+    with pytest.raises(ValueError, match="must end with the user, got 'Ho'"):
+        chat.check_unanswered(said)
