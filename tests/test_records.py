@@ -58,7 +58,7 @@ BAD_FIELDS = [
     (
         {"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]},
         "malformed",
-        "must be text",
+        "content must be a string or a list of parts, got int",
     ),
     (
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]},
@@ -125,7 +125,7 @@ def test_messages_in_parts_are_joined(tmp_path):
         tmp_path / "a.jsonl", {"messages": messages, "images": names}, asked(words("Hi"))
     )
     several, alone = JsonlSource(path)
-    turns = ("<image>\n<image>\nColor?", "Red."), ("And this? <image>\n", "!")
+    turns = ("<image>\n\n<image>\nColor?", "Red ."), ("And this? \n<image>", "!")
     pictures = tuple(picture(i) for i in range(3))
     assert_same(several, Record("understanding", turns, pictures=pictures))
     assert_same(alone, Record("understanding", (("Hi", "!"),)))
@@ -144,19 +144,20 @@ def test_parquet_messages_in_parts(tmp_path):
     images = [{"bytes": picture(1), "path": None}]
     pq.write_table(pa.table({"messages": [messages], "images": [images]}), tmp_path / "a.parquet")
     (found,) = ParquetSource(tmp_path)
-    turns = (("Color? <image>\n", "Red."),)
+    turns = (("Color? \n<image>", "Red."),)
     assert_same(found, Record("understanding", turns, pictures=(picture(1),)))
 
 
+RULE = 'parts must be {"type": "text"}'
 BAD_PARTS = [
-    (asked({"type": "video"}), "parts must be text, or in a question the places of pictures"),
-    (asked("a"), "parts must be text"),
-    (asked(words(None)), "parts must be text"),
-    (asked(words("\ud800")), "parts must be text"),
-    ({"messages": [TOLD[0], {"role": "assistant", "content": [PLACE]}]}, "parts must be text"),
-    (asked(PLACE | {"url": "a.png"}), "leave its picture to the field images, got ['type', 'url']"),
-    (asked(PLACE | {"index": 1}), "in the order of the pictures, got 1 for 0"),
-    (asked(PLACE, PLACE | {"index": 0}), "in the order of the pictures, got 0 for 1"),
+    (asked({"type": "video"}), RULE),
+    (asked("a"), RULE),
+    (asked(words(None)), RULE),
+    (asked(words("\ud800")), "what is said must be text"),
+    ({"messages": [TOLD[0], {"role": "assistant", "content": [PLACE]}]}, "got one in an answer"),
+    (asked(PLACE | {"video": "a.mp4"}), "an image part must hold nothing else, got ['video']"),
+    (asked(PLACE | {"index": 1}), "in the order of the images, got index 1 for image 0"),
+    (asked(PLACE, PLACE | {"index": 0}), "in the order of the images, got index 0 for image 1"),
 ]
 
 

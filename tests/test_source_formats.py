@@ -33,7 +33,7 @@ def test_jsonl_lines_are_counted_as_editors_do(tmp_path):
     assert_bad(source[1], "malformed", f"{path}:4", "not JSON")
     assert_bad(source[2], "malformed", f"{path}:5", "must be an object, got list")
     assert_bad(source[3], "malformed", f"{path}:6", "must be an object, got str")
-    assert_bad(source[4], "malformed", f"{path}:7", "no conversations, caption or text")
+    assert_bad(source[4], "malformed", f"{path}:7", r"text must be text, got '\ud800'")
     assert_bad(source[5], "malformed", f"{path}:8", "not JSON")
     assert_bad(source[6], "malformed", f"{path}:9", "not JSON")
     assert source[7].text == "last" and source[7].where == f"{path}:10"
@@ -126,7 +126,7 @@ def test_bad_arrayrecord_entries(tmp_path):
         writer.write(entry)
     writer.close()
     expected = ["not a msgpack map", "must be an object", "not a msgpack map", "not a msgpack map"]
-    expected += ["must be the bytes of its file, got str", "no conversations"]
+    expected += ["must be the bytes of its file, got str", "text must be text"]
     for i, (bad, detail) in enumerate(
         zip(open_source("arrayrecord", tmp_path), expected, strict=True)
     ):

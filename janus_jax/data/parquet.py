@@ -8,10 +8,10 @@ from concurrent.futures import Future
 from types import ModuleType
 from typing import Any
 
+from janus_jax.checks import shorten, shorten_text
 from janus_jax.data.reading import Paths, Source, find_files, opened, picture_bytes
-from janus_jax.data.records import BadRecord, Record, parse_record
-
-COLUMNS = ("image", "images", "conversations", "messages", "text", "caption", "indices")
+from janus_jax.data.records import FIELDS, BadRecord, Record, parse_record
+from janus_jax.data.unread import is_kept
 
 
 def import_pyarrow(name: str) -> ModuleType:
@@ -26,7 +26,8 @@ def import_pyarrow(name: str) -> ModuleType:
 class ParquetSource(Source):
     """Rows of a Parquet file, of several, or of the *.parquet of a folder.
 
-    The columns are named as the fields; those of other names are not read. A picture is a struct
+    The columns are named as the fields. Of those of other names only the ones are read that a
+    record may not have, by their names or as they hold bytes (see unread.py). A picture is a struct
     {bytes, path} whose bytes are there, or the bytes.
 
     What a record costs: Parquet is read a row group at a time, so a record whose row group is not
@@ -47,12 +48,12 @@ class ParquetSource(Source):
         self._metadata, self._columns = [], []
         for number, file in enumerate(self._files):
             with opened(file, "a Parquet", parquet.ParquetFile) as table:
-                metadata, names = table.metadata, table.schema_arrow.names
+                metadata, schema = table.metadata, table.schema_arrow
             self._metadata.append(metadata)
-            self._columns.append([name for name in COLUMNS if name in names])
-            if not self._columns[-1]:
-                known = ", ".join(COLUMNS)
-                raise ValueError(f"{file} must have columns of {known}, got {', '.join(names)}")
+            if not set(FIELDS) & set(schema.names):
+                known, got = ", ".join(FIELDS), shorten_text(", ".join(schema.names))
+                raise ValueError(f"{file} must have columns of {known}, got {got}")
+            self._columns.append([field.name for field in schema if _is_read(field)])
             first = 0
             for group in range(metadata.num_row_groups):
                 self._groups.append((number, group, first))
@@ -82,11 +83,25 @@ class ParquetSource(Source):
             return file.read_row_group(group, columns=self._columns[number])
 
 
+def _is_read(field) -> bool:
+    """Whether a column is a field of records, or may be one that they may not have."""
+    types = import_pyarrow("pyarrow.types")
+    kind = field.type
+    while types.is_list(kind) or types.is_large_list(kind):
+        kind = kind.value_type
+    parts = list(kind) if types.is_struct(kind) else []
+    holds_bytes = any(
+        types.is_binary(part) or types.is_large_binary(part)
+        for part in (kind, *(part.type for part in parts))
+    )
+    return field.name in FIELDS or is_kept(field.name) or holds_bytes
+
+
 def _picture(value: Any) -> bytes:
     if not isinstance(value, Mapping):
         return picture_bytes(value)
     if value.get("bytes") is None:
-        raise BadRecord("missing file", f"no bytes of the picture {value.get('path')}")
+        raise BadRecord("missing file", f"no bytes of the picture {shorten(value.get('path'))}")
     return picture_bytes(value["bytes"])
 
 

@@ -12,12 +12,18 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from janus_jax.checks import shorten
 from janus_jax.data.records import BadRecord, Record, check_object
 from janus_jax.paths import MAX_TEXT_BYTES, naming, read_regular
 from janus_jax.processing.images import error_text, load_image
 
 Paths = str | Path | Sequence[str | Path]
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+PICTURE_SUFFIXES = (
+    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm"
+)  # fmt: skip
+UNREAD_SUFFIXES = (
+    ".heic", ".svg", ".mp4", ".webm", ".mov", ".avi", ".mkv", ".wav", ".mp3", ".flac", ".ogg"
+)  # fmt: skip
 INDICES_SUFFIX = ".npy"
 
 
@@ -126,11 +132,21 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     """The object in a JSON text. Raises BadRecord."""
     check_text_size(len(raw))
     try:
-        value = json.loads(raw.strip())
+        value = json.loads(raw.strip(), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise BadRecord("malformed", f"not JSON: {error}") from None
     check_object(value)
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The fields of an object; of two with one name, Python itself drops the first."""
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object must have each field once, got {shorten(twice)} twice")
+    return fields
 
 
 def parse_npy(raw: bytes) -> np.ndarray:

@@ -5,26 +5,43 @@ a Parquet row, the msgpack map of an ArrayRecord entry) with these fields:
 
 * understanding: `image` or `images` (none, one or more pictures) and `conversations`, LLaVA's list
   of {"from": "human" or "gpt", "value": text}; or `messages`, a list of {"role": "user" or
-  "assistant", "content": text}, where a list of parts may stand for the text, {"type": "text",
-  "text": text} or {"type": "image"}. A picture stands where a question says <image> or has an image
-  part; where no question has a place, all stand before the first. There is no turn of the system.
+  "assistant", "content": text}, with DeepSeek's names of roles or these; a list of parts may stand
+  for the text (see processing/messages.py). A picture stands where a question says <image> or has
+  an image part; where no question has a place, all stand before the first. A question may hold its
+  pictures itself, in `images` or in its parts. There is no turn of the system.
 * text only: `text`.
 * generation: `caption` and `image`, or in place of the picture its VQ `indices` (row-major).
 
+A record with another field that may hold an image, or that changes what is to be learned, is bad
+(see unread.py).
+
 A picture is a path (JSONL), the bytes of a picture file (ArrayRecord), {"bytes": ...} (Parquet), or
-a member of the tar shard. What sources.py reads, writers.py writes.
+a member of the tar shard; or a data: URL, and in JSONL a file: URL. What sources.py reads,
+writers.py writes.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from janus_jax.checks import shorten, shorten_text
+from janus_jax.data import unread
+from janus_jax.processing import messages
+from janus_jax.processing.chat import generic_role
+from janus_jax.processing.image_sources import is_remote, resolve
+from janus_jax.processing.images import picture_list
+from janus_jax.processing.tokenizer import IMAGE
+
 KINDS = ("understanding", "text", "generation")
 PICTURE_TAG = "<image>"
-_ASKING = {"human": True, "user": True, "gpt": False, "assistant": False}
+FIELDS = ("image", "images", "conversations", "messages", "text", "caption", "indices")
+_CONVERSATIONS = ("conversations", "messages")
+_SAYING = (*_CONVERSATIONS, "caption", "text")  # one of them says what kind of record it is
+_OF_TURN = ("from", "role", "value", "content", "image", "images")
+_LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
+_SYSTEM_IS_FIXED = "the prompt of the system is the same for all records"
 
 ReadPicture = Callable[[Any], bytes]
 
@@ -74,13 +91,47 @@ def parse_record(fields: Mapping[str, Any], read_picture: ReadPicture) -> Record
     Raises BadRecord.
     """
     check_object(fields)
-    if fields.get("conversations") is not None or fields.get("messages") is not None:
-        return Record("understanding", _turns(fields), pictures=_pictures(fields, read_picture))
-    if fields.get("caption") is not None:
-        return _generation(fields, read_picture)
-    text = fields.get("text")
+    name = _saying(fields)
+    is_conversation = name in _CONVERSATIONS
+    _refuse(unread.unread_field(fields, FIELDS, is_conversation))
+    if _holds(fields.get("image")) and _holds(fields.get("images")):
+        raise BadRecord("malformed", "pictures must be in image or in images, got both")
+    if is_conversation:
+        record = _understanding(fields, fields[name], read_picture)
+    elif name == "caption":
+        record = _generation(fields, read_picture)
+    else:
+        record = _text(fields)
+    if not record.pictures and record.indices is None:
+        _refuse(unread.unread_media(fields, FIELDS))
+    return record
+
+
+def _saying(fields: Mapping[str, Any]) -> str:
+    """The field that says what kind of record it is."""
+    given = [name for name in _SAYING if fields.get(name) is not None]
+    held = [name for name in given if messages.holds(fields[name])]
+    if not given:
+        got = shorten(list(fields))
+        raise BadRecord("malformed", f"no conversations, caption or text in {got}")
+    if len(held) > 1 and held[0] in _CONVERSATIONS:
+        rule = "a record must have one of conversations, messages, caption and text"
+        raise BadRecord("malformed", f"{rule}, got {' and '.join(held)}")
+    if any(messages.holds(fields.get(name)) for name in unread.SYSTEM):
+        raise BadRecord("system turn", _SYSTEM_IS_FIXED)
+    return (held or given)[0]
+
+
+def _refuse(detail: str | None) -> None:
+    """Raises BadRecord if there is anything to say of a field."""
+    if detail is not None:
+        raise BadRecord("unread field", detail)
+
+
+def _text(fields: Mapping[str, Any]) -> Record:
+    text = fields["text"]
     if not _is_text(text):
-        raise BadRecord("malformed", f"no conversations, caption or text in {list(fields)}")
+        raise BadRecord("malformed", f"text must be text, got {shorten(text)}")
     if not text.strip():
         raise BadRecord("empty text", "a text record must say something")
     beside = [name for name in ("image", "images", "indices") if _holds(fields.get(name))]
@@ -101,7 +152,7 @@ def _generation(fields: Mapping[str, Any], read_picture: ReadPicture) -> Record:
     if not _is_text(caption):
         raise BadRecord("malformed", f"a caption must be text, got a {type(caption).__name__}")
     if not caption.strip():
-        raise BadRecord("empty caption", f"a caption must say something, got {caption!r}")
+        raise BadRecord("empty caption", f"a caption must say something, got {shorten(caption)}")
     if indices is not None:
         return Record("generation", text=caption, indices=_indices(indices))
     pictures = _pictures(fields, read_picture)
@@ -139,62 +190,93 @@ def _holds(value: Any) -> bool:
 
 
 def _pictures(fields: Mapping[str, Any], read_picture: ReadPicture) -> tuple[bytes, ...]:
+    """Those beside what is said."""
     images = fields.get("images")
     if not _holds(images):
-        images = [] if fields.get("image") is None else [fields["image"]]
+        images = picture_list(fields.get("image"))
     if not isinstance(images, (list, tuple)):
         raise BadRecord("malformed", f"images must be a list, got {type(images).__name__}")
-    return tuple(map(read_picture, images))
+    return _read_all(images, read_picture)
 
 
-def _turns(fields: Mapping[str, Any]) -> tuple[tuple[str, str], ...]:
-    """Questions and answers in pairs."""
-    said = fields.get("conversations")
-    said = fields.get("messages") if said is None else said
+def _read_all(values: Sequence[Any], read_picture: ReadPicture) -> tuple[bytes, ...]:
+    return tuple(_read(value, read_picture) for value in values)
+
+
+def _read(value: Any, read_picture: ReadPicture) -> bytes:
+    """The bytes of a picture's file, also from a data: or file: URL."""
+    if is_remote(value):
+        rule = "training fetches no images: download it and state its path"
+        raise BadRecord("remote picture", f"{rule}, got {shorten_text(value)}")
+    try:
+        source = resolve(value)
+    except ValueError as error:
+        raise BadRecord("malformed", str(error)) from None
+    is_read = isinstance(value, str) and isinstance(source, bytes)
+    return source if is_read else read_picture(source)
+
+
+def _understanding(fields: Mapping[str, Any], said: Any, read_picture: ReadPicture) -> Record:
+    """Questions and answers in pairs, and their pictures."""
     if not isinstance(said, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in said):
         raise BadRecord("malformed", "a conversation must be a list of objects")
-    roles = [turn.get("from", turn.get("role")) for turn in said]
-    if "system" in roles:
-        raise BadRecord("system turn", "the prompt of the system is the same for all records")
-    asking = [_ASKING.get(role) if isinstance(role, str) else None for role in roles]
-    if not said or asking != [True, False] * (len(said) // 2):
-        raise BadRecord("malformed", f"questions and answers must alternate, got {roles}")
-    numbers = itertools.count()
-    texts = [
-        _joined(turn.get("value", turn.get("content")), asks, numbers)
-        for turn, asks in zip(said, asking, strict=True)
-    ]
+    if _holds(fields.get("indices")):
+        raise BadRecord("malformed", "indices need a caption, got conversations and indices")
+    try:
+        turns, own = _turns(said)
+    except ValueError as error:
+        raise BadRecord("malformed", str(error)) from None
+    beside = _pictures(fields, read_picture)
+    if own and beside:
+        got = f"{len(own)} in the messages and {len(beside)} beside them"
+        rule = "pictures must be in the messages or beside them"
+        raise BadRecord("malformed", f"{rule}, got {got}")
+    pictures = beside or _read_all(own, read_picture)
+    if pictures and any(PICTURE_TAG in answer for _, answer in turns):
+        raise BadRecord("malformed", f"an answer must hold no picture, got {PICTURE_TAG} in it")
+    return Record("understanding", turns, pictures=pictures)
+
+
+def _turns(said: Sequence[Mapping[str, Any]]) -> tuple[tuple[tuple[str, str], ...], list[Any]]:
+    """Questions and answers in pairs, and the pictures that the questions hold. ValueError too."""
+    roles = [messages.either(turn, "from", "role") for turn in said]
+    names = [_role(role) for role in roles]
+    if "system" in names:
+        raise BadRecord("system turn", _SYSTEM_IS_FIXED)
+    if not said or names != ["user", "assistant"] * (len(said) // 2):
+        raise BadRecord(
+            "malformed", f"questions and answers must alternate, got {shorten(roles)}"
+        )
+    read = [_turn(turn, name == "user") for turn, name in zip(said, names, strict=True)]
+    messages.check_indices(messages.either(turn, "value", "content") for turn in said)
+    texts, own = [text for text, _ in read], [image for _, images in read for image in images]
+    for text, images in read[::2] if own else ():
+        if text.count(PICTURE_TAG) != len(images):
+            got = f"{len(images)} pictures for {text.count(PICTURE_TAG)} places"
+            raise BadRecord("malformed", f"each question must have a place a picture, got {got}")
     if not all(map(_is_text, texts)):
         raise BadRecord("malformed", "what is said must be text")
     if not all(text.strip() for text in texts[1::2]):
         raise BadRecord("empty answer", "every answer must say something")
-    return tuple(zip(texts[::2], texts[1::2], strict=True))
+    return tuple(zip(texts[::2], texts[1::2], strict=True)), own
 
 
-def _joined(content: Any, asks: bool, numbers: Iterator[int]) -> Any:
-    """The text of a list of parts; other contents as they are."""
-    if not isinstance(content, (list, tuple)):
-        return content
-    return "".join(_part(part, asks, numbers) for part in content)
+def _role(role: Any) -> str | None:
+    return _LLAVA_ROLES.get(role) if role in ("human", "gpt") else generic_role(role)
 
 
-def _part(part: Any, asks: bool, numbers: Iterator[int]) -> str:
-    """The text of a part, or the place of a picture; numbers: of the pictures, in their order."""
-    kind = part.get("type") if isinstance(part, Mapping) else None
-    if kind == "text" and _is_text(part.get("text")):
-        return part["text"]
-    if kind != "image" or not asks:
-        rule = "parts must be text, or in a question the places of pictures"
-        raise BadRecord("malformed", f"{rule}, got {part!r:.100}")
-    held = [name for name, value in part.items() if value is not None and value != ""]
-    if set(held) - {"type", "index"}:
-        rule = "an image part must leave its picture to the field images"
-        raise BadRecord("malformed", f"{rule}, got {held}")
-    number = next(numbers)
-    if part.get("index", number) not in (number, None):
-        rule = "image parts must be in the order of the pictures"
-        raise BadRecord("malformed", f"{rule}, got {part['index']!r} for {number}")
-    return f"{PICTURE_TAG}\n"  # as chat templates write it
+def _turn(turn: Mapping[str, Any], asks: bool) -> tuple[str, list[Any]]:
+    """What is said in a turn, with PICTURE_TAG at the places of pictures, and its own pictures."""
+    messages.check_fields(turn, _OF_TURN)
+    _refuse(unread.unread_field_of_turn(turn))
+    content = messages.either(turn, "value", "content")
+    if asks and isinstance(content, str):
+        content = content.replace(IMAGE, PICTURE_TAG)  # as DeepSeek writes it
+    text, images = messages.read_content(turn, content, PICTURE_TAG)
+    in_parts = isinstance(content, (list, tuple)) and PICTURE_TAG in text
+    if not asks and (images or in_parts):
+        raise BadRecord("malformed", "pictures must be in questions, got one in an answer")
+    return text, images
 
 
 def record_fields(record: Record, put_picture: Callable[[bytes], Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 from janus_jax.data.reading import (
     INDICES_SUFFIX,
     PICTURE_SUFFIXES,
+    UNREAD_SUFFIXES,
     Paths,
     Source,
     check_text_size,
@@ -22,12 +23,14 @@ from janus_jax.data.reading import (
 )
 from janus_jax.data.records import BadRecord, Record, parse_record
 from janus_jax.paths import MAX_FILE_BYTES, naming
-from janus_jax.processing.images import error_text
+from janus_jax.processing.images import error_text, picture_list
 
 # What a member is, by the end of its name; of all but pictures a record has one at most.
 _SINGLE = (".json", ".txt", INDICES_SUFFIX)
 _KINDS = {suffix: kind for kind, suffix in enumerate(_SINGLE)}
 _KINDS |= dict.fromkeys(PICTURE_SUFFIXES, len(_SINGLE))
+_UNREAD = len(_SINGLE) + 1
+_KINDS |= dict.fromkeys(UNREAD_SUFFIXES, _UNREAD)
 
 _COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # gzip, bzip2, xz, zstd
 _BLOCK = 512
@@ -37,11 +40,11 @@ _HEADER_BYTES = 2**15  # names are shorter, and tarfile takes quadratic time for
 class TarSource(Source):
     """webdataset shards: a tar file, several, or the *.tar of a folder. None may be compressed.
 
-    Members whose names are equal up to the first dot after the last slash are one record: `.jpg`,
-    `.jpeg`, `.png` and `.webp` its pictures, in their order in the shard (000123.0.jpg,
+    Members whose names are equal up to the first dot after the last slash are one record: those
+    with one of PICTURE_SUFFIXES its pictures, in their order in the shard (000123.0.jpg,
     000123.1.jpg); `.txt` its caption, without white space around it; `.npy` its indices; `.json`
-    all other fields, where `image` or `images` only tell how many pictures there must be. Members
-    with other names are not looked at.
+    all other fields, where `image` or `images` only tell how many pictures there must be. A record
+    with one of UNREAD_SUFFIXES is bad; members with other names are not looked at.
 
     Place: "data/shard-0001.tar:000123".
     """
@@ -58,6 +61,9 @@ class TarSource(Source):
         shard = self._shards[part]
         members = shard.members[slice(*shard.starts[position : position + 2])]
         _check_sizes(members[:, 2])
+        if (members[:, 0] == _UNREAD).any():
+            rule = f"pictures must be {', '.join(PICTURE_SUFFIXES)}"
+            raise BadRecord("unread field", f"{rule}, got another image, a video or sound")
         held = [[] for _ in (*_SINGLE, "pictures")]
         with naming(self._files[part]), self._files[part].open("rb") as file:
             for kind, offset, size in members.tolist():
@@ -85,8 +91,10 @@ def _parse(jsons: list[bytes], texts: list[bytes], arrays: list[bytes], pictures
     if arrays:
         fields["indices"] = parse_npy(arrays[0])
     single, named = fields.pop("image", None), fields.pop("images", None)
-    if named is None:
-        named = [] if single is None else [single]
+    if single and named:
+        raise BadRecord("malformed", "pictures must be in image or in images, got both")
+    if not named:
+        named = picture_list(single)
     if isinstance(named, list) and len(named) > len(pictures) and fields.get("indices") is None:
         raise BadRecord("missing file", f"{len(named)} pictures named, {len(pictures)} are there")
     return parse_record({**fields, "images": pictures}, picture_bytes)

@@ -13,7 +13,11 @@ from janus_jax.processing.fetch import fetch
 from janus_jax.processing.images import ImageSource, load_image
 
 _REMOTE = re.compile(r"https?://", re.IGNORECASE)
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{256,}+=*\s*")  # no path of a file is as long without a dot
+# As files of PNG, JPEG, GIF, WebP, TIFF, BMP, AVIF and JPEG 2000 begin; and no path is as long
+# without a dot.
+_BASE64 = re.compile(
+    r"(iVBOR|/9j/|R0lGOD|UklGR|SUkq|TU0A|Qk|AAAA)[A-Za-z0-9+/\s]{64,}+=*\s*"
+)
 
 
 def open_image(source: ImageSource, allow_urls: bool = False) -> Image.Image:
@@ -32,8 +36,8 @@ def resolve(source: ImageSource, allow_urls: bool = False) -> ImageSource:
     """The bytes or the path of the image that a text names; anything else as it is.
 
     Args:
-        source: a path; a `file:`, `data:` or, where allowed, `http:` or `https:` URL; base64 of at
-            least 256 characters; or what load_image takes.
+        source: a path; a `file:`, `data:` or, where allowed, `http:` or `https:` URL; the base64
+            text of an image; or what load_image takes.
         allow_urls: whether remote images are fetched (time and size are bounded, see fetch.py).
     Raises:
         ValueError: a URL that is not allowed or damaged, or an image that cannot be fetched.

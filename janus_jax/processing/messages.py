@@ -46,9 +46,9 @@ def may_hold_image(name: str, value: Any) -> bool:
     return named and holds(value) and not _only_numbers(value)
 
 
-def _only_numbers(value: Any) -> bool:
+def _only_numbers(value: Any, most_nested: int = 4) -> bool:
     if isinstance(value, (list, tuple)):
-        return all(map(_only_numbers, value))
+        return most_nested > 0 and all(_only_numbers(part, most_nested - 1) for part in value)
     return isinstance(value, numbers.Number)
 
 

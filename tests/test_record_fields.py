@@ -1,0 +1,319 @@
+"""The fields that usual trainers write: each is read, or refused by name; none is dropped."""
+
+import base64
+import json
+
+import msgpack
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from array_record.python.array_record_module import ArrayRecordWriter
+from source_files import SAID, assert_bad, assert_same, picture, write_lines, write_tar
+
+from janus_jax.data.examples import ExampleMaker
+from janus_jax.data.records import BadRecord, Record, parse_record
+from janus_jax.data.sources import JsonlSource, ParquetSource, TarSource, open_source
+from janus_jax.processing.processor import Processor
+from janus_jax.processing.tokenizer import IMAGE
+
+ANSWER = {"role": "assistant", "content": "blue"}
+
+
+def asked(content="What color?", role="user", **more) -> list[dict]:
+    return [{"role": role, "content": content, **more}, ANSWER]
+
+
+def parse(fields: dict) -> Record | BadRecord:
+    """The record, its pictures named by what they were given as."""
+    try:
+        return parse_record(fields, lambda value: f"read {value}".encode())
+    except BadRecord as bad:
+        return bad
+
+
+def words(text) -> dict:
+    return {"type": "text", "text": text}
+
+
+DATA = "data:image/png;base64," + base64.b64encode(picture(1)).decode()
+ONE = ("<image>\nWhat color?", "blue")
+READ = {
+    "images of a message": ({"messages": asked(images=["s.png"])}, ONE),
+    "image of a message": ({"messages": asked(images="s.png")}, ONE),
+    "image, singular": ({"messages": asked(image="s.png")}, ONE),
+    "DeepSeek": (
+        {"messages": [
+            {"role": "<|User|>", "content": f"{IMAGE}\nWhat color?", "images": ["s.png"]},
+            {"role": "<|Assistant|>", "content": "blue"},
+        ]},
+        ONE,
+    ),
+    "DeepSeek, old": (
+        {"conversations": [
+            {"role": "User", "content": "What color?", "images": ["s.png"]},
+            {"role": "Assistant", "content": "blue"},
+        ]},
+        ONE,
+    ),
+    "LLaVA": (
+        {"id": "7", "image": "s.png", "conversations": [
+            {"from": "human", "value": "<image>\nWhat color?"}, {"from": "gpt", "value": "blue"},
+        ]},
+        ONE,
+    ),
+    "LLaVA-NeXT": ({"image": ["s.png"], "messages": asked("<image>\nWhat color?")}, ONE),
+    "ms-swift": (
+        {"messages": asked("<image>\nWhat color?"), "images": ["s.png"], "videos": [], "audios": [],
+         "channel": "a", "rejected_response": None, "objects": {}},
+        ONE,
+    ),
+    "transformers": ({"messages": asked([{"type": "image", "url": "s.png"}, words("What color?")])},
+                     ONE),
+    "OpenAI": (
+        {"messages": asked([{"type": "image_url", "image_url": {"url": "s.png"}},
+                            words("What color?")])},
+        ONE,
+    ),
+    "parts with all fields": (
+        {"messages": asked([{"type": "image", "path": "s.png", "text": None, "url": ""},
+                            {"type": "text", "text": "What color?", "path": None}])},
+        ONE,
+    ),
+    "metadata": (
+        {"messages": asked(images=["s.png"]), "id": 1, "source": "coco/1.jpg", "width": 4,
+         "image_id": "000123", "image_size": [4, 4], "num_images": 1, "url": "http://a.org/1.jpg"},
+        ONE,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields, turn", READ.values(), ids=READ)
+def test_images_are_read(fields, turn):
+    record = parse(fields)
+    assert_same(record, Record("understanding", (turn,), pictures=(b"read s.png",)))
+
+
+def test_images_of_several_messages_are_in_the_order_of_their_places(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i} a.png").write_bytes(picture(i))
+    messages = [
+        *asked([words("What?"), {"type": "image", "path": "0 a.png"}]),
+        *asked("Here?", images=[f"file://{tmp_path}/1%20a.png", DATA]),
+        *asked("Sure?"),
+        *asked("Last <image> <image>", images=["2 a.png", "0 a.png"]),
+    ]
+    (record,) = JsonlSource(write_lines(tmp_path / "a.jsonl", {"messages": messages}))
+    questions = ("What?\n<image>", "<image>\n<image>\nHere?", "Sure?", "Last <image> <image>")
+    pictures = tuple(map(picture, (0, 1, 1, 2, 0)))
+    turns = tuple((question, "blue") for question in questions)
+    assert_same(record, Record("understanding", turns, pictures=pictures))
+
+
+def test_data_urls_are_read_in_every_format(tmp_path):
+    fields = {"messages": asked(images=[DATA])}
+    writer = ArrayRecordWriter(str(tmp_path / "a.array_record"), "group_size:1")
+    writer.write(msgpack.packb(fields))
+    writer.close()
+    write_lines(tmp_path / "a.jsonl", fields, {"caption": "a", "image": DATA})
+    write_tar(tmp_path / "a.tar", {"1.json": json.dumps(fields).encode()})
+    pq.write_table(pa.table({"messages": [fields["messages"]]}), tmp_path / "a.parquet")
+    expected = Record("understanding", (ONE,), pictures=(picture(1),))
+    for format, suffix in (("arrayrecord", "array_record"), ("tar", "tar"), ("parquet", "parquet")):
+        (record,) = open_source(format, tmp_path / f"a.{suffix}")
+        assert_same(record, expected)
+    first, second = JsonlSource(tmp_path / "a.jsonl")
+    assert_same(first, expected)
+    assert_same(second, Record("generation", text="a", pictures=(picture(1),)))
+
+
+def test_training_sees_what_answering_sees(golden, tmp_path):
+    processor = Processor.from_dir(golden / "janus")
+    size = processor.image_config.image_size
+    maker = ExampleMaker(processor, size, 16, 64, 500, 4, 1, False)
+    (tmp_path / "s.png").write_bytes(picture(1))
+    path = str(tmp_path / "s.png")
+    part = {"type": "image", "path": path}
+    conversations = [
+        asked(images=[path]),
+        asked("<image_placeholder>\nWhat color?", "<|User|>", images=path),
+        asked([words("a"), words("b"), part, part, words("c")]) + asked([part]),
+    ]
+    source = JsonlSource(
+        write_lines(tmp_path / "a.jsonl", *({"messages": said} for said in conversations))
+    )
+    for record, said in zip(source, conversations, strict=True):
+        example = maker(record, np.random.default_rng(0))
+        tokens, pixels = processor.conversation(said)
+        assert example["tokens"].tolist() == tokens
+        assert len(example["pixels"]) == len(pixels)
+
+
+UNREAD = {
+    "image beside images": ({"messages": asked(), "images": ["a"], "image": "b"}, "got both"),
+    "the same of a message": ({"messages": asked(images=["a"], image="b")}, "images or image, got"),
+    "both places": (
+        {"messages": asked(images=["a"]), "images": ["b"]}, "1 in the messages and 1 beside them",
+    ),
+    "one message without": (
+        {"messages": asked(images=["a"]) + asked("<image> Here?")}, "0 pictures for 1 places",
+    ),
+    "fewer than places": ({"messages": asked("<image><image>", images=["a"])}, "1 pictures for 2"),
+    "picture in an answer": (
+        {"messages": [asked()[0], ANSWER | {"images": ["a"]}]}, "got one in an answer",
+    ),
+    "drawn in an answer": (
+        {"image": "a", "conversations": [SAID[0], {"from": "gpt", "value": "<image>"}]},
+        "an answer must hold no picture, got <image>",
+    ),
+    "messages beside conversations": (
+        {"messages": asked(), "conversations": SAID}, "got conversations and messages",
+    ),
+    "caption beside messages": ({"messages": asked(), "caption": "a"}, "got messages and caption"),
+    "text beside messages": ({"messages": asked(), "text": "a"}, "got messages and text"),
+    "indices beside messages": ({"messages": asked(), "indices": [1]}, "indices need a caption"),
+    "two contents": ({"messages": asked(value="b")}, "expected value or content, got both"),
+    "two roles": ({"messages": asked(**{"from": "human"})}, "expected from or role, got both"),
+    "index": (
+        {"messages": asked([{"type": "image", "index": 1}]), "images": ["a"]}, "got index 1",
+    ),
+    "DPO of a message": ({"messages": asked(tool_calls=[1])}, "'tool_calls' is not read"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("fields, detail", UNREAD.values(), ids=UNREAD)
+def test_what_does_not_fit_together_is_malformed(fields, detail):
+    bad = parse(fields)
+    assert isinstance(bad, BadRecord) and bad.reason == "malformed"
+    assert detail in bad.detail
+
+
+GENERATION = {"caption": "a", "image": "a.png"}
+UNDERSTANDING = {"messages": asked(), "images": ["a.png"]}
+TEXT = {"text": "a"}
+FIELDS = [
+    # LLaVA
+    (UNDERSTANDING, "video", "a.mp4"),
+    # ms-swift
+    (UNDERSTANDING, "videos", ["a.mp4"]),
+    (UNDERSTANDING, "audios", ["a.wav"]),
+    (UNDERSTANDING, "rejected_response", "red"),
+    (UNDERSTANDING, "rejected_messages", asked()),
+    (UNDERSTANDING, "rejected_images", ["b.png"]),
+    (UNDERSTANDING, "objects", {"ref": ["cat"], "bbox": [[1, 2, 3, 4]]}),
+    (UNDERSTANDING, "tools", "[]"),
+    (UNDERSTANDING, "label", False),
+    (UNDERSTANDING, "query", "a"),
+    (UNDERSTANDING, "response", "a"),
+    (UNDERSTANDING, "history", [["a", "b"]]),
+    # LLaMA-Factory
+    (UNDERSTANDING, "chosen", {"from": "gpt", "value": "a"}),
+    (UNDERSTANDING, "rejected", {"from": "gpt", "value": "a"}),
+    (UNDERSTANDING, "kto_tag", True),
+    (TEXT, "instruction", "a"),
+    (TEXT, "output", "a"),
+    # ShareGPT-4o-Image
+    (GENERATION, "input_prompt", "a"),
+    (GENERATION, "output_image", "b.png"),
+    (GENERATION, "input_image", ["b.png"]),
+    # Janus-Pro-R1
+    (TEXT, "image1", "a.png"),
+    (GENERATION, "image2", "b.png"),
+    (GENERATION, "img_path", "b.png"),
+    (TEXT, "input", "a.png"),
+    # others
+    (UNDERSTANDING, "pixel_values", b"a"),
+    (TEXT, "picture", {"bytes": b"a"}),
+    (GENERATION, "Image", "b.png"),
+    (GENERATION, "condition_image_path", "b.png"),
+    # by their values
+    (TEXT, "file_name", "images/0001.png"),
+    (TEXT, "jpg", b"\xff\xd8"),
+    (TEXT, "shown", DATA),
+    (TEXT, "shown", {"bytes": None, "path": "a.jpg"}),
+    ({"messages": asked()}, "clips", ["a.mp4", "b.mp4"]),
+]
+
+
+@pytest.mark.parametrize(("fields", "name", "value"), FIELDS)
+def test_fields_that_are_not_read_are_refused_by_name(fields, name, value):
+    assert isinstance(parse(fields), Record)
+    bad = parse({name: value, **fields})
+    assert isinstance(bad, BadRecord) and bad.reason == "unread field"
+    assert bad.detail.startswith(f"'{name}' is not read and ")
+    for nothing in (None, "", [], {}):
+        assert isinstance(parse({name: nothing, **fields}), Record)
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt"])
+def test_prompts_of_the_system_are_refused(name):
+    bad = parse({**UNDERSTANDING, name: "Be brief."})
+    assert isinstance(bad, BadRecord) and bad.reason == "system turn"
+    assert parse({**UNDERSTANDING, name: ""}).pictures
+
+
+@pytest.mark.parametrize(("name", "value"), [("loss", False), ("weight", 0), ("loss_scale", 0.5)])
+def test_answers_that_count_for_less_are_refused(name, value):
+    bad = parse({"messages": [asked()[0], ANSWER | {name: value}]})
+    assert isinstance(bad, BadRecord) and bad.reason == "unread field" and name in bad.detail
+    assert isinstance(parse({"messages": [asked()[0], ANSWER | {name: 1}]}), Record)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"sample_id": "1", "text": "Make it blue.", "input": "a.png", "output": "b.png"},
+        {"promptid": 1, "prompt": "a cat", "data": [{"img_path": "a.png", "reason": "Yes"}]},
+        {"input_prompt": "a cat", "output_image": "a.png", "output_image_resolution": [8, 8]},
+        {"instruction": "a", "input": "", "output": "b", "images": ["a.png"]},
+        {"query": "<image>a", "response": "b", "images": ["a.png"]},
+        {"conversation": [{"human": "a", "assistant": "b"}], "images": ["a.png"]},
+        {"type": "T2I_SFT", "txt": "a", "image": "", "image_path": "a.png"},
+    ],
+)
+def test_whole_records_of_other_forms_are_refused(fields):
+    bad = parse(fields)
+    assert isinstance(bad, BadRecord) and len(bad.detail) < 200
+
+
+def test_metadata_of_img2dataset_is_harmless():
+    metadata = {"url": "https://a.org/1.jpg", "key": "0001", "status": "success", "width": 8,
+                "error_message": None, "exif": "{}", "sha256": "ab", "original_width": 9,
+                "NSFW": "no", "similarity": 0.3}  # fmt: skip
+    assert parse({**GENERATION, **metadata}).pictures == (b"read a.png",)
+    assert parse({**TEXT, "meta": {"name": "a"}, "url": "https://a.org/b.jpg", "label": 1})
+
+
+def test_remote_images_and_long_values():
+    url = "https://example.org/" + "a/" * 500 + "s.png"
+    bad = parse({"messages": asked(images=[url])})
+    assert bad.reason == "remote picture" and "state its path" in bad.detail
+    long = [bad, parse({"caption": "a", "image": "data:image/png;base64," + "?" * 9999})]
+    long += [parse({"conversations": [{"from": "x" * 9999, "value": "a"}]})]
+    long += [parse({"messages": asked([{"type": "x" * 9999}])}), parse({"x" * 9999: 1})]
+    assert all(isinstance(bad, BadRecord) and len(bad.detail) < 240 for bad in long)
+
+
+def test_a_field_given_twice_is_refused(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"caption": "a", "image": "a.png", "image": "b.png"}\n')
+    assert_bad(JsonlSource(path)[0], "malformed", f"{path}:1", "each field once, got 'image' twice")
+
+
+def test_columns_and_members_that_are_not_read_are_refused(tmp_path):
+    said = {"messages": [asked(), asked()]}
+    numbers = {"embedding": [[0.5], [0.5]], "page": ["a.html", "b.html"]}
+    others = {"system": [None, "a"], "shown": [{"bytes": b"a", "path": None}, None]}
+    pq.write_table(pa.table(said | numbers | others), tmp_path / "a.parquet")
+    first, second = ParquetSource(tmp_path / "a.parquet")
+    assert_bad(first, "unread field", f"{tmp_path}/a.parquet:0", "'shown' is not read")
+    assert_bad(second, "system turn", f"{tmp_path}/a.parquet:1")
+    fields = json.dumps({"conversations": SAID}).encode()
+    members = {"1.json": fields, "1.mp4": b"video", "2.json": fields, "2.gif": picture(1, "GIF")}
+    write_tar(tmp_path / "a.tar", members)
+    first, second = TarSource(tmp_path / "a.tar")
+    assert_bad(first, "unread field", f"{tmp_path}/a.tar:1", "a video or sound")
+    assert second.pictures == (picture(1, "GIF"),)
+    both = {"caption": "a", "image": "a.png", "images": ["b.png"]}
+    write_tar(tmp_path / "b.tar", {"1.json": json.dumps(both).encode(), "1.png": picture(1)})
+    assert_bad(TarSource(tmp_path / "b.tar")[0], "malformed", f"{tmp_path}/b.tar:1", "got both")
