@@ -1,5 +1,6 @@
 """Records -> examples: what is predicted, what goes where, and what is refused."""
 
+import dataclasses
 import io
 
 import numpy as np
@@ -12,6 +13,7 @@ from janus_jax.data.examples import ExampleMaker, conversation_tokens
 from janus_jax.data.records import BadRecord, Record
 from janus_jax.processing.images import load_image, preprocess, preprocess_generation
 from janus_jax.processing.processor import Processor
+from janus_jax.processing.tokenizer import Tokenizer
 
 SIDE, DRAWN = 96, 36
 LONG = png_file(np.zeros((1, 1, 3), int), 8, RGB, size=(60_000, 1))
@@ -70,7 +72,8 @@ def test_pictures_without_a_place_come_first(processor, make):
     turns = (("What is it?", "a circle"),)
     example = make(Record("understanding", turns, pictures=(png(0), png(1))))
     text = "<image_placeholder>\n<image_placeholder>\nWhat is it?"
-    assert example["tokens"].tolist() == conversation_tokens(processor, ((text, "a circle"),), 2)[0]
+    expected, _ = conversation_tokens(processor, ((text, "a circle"),), 2, 200)
+    assert example["tokens"].tolist() == expected
     first = preprocess(load_image(png(0)), processor.image_config)
     np.testing.assert_allclose(example["pixels"][0] / 127.5 - 1, first, atol=1e-6)
 
@@ -186,3 +189,59 @@ def test_captions_of_scenes_are_as_the_processor_writes_prompts(processor, make)
     seed = next(s for s in range(9) if np.random.default_rng(s).random() > 0.1)
     tokens = make(record, True, seed)["tokens"]
     assert tokens[:-DRAWN].tolist() == processor.image_prompt(prompt.text)
+
+
+@pytest.fixture
+def encoded(monkeypatch):
+    """The lengths of all texts that were tokenized."""
+    lengths, encode = [], Tokenizer.encode
+
+    def counted(self, text):
+        lengths.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", counted)
+    return lengths
+
+
+def dialogue(number: int) -> Record:
+    return Record("understanding", (("What is it?", "A circle."),) * number)
+
+
+def test_a_long_dialogue_that_fits_takes_linear_time(processor, make, encoded):
+    example = make(dialogue(100), max_length=10_000)
+    turns = [dict(role="user", content="What is it?"), dict(role="assistant", content="A circle.")]
+    expected, _ = processor.conversation(turns * 100)
+    assert example["tokens"].tolist() == expected
+    short = sum(encoded)
+    encoded.clear()
+    make(dialogue(200), max_length=10_000)
+    assert sum(encoded) < 2.1 * short
+
+
+def test_a_dialogue_is_tokenized_until_it_is_too_long(make, encoded):
+    found = []
+    for number in (300, 30_000):
+        encoded.clear()
+        found.append((make(dialogue(number)).reason, sum(encoded)))
+    assert found[0] == found[1] and found[0][0] == "too long" and found[0][1] < 10_000
+
+
+@pytest.mark.parametrize("long", ["red " * 1_000_000, "r" * 4_000_000, " " * 4_000_000 + "r"])
+def test_a_long_text_is_not_tokenized_whole(make, encoded, long):
+    records = [
+        Record("text", text=long),
+        Record("generation", text=long, pictures=(png(0),)),
+        Record("understanding", ((long, "a"),)),
+        Record("understanding", (("Hi", "Ho"), ("a", long), ("b", "c"))),
+    ]
+    bad = [make(record) for record in records]
+    assert [one.reason for one in bad] == ["too long"] * 4
+    assert "more than 200 tokens, at most 200 fit a row and the model" in bad[0].detail
+    assert sum(encoded) < 100_000
+
+
+def test_a_conversation_that_reads_differently_once_it_goes_on_is_refused(processor):
+    plain = dataclasses.replace(processor, sft_format="plain")
+    with pytest.raises(BadRecord, match="reads differently once it goes on"):
+        conversation_tokens(plain, TURNS[1:] * 2, 0, 200)

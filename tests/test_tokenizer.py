@@ -212,3 +212,18 @@ def test_decode_equals_the_librarys_decoder(tokenizer):
     for skip in (True, False):
         want = tokenizer.backend.decode(ids, skip_special_tokens=skip)
         assert tokenizer.decode(ids, skip_special=skip) == want
+
+
+@pytest.mark.parametrize("name", ["pro_7b", "tokenizer"])
+def test_is_longer_is_never_wrong(name, request):
+    tokenizer = request.getfixturevalue(name)
+    texts = ["a", "ab cd ", " ", "\n", "é😀", "1", "!?", "<image_placeholder>", "word  \n 12", "日本"]
+    for part in texts:
+        text = part * (2000 // len(part)) + "end"
+        number = len(tokenizer.encode(text)) - 1
+        limits = [0, *range(1, number, 50), number, number + 1]
+        longer = [tokenizer.is_longer(text, limit) for limit in limits]
+        assert longer[0] and not any(longer[-2:])
+        assert longer == sorted(longer, reverse=True)
+    with pytest.raises(ValueError, match="valid Unicode"):
+        tokenizer.encode("a\udcff")

@@ -14,6 +14,7 @@ from janus_jax.data.records import KINDS, PICTURE_TAG, BadRecord, Record
 from janus_jax.processing.chat import with_placeholders
 from janus_jax.processing.images import crop_square, error_text, resize_and_pad
 from janus_jax.processing.processor import Processor
+from janus_jax.processing.tokenizer import Tokenizer
 
 CAPTION_DROPPED = 0.1  # Janus: so that guidance has an unconditional model
 
@@ -72,7 +73,7 @@ class ExampleMaker:
 
     def _understanding(self, record: Record, rng: np.random.Generator) -> Example:
         tokens, loss_mask = conversation_tokens(
-            self.processor, record.turns, len(record.pictures)
+            self.processor, record.turns, len(record.pictures), self.max_length
         )
         self._check_number(len(record.pictures))  # before they are decoded
         prepare = functools.partial(resize_and_pad, cfg=self.processor.image_config)
@@ -81,12 +82,14 @@ class ExampleMaker:
 
     def _text(self, record: Record, rng: np.random.Generator) -> Example:
         tokenizer = self.processor.tokenizer
+        _check_text(tokenizer, record.text, self.max_length)
         tokens = [*tokenizer.encode(record.text), tokenizer.eos_id]
         if tokenizer.image_id in tokens:
             raise BadRecord("malformed", "a text must hold no image placeholder")
         return self._example(tokens, [False, *[True] * (len(tokens) - 1)])
 
     def _generation(self, record: Record, rng: np.random.Generator) -> Example:
+        _check_text(self.processor.tokenizer, record.text, self.max_length)
         tokens = self.processor.image_prompt(record.text)
         if rng.random() < CAPTION_DROPPED:
             tokens = self.processor.unconditional(tokens)
@@ -133,8 +136,7 @@ class ExampleMaker:
     def _check(self, example: Example) -> None:
         length, pictures = len(example["tokens"]), len(example["pixels"])
         if length > self.max_length:
-            most = f"at most {self.max_length} fit a row and the model"
-            raise BadRecord("too long", f"{length} tokens, {most}")
+            raise _too_long(str(length), self.max_length)
         if len(example["drawn"]) > self.max_drawn:
             raise BadRecord("too many pictures", "rows have no place for a drawn picture")
         places = int(example["image_mask"].sum())
@@ -142,33 +144,59 @@ class ExampleMaker:
             raise BadRecord("malformed", f"{places} places for features of {pictures} pictures")
 
 
+def _too_long(tokens: str, max_length: int) -> BadRecord:
+    return BadRecord("too long", f"{tokens} tokens, at most {max_length} fit a row and the model")
+
+
+def _check_text(tokenizer: Tokenizer, text: str, max_length: int) -> None:
+    """Raises BadRecord for a text that is too long, before it is tokenized whole."""
+    if tokenizer.is_longer(text, max_length):
+        raise _too_long(f"more than {max_length}", max_length)
+
+
 def conversation_tokens(
-    processor: Processor, turns: tuple[tuple[str, str], ...], num_images: int
+    processor: Processor, turns: tuple[tuple[str, str], ...], num_images: int, max_length: int
 ) -> tuple[list[int], list[bool]]:
     """Tokens of questions and answers, and for each whether it is to be predicted.
 
     Each question is tokenized as it is when it waits for its answer, so that training meets what
-    answering meets; of each answer the words and the end of sentence are to be predicted.
-    Raises BadRecord if the pictures do not match the places that the questions leave for them.
+    answering meets; of each answer the words and the end of sentence are to be predicted. Turns are
+    tokenized one by one, which takes linear time, and all at once to see that this is the same.
+    Raises BadRecord if the pictures do not match the places that the questions leave for them, and
+    as soon as there are more than max_length tokens.
     """
-    tag, tokenizer = processor.image_tag, processor.tokenizer
-    messages = []
-    for question, answer in turns:
-        messages.append(dict(role="user", content=question.replace(PICTURE_TAG, tag)))
-        messages.append(dict(role="assistant", content=answer))
-    shown = [num_images, *[0] * (len(messages) - 1)]
-    messages = with_placeholders(messages, shown, tag)
+    messages = _messages(processor, turns, num_images)
+    prompt = [*messages[:-1], dict(role="assistant", content="")]  # what the last answer follows
+    placed = [message["content"].count(processor.image_tag) for message in prompt]
+    if sum(placed) != num_images:
+        raise BadRecord("malformed", f"{num_images} pictures for {sum(placed)} places in the text")
+    tokenizer = processor.tokenizer
+    later = dataclasses.replace(processor, system_prompt="")  # it stands before the first turn
     tokens, loss_mask = [], []
     for turn in range(0, len(messages), 2):
-        asked = [*messages[: turn + 1], dict(role="assistant", content="")]
-        placed = sum(message["content"].count(tag) for message in asked)
-        if placed > num_images or (turn == len(messages) - 2 and placed != num_images):
-            raise BadRecord("malformed", f"{num_images} pictures for {placed} places in the text")
-        prompt = processor.tokens(asked, placed)
-        reply = tokenizer.encode(f" {messages[turn + 1]['content'].strip()}")[1:]
-        reply = [*reply, tokenizer.eos_id]
-        if prompt[: len(tokens)] != tokens:
-            raise BadRecord("malformed", "what was said before reads differently once it goes on")
-        loss_mask += [False] * (len(prompt) - len(loss_mask)) + [True] * len(reply)
-        tokens = prompt + reply
+        question, answer = messages[turn : turn + 2]
+        for message in (question, answer):
+            _check_text(tokenizer, message["content"], max_length)
+        asked = (later if turn else processor).tokens([question, prompt[-1]], placed[turn])
+        tokens += asked[1:] if turn else asked
+        prompt_length = len(tokens)
+        tokens += [*tokenizer.encode(f" {answer['content'].strip()}")[1:], tokenizer.eos_id]
+        loss_mask += [False] * (prompt_length - len(loss_mask))
+        loss_mask += [True] * (len(tokens) - prompt_length)
+        if len(tokens) > max_length:
+            raise _too_long(f"more than {max_length}", max_length)
+    if len(turns) > 1 and tokens[:prompt_length] != processor.tokens(prompt, num_images):
+        raise BadRecord("malformed", "what was said before reads differently once it goes on")
     return tokens, loss_mask
+
+
+def _messages(
+    processor: Processor, turns: tuple[tuple[str, str], ...], num_images: int
+) -> list[dict[str, str]]:
+    """Questions and answers with a placeholder for each picture."""
+    messages = []
+    for question, answer in turns:
+        asked = question.replace(PICTURE_TAG, processor.image_tag)
+        messages += [dict(role="user", content=asked), dict(role="assistant", content=answer)]
+    shown = [num_images, *[0] * (len(messages) - 1)]
+    return with_placeholders(messages, shown, processor.image_tag)

@@ -174,6 +174,7 @@ class Pipeline:
         if not isinstance(prompt, str) or not prompt.strip():
             got = checks.shorten(prompt)
             raise ValueError(f"a prompt must be a text that is not empty, got {got}")
+        self.processor.check_text(prompt)
         tokens = self.processor.image_prompt(prompt)
         self.processor.check_length(len(tokens), self.model.cfg.num_image_tokens)
         return tokens, self.processor.unconditional(tokens)

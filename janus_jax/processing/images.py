@@ -12,10 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from janus_jax.checks import shorten_text
 from janus_jax.paths import MAX_FILE_BYTES, check_regular
 from janus_jax.processing.rgb import to_rgb
-
-from janus_jax.checks import shorten_text
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 

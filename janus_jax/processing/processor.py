@@ -196,6 +196,8 @@ class Processor:
             messages = chat.question_messages(messages, len(images), self.image_tag)
         messages = chat.generic_roles(messages, self.image_tag)
         messages, images = _place_images(messages, images, self.image_tag)
+        for message in messages:
+            self.check_text(message["content"])
         return self.tokens(messages, len(images)), self.pixels(images, allow_urls)
 
     def tokens(self, messages: Sequence[chat.Message], num_images: int) -> list[int]:
@@ -241,6 +243,17 @@ class Processor:
             pixels[row, : len(row_pixels)] = row_pixels
         image_mask = token_mask & (tokens == self.tokenizer.image_id)
         return Batch(tokens, token_mask, image_mask, pixels)
+
+    def check_text(self, text: str) -> None:
+        """Raises ValueError for a text that is too long for the trained context.
+
+        For a text so long that tokenizing it whole would take a while; see check_length.
+        """
+        if self.tokenizer.is_longer(text, self.trained_context):
+            raise ValueError(
+                f"prompt and new tokens must fit the trained context of {self.trained_context} "
+                f"tokens, got a text of {len(text)} characters"
+            )
 
     def check_length(self, num_prompt: int, num_new: int) -> None:
         """Raises ValueError if prompt and new tokens would pass the trained context."""

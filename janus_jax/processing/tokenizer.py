@@ -3,8 +3,11 @@
 No id is written in code: the released checkpoints differ, so each is looked up by its token's text.
 """
 
+import bisect
 import codecs
 import dataclasses
+import functools
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -18,6 +21,9 @@ PAD = "<｜▁pad▁｜>"
 IMAGE = "<image_placeholder>"
 IMAGE_START = "<begin_of_image>"
 IMAGE_END = "<end_of_image>"
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_LETTERS = 32  # for each token that is allowed, of a text that is not tokenized whole at once
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -123,9 +129,34 @@ class Tokenizer:
         Raises:
             ValueError: the text holds lone surrogates, as from bytes that are not UTF-8.
         """
-        if lone := [letter for letter in text if "\ud800" <= letter <= "\udfff"]:
+        if lone := _LONE_SURROGATE.search(text):
             raise ValueError(f"a text must be valid Unicode, got {lone[0]!r} in it")
         return [self.bos_id, *self.backend.encode(text, add_special_tokens=False).ids]
+
+    def is_longer(self, text: str, limit: int) -> bool:
+        """Whether a text that is too long to be tokenized whole has more than `limit` tokens.
+
+        Takes a time that `limit` bounds, however long the text is. False for what may as well be
+        tokenized whole, and then be counted.
+
+        Raises:
+            ValueError: as encode.
+        """
+        if len(text) > limit * self._longest_token:
+            return True
+        letters = limit * _LETTERS
+        while letters < len(text):
+            words = self.backend.encode(text[:letters], add_special_tokens=False).word_ids
+            # the last words may go on behind the cut, and so have other tokens
+            if words and bisect.bisect_left(words, words[-1] - 1) > limit:
+                return True
+            letters *= 2
+        return False
+
+    @functools.cached_property
+    def _longest_token(self) -> int:
+        """The most letters that one id stands for."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)))
 
     def token_bytes(self, token: int, skip_special: bool = True) -> bytes:
         """The UTF-8 bytes that one id stands for; empty for an id without a token.
