@@ -1,10 +1,12 @@
 """The small JSON files of a checkpoint folder, read and written."""
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from janus_jax.checks import shorten_text
 from janus_jax.paths import written_whole
 
 
@@ -20,10 +22,25 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from None
+        reason = shorten_text(str(error))
+        raise ValueError(f"{path} is not valid JSON: {reason}") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold a JSON object, got a {type(value).__name__}")
     return value
+
+
+def read_json_if_any(path: Path) -> dict[str, Any]:
+    """As `read_json`; an empty dict where there is no such file."""
+    return read_json(path) if path.is_file() else {}
+
+
+@contextlib.contextmanager
+def naming(path: str | Path) -> Iterator[None]:
+    """Puts the path of the file that is read in front of a ValueError's text."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def write_json(path: Path, value: Mapping) -> None:

@@ -10,10 +10,15 @@ import functools
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import tokenizers
 
-from janus_jax.processing.json_files import read_json
+from janus_jax.checks import shorten, shorten_text
+from janus_jax.processing.json_files import read_json, read_json_if_any
+
+TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
+SPECIAL_TOKENS = "special_tokens_map.json"
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -36,36 +41,98 @@ def _byte_of_character() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_of_character()
 
 
-def stated_token(folder: Path, name: str, default: str) -> str:
-    """The text of `bos_token` and the like, as a folder's small files state it."""
-    for file in ("tokenizer_config.json", "special_tokens_map.json"):
-        stated = read_json(folder / file).get(name) if (folder / file).is_file() else None
+# Texts that a tokenizer must give back as they are: white space, capitals, composed and decomposed
+# accents, letters with a compatibility form, scripts, emoji of one and of several code points, all
+# of ASCII that can be seen, and characters that together have every leading and trailing byte of
+# UTF-8.
+_SURVIVORS = (
+    " Two words,  more   spaces \n\tand\r\n lines ",
+    "Café Ångström ÑANDÚ",
+    "e\u0301 A\u030a n\u0303",
+    "ﬁ ² Ａ Å ｶﾞ … \u00a0",
+    "你好 नमस्ते مرحبا שלום 한국어",
+    "🦙 👩‍👩‍👧 😶‍🌫️ 🇫🇷",
+    "".join(map(chr, range(32, 127))),
+    "".join(map(chr, [*range(0x80, 0x800, 33), *range(0x800, 0xD800, 1023)])),
+    "".join(map(chr, range(0xE000, 0x110000, 4099))),
+)
+
+
+def stated_token(folder: Path, name: str, default: str) -> tuple[str, Path]:
+    """The text of `bos_token` and the like in a folder's small files, and the file that has it.
+
+    Raises:
+        ValueError: it is neither a text nor an object with one.
+    """
+    for path in (folder / TOKENIZER_CONFIG, folder / SPECIAL_TOKENS):
+        stated = read_json_if_any(path).get(name)
         text = stated.get("content") if isinstance(stated, dict) else stated
+        if text is not None and not isinstance(text, str):
+            raise ValueError(f"{path}: {name} must be a text, got {shorten(stated)}")
         if text:
-            return text
-    return default
+            return text, path
+    return default, folder / TOKENIZER
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
-    decoder = read_json(path).get("decoder")
+    spec = read_json(path)
+    decoder = spec.get("decoder")
     kind = decoder.get("type") if isinstance(decoder, dict) else decoder
     if kind != "ByteLevel":
-        raise ValueError(f"{path} must have a ByteLevel decoder, got {kind}")
+        raise ValueError(f"{path} must have a ByteLevel decoder, got {shorten_text(str(kind))}")
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
-        raise ValueError(f"{path} is not a tokenizer: {error}") from None
+        raise ValueError(f"{path} is not a tokenizer: {shorten_text(str(error))}") from None
     # A file may carry the settings of the call that was made before it was saved.
     backend.no_truncation()
     backend.no_padding()
+    for token in spec.get("added_tokens") or ():
+        _check_id(backend, token["content"], token["id"], path)
     return backend
 
 
-def _required_id(backend: tokenizers.Tokenizer, text: str, path: Path) -> int:
-    token = backend.token_to_id(text) if isinstance(text, str) else None
+def _check_id(backend: tokenizers.Tokenizer, text: Any, stated: int | str, path: Path) -> None:
+    """Raises ValueError where a file states another id for a token than the tokenizer gives."""
+    given = backend.token_to_id(text) if isinstance(text, str) else None
+    if str(given) != str(stated):
+        raise ValueError(
+            f"{path}: the added token {shorten(text)} must have the id that the tokenizer gives "
+            f"it, {given}, got {shorten(stated)}; use the files of the original checkpoint"
+        )
+
+
+def _check_config(backend: tokenizers.Tokenizer, folder: Path, image_tag: str) -> None:
+    """Raises ValueError where the small files name other ids or image tokens than are used."""
+    path = folder / TOKENIZER_CONFIG
+    added = read_json_if_any(path).get("added_tokens_decoder") or {}
+    if not isinstance(added, dict):
+        raise ValueError(f"{path}: added_tokens_decoder must be an object, got {shorten(added)}")
+    for stated, token in added.items():
+        _check_id(backend, token.get("content") if isinstance(token, dict) else token, stated, path)
+    used = {"image_token": image_tag, "boi_token": IMAGE_START, "eoi_token": IMAGE_END}
+    for name, text in used.items():
+        stated, where = stated_token(folder, name, text)
+        if stated != text:
+            raise ValueError(f"{where}: {name} must be {text}, got {shorten(stated)}")
+
+
+def _required_id(
+    backend: tokenizers.Tokenizer, path: Path, text: str, stated_in: Path | None = None
+) -> int:
+    token = backend.token_to_id(text)
     if token is None:
-        raise ValueError(f"{path} has no token {text!r}, which Janus needs")
+        needs = f", as {stated_in} says" if stated_in not in (None, path) else ""
+        raise ValueError(f"{path} has no token {shorten(text)}, which Janus needs{needs}")
     return token
+
+
+def _around_change(before: str, after: str) -> slice:
+    """The few characters where two texts begin to differ."""
+    pairs = enumerate(zip(before, after, strict=False))
+    changed = next((i for i, (one, two) in pairs if one != two), min(len(before), len(after)))
+    start = max(changed - 3, 0)
+    return slice(start, start + 8)  # at most 80 characters where each is escaped
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,25 +163,45 @@ class Tokenizer:
             image_tag: text of the placeholder token (processor_config.json may name another).
         Raises:
             FileNotFoundError: there is no tokenizer.json.
-            ValueError: it is broken, not byte-level, or lacks a token that Janus needs.
+            ValueError: it is broken, not byte-level, lacks a token that Janus needs, changes
+                texts, or states other ids than it gives.
         """
         folder = Path(folder)
-        path = folder / "tokenizer.json"
+        path = folder / TOKENIZER
         backend = _read_backend(path)
-        eos_id = _required_id(backend, stated_token(folder, "eos_token", EOS), path)
+        eos_id = _required_id(backend, path, *stated_token(folder, "eos_token", EOS))
         # The reference takes pad by this text too, whatever pad_token the files state.
         pad_id = backend.token_to_id(PAD)
         added = backend.get_added_tokens_decoder()
-        return cls(
+        tokenizer = cls(
             backend=backend,
-            bos_id=_required_id(backend, stated_token(folder, "bos_token", BOS), path),
+            bos_id=_required_id(backend, path, *stated_token(folder, "bos_token", BOS)),
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
-            image_id=_required_id(backend, image_tag, path),
-            image_start_id=_required_id(backend, IMAGE_START, path),
-            image_end_id=_required_id(backend, IMAGE_END, path),
+            image_id=_required_id(backend, path, image_tag),
+            image_start_id=_required_id(backend, path, IMAGE_START),
+            image_end_id=_required_id(backend, path, IMAGE_END),
             added={i: (token.content.encode(), token.special) for i, token in added.items()},
         )
+        _check_config(backend, folder, image_tag)
+        tokenizer._check_survivors(path)
+        return tokenizer
+
+    def _check_survivors(self, path: Path) -> None:
+        """Raises ValueError where a text does not survive encoding and decoding."""
+        for text in _SURVIVORS:
+            try:
+                decoded = self.decode(self.encode(text)[1:], skip_special=False)
+            except Exception as error:  # the library raises bare Exception
+                reason = shorten_text(str(error))
+                raise ValueError(f"{path} cannot encode {shorten(text)}: {reason}") from None
+            if decoded != text:
+                before, after = (part[_around_change(text, decoded)] for part in (text, decoded))
+                raise ValueError(
+                    f"{path} must keep texts as they are, but {before!r} comes back as {after!r}; "
+                    "its normalizer, pre_tokenizer, model and decoder do not fit together; use the "
+                    "tokenizer.json of the original checkpoint"
+                )
 
     @property
     def largest_id(self) -> int:

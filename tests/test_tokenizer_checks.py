@@ -1,0 +1,135 @@
+"""Tokenizers that change texts or give other ids than their files state are refused at load."""
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tokenizers
+
+import janus_jax
+from janus_jax.processing.tokenizer import Tokenizer
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+METASPACE = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}
+
+
+@pytest.fixture(scope="module")
+def spec(golden):
+    return json.loads((golden / "janus" / "tokenizer.json").read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def refused(tmp_path):
+    """Loads a changed tokenizer.json, or small files beside it; gives the refusal's one line."""
+
+    def load(spec, **files):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+        for name, value in files.items():
+            (tmp_path / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+        with pytest.raises(ValueError) as error:
+            Tokenizer.from_dir(tmp_path)
+        text = str(error.value)
+        assert text.startswith(str(tmp_path)) and "\n" not in text and len(text) < 600
+        return text
+
+    return load
+
+
+def with_parts(spec, **parts):
+    return copy.deepcopy(spec) | parts
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        {"pre_tokenizer": METASPACE},
+        {"pre_tokenizer": None},
+        {"pre_tokenizer": {"type": "Whitespace"}},
+        {"pre_tokenizer": {"type": "WhitespaceSplit"}},
+        {"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True, "use_regex": True}},
+        {"normalizer": {"type": "Lowercase"}},
+        {"normalizer": {"type": "NFC"}},
+        {"normalizer": {"type": "NFD"}},
+        {"normalizer": {"type": "NFKC"}},
+        {"normalizer": {"type": "NFKD"}},
+        {"normalizer": {"type": "StripAccents"}},
+        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+        {"normalizer": {"type": "Prepend", "prepend": "▁"}},
+    ],
+    ids=lambda parts: json.dumps(parts)[:60],
+)
+def test_parts_that_change_texts_are_refused(spec, refused, parts):
+    said = refused(with_parts(spec, **parts))
+    assert "tokenizer.json must keep texts as they are, but '" in said
+    assert "do not fit together; use the tokenizer.json of the original checkpoint" in said
+
+
+def test_spaces_that_vanish_are_shown(spec, refused):
+    said = refused(with_parts(spec, pre_tokenizer=METASPACE))
+    assert "but ' Two wor' comes back as 'Twowords'" in said
+    normalizer = {"type": "Replace", "pattern": {"String": "  "}, "content": " "}
+    said = refused(with_parts(spec, normalizer=normalizer))
+    assert "but 's,  more' comes back as 's, more '" in said
+
+
+def test_a_vocabulary_without_some_bytes_is_refused(spec, refused):
+    changed = copy.deepcopy(spec)
+    vocab = changed["model"]["vocab"]
+    vocab["nothing"] = vocab.pop("ð")  # the first byte of every emoji
+    changed["model"]["merges"] = []
+    assert " comes back as " in refused(changed)
+
+
+def test_ids_of_added_tokens_must_be_those_that_are_given(spec, refused):
+    changed = copy.deepcopy(spec)
+    changed["added_tokens"][3]["id"] = 500
+    said = refused(changed)
+    assert "tokenizer.json: the added token '<image_placeholder>' must have the id " in said
+    assert "gives it, 387, got 500" in said
+    swapped = copy.deepcopy(spec)
+    one, two = swapped["added_tokens"][5:7]
+    one["id"], two["id"] = two["id"], one["id"]
+    assert "'<begin_of_image>' must have the id that the tokenizer gives it" in refused(swapped)
+
+
+@pytest.mark.parametrize(
+    ("config", "says"),
+    [
+        ({"added_tokens_decoder": {"9": {"content": "<end_of_image>"}}}, "gives it, 390, got '9'"),
+        ({"added_tokens_decoder": {"447": {"content": "<new>"}}}, "'<new>' .* None, got '447'"),
+        ({"added_tokens_decoder": {"384": 5}}, "added token 5 must have the id"),
+        ({"added_tokens_decoder": [5]}, r"added_tokens_decoder must be an object, got \[5\]"),
+        ({"boi_token": "<|User|>"}, "boi_token must be <begin_of_image>, got '<|User|>'"),
+        ({"image_token": 3}, "image_token must be a text, got 3"),
+        ({"bos_token": 7}, "bos_token must be a text, got 7"),
+        ({"eos_token": {"content": []}}, r"eos_token must be a text, got {'content': \[\]}"),
+        ({"bos_token": "<s>"}, "has no token '<s>', which Janus needs, as .*tokenizer_config.json"),
+    ],
+)
+def test_tokenizer_config_must_agree(spec, refused, config, says):
+    said = refused(spec, tokenizer_config=config)
+    assert re.search(says.replace("|", r"\|"), said) and "tokenizer_config.json" in said
+
+
+def test_special_tokens_map_is_named(spec, refused):
+    said = refused(spec, special_tokens_map={"eos_token": ["</s>"]})
+    assert "special_tokens_map.json: eos_token must be a text, got ['</s>']" in said
+
+
+def test_real_tokenizers_load_and_say_the_same(golden):
+    shipped = Path(janus_jax.__file__).parent / "assets" / "janus_tiny"
+    for folder in (golden / "janus", golden / "janus_small", shipped):
+        tokenizer = Tokenizer.from_dir(folder)
+        library = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        ids = library.encode("É  🦙\n", add_special_tokens=False).ids
+        assert tokenizer.encode("É  🦙\n")[1:] == ids and library.decode(ids) == "É  🦙\n"
+
+
+def test_stated_ids_that_are_right_are_accepted(spec, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(json.dumps(spec), encoding="utf-8")
+    decoder = {str(token["id"]): token for token in spec["added_tokens"]}
+    config = {"added_tokens_decoder": decoder, "boi_token": {"content": "<begin_of_image>"}}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert Tokenizer.from_dir(tmp_path).image_id == 387
