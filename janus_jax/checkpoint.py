@@ -7,7 +7,6 @@ FOLDER/config.json, ...      config, tokenizer and processor files as the source
 
 import contextlib
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +16,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
-from janus_jax.interop.files import CONFIG, new_folder, small_files, write_safetensors_file
+from janus_jax.interop.files import CONFIG, new_folder, write_safetensors_file
+from janus_jax.interop.processor_files import copy_files
 from janus_jax.processing.json_files import write_json
 
 PARAMS = "params"
@@ -68,8 +68,7 @@ def save(
     unused = unused or {}
     size = sum(array.nbytes for arrays in (params, unused) for array in arrays.values())
     with new_folder(Path(folder), overwrite, size) as beside:
-        for path in small_files(Path(files_from)):
-            shutil.copyfile(path, beside / path.name)
+        copy_files(Path(files_from), beside)
         write_json(beside / CONFIG, config)
         kinds = {name: (array.dtype, array.shape) for name, array in unused.items()}
         write_safetensors_file(beside / UNUSED, kinds, unused.__getitem__)

@@ -1,5 +1,6 @@
 """A checkpoint folder's processor against the recorded batch, and its refusals."""
 
+import dataclasses
 import json
 import shutil
 
@@ -9,6 +10,7 @@ import pytest
 from janus_jax.interop.files import small_files
 from janus_jax.processing import chat
 from janus_jax.processing.processor import TRAINED_CONTEXT, Processor
+from janus_jax.processing.prompt_settings import janus_template
 
 
 @pytest.fixture
@@ -200,7 +202,7 @@ def test_transformers_4_layout(folder, processor):
     """preprocessor_config.json beside processor_config.json, which names no template."""
     edit(
         folder / "preprocessor_config.json",
-        drop=("image_size",),
+        drop=("image_size", "processor_class"),
         size={"height": 64, "width": 64},
         image_processor_type="JanusImageProcessor",
     )
@@ -209,6 +211,7 @@ def test_transformers_4_layout(folder, processor):
     )
     vision = {"image_size": 64, "patch_size": 16}
     (folder / "config.json").write_text(json.dumps({"vision_config": vision}))
+    processor = dataclasses.replace(processor, system_prompt="")
     assert Processor.from_dir(folder) == processor
     (folder / "processor_config.json").unlink()
     assert Processor.from_dir(folder) == processor
@@ -235,7 +238,7 @@ def test_folder_as_transformers_5_saves_it(golden, tmp_path, processor):
     theirs = transformers.JanusProcessor(
         image_processor,
         tokenizer,
-        chat_template="{{ messages }}",
+        chat_template=janus_template("deepseek"),
         use_default_system_prompt=True,
         num_image_tokens=16,
     )
@@ -251,14 +254,15 @@ def test_folder_errors(folder):
     with pytest.raises(ValueError, match=r"num_image_tokens must be at least 1, got '16'"):
         Processor.from_dir(folder)
     edit(folder / "processor_config.json", num_image_tokens=16, image_tag=None)
-    with pytest.raises(ValueError, match=r"has no token None, which Janus needs"):
+    with pytest.raises(ValueError, match=r"processor_config.json: image_tag must be a text"):
         Processor.from_dir(folder)
-    edit(folder / "processor_config.json", sft_format=[])
+    edit(folder / "processor_config.json", drop=("image_tag",), sft_format=[])
     with pytest.raises(ValueError, match=r"sft_format must be one of .*, got \[\]"):
         Processor.from_dir(folder)
     edit(folder / "processor_config.json", sft_format="chatml")
     with pytest.raises(ValueError, match=r"sft_format must be one of .*, got 'chatml'"):
         Processor.from_dir(folder)
+    edit(folder / "processor_config.json", drop=("sft_format",))
     (folder / "preprocessor_config.json").unlink()
     with pytest.raises(FileNotFoundError, match=r"no preprocessor_config.json in"):
         Processor.from_dir(folder)

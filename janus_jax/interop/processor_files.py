@@ -8,22 +8,35 @@ so that a folder which goes there and back keeps its template and system prompt.
 import shutil
 from pathlib import Path
 
+from janus_jax.checks import shorten
 from janus_jax.interop.config import DEEPSEEK
 from janus_jax.interop.files import small_files
 from janus_jax.models.janus import JanusConfig
-from janus_jax.processing.chat import DEFAULT_SYSTEM_PROMPT, JANUS_ROLES, check_sft_format
-from janus_jax.processing.json_files import read_json, write_json
+from janus_jax.processing.chat import DEFAULT_SYSTEM_PROMPT, JANUS_ROLES
+from janus_jax.processing.json_files import read_json, read_json_if_any, write_json
+from janus_jax.processing.processor import image_config
+from janus_jax.processing.prompt_settings import (
+    LEGACY_TEMPLATE_FILE,
+    PREPROCESSOR,
+    PROCESSOR,
+    TEMPLATE_FILE,
+    TEMPLATE_FOLDER,
+    TEMPLATE_KEY,
+    PromptSettings,
+    janus_template,
+)
 from janus_jax.processing.tokenizer import (
     BOS,
     IMAGE,
     IMAGE_END,
     IMAGE_START,
+    SPECIAL_TOKENS,
+    TOKENIZER,
+    TOKENIZER_CONFIG,
     Tokenizer,
     stated_token,
 )
 
-PREPROCESSOR, PROCESSOR = "preprocessor_config.json", "processor_config.json"
-TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 GENERATION = "generation_config.json"
 IMAGE_TOKENS = {"image_token": IMAGE, "boi_token": IMAGE_START, "eoi_token": IMAGE_END}
 SHARED_IMAGE_KEYS = (
@@ -34,32 +47,33 @@ SHARED_IMAGE_KEYS = (
     "rescale_factor",
     "background_color",
 )
-CHAT_TEMPLATE = """\
-{%- for message in messages -%}
-{%- if message['role'] != 'system' -%}
-{{ ('USER' if message['role'] == 'user' else 'ASSISTANT') + ': ' }}
-{%- endif -%}
-{%- if message['content'] is string -%}{{ message['content'] | trim }}
-{%- else -%}{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{ '<image_placeholder>\\n' }}
-{%- else -%}{{ part['text'] | trim }}{%- endif -%}
-{%- endfor -%}{%- endif -%}
-{{ eos_token if message['role'] == 'assistant' else '\\n\\n' }}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
-"""
 
 
 def check_files(folder: Path) -> None:
-    """Raises ValueError where a tokenizer or processor file is there and no JSON object."""
-    for name in (PREPROCESSOR, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, GENERATION):
-        _optional(folder / name)
+    """Raises ValueError where a tokenizer or processor file is no JSON object, or refused.
+
+    As when the folder is loaded, and with the same text; but files may be missing.
+    """
+    for name in (PREPROCESSOR, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION):
+        read_json_if_any(folder / name)
+    PromptSettings.from_dir(folder)
+    _image_size(folder)
+
+
+def _image_size(folder: Path) -> int | None:
+    """None where a folder has no image settings."""
+    nested = read_json_if_any(folder / PROCESSOR).get("image_processor")
+    if nested is None and not (folder / PREPROCESSOR).is_file():
+        return None
+    return image_config(folder).image_size
 
 
 def copy_files(source: Path, target: Path) -> None:
-    """Copies a folder's config, tokenizer and processor files."""
+    """Copies a folder's config, tokenizer and processor files, and its chat templates."""
     for path in small_files(source):
         shutil.copyfile(path, target / path.name)
+    if (source / TEMPLATE_FOLDER).is_dir():
+        shutil.copytree(source / TEMPLATE_FOLDER, target / TEMPLATE_FOLDER)
 
 
 def translate_files(source: Path, target: Path, layout: str, cfg: JanusConfig) -> None:
@@ -68,47 +82,67 @@ def translate_files(source: Path, target: Path, layout: str, cfg: JanusConfig) -
     Raises:
       ValueError: the layout cannot express the folder's template, system prompt or placeholder.
     """
-    if (tag := _optional(source / PROCESSOR).get("image_tag", IMAGE)) != IMAGE:
-        raise ValueError(f"another layout needs the image_tag {IMAGE}, not {tag!r}")
+    prompts = PromptSettings.from_dir(source)
+    if prompts.image_tag != IMAGE:
+        raise ValueError(
+            f"{source / PROCESSOR}: another layout needs the image_tag {IMAGE}, "
+            f"not {shorten(prompts.image_tag)}"
+        )
+    if layout != DEEPSEEK:
+        _check_expressible(source / PROCESSOR, prompts)
     copy_files(source, target)
+    _remove_templates(target)
     if layout == DEEPSEEK:
-        _to_deepseek(target, cfg)
+        _to_deepseek(target, cfg, prompts)
     else:
-        _to_transformers(target, cfg)
+        _to_transformers(target, cfg, prompts)
 
 
-def _optional(path: Path) -> dict:
-    return read_json(path) if path.is_file() else {}
+def _check_expressible(path: Path, prompts: PromptSettings) -> None:
+    if prompts.sft_format not in JANUS_ROLES:
+        known = " or ".join(JANUS_ROLES)
+        raise ValueError(
+            f"{path}: the transformers layout needs sft_format {known}, not {prompts.sft_format!r}"
+        )
+    if prompts.system_prompt not in ("", DEFAULT_SYSTEM_PROMPT):
+        raise ValueError(
+            f"{path}: the transformers layout needs DeepSeek's system prompt or none, "
+            f"not {shorten(prompts.system_prompt)}"
+        )
 
 
-def _side(images: dict, cfg: JanusConfig) -> int:
-    side = images.get("image_size", images.get("size"))
-    return side.get("height", cfg.image_size) if isinstance(side, dict) else side or cfg.image_size
+def _remove_templates(folder: Path) -> None:
+    """Removes every chat template: the one that counts is written anew, or named."""
+    for name in (TEMPLATE_FILE, LEGACY_TEMPLATE_FILE):
+        (folder / name).unlink(missing_ok=True)
+    shutil.rmtree(folder / TEMPLATE_FOLDER, ignore_errors=True)
+    config = read_json_if_any(folder / TOKENIZER_CONFIG)
+    if config.pop(TEMPLATE_KEY, None) is not None:
+        write_json(folder / TOKENIZER_CONFIG, config)
 
 
-def _to_deepseek(folder: Path, cfg: JanusConfig) -> None:
-    processor = _optional(folder / PROCESSOR)
-    images = _optional(folder / PREPROCESSOR) or processor.pop("image_processor", {})
+def _to_deepseek(folder: Path, cfg: JanusConfig, prompts: PromptSettings) -> None:
+    processor = read_json_if_any(folder / PROCESSOR)
+    images = read_json_if_any(folder / PREPROCESSOR) or processor.get("image_processor")
     if images:
         shared = {key: images[key] for key in SHARED_IMAGE_KEYS if key in images}
         named = {
             "image_processor_type": "VLMImageProcessor",
             "processor_class": "VLChatProcessor",
-            "image_size": _side(images, cfg),
+            "image_size": _image_size(folder),
         }
         write_json(folder / PREPROCESSOR, shared | named)
     named = {
         "processor_class": "VLChatProcessor",
         "image_tag": IMAGE_TOKENS["image_token"],
         "num_image_tokens": cfg.und_encoder.num_tokens,
-        "sft_format": processor.get("sft_format", "deepseek"),
+        "sft_format": prompts.sft_format,
     }
-    if processor.get("use_default_system_prompt") is False:
-        processor.setdefault("system_prompt", "")
+    if prompts.system_prompt != DEFAULT_SYSTEM_PROMPT:
+        named["system_prompt"] = prompts.system_prompt
     write_json(folder / PROCESSOR, _kept(processor) | named)
-    own = _optional(folder / GENERATION)
-    for name in ("chat_template.jinja", "chat_template.json", GENERATION):
-        (folder / name).unlink(missing_ok=True)
+    own = read_json_if_any(folder / GENERATION)
+    (folder / GENERATION).unlink(missing_ok=True)
     drawing = {name: own[name] for name in ("guidance_scale", "temperature") if name in own}
     if drawing:  # what the model draws best with; DeepSeek's code reads none
         write_json(folder / GENERATION, drawing)
@@ -119,11 +153,10 @@ def _kept(processor: dict) -> dict:
     return {key: processor[key] for key in ours if key in processor}
 
 
-def _to_transformers(folder: Path, cfg: JanusConfig) -> None:
-    images, processor = _optional(folder / PREPROCESSOR), _optional(folder / PROCESSOR)
-    user, assistant = _roles(processor.get("sft_format", "deepseek"))
+def _to_transformers(folder: Path, cfg: JanusConfig, prompts: PromptSettings) -> None:
+    images = read_json_if_any(folder / PREPROCESSOR)
     if images:
-        side = _side(images, cfg)
+        side = _image_size(folder)
         shared = {key: images[key] for key in SHARED_IMAGE_KEYS if key in images}
         named = {
             "image_processor_type": "JanusImageProcessor",
@@ -137,31 +170,13 @@ def _to_transformers(folder: Path, cfg: JanusConfig) -> None:
     named = {
         "processor_class": "JanusProcessor",
         "num_image_tokens": cfg.und_encoder.num_tokens,
-        "use_default_system_prompt": _has_default_system_prompt(processor),
+        "use_default_system_prompt": prompts.system_prompt == DEFAULT_SYSTEM_PROMPT,
     }
-    write_json(folder / PROCESSOR, _kept(processor) | named)
+    write_json(folder / PROCESSOR, _kept(read_json_if_any(folder / PROCESSOR)) | named)
     tokenizer = Tokenizer.from_dir(folder)
     _write_tokenizer(folder, tokenizer.bos_id)
-    template = CHAT_TEMPLATE.replace("USER", user).replace("ASSISTANT", assistant)
-    (folder / "chat_template.jinja").write_text(template, "utf-8")
+    (folder / TEMPLATE_FILE).write_text(janus_template(prompts.sft_format), "utf-8")
     _write_generation_config(folder, tokenizer)
-
-
-def _roles(sft_format: str) -> tuple[str, str]:
-    check_sft_format(sft_format)
-    if sft_format not in JANUS_ROLES:
-        known = " or ".join(JANUS_ROLES)
-        raise ValueError(f"the transformers layout needs sft_format {known}, not {sft_format!r}")
-    return JANUS_ROLES[sft_format]
-
-
-def _has_default_system_prompt(processor: dict) -> bool:
-    prompt = processor.get("system_prompt", DEFAULT_SYSTEM_PROMPT)
-    if prompt not in ("", DEFAULT_SYSTEM_PROMPT):
-        raise ValueError(
-            f"the transformers layout needs DeepSeek's system prompt or none, not {prompt!r}"
-        )
-    return prompt != ""
 
 
 def _write_tokenizer(folder: Path, bos_id: int) -> None:
@@ -170,7 +185,7 @@ def _write_tokenizer(folder: Path, bos_id: int) -> None:
     DeepSeek's files leave BOS to the tokenizer class; the class that reads a tokenizer.json as it
     is adds none.
     """
-    config = _optional(folder / TOKENIZER_CONFIG)
+    config = read_json_if_any(folder / TOKENIZER_CONFIG)
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": IMAGE_TOKENS}
     write_json(folder / TOKENIZER_CONFIG, config | IMAGE_TOKENS | named)
     bos, tokenizer = stated_token(folder, "bos_token", BOS)[0], read_json(folder / TOKENIZER)
@@ -196,7 +211,7 @@ def _write_generation_config(folder: Path, tokenizer: Tokenizer) -> None:
     settings = {
         "guidance_scale": 5,  # transformers' default, and DeepSeek's
         "temperature": 1.0,
-        **_optional(folder / GENERATION),
+        **read_json_if_any(folder / GENERATION),
         "generation_kwargs": {"boi_token_id": tokenizer.image_start_id},
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": tokenizer.eos_id,

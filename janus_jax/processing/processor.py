@@ -7,14 +7,15 @@ original code.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from janus_jax.checks import shorten
 from janus_jax.processing import chat
 from janus_jax.processing.image_sources import open_image
 from janus_jax.processing.images import ImageConfig, ImageSource, preprocess
-from janus_jax.processing.json_files import read_json
+from janus_jax.processing.json_files import naming, read_json, read_json_if_any
+from janus_jax.processing.prompt_settings import PREPROCESSOR, PROCESSOR, PromptSettings
 from janus_jax.processing.tokenizer import IMAGE, IMAGE_START, Tokenizer
 
 # The longest sequence any Janus was trained on, though max_position_embeddings says 16384.
@@ -41,30 +42,40 @@ class Batch:
     pixels: np.ndarray
 
 
-def _image_config(folder: Path, processor: dict[str, Any]) -> ImageConfig:
-    """From preprocessor_config.json, or from where transformers 5 keeps the same keys."""
-    nested = processor.get("image_processor")
-    if nested is not None and not (folder / "preprocessor_config.json").is_file():
+def image_config(folder: Path) -> ImageConfig:
+    """From preprocessor_config.json, or from where transformers 5 keeps the same keys.
+
+    Raises:
+        FileNotFoundError: neither is there.
+        ValueError: it is broken, or states what cannot be followed.
+    """
+    path = folder / PREPROCESSOR
+    nested = read_json_if_any(folder / PROCESSOR).get("image_processor")
+    if nested is None or path.is_file():
+        nested = read_json(path)
+    else:
+        path = folder / PROCESSOR
+    with naming(path):
         if not isinstance(nested, dict):
-            raise ValueError(f"{folder}: image_processor must be an object, got {nested!r}")
+            raise ValueError(f"image_processor must be an object, got {shorten(nested)}")
         return ImageConfig.from_dict(nested)
-    return ImageConfig.from_dict(read_json(folder / "preprocessor_config.json"))
 
 
-def _count_image_tokens(folder: Path, image_size: int) -> int:
-    """Patches of an image, for a folder whose processor_config.json does not state them."""
-    vision = read_json(folder / "config.json").get("vision_config", {})
-    vision = vision.get("params", vision)
-    return (image_size // vision.get("patch_size", 16)) ** 2
-
-
-def _system_prompt(path: Path, processor: dict[str, Any]) -> str:
-    prompt = processor.get("system_prompt", chat.DEFAULT_SYSTEM_PROMPT)
-    if processor.get("use_default_system_prompt") is False and "system_prompt" not in processor:
-        prompt = ""
-    if not isinstance(prompt, str):
-        raise ValueError(f"{path}: system_prompt must be a text, got {prompt!r}")
-    return prompt
+def _num_image_tokens(folder: Path, image_size: int) -> int:
+    """As processor_config.json states, or the patches of an image by config.json."""
+    path = folder / PROCESSOR
+    number = read_json_if_any(path).get("num_image_tokens")
+    if number is None:
+        path = folder / "config.json"
+        vision = read_json(path).get("vision_config", {})
+        vision = vision.get("params", vision) if isinstance(vision, dict) else vision
+        patch = vision.get("patch_size", 16) if isinstance(vision, dict) else vision
+        if type(patch) is not int or patch < 1:
+            raise ValueError(f"{path}: patch_size must be at least 1, got {shorten(patch)}")
+        number = (image_size // patch) ** 2
+    if type(number) is not int or number < 1:
+        raise ValueError(f"{path}: num_image_tokens must be at least 1, got {shorten(number)}")
+    return number
 
 
 def _place_images(
@@ -120,37 +131,22 @@ class Processor:
     def from_dir(cls, folder: str | Path) -> "Processor":
         """From the small files of a checkpoint folder, in DeepSeek's or transformers' layout.
 
-        What processor_config.json leaves out, or all of it where there is none: `sft_format` is
-        "deepseek" (`VLChatProcessor`'s default; the checkpoints in transformers' layout do not
-        state it, and are Janus-Pro), `num_image_tokens` is counted from config.json's patches, and
-        the system prompt (a key of ours, "system_prompt") is DeepSeek's, or none where
-        transformers' `use_default_system_prompt` is false.
+        The template, the system prompt and the placeholder are those of `PromptSettings`. Where
+        processor_config.json does not state `num_image_tokens`, config.json's patches are counted.
 
         Raises:
             FileNotFoundError: no tokenizer.json, or no image settings.
-            ValueError: a file is broken, or names a template that does not exist.
+            ValueError: a file is broken, or states what cannot be followed. The text names it.
         """
         folder = Path(folder)
-        path = folder / "processor_config.json"
-        config = read_json(path) if path.is_file() else {}
-        image_tag = config.get("image_tag", IMAGE)
-        image_config = _image_config(folder, config)
-        sft_format = config.get("sft_format", "deepseek")
-        chat.check_sft_format(sft_format)
-        num_image_tokens = config.get("num_image_tokens")
-        if num_image_tokens is None:
-            num_image_tokens = _count_image_tokens(folder, image_config.image_size)
-        if type(num_image_tokens) is not int or num_image_tokens < 1:
-            raise ValueError(
-                f"{path}: num_image_tokens must be at least 1, got {num_image_tokens!r}"
-            )
+        prompts, images = PromptSettings.from_dir(folder), image_config(folder)
         return cls(
-            tokenizer=Tokenizer.from_dir(folder, image_tag),
-            image_config=image_config,
-            sft_format=sft_format,
-            num_image_tokens=num_image_tokens,
-            image_tag=image_tag,
-            system_prompt=_system_prompt(path, config),
+            tokenizer=Tokenizer.from_dir(folder, prompts.image_tag),
+            image_config=images,
+            sft_format=prompts.sft_format,
+            num_image_tokens=_num_image_tokens(folder, images.image_size),
+            image_tag=prompts.image_tag,
+            system_prompt=prompts.system_prompt,
         )
 
     def image_prompt(self, prompt: str) -> list[int]:

@@ -1,0 +1,197 @@
+"""Which template and system prompt a folder's files ask for, and what is refused."""
+
+import json
+
+import pytest
+
+from janus_jax.interop import export
+from janus_jax.processing import chat
+from janus_jax.processing.processor import Processor
+from janus_jax.processing.prompt_settings import (
+    FINGERPRINTS,
+    PromptSettings,
+    janus_template,
+    template_format,
+)
+
+FORMATS = ("deepseek", "deepseek_old")
+OTHER = "{% for m in messages %}{{ '<|User|>: ' + m['content'] }}{% endfor %}{{ '<|Assistant|>:' }}"
+
+
+def write(folder, **files):
+    """One JSON file for each keyword; None removes it."""
+    for name, value in files.items():
+        path = folder / f"{name}.json"
+        path.unlink(missing_ok=True)
+        if value is not None:
+            path.write_text(json.dumps(value), "utf-8")
+    return folder
+
+
+def sft_format(folder):
+    return PromptSettings.from_dir(folder).sft_format
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_templates_are_recognised_by_their_text(name):
+    text = janus_template(name)
+    for same in (text, text.removesuffix("\n"), text.replace("\n", "\r\n")):
+        assert template_format(same) == name
+    user, assistant = chat.JANUS_ROLES[name]
+    for other in (
+        OTHER,
+        "",
+        "\n" + text,  # Jinja writes the line break
+        text.replace("\\n\\n", "\\n"),
+        text.replace(user, "USER").replace(assistant, "ASSISTANT"),
+        text.replace(user, "\0USER").replace(assistant, "\0ASSISTANT"),
+        text.replace(assistant, "Bot"),
+        "\ud800",
+    ):
+        assert template_format(other) is None
+
+
+def test_the_template_on_the_hub_writes_the_same_prompts(golden):
+    """Recorded: what it makes of conversations. Of the template itself only the hash is kept."""
+    recorded = json.loads((golden / "hub_chat_template.json").read_text("utf-8"))
+    assert recorded["fingerprint"] in FINGERPRINTS and len(recorded["prompts"]) == 4
+    for case in recorded["prompts"]:
+        messages = [
+            {**m, "content": "<image_placeholder>\n" * m.get("images", 0) + m["content"]}
+            for m in case["messages"]
+        ]
+        prompt = chat.format_conversation(chat.generic_roles(messages), "deepseek")
+        assert prompt == case["prompt"]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_precedence_of_the_places(tmp_path, name):
+    right, wrong = janus_template(name), OTHER
+    named = [{"name": "tool_use", "template": wrong}, {"name": "default", "template": right}]
+    for value in (right, named, {"tool_use": wrong, "default": right}):
+        assert sft_format(write(tmp_path, tokenizer_config={"chat_template": value})) == name
+    write(tmp_path, tokenizer_config={"chat_template": wrong})
+    (tmp_path / "chat_template.jinja").write_text(right, "utf-8")
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "tool_use.jinja").write_text(wrong)
+    assert sft_format(tmp_path) == name
+    (tmp_path / "chat_template.jinja").write_text(wrong)
+    assert sft_format(write(tmp_path, chat_template={"chat_template": right})) == name
+    write(tmp_path, chat_template={"chat_template": wrong})
+    assert sft_format(write(tmp_path, processor_config={"chat_template": right})) == name
+
+
+def test_a_stated_format_decides_on_an_unknown_template(tmp_path):
+    write(tmp_path, processor_config={"sft_format": "deepseek_old"})
+    (tmp_path / "chat_template.jinja").write_text(OTHER)
+    assert sft_format(tmp_path) == "deepseek_old"
+    assert sft_format(write(tmp_path / "..", processor_config=None)) == "deepseek"
+
+
+@pytest.mark.parametrize(
+    ("files", "place"),
+    [
+        ({"processor_config": {"chat_template": OTHER}}, "{}/processor_config.json"),
+        ({"chat_template": {"chat_template": OTHER}}, "{}/chat_template.json"),
+        ({"tokenizer_config": {"chat_template": ""}}, "{}/tokenizer_config.json"),
+    ],
+)
+def test_an_unknown_template_is_refused_with_what_to_do(tmp_path, files, place):
+    with pytest.raises(ValueError) as error:
+        PromptSettings.from_dir(write(tmp_path, **files))
+    assert str(error.value) == (
+        f"{place.format(tmp_path)}: unknown chat template; set sft_format in "
+        f"{tmp_path}/processor_config.json to the format the model was trained with: "
+        "'deepseek' (<|User|>, <|Assistant|>) or 'deepseek_old' (User, Assistant)"
+    )
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ({"chat_template": ["x"]}, "processor_config.json: expected a template named 'default'"),
+        ({"chat_template": {"a": "x"}}, r"expected a template named 'default', got \['a'\]"),
+        ({"chat_template": {"default": 1}}, "processor_config.json: .* must be a text, got 1"),
+        ({"chat_template": 5}, "processor_config.json: a chat template must be a text, got 5"),
+        ({"sft_format": None}, "processor_config.json: sft_format must be one of .*, got None"),
+        ({"sft_format": ["x" * 999]}, r"sft_format must be one of .*, got \['x{20,80}.{0,70}$"),
+        ({"image_tag": 7}, "processor_config.json: image_tag must be a text, got 7"),
+        ({"system_prompt": []}, r"processor_config.json: system_prompt must be a text, got \[\]"),
+        ({"use_default_system_prompt": "no"}, "processor_config.json: .* true or false, got 'no'"),
+        (
+            {"use_default_system_prompt": True, "system_prompt": "Rhyme."},
+            "use_default_system_prompt is true, but system_prompt is 'Rhyme.'",
+        ),
+        (
+            {"use_default_system_prompt": False, "system_prompt": chat.DEFAULT_SYSTEM_PROMPT},
+            "use_default_system_prompt is false, but system_prompt is 'You are a helpful",
+        ),
+    ],
+)
+def test_refusals_name_the_file(tmp_path, files, says):
+    with pytest.raises(ValueError, match=says):
+        PromptSettings.from_dir(write(tmp_path, processor_config=files))
+
+
+def test_a_format_and_a_template_that_disagree(tmp_path):
+    write(tmp_path, processor_config={"sft_format": "deepseek"})
+    (tmp_path / "chat_template.jinja").write_text(janus_template("deepseek_old"))
+    with pytest.raises(ValueError) as error:
+        PromptSettings.from_dir(tmp_path)
+    assert str(error.value) == (
+        f"{tmp_path}/processor_config.json has sft_format 'deepseek', but the chat template of "
+        f"'deepseek_old' is in {tmp_path}/chat_template.jinja: remove the wrong one"
+    )
+
+
+def test_templates_that_cannot_be_read(tmp_path):
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text(OTHER)
+    with pytest.raises(ValueError, match=r"additional_chat_templates: .* 'default', got \['rag'\]"):
+        PromptSettings.from_dir(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match=f"{tmp_path}/chat_template.jinja: 'utf-8' codec"):
+        PromptSettings.from_dir(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("files", "default"),
+    [
+        ({}, True),
+        ({"processor_config": {"processor_class": "VLChatProcessor"}}, True),
+        ({"processor_config": {"processor_class": "JanusProcessor"}}, False),
+        ({"processor_config": {"image_processor": {"image_processor_type": "JanusIm"}}}, False),
+        ({"preprocessor_config": {"image_processor_type": "JanusImageProcessor"}}, False),
+        ({"preprocessor_config": {"image_processor_type": "VLMImageProcessor"}}, True),
+        ({"config": {"model_type": "janus"}}, False),
+        ({"config": {"model_type": "multi_modality"}}, True),
+    ],
+)
+def test_the_class_of_the_processor_decides_on_the_default_system_prompt(tmp_path, files, default):
+    settings = PromptSettings.from_dir(write(tmp_path, **files))
+    assert settings.system_prompt == (chat.DEFAULT_SYSTEM_PROMPT if default else "")
+    for use in (True, False):
+        stated = files.get("processor_config", {}) | {"use_default_system_prompt": use}
+        settings = PromptSettings.from_dir(write(tmp_path, processor_config=stated))
+        assert settings.system_prompt == (chat.DEFAULT_SYSTEM_PROMPT if use else "")
+
+
+def test_a_refused_template_is_refused_by_every_command(golden, tmp_path):
+    folder = tmp_path / "s"
+    folder.mkdir()
+    for path in (golden / "janus_small").iterdir():
+        (folder / path.name).write_bytes(path.read_bytes())
+    write(folder, processor_config={"num_image_tokens": 16})
+    (folder / "chat_template.jinja").write_text(OTHER)
+    with pytest.raises(ValueError, match="unknown chat template") as loading:
+        Processor.from_dir(folder)
+    for command in (
+        lambda: export.inspect_folder(folder),
+        lambda: export.import_folder(folder, tmp_path / "o", False),
+        lambda: export.export_folder(folder, tmp_path / "o", "deepseek", False),
+        lambda: export.export_folder(folder, tmp_path / "o", "transformers", False),
+    ):
+        with pytest.raises(ValueError) as error:
+            command()
+        assert str(error.value) == str(loading.value)
+        assert not (tmp_path / "o").exists()
