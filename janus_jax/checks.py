@@ -5,6 +5,7 @@ import reprlib
 from collections.abc import Sequence
 
 LARGEST = float.fromhex("0x1.fffffep+127")  # of float32
+SMALLEST = 2.0**-126  # above 0, of float32; devices take what is smaller for 0
 MOST_SHOWN = 80  # characters of one value in a message
 _END_SHOWN = 24  # of them, after the cut: the name of a file, the end of a URL
 
@@ -51,6 +52,13 @@ def check_number(name: str, value) -> None:
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not abs(value) <= LARGEST:
         raise ValueError(f"{name} must be a finite number, got {shorten(value)}")
+
+
+def check_kept_number(name: str, value) -> None:
+    """Raises ValueError unless the value is finite in float32, and 0 there only if it is 0."""
+    check_number(name, value)
+    if value != 0 and abs(value) < SMALLEST:
+        raise ValueError(f"{name} must not vanish in float32, got {shorten(value)}")
 
 
 def check_count(name: str, value) -> None:

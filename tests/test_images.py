@@ -62,11 +62,11 @@ def test_config_of_both_layouts_is_the_same():
         ({"size": {"height": 64, "width": 32}}, "must be square.*64.*32"),
         ({}, "integer image size, got None"),
         ({"image_size": 8}, "min_size=14 image_size=8"),
-        ({"image_size": 64, "min_size": "14"}, "min_size must be a whole number, got '14'"),
+        ({"image_size": 64, "min_size": "14"}, "min_size must be a whole number .*, got '14'"),
         ({"image_size": 64, "image_mean": 0.5}, "image_mean must be three numbers, got 0.5"),
-        ({"image_size": 64, "image_std": [1, 2, None]}, "image_std must be three numbers"),
-        ({"image_size": 64, "image_std": [1, 0, 1]}, r"image_std must be above 0, got \(1, 0, 1\)"),
-        ({"image_size": 64, "rescale_factor": "x"}, "rescale_factor must be a number, got 'x'"),
+        ({"image_size": 64, "image_std": [1, 2]}, "image_std must be three numbers"),
+        ({"image_size": 64, "image_std": [1, 0, 1]}, "image_std must be .* from 1e-06 .* 0"),
+        ({"image_size": 64, "rescale_factor": "x"}, "rescale_factor must be .* number, got .x."),
     ],
 )
 def test_config_errors(config, text):

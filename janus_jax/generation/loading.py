@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 
 from janus_jax import checks
 from janus_jax.models.janus import JanusConfig
-from janus_jax.processing.json_files import read_json
+from janus_jax.processing.json_files import read_json_if_any
 from janus_jax.processing.processor import Processor
+from janus_jax.processing.prompt_settings import PREPROCESSOR, PROCESSOR
+from janus_jax.processing.tokenizer import TOKENIZER
 
 TINY = Path(__file__).parents[1] / "assets" / "janus_tiny"
 
@@ -86,30 +88,31 @@ class DrawingDefaults(NamedTuple):
         """Reads generation_config.json, where STATED has the names.
 
         Raises:
-            ValueError: one is not a finite number, or the temperature is below 0.
+            ValueError: one is not a number that float32 keeps, or the temperature is below 0.
         """
         path = folder / "generation_config.json"
-        stated = read_json(path) if path.is_file() else {}
+        stated = read_json_if_any(path)
         found = {own: stated[name] for own, name in STATED.items() if stated.get(name) is not None}
         for own, value in found.items():
-            checks.check_number(f"{STATED[own]} in {path}", value)
+            checks.check_kept_number(f"{STATED[own]} in {path}", value)
         defaults = cls(**{own: float(value) for own, value in found.items()})
         if (temperature := defaults.temperature) < 0:
             raise ValueError(f"temperature in {path} must be at least 0, got {temperature}")
         return defaults
 
 
-def check_processor(processor: Processor, cfg: JanusConfig) -> None:
-    """Raises ValueError unless the processor files prepare what the model takes."""
-    largest = processor.tokenizer.largest_id
+def check_processor(folder: str | Path, processor: Processor, cfg: JanusConfig) -> None:
+    """Raises ValueError unless a folder's processor files prepare what its model takes."""
+    folder, largest = Path(folder), processor.tokenizer.largest_id
     if largest >= cfg.language_model.vocab_size:
         raise ValueError(
-            f"tokenizer.json has ids up to {largest}, "
+            f"{folder / TOKENIZER} has ids up to {largest}, "
             f"config.json a vocabulary of {cfg.language_model.vocab_size}"
         )
     size, tokens = processor.image_config.image_size, processor.num_image_tokens
     if (size, tokens) != (cfg.image_size, cfg.und_encoder.num_tokens):
         raise ValueError(
-            f"the processor files prepare images of {size} pixels and {tokens} tokens, "
-            f"config.json takes {cfg.image_size} pixels and {cfg.und_encoder.num_tokens} tokens"
+            f"{folder}: {PREPROCESSOR} and {PROCESSOR} prepare images of {size} pixels and "
+            f"{tokens} tokens, config.json takes {cfg.image_size} pixels and "
+            f"{cfg.und_encoder.num_tokens} tokens"
         )

@@ -417,7 +417,7 @@ def load(
         sharding.check_mesh(mesh, cfg)
         place = sharding.sharding_for(mesh)
     processor = Processor.from_dir(folder)
-    loading.check_processor(processor, cfg)
+    loading.check_processor(folder, processor, cfg)
     drawing = loading.DrawingDefaults.from_dir(folder)
     model = build_model(cfg, load_params(folder, cfg, place, dtype, progress=progress))
     name = loading.TINY.name if path_or_hub_id is None else str(path_or_hub_id)

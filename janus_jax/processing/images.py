@@ -5,6 +5,7 @@ Channels last everywhere. `preprocess` gives the numbers of DeepSeek's `VLMImage
 
 import dataclasses
 import io
+import json
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,8 @@ from PIL import Image
 from janus_jax.checks import shorten_text
 from janus_jax.paths import MAX_FILE_BYTES, check_regular
 from janus_jax.processing.rgb import to_rgb
+
+from janus_jax.checks import check_count, check_kept_number, shorten
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
@@ -120,8 +123,26 @@ def picture_list(images: Sequence[ImageSource] | ImageSource | None) -> list[Ima
     return list(images) if several else [images]
 
 
-def _is_number(value) -> bool:
-    return type(value) in (int, float) and abs(value) < 1e6
+# Keys of transformers' `JanusImageProcessor` that are not followed, and the only value each may
+# have. `resample` 3 is bicubic.
+_FIXED = {"do_resize": True, "do_rescale": True, "do_pad": True, "resample": 3}
+
+
+def _check_numbers(name: str, values: Sequence, smallest: float) -> None:
+    """Raises ValueError unless each is a number in [smallest, 1e6] that float32 keeps."""
+    for value in values:
+        check_kept_number(name, value)
+        if not smallest <= value <= 1e6:
+            got = shorten(value)
+            raise ValueError(f"{name} must be a number from {smallest:g} to 1e6, got {got}")
+
+
+def _check_fixed(config: dict[str, Any]) -> None:
+    if config.get("image_processor_type") == "VLMImageProcessor":
+        return  # DeepSeek's class, which has none of these keys
+    for name, only in _FIXED.items():
+        if (stated := config.get(name, only)) not in (only, None):
+            raise ValueError(f"{name} must be {json.dumps(only)}, got {shorten(stated)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,17 +163,16 @@ class ImageConfig:
     def __post_init__(self):
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
-            numbers = isinstance(values, tuple) and all(map(_is_number, values))
-            if not numbers or len(values) != 3:
-                raise ValueError(f"{name} must be three numbers, got {values!r}")
-        if not all(value > 0 for value in self.image_std):
-            raise ValueError(f"image_std must be above 0, got {self.image_std}")
+            if not isinstance(values, tuple) or len(values) != 3:
+                raise ValueError(f"{name} must be three numbers, got {shorten(values)}")
+        _check_numbers("image_mean", self.image_mean, -1e6)
+        _check_numbers("image_std", self.image_std, 1e-6)
+        _check_numbers("rescale_factor", [self.rescale_factor], 1e-6)
         if type(self.do_normalize) is not bool:
-            raise ValueError(f"do_normalize must be true or false, got {self.do_normalize!r}")
-        if not _is_number(self.rescale_factor):
-            raise ValueError(f"rescale_factor must be a number, got {self.rescale_factor!r}")
-        if type(self.min_size) is not int:
-            raise ValueError(f"min_size must be a whole number, got {self.min_size!r}")
+            got = shorten(self.do_normalize)
+            raise ValueError(f"do_normalize must be true or false, got {got}")
+        for name in ("image_size", "min_size"):
+            check_count(name, getattr(self, name))
         if not 0 < self.min_size <= self.image_size:
             raise ValueError(
                 "min_size must be between 1 and image_size, "
@@ -166,13 +186,15 @@ class ImageConfig:
         Raises:
             ValueError: it states no image size, or one that is not square.
         """
+        _check_fixed(config)
         size = config.get("image_size", config.get("size"))
         if isinstance(size, dict):
             if size.get("height") != size.get("width"):
-                raise ValueError(f"the image size must be square, got {size}")
+                raise ValueError(f"the image size must be square, got {shorten(size)}")
             size = size.get("height")
-        if not isinstance(size, int):
-            raise ValueError(f"the image processor must state an integer image size, got {size}")
+        if type(size) is not int:
+            got = shorten(size)
+            raise ValueError(f"the image processor must state an integer image size, got {got}")
         names = ("image_mean", "image_std", "min_size", "do_normalize", "rescale_factor")
         stated = {name: config[name] for name in names if config.get(name) is not None}
         for name in ("image_mean", "image_std"):

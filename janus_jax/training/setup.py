@@ -87,7 +87,7 @@ class Setup:
         if Path(cfg.init).resolve() == (Path(cfg.output) / MODEL).resolve():
             raise ValueError(f"init must not be what the run will write, got {cfg.init}")
         source, processor = open_folder(cfg.init), Processor.from_dir(cfg.init)
-        check_processor(processor, source.cfg)
+        check_processor(cfg.init, processor, source.cfg)
         mesh = parse_mesh(cfg.mesh) if cfg.mesh else make_mesh(fsdp=jax.device_count())
         check_mesh(mesh, source.cfg)
         model_cfg = source.cfg.with_dtype(DTYPES[cfg.dtype]).with_remat(cfg.remat)
