@@ -23,7 +23,7 @@ class PixelVQ(VQ):
         self.cfg = VQConfig(8, 4, ch=8, ch_mult=(1,), num_res_blocks=1, z_channels=5)
         self.encoder = nnx.Linear(3, 5, rngs=rngs)
         self.quant_conv = nnx.Linear(5, 4, rngs=rngs)
-        self.codebook = nnx.Param(jax.random.normal(rngs.params(), (8, 4)))
+        self.codebook = nnx.Param(jax.random.normal(rngs.params(), (8, 4), jnp.float32))
         self.post_quant_conv = nnx.Linear(4, 5, rngs=rngs)
         self.decoder = nnx.Linear(5, 3, rngs=rngs)
 

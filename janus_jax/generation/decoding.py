@@ -102,6 +102,6 @@ def decode_step(
     attn_mask = decode_mask(token_mask, cache.length, cache.size)
     # positions count a row's real tokens, so padding on the left changes none of them
     written = cache.length - token_mask.shape[1]
-    positions = jnp.sum(token_mask, axis=1, keepdims=True) + written
+    positions = jnp.sum(token_mask, axis=1, keepdims=True, dtype=jnp.int32) + written
     hidden, cache = decoder(embeds[:, None], positions.astype(jnp.int32), attn_mask, cache)
     return hidden[:, 0], Context(cache, token_mask)

@@ -72,13 +72,13 @@ def keep_likeliest(logits: jax.Array, sampling: Sampling) -> jax.Array:
     falling = -jnp.sort(-logits, axis=-1)
     kept = jnp.ones(falling.shape, bool)
     if sampling.top_k is not None:
-        kept &= jnp.arange(falling.shape[-1]) < sampling.top_k
+        kept &= jnp.arange(falling.shape[-1], dtype=jnp.int32)[None] < sampling.top_k
     if sampling.top_p is not None:
         # greedy: all the mass is on the likeliest
         temperature = jnp.maximum(sampling.temperature, 1e-6)
         likely = jax.nn.softmax(jnp.where(kept, falling, -jnp.inf) / temperature, axis=-1)
         before = jnp.cumsum(likely, axis=-1) - likely
-        kept &= (before < sampling.top_p) | (jnp.arange(falling.shape[-1]) == 0)
+        kept &= (before < sampling.top_p) | (jnp.arange(falling.shape[-1]) == 0)[None]
     last = jnp.take_along_axis(falling, jnp.sum(kept, axis=-1, keepdims=True) - 1, axis=-1)
     return jnp.where(logits >= last, logits, -jnp.inf)
 

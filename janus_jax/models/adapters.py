@@ -43,4 +43,5 @@ class GenHead(nnx.Module):
         x = nnx.gelu(self.proj(hidden), approximate=False)
         kernel = self.out.kernel[...].astype(self.dtype)
         logits = dot_of_rows(x, kernel, preferred_element_type=jnp.float32)
-        return logits + self.out.bias[...].astype(jnp.float32)
+        bias = self.out.bias[...].astype(jnp.float32)
+        return logits + jnp.broadcast_to(bias, logits.shape)

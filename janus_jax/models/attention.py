@@ -33,7 +33,7 @@ def causal_mask(token_mask: jax.Array, size: int | None = None) -> jax.Array:
     size = length if size is None else size
     keys = jnp.pad(token_mask, ((0, 0), (0, size - length)))
     query, key = jnp.arange(length)[:, None], jnp.arange(size)[None]
-    return (keys[:, None] & (key <= query)) | (key == query)
+    return (keys[:, None] & (key <= query)[None]) | (key == query)[None]
 
 
 def segment_mask(segment_ids: jax.Array) -> jax.Array:
@@ -46,10 +46,10 @@ def segment_mask(segment_ids: jax.Array) -> jax.Array:
         0 0 0 1      padding sees itself only
     """
     position = jnp.arange(segment_ids.shape[1])
+    query, key = position[None, :, None], position[None, None]
     same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    own = position[:, None] == position[None]
     real = (segment_ids > 0)[:, None]
-    return (same & real & (position[None] <= position[:, None])) | own
+    return (same & real & (key <= query)) | (key == query)
 
 
 def decode_mask(token_mask: jax.Array, length: jax.Array, size: int) -> jax.Array:
@@ -61,7 +61,8 @@ def decode_mask(token_mask: jax.Array, length: jax.Array, size: int) -> jax.Arra
     """
     prompt = token_mask.shape[1]
     real = jnp.pad(token_mask, ((0, 0), (0, size - prompt)), constant_values=True)
-    return (real & (jnp.arange(size) <= length))[:, None]
+    slots = jnp.arange(size, dtype=jnp.int32)[None]
+    return (real & (slots <= length))[:, None]
 
 
 def positions_from_mask(token_mask: jax.Array) -> jax.Array:

@@ -52,7 +52,7 @@ def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> Angles:
     position 257 from 256.
     """
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
-    angle = positions.astype(jnp.float32)[..., None, None] * frequency
+    angle = positions.astype(jnp.float32)[..., None, None] * frequency[None, None, None]
     return jnp.cos(angle), jnp.sin(angle)
 
 

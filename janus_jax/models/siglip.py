@@ -132,7 +132,7 @@ class Siglip(nnx.Module):
         """float[B, Y, X, 3], normalised -> float[B, T, W], what the first block gets."""
         x = self.patch_embed(pixels.astype(self.cfg.dtype))
         x = x.reshape(x.shape[0], -1, x.shape[-1])
-        return x + self.pos_embed[...].astype(self.cfg.dtype)
+        return x + self.pos_embed[...].astype(self.cfg.dtype)[None]
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """float[B, Y, X, 3], normalised -> float[B, T, W], patches row-major."""

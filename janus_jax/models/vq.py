@@ -210,7 +210,9 @@ class VQ(nnx.Module):
         self.encoder = Encoder(cfg, rngs=rngs)
         self.quant_conv = nnx.Linear(cfg.z_channels, cfg.codebook_dim, rngs=rngs)
         self.codebook = nnx.Param(
-            nnx.initializers.normal(1.0)(rngs.params(), (cfg.codebook_size, cfg.codebook_dim))
+            nnx.initializers.normal(1.0)(
+                rngs.params(), (cfg.codebook_size, cfg.codebook_dim), jnp.float32
+            )
         )
         self.post_quant_conv = nnx.Linear(cfg.codebook_dim, cfg.z_channels, rngs=rngs)
         self.decoder = Decoder(cfg, rngs=rngs)
@@ -222,11 +224,9 @@ class VQ(nnx.Module):
     def nearest(self, latents: jax.Array) -> jax.Array:
         """Index of the nearest code, both l2-normalised: float32[..., C] -> int32[...]."""
         z, codes = l2_normalise(latents), l2_normalise(self.codebook[...])
-        distance = (
-            jnp.sum(z**2, axis=-1, keepdims=True)
-            + jnp.sum(codes**2, axis=-1)
-            - 2 * jnp.einsum("...C,GC->...G", z, codes)
-        )
+        products = jnp.einsum("...C,GC->...G", z, codes)
+        lengths = jnp.broadcast_to(jnp.sum(codes**2, axis=-1), products.shape)
+        distance = jnp.sum(z**2, axis=-1, keepdims=True) + lengths - 2 * products
         return jnp.argmin(distance, axis=-1).astype(jnp.int32)
 
     def lookup(self, indices: jax.Array) -> jax.Array:

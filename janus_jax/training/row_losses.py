@@ -5,6 +5,7 @@ drawn, S pixels a side, N tokens of a drawn picture. Source: the Janus and Janus
 token cross-entropy on answers, on all of plain text, and on the tokens of drawn pictures.
 """
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -84,7 +85,9 @@ def normalise(pixels: jax.Array, images: ImageConfig) -> jax.Array:
     scaled = pixels.astype(jnp.float32) * images.rescale_factor
     if not images.do_normalize:
         return scaled
-    return (scaled - jnp.array(images.image_mean)) / jnp.array(images.image_std)
+    channels = functools.partial(jnp.array, dtype=jnp.float32, ndmin=scaled.ndim)
+    mean, std = channels(images.image_mean), channels(images.image_std)
+    return (scaled - mean) / std
 
 
 def cross_entropies(
@@ -106,7 +109,7 @@ def cross_entropies(
     chunk = min(chunk, length)
     order = jnp.argsort(~wanted, axis=1, stable=True)
     padded = jnp.pad(order, ((0, 0), (0, -length % chunk)), mode="edge")
-    places = jnp.arange(padded.shape[1]) < length
+    places = jnp.arange(padded.shape[1])[None] < length
     parts = (
         jnp.take_along_axis(hidden, padded[..., None], axis=1),
         jnp.take_along_axis(targets, padded, axis=1),
@@ -121,11 +124,12 @@ def cross_entropies(
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
             return jnp.where(wanted, losses, 0.0)
 
-        return jax.lax.cond(jnp.any(wanted), compute, lambda: jnp.zeros(wanted.shape))
+        none = functools.partial(jnp.zeros, wanted.shape, jnp.float32)
+        return jax.lax.cond(jnp.any(wanted), compute, none)
 
     _, losses = jax.lax.scan(lambda _, part: (None, one(*part)), None, parts)
     losses = jnp.moveaxis(losses, 0, 1).reshape(len(targets), -1)[:, :length]
-    return jnp.zeros(losses.shape).at[jnp.arange(len(targets))[:, None], order].set(losses)
+    return jnp.zeros_like(losses).at[jnp.arange(len(targets))[:, None], order].set(losses)
 
 
 def _chunks(part: jax.Array, chunk: int) -> jax.Array:

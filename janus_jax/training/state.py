@@ -1,7 +1,9 @@
 """What a training run carries from step to step."""
 
+import contextlib
 import dataclasses
 import re
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -78,11 +80,27 @@ def apply_gradients(
     average_decay: float = 0.0,
 ) -> TrainState:
     """The state one step on. average_decay: of the moving average, where there is one."""
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    with default_promotion():
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params, average = optax.apply_updates(state.params, updates), state.average
     if average is not None:
         average = optax.incremental_update(params, average, 1 - average_decay)
     return TrainState(state.step + 1, params, opt_state, average)
+
+
+@contextlib.contextmanager
+def default_promotion() -> Iterator[None]:
+    """Traces what Optax computes with JAX's default rules for types, whatever the environment says.
+
+    Under JAX_ENABLE_X64 its bias correction and learning rate would be computed in float64 and
+    rounded; strict promotion refuses both.
+    """
+    with (
+        jax.enable_x64(False),
+        jax.numpy_dtype_promotion("standard"),
+        jax.numpy_rank_promotion("allow"),
+    ):
+        yield
 
 
 def learning_rates(cfg) -> optax.Schedule:
@@ -98,9 +116,15 @@ def learning_rates(cfg) -> optax.Schedule:
     if cfg.end_learning_rate > cfg.learning_rate:
         rule = "end_learning_rate must be at most learning_rate (give both)"
         raise ValueError(f"{rule}, got {cfg.end_learning_rate} for {cfg.learning_rate}")
-    return optax.warmup_cosine_decay_schedule(
+    schedule = optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, cfg.warmup_steps, cfg.steps, cfg.end_learning_rate
     )
+
+    def rate(step: jax.Array) -> jax.Array:
+        with default_promotion():
+            return schedule(step)
+
+    return rate
 
 
 def make_optimizer(cfg) -> optax.GradientTransformation:

@@ -50,7 +50,7 @@ def train_tokenizer(cfg) -> None:
         save_model(nnx.merge(graph, state[0].params, frozen))
 
     # codes that were trained count as used until it shows that they are not
-    usage = jnp.full(sizes.gen_vq.codebook_size, 1.0 if cfg.init else 0.0)
+    usage = jnp.full(sizes.gen_vq.codebook_size, 1.0 if cfg.init else 0.0, jnp.float32)
     state = (init_state(params, optimizer), usage)
     run_steps(state, step_fn, drawn_batches(make_batch, cfg), cfg, save)
 

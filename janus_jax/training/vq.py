@@ -58,7 +58,7 @@ def variance_within(vectors: jax.Array, groups: jax.Array) -> jax.Array:
     vectors: float32[n, C]; groups: int32[n], each below n.
     """
     sums = jax.ops.segment_sum(vectors, groups, len(groups))
-    counts = jax.ops.segment_sum(jnp.ones(len(groups)), groups, len(groups))
+    counts = jax.ops.segment_sum(jnp.ones_like(groups, jnp.float32), groups, len(groups))
     means = (sums / jnp.maximum(counts, 1)[:, None])[groups]
     return jnp.mean(jnp.sum((vectors - means) ** 2, axis=-1))
 
@@ -109,7 +109,7 @@ def make_vq_step(
         grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, pixels, patch_groups, quantise)
         after = apply_gradients(state, grads, optimizer)
         indices, latents = aux.pop("indices"), aux.pop("latents")
-        counts = jnp.bincount(indices, length=usage.shape[0])
+        counts = jnp.bincount(indices, length=usage.shape[0]).astype(usage.dtype)
         usage = USAGE_DECAY * usage + (1 - USAGE_DECAY) * counts
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
         threshold = jnp.where(state.step < 3 * cfg.steps // 4, cfg.dead_code_usage, -1.0)
