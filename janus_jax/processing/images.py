@@ -13,11 +13,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from janus_jax.checks import shorten_text
+from janus_jax.checks import check_count, check_kept_number, shorten, shorten_text
 from janus_jax.paths import MAX_FILE_BYTES, check_regular
 from janus_jax.processing.rgb import to_rgb
-
-from janus_jax.checks import check_count, check_kept_number, shorten
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
