@@ -32,7 +32,7 @@ ANSWERED = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "
         ({"prompts": " "}, "a prompt must be a text that is not empty, got ' '"),
         ({"prompts": ["a", 3]}, "prompt 2 of 2, 3: a prompt must be a text that is not empty, "),
         ({"prompts": [{"content": "b" * 40}, "a"]}, r"prompt 1 of 2, {'content': 'b{40}'}: a "),
-        ({"prompts": ["a", "b " * 999]}, r"prompt 2 of 2, '(b ){20,}.*\.\.\..*': .* of 512 tokens"),
+        ({"prompts": ["a", "b " * 999]}, r"prompt 2 of 2, '(b ){15,}.*\.\.\..*': .* of 512 tokens"),
         ({"prompts": None}, "a prompt must be a text that is not empty, got None"),
         ({"prompts": b"red"}, "a prompt must be a text that is not empty, got b'red'"),
         ({"prompts": {"role": "user"}}, "a prompt must be a text that is not empty, got {'role'"),
