@@ -172,6 +172,11 @@ def _check_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> N
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
+def _shown(path: Path) -> str:
+    """A path in a message."""
+    return checks.shorten_text(str(path))
+
+
 def read_prompts(path: Path) -> list[str]:
     """The lines of a text file that are not blank.
 
@@ -179,18 +184,19 @@ def read_prompts(path: Path) -> list[str]:
         ValueError: it is no UTF-8 text or too long, or there is no such line. FileNotFoundError: no
             such file. Pipes are read, as the shell makes them of <(COMMAND).
     """
-    if not path.exists() or path.is_dir():
-        raise FileNotFoundError(f"--prompts_file {path} is not a file")
+    shown = _shown(path)
+    if not os.path.exists(path) or os.path.isdir(path):  # Path's own raise for a name too long
+        raise FileNotFoundError(f"--prompts_file {shown} is not a file")
     try:
         with path.open(encoding="utf-8-sig") as file:
             text = file.read(MAX_TEXT_BYTES + 1)  # a device may have no end
     except UnicodeDecodeError:
-        raise ValueError(f"--prompts_file {path} is not UTF-8 text") from None
+        raise ValueError(f"--prompts_file {shown} is not UTF-8 text") from None
     if len(text) > MAX_TEXT_BYTES:
-        raise ValueError(f"--prompts_file {path} must have at most {MAX_TEXT_BYTES} characters")
+        raise ValueError(f"--prompts_file {shown} must have at most {MAX_TEXT_BYTES} characters")
     lines = text.split("\n")  # and at nothing rarer
     if not any(line.strip() for line in lines):
-        raise ValueError(f"--prompts_file {path} holds no prompt: every line is blank")
+        raise ValueError(f"--prompts_file {shown} holds no prompt: every line is blank")
     return [line.strip() for line in lines if line.strip()]
 
 
@@ -201,19 +207,22 @@ def _check_paths(flags: argparse.Namespace) -> None:
         parents = (flags.output_dir, *flags.output_dir.absolute().parents)
         there = next(folder for folder in parents if os.path.lexists(folder))
         if not there.is_dir():
-            raise ValueError(f"--output_dir {flags.output_dir}: {there} is not a folder")
+            raise ValueError(f"--output_dir {_shown(flags.output_dir)}: {there} is not a folder")
         if not os.access(there, os.W_OK):
-            raise ValueError(f"--output_dir {flags.output_dir}: {there} cannot be written to")
+            shown = _shown(flags.output_dir)
+            raise ValueError(f"--output_dir {shown}: {there} cannot be written to")
     if flags.save_indices:
         if flags.save_indices.suffix != ".npz":
-            raise ValueError(f"--save_indices must name a .npz file, got {flags.save_indices}")
+            shown = _shown(flags.save_indices)
+            raise ValueError(f"--save_indices must name a .npz file, got {shown}")
         folder = flags.save_indices.absolute().parent
-        if flags.save_indices.is_dir():
-            raise ValueError(f"--save_indices must name a file, {flags.save_indices} is a folder")
+        if os.path.isdir(flags.save_indices):
+            shown = _shown(flags.save_indices)
+            raise ValueError(f"--save_indices must name a file, {shown} is a folder")
         if folder == flags.output_dir.absolute():
             return  # which is made where it is not there
-        if not folder.is_dir():
-            raise ValueError(f"--save_indices: no folder {folder}")
+        if not os.path.isdir(folder):
+            raise ValueError(f"--save_indices: no folder {_shown(folder)}")
         if not os.access(folder, os.W_OK):
             raise ValueError(f"--save_indices: {folder} cannot be written to")
 

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
 
+from janus_jax.checks import shorten_text
+
 
 class OneLineParser(argparse.ArgumentParser):
     """A parser whose errors take one line, which starts with the name of the command."""
@@ -18,8 +20,9 @@ class OneLineParser(argparse.ArgumentParser):
         self._name = name
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program with status 2."""
-        stop(self._name, message)
+        """Ends the program with status 2. What the message repeats of the flags is shortened."""
+        words = (shorten_text(word) for word in message.split())
+        stop(self._name, " ".join(words))
 
 
 def place(text: str) -> Path:
@@ -36,8 +39,9 @@ def stop(name: str, message: str, status: int = 2) -> NoReturn:
 
 
 def one_line(name: str, message: str) -> str:
-    """What a command has to say of an error."""
-    return f"{name}: {' '.join(message.split())}"
+    """What a command has to say of an error; a word longer than a file's name is shortened."""
+    words = (word if len(word) < 256 else shorten_text(word) for word in message.split())
+    return f"{name}: {' '.join(words)}"
 
 
 def set_up_program() -> None:

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from janus_jax import checks
+from janus_jax import checks, cli
 
 
 def doubled(value, times: int):
@@ -58,3 +58,31 @@ def test_refusals_repeat_at_most_80_characters(check):
     assert len(str(error.value)) < 140
     with pytest.raises(ValueError, match=r"seed must be .* got an integer of 100001 bits"):
         checks.check_seed(1 << 100_000)
+
+
+LONG = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--seed", LONG),
+        ("--prompt", "a", LONG),
+        ("--prompt", "a", f"--{LONG}"),
+        ("--question", "a", "--image", LONG),
+        ("--question", "a", "--image", f"data:image/png;base64,{LONG}"),
+        ("--question", "a", "--image", f"https://{LONG}"),
+        ("--prompts_file", LONG),
+        ("--prompt", "a", "--save_indices", LONG),
+        ("--prompt", "a", "--save_indices", f"{LONG}/a.npz"),
+        ("--prompt", "a", "--num_images", "1" * 4000),
+        ("--prompt", " " * 5000),
+    ],
+)
+def test_the_command_repeats_at_most_80_characters(flags, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(flags)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert len(error) < 300 and error.count("\n") == 1
+    assert "x" * 81 not in error

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from janus_jax.checks import shorten
+from janus_jax.checks import shorten, shorten_text
 from janus_jax.data.records import BadRecord, Record, check_object
 from janus_jax.paths import MAX_TEXT_BYTES, naming, read_regular
 from janus_jax.processing.images import error_text, load_image
@@ -172,10 +172,10 @@ def picture_file(root: Path, value: Any) -> bytes:
     try:
         return read_regular(root / value)
     except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise BadRecord("missing file", f"no picture at {root / value}") from None
+        raise BadRecord("missing file", f"no picture at {root / shorten_text(value)}") from None
     except (OSError, ValueError) as error:  # ValueError: no path at all
         reason = getattr(error, "strerror", None) or str(error)
-        raise BadRecord("unreadable file", f"{str(root / value)[:200]}: {reason}") from None
+        raise BadRecord("unreadable file", f"{root / shorten_text(value)}: {reason}") from None
 
 
 def prepared_image(encoded: bytes, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:

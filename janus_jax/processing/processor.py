@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from janus_jax.checks import shorten
+from janus_jax.checks import shorten, shorten_text
 from janus_jax.processing import chat
 from janus_jax.processing.image_sources import open_image
 from janus_jax.processing.images import ImageConfig, ImageSource, preprocess
@@ -100,6 +100,7 @@ def _place_images(
 
 def _check_numbers(num_images: int, placeholders: int, tag: str, where: str = "") -> None:
     if placeholders != num_images:
+        tag = shorten_text(tag)
         raise ValueError(
             f"each {tag} needs one image and each image one {tag}, "
             f"got {num_images} images for {placeholders} placeholders{where}"
