@@ -1,6 +1,7 @@
 """Messages in the forms of transformers and OpenAI; sources of images; remote images."""
 
 import base64
+import dataclasses
 import io
 
 import numpy as np
@@ -169,3 +170,20 @@ def test_an_answer_in_parts_is_an_answer():
     said = [user("Hi"), {"role": "assistant", "content": [words("Ho")]}]
     with pytest.raises(ValueError, match="must end with the user, got 'Ho'"):
         chat.check_unanswered(said)
+
+
+def test_a_conversation_of_any_length_is_refused_before_it_is_tokenized_whole(processor):
+    long = [user("a "), {"role": "assistant", "content": "b " * 50}] * 20_000 + [user("a")]
+    encoded = []
+
+    class Recording(type(processor.tokenizer)):
+        def encode(self, text):
+            encoded.append(len(text))
+            return super().encode(text)
+
+    fields = {f.name: getattr(processor.tokenizer, f.name) for f in dataclasses.fields(Recording)}
+    recording = dataclasses.replace(processor, tokenizer=Recording(**fields))
+    with pytest.raises(ValueError, match=r"trained context of 4096 tokens, got a text of \d+ char"):
+        recording.conversation(long)
+    assert encoded == []
+    assert recording.conversation("a")[0] and len(encoded) == 1

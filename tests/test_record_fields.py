@@ -245,6 +245,13 @@ def test_fields_that_are_not_read_are_refused_by_name(fields, name, value):
         assert isinstance(parse({name: nothing, **fields}), Record)
 
 
+@pytest.mark.parametrize(("name", "value"), [("file", "s.png"), ("attachments", ["s"])])
+def test_fields_of_messages_are_refused_by_name(name, value):
+    bad = parse({"messages": asked(**{name: value})})
+    assert isinstance(bad, BadRecord) and f"'{name}' is not read" in bad.detail
+    assert isinstance(parse({"messages": asked(**{name: None})}), Record)
+
+
 @pytest.mark.parametrize("name", ["system", "system_prompt"])
 def test_prompts_of_the_system_are_refused(name):
     bad = parse({**UNDERSTANDING, name: "Be brief."})

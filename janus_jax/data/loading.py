@@ -6,6 +6,7 @@ from pathlib import Path
 import grain
 from grain.experimental import ThreadPrefetchIterDataset
 
+from janus_jax.checks import shorten
 from janus_jax.data.examples import ExampleMaker
 from janus_jax.data.mixture import Part, Streams, open_parts, stream
 from janus_jax.data.packing import OPEN_ROWS, packed
@@ -49,13 +50,15 @@ class RowsConfig:
         for name in ("length", "rows", "streams", "threads"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+                got = shorten(value)
+                raise ValueError(f"{name} must be a whole number of at least 1, got {got}")
         for name in ("max_pictures", "max_drawn", "seed"):
             value = getattr(self, name)
             if type(value) is not int or value < 0:
-                raise ValueError(f"{name} must be a whole number of at least 0, got {value!r}")
+                got = shorten(value)
+                raise ValueError(f"{name} must be a whole number of at least 0, got {got}")
         if not 0 <= self.max_bad < 1:
-            raise ValueError(f"max_bad must be at least 0 and below 1, got {self.max_bad!r}")
+            raise ValueError(f"max_bad must be at least 0 and below 1, got {shorten(self.max_bad)}")
 
     def own_streams(self, host: int, hosts: int) -> range:
         """The streams of one of the hosts.

@@ -14,6 +14,7 @@ from typing import Any
 import grain
 import numpy as np
 
+from janus_jax.checks import shorten
 from janus_jax.data.records import BadRecord, Record
 
 Example = dict[str, np.ndarray]
@@ -60,11 +61,11 @@ def open_parts(tree: Mapping[str, Any], open_source: Callable, name: str = "") -
     weight = tree.pop("weight", 1)
     where = name or "the mixture"
     if type(weight) not in (int, float) or not 0 < weight < math.inf:
-        raise ValueError(f"weight must be a number above 0, got {weight!r} for {where}")
+        raise ValueError(f"weight must be a number above 0, got {shorten(weight)} for {where}")
     if tree.keys() >= {"format", "path"}:
         question = tree.pop("question", None)
         if not (question is None or (isinstance(question, str) and question.strip())):
-            raise ValueError(f"question must be a text, got {question!r} for {where}")
+            raise ValueError(f"question must be a text, got {shorten(question)} for {where}")
         try:
             return Part(name, weight, open_source(**tree), question=question)
         except ValueError as error:

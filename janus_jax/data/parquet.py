@@ -72,7 +72,7 @@ class ParquetSource(Source):
         except (ValueError, OSError) as error:  # as pyarrow reports damaged data
             if getattr(error, "errno", None):  # the file is gone, the disk has failed
                 raise
-            reason = " ".join(str(error).split())
+            reason = shorten_text(str(error))
             raise BadRecord("malformed", f"a damaged row group: {reason}") from None
         return parse_record(table.slice(position, 1).to_pylist()[0], _picture)
 

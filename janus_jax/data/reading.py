@@ -154,7 +154,7 @@ def parse_npy(raw: bytes) -> np.ndarray:
     try:
         return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
     except Exception as error:  # its header is Python source, which breaks in many ways
-        raise BadRecord("malformed", f"not a .npy file: {' '.join(str(error).split())}") from None
+        raise BadRecord("malformed", f"not a .npy file: {shorten_text(str(error))}") from None
 
 
 def picture_bytes(value: Any) -> bytes:

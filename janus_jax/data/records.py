@@ -103,7 +103,8 @@ def parse_record(fields: Mapping[str, Any], read_picture: ReadPicture) -> Record
     else:
         record = _text(fields)
     if not record.pictures and record.indices is None:
-        _refuse(unread.unread_media(fields, FIELDS))
+        for part in (fields, *(fields[name] if is_conversation else ())):
+            _refuse(unread.unread_media(part, (*FIELDS, *_OF_TURN)))
     return record
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from janus_jax.checks import shorten
 from janus_jax.data import scenes
 from janus_jax.data.questions import QuestionAnswer, ask_relation, describe, sample_question
 from janus_jax.data.reading import Source
@@ -52,13 +53,14 @@ class ScenesSource(Source):
         captioned = self._kind == "generation" and caption in scenes.KINDS
         if self._name not in KINDS and not captioned:
             known = ", ".join([*KINDS, *(f"generation/{kind}" for kind in scenes.KINDS)])
-            raise ValueError(f"the path of scenes must be one of {known}, got {self._name!r}")
+            got = shorten(self._name)
+            raise ValueError(f"the path of scenes must be one of {known}, got {got}")
         if type(count) is not int or count < 1:
-            raise ValueError(f"count must be a whole number of at least 1, got {count!r}")
+            raise ValueError(f"count must be a whole number of at least 1, got {shorten(count)}")
         if type(seed) is not int or not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be a whole number in [0, 2**32), got {seed!r}")
+            raise ValueError(f"seed must be a whole number in [0, 2**32), got {shorten(seed)}")
         if type(relations) not in (int, float) or not 0 <= relations <= 1:
-            raise ValueError(f"relations must be a number from 0 to 1, got {relations!r}")
+            raise ValueError(f"relations must be a number from 0 to 1, got {shorten(relations)}")
         if relations and self._kind != "understanding":
             raise ValueError(f"relations must be left to understanding, got it for {self._kind}")
         self._seed, self._relations = seed, relations

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
+from janus_jax.checks import shorten
 from janus_jax.data.parquet import ParquetSource
 from janus_jax.data.reading import (
     INDICES_SUFFIX,
@@ -189,7 +190,7 @@ def _read_class_names(path: Path) -> dict[str, str]:
         name = rest.partition(",")[0].strip()
         if folder and not name:
             rule = "a line must be a folder's name and, after a space, that of the class"
-            raise ValueError(f"{path}:{number}: {rule}, got {line!r}")
+            raise ValueError(f"{path}:{number}: {rule}, got {shorten(line)}")
         names[folder] = name
     return names
 
@@ -212,7 +213,7 @@ def open_source(format: str, path: Paths, **options) -> Source:
         FileNotFoundError: nothing is at the path.
     """
     if format not in FORMATS:
-        raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {format!r}")
+        raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {shorten(format)}")
     kind = FORMATS[format]
     try:
         inspect.signature(kind).bind(path, **options)

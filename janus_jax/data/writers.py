@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from janus_jax.checks import shorten
 from janus_jax.data.parquet import import_pyarrow
 from janus_jax.data.reading import INDICES_SUFFIX
 from janus_jax.data.records import Record, record_fields
@@ -38,7 +39,7 @@ def write_records(
         ValueError: another format, or a record that class_folder cannot hold.
     """
     if format not in _WRITERS:
-        raise ValueError(f"the format must be one of {', '.join(_WRITERS)}, got {format!r}")
+        raise ValueError(f"the format must be one of {', '.join(_WRITERS)}, got {shorten(format)}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     _WRITERS[format](path, records, first)
@@ -144,7 +145,7 @@ def _write_class_folder(path: Path, records: Iterable[Record], first: int) -> No
         fits = folder.replace("_", " ") == record.text and len(folder.encode()) <= _NAME_BYTES
         if not fits or folder.startswith(".") or "/" in folder or "\0" in folder:
             rule = "a caption for class_folder must do as a folder's name and have no / or _"
-            raise ValueError(f"{rule}, got {record.text!r} {record.where}".strip())
+            raise ValueError(f"{rule}, got {shorten(record.text)} {record.where}".strip())
         if record.indices is None:
             suffix, data = _suffix(record.pictures[0]), record.pictures[0]
         else:

@@ -21,7 +21,7 @@ from janus_jax.processing.image_sources import decode_base64
 from janus_jax.processing.images import ImageSource, picture_list
 
 _SOURCES = ("image", "url", "path", "base64")
-_MEDIA = ("image", "img", "picture", "photo", "pixel", "video", "audio")
+_MEDIA = ("image", "img", "picture", "photo", "pixel", "video", "audio", "attachment")
 _DESCRIBING = re.compile(
     r"(^|[\W_])(ids?|sizes?|width|height|resolutions?|shapes?|hash|md5|sha\d+|format|mode|license"
     r"|captions?|descriptions?|titles?|tags|categor(y|ies)|embeddings?|features?|scores?)$"

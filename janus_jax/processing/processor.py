@@ -193,8 +193,7 @@ class Processor:
             messages = chat.question_messages(messages, len(images), self.image_tag)
         messages = chat.generic_roles(messages, self.image_tag)
         messages, images = _place_images(messages, images, self.image_tag)
-        for message in messages:
-            self.check_text(message["content"])
+        self.check_text(chat.format_conversation(messages, self.sft_format, self.system_prompt))
         return self.tokens(messages, len(images)), self.pixels(images, allow_urls)
 
     def tokens(self, messages: Sequence[chat.Message], num_images: int) -> list[int]:
