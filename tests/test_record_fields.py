@@ -156,15 +156,15 @@ UNREAD = {
         {"messages": asked(images=["a"]), "images": ["b"]}, "1 in the messages and 1 beside them",
     ),
     "one message without": (
-        {"messages": asked(images=["a"]) + asked("<image> Here?")}, "0 pictures for 1 places",
+        {"messages": asked(images=["a"]) + asked("<image> Here?")}, "0 images for 1 places",
     ),
-    "fewer than places": ({"messages": asked("<image><image>", images=["a"])}, "1 pictures for 2"),
+    "fewer than places": ({"messages": asked("<image><image>", images=["a"])}, "1 images for 2"),
     "picture in an answer": (
         {"messages": [asked()[0], ANSWER | {"images": ["a"]}]}, "got one in an answer",
     ),
     "drawn in an answer": (
         {"image": "a", "conversations": [SAID[0], {"from": "gpt", "value": "<image>"}]},
-        "an answer must hold no picture, got <image>",
+        "an answer cannot hold an image, got <image>",
     ),
     "messages beside conversations": (
         {"messages": asked(), "conversations": SAID}, "got conversations and messages",
@@ -177,7 +177,7 @@ UNREAD = {
     "index": (
         {"messages": asked([{"type": "image", "index": 1}]), "images": ["a"]}, "got index 1",
     ),
-    "DPO of a message": ({"messages": asked(tool_calls=[1])}, "'tool_calls' is not read"),
+    "tool calls": ({"messages": asked(tool_calls=[1])}, "'tool_calls' is not read"),
 }  # fmt: skip
 
 
@@ -294,7 +294,7 @@ def test_metadata_of_img2dataset_is_harmless():
 def test_remote_images_and_long_values():
     url = "https://example.org/" + "a/" * 500 + "s.png"
     bad = parse({"messages": asked(images=[url])})
-    assert bad.reason == "remote picture" and "state its path" in bad.detail
+    assert bad.reason == "remote image" and "give its path" in bad.detail
     long = [bad, parse({"caption": "a", "image": "data:image/png;base64," + "?" * 9999})]
     long += [parse({"conversations": [{"from": "x" * 9999, "value": "a"}]})]
     long += [parse({"messages": asked([{"type": "x" * 9999}])}), parse({"x" * 9999: 1})]
@@ -319,7 +319,7 @@ def test_columns_and_members_that_are_not_read_are_refused(tmp_path):
     members = {"1.json": fields, "1.mp4": b"video", "2.json": fields, "2.gif": picture(1, "GIF")}
     write_tar(tmp_path / "a.tar", members)
     first, second = TarSource(tmp_path / "a.tar")
-    assert_bad(first, "unread field", f"{tmp_path}/a.tar:1", "a video or sound")
+    assert_bad(first, "unread field", f"{tmp_path}/a.tar:1", "a video or audio")
     assert second.pictures == (picture(1, "GIF"),)
     both = {"caption": "a", "image": "a.png", "images": ["b.png"]}
     write_tar(tmp_path / "b.tar", {"1.json": json.dumps(both).encode(), "1.png": picture(1)})

@@ -95,7 +95,7 @@ def parse_record(fields: Mapping[str, Any], read_picture: ReadPicture) -> Record
     is_conversation = name in _CONVERSATIONS
     _refuse(unread.unread_field(fields, FIELDS, is_conversation))
     if _holds(fields.get("image")) and _holds(fields.get("images")):
-        raise BadRecord("malformed", "pictures must be in image or in images, got both")
+        raise BadRecord("malformed", "expected image or images, got both")
     if is_conversation:
         record = _understanding(fields, fields[name], read_picture)
     elif name == "caption":
@@ -205,10 +205,10 @@ def _read_all(values: Sequence[Any], read_picture: ReadPicture) -> tuple[bytes, 
 
 
 def _read(value: Any, read_picture: ReadPicture) -> bytes:
-    """The bytes of a picture's file, also from a data: or file: URL."""
+    """The bytes of an image file, also from a data: or file: URL."""
     if is_remote(value):
-        rule = "training fetches no images: download it and state its path"
-        raise BadRecord("remote picture", f"{rule}, got {shorten_text(value)}")
+        rule = "training does not fetch images; download it and give its path"
+        raise BadRecord("remote image", f"{rule}, got {shorten_text(value)}")
     try:
         source = resolve(value)
     except ValueError as error:
@@ -218,7 +218,7 @@ def _read(value: Any, read_picture: ReadPicture) -> bytes:
 
 
 def _understanding(fields: Mapping[str, Any], said: Any, read_picture: ReadPicture) -> Record:
-    """Questions and answers in pairs, and their pictures."""
+    """Questions and answers in pairs, and their images."""
     if not isinstance(said, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in said):
         raise BadRecord("malformed", "a conversation must be a list of objects")
     if _holds(fields.get("indices")):
@@ -230,31 +230,34 @@ def _understanding(fields: Mapping[str, Any], said: Any, read_picture: ReadPictu
     beside = _pictures(fields, read_picture)
     if own and beside:
         got = f"{len(own)} in the messages and {len(beside)} beside them"
-        rule = "pictures must be in the messages or beside them"
+        rule = "images must be in the messages or beside them, not both"
         raise BadRecord("malformed", f"{rule}, got {got}")
     pictures = beside or _read_all(own, read_picture)
     if pictures and any(PICTURE_TAG in answer for _, answer in turns):
-        raise BadRecord("malformed", f"an answer must hold no picture, got {PICTURE_TAG} in it")
+        raise BadRecord("malformed", f"an answer cannot hold an image, got {PICTURE_TAG} in it")
     return Record("understanding", turns, pictures=pictures)
 
 
 def _turns(said: Sequence[Mapping[str, Any]]) -> tuple[tuple[tuple[str, str], ...], list[Any]]:
-    """Questions and answers in pairs, and the pictures that the questions hold. ValueError too."""
+    """Questions and answers in pairs, and the images that the questions hold.
+
+    Raises BadRecord or ValueError.
+    """
     roles = [messages.either(turn, "from", "role") for turn in said]
     names = [_role(role) for role in roles]
     if "system" in names:
         raise BadRecord("system turn", _SYSTEM_IS_FIXED)
     if not said or names != ["user", "assistant"] * (len(said) // 2):
-        raise BadRecord(
-            "malformed", f"questions and answers must alternate, got {shorten(roles)}"
-        )
+        got = shorten(roles)
+        raise BadRecord("malformed", f"questions and answers must alternate, got {got}")
     read = [_turn(turn, name == "user") for turn, name in zip(said, names, strict=True)]
     messages.check_indices(messages.either(turn, "value", "content") for turn in said)
     texts, own = [text for text, _ in read], [image for _, images in read for image in images]
     for text, images in read[::2] if own else ():
         if text.count(PICTURE_TAG) != len(images):
-            got = f"{len(images)} pictures for {text.count(PICTURE_TAG)} places"
-            raise BadRecord("malformed", f"each question must have a place a picture, got {got}")
+            got = f"{len(images)} images for {text.count(PICTURE_TAG)} places"
+            rule = "a question needs one place for each of its images"
+            raise BadRecord("malformed", f"{rule}, got {got}")
     if not all(map(_is_text, texts)):
         raise BadRecord("malformed", "what is said must be text")
     if not all(text.strip() for text in texts[1::2]):
@@ -267,7 +270,7 @@ def _role(role: Any) -> str | None:
 
 
 def _turn(turn: Mapping[str, Any], asks: bool) -> tuple[str, list[Any]]:
-    """What is said in a turn, with PICTURE_TAG at the places of pictures, and its own pictures."""
+    """The text of a turn, with PICTURE_TAG at the place of each image, and its own images."""
     messages.check_fields(turn, _OF_TURN)
     _refuse(unread.unread_field_of_turn(turn))
     content = messages.either(turn, "value", "content")
@@ -276,7 +279,7 @@ def _turn(turn: Mapping[str, Any], asks: bool) -> tuple[str, list[Any]]:
     text, images = messages.read_content(turn, content, PICTURE_TAG)
     in_parts = isinstance(content, (list, tuple)) and PICTURE_TAG in text
     if not asks and (images or in_parts):
-        raise BadRecord("malformed", "pictures must be in questions, got one in an answer")
+        raise BadRecord("malformed", "only a question can hold an image, got one in an answer")
     return text, images
 
 

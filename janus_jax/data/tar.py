@@ -62,8 +62,8 @@ class TarSource(Source):
         members = shard.members[slice(*shard.starts[position : position + 2])]
         _check_sizes(members[:, 2])
         if (members[:, 0] == _UNREAD).any():
-            rule = f"pictures must be {', '.join(PICTURE_SUFFIXES)}"
-            raise BadRecord("unread field", f"{rule}, got another image, a video or sound")
+            rule = f"images must be {', '.join(PICTURE_SUFFIXES)}"
+            raise BadRecord("unread field", f"{rule}, got another format, a video or audio")
         held = [[] for _ in (*_SINGLE, "pictures")]
         with naming(self._files[part]), self._files[part].open("rb") as file:
             for kind, offset, size in members.tolist():
@@ -92,7 +92,7 @@ def _parse(jsons: list[bytes], texts: list[bytes], arrays: list[bytes], pictures
         fields["indices"] = parse_npy(arrays[0])
     single, named = fields.pop("image", None), fields.pop("images", None)
     if single and named:
-        raise BadRecord("malformed", "pictures must be in image or in images, got both")
+        raise BadRecord("malformed", "expected image or images, got both")
     if not named:
         named = picture_list(single)
     if isinstance(named, list) and len(named) > len(pictures) and fields.get("indices") is None:

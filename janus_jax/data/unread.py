@@ -44,7 +44,7 @@ def unread_field(
         if str(name).lower() in changing:
             return _unread(name, "changes what is to be learned")
         if may_hold_image(str(name), value):
-            return _unread(name, "may hold an image, video or sound")
+            return _unread(name, "may hold an image, video or audio")
     return None
 
 
@@ -65,7 +65,7 @@ def unread_media(fields: Mapping[str, Any], known: Collection[str]) -> str | Non
         named = name in known or str(name).lower() in _ORIGIN
         values = value[:8] if isinstance(value, (list, tuple)) else [value]
         if not named and any(map(_is_media, values)):
-            return _unread(name, "holds the file or the path of an image, video or sound")
+            return _unread(name, "holds the file or the path of an image, video or audio")
     return None
 
 

@@ -40,7 +40,7 @@ def holds(value: Any) -> bool:
 
 
 def may_hold_image(name: str, value: Any) -> bool:
-    """Whether a field may hold an image, a video or sound, by its name: not numbers, nor an id."""
+    """Whether a field may hold an image, a video or audio, by its name: not numbers, nor an id."""
     name = name.lower()
     named = any(stem in name for stem in _MEDIA) and not _DESCRIBING.search(name)
     return named and holds(value) and not _only_numbers(value)
