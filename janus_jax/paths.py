@@ -1,7 +1,6 @@
 """Files and folders: checked before they are read or written, and written whole or not at all."""
 
 import contextlib
-import errno
 import fcntl
 import os
 import re
@@ -21,27 +20,36 @@ def check_local(name: str, path: str | Path) -> None:
         raise ValueError(f"{name} must be a place on a disk of this machine, got {path}")
 
 
-def check_regular(path: str | Path, most: int = MAX_FILE_BYTES) -> int:
-    """The bytes of a file that can be read to its end.
+def file_size(path: Path) -> int:
+    """Bytes of a regular file; ask before opening, for opening a FIFO waits for a writer.
 
     Raises:
-        ValueError: it is a device, a pipe or a socket, or has more than `most` bytes.
-        OSError: it is not there, or a folder.
+        FileNotFoundError: there is no such file, or the path is a link to a missing file.
+        ValueError: it is a folder, a FIFO, a socket or a device.
     """
-    status = os.stat(path)
-    if stat.S_ISDIR(status.st_mode):
-        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        link = ": the link there leads to a missing file" if path.is_symlink() else ""
+        raise FileNotFoundError(f"no {path.name} in {path.parent}{link}") from None
     if not stat.S_ISREG(status.st_mode):
-        raise ValueError("expected a regular file, got a device, a pipe or a socket")
-    if status.st_size > most:
-        raise ValueError(f"a file must have at most {most} bytes, got {status.st_size}")
+        kind = "folder" if stat.S_ISDIR(status.st_mode) else "FIFO, socket or device"
+        raise ValueError(f"{path} must be a regular file, got a {kind}")
     return status.st_size
 
 
-def read_regular(path: str | Path, most: int = MAX_FILE_BYTES) -> bytes:
-    """The bytes of a file; raises what check_regular raises."""
-    size = check_regular(path, most)
-    with naming(path), open(path, "rb") as file:
+def bounded_size(path: Path, most: int) -> int:
+    """Bytes of a regular file; raises ValueError for more than `most`, and what file_size does."""
+    size = file_size(path)
+    if size > most:
+        raise ValueError(f"{path} must have at most {most} bytes, got {size}")
+    return size
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """The bytes of a regular file; raises what bounded_size does, and OSError."""
+    size = bounded_size(path, most)
+    with os_errors_of(path), path.open("rb") as file:
         return file.read(size)  # and no more, should it grow
 
 
@@ -51,7 +59,7 @@ def sibling(path: Path) -> Path:
 
 
 @contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
+def os_errors_of(path: str | Path) -> Iterator[None]:
     """Adds a file's name to an OSError that has none, as those of read, write and close."""
     try:
         yield
@@ -71,7 +79,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
     """
     beside = sibling(path)
     try:
-        with naming(path), beside.open("xb") as file:
+        with os_errors_of(path), beside.open("xb") as file:
             yield file
         os.replace(beside, path)
     except BaseException as error:

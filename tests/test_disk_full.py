@@ -14,7 +14,7 @@ from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import Skipped
 from janus_jax.data.writers import write_records
 from janus_jax.interop.files import write_safetensors_file
-from janus_jax.paths import naming, written_whole
+from janus_jax.paths import os_errors_of, written_whole
 from janus_jax.processing.json_files import write_json
 
 RECORDS = [
@@ -86,11 +86,11 @@ def test_a_file_that_cannot_be_made_is_named_as_it_would_be(tmp_path):
 
 
 def test_errors_that_have_a_name_keep_it():
-    with pytest.raises(OSError, match="'b'"), naming("a"):
+    with pytest.raises(OSError, match="'b'"), os_errors_of("a"):
         raise OSError(errno.EIO, "Input/output error", "b")
-    with pytest.raises(OSError, match="a: of a library"), naming("a"):
+    with pytest.raises(OSError, match="a: of a library"), os_errors_of("a"):
         raise OSError("of a library")
-    with pytest.raises(RuntimeError, match="of another kind"), naming("a"):
+    with pytest.raises(RuntimeError, match="of another kind"), os_errors_of("a"):
         raise RuntimeError("of another kind")
 
 

@@ -129,8 +129,7 @@ def test_paths_that_are_no_regular_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to("/dev/zero")
     for path in ("/dev/zero", "/dev/null", tmp_path / "pipe.png", tmp_path / "link.png"):
-        rule = f"cannot read image {path}: expected a regular file, got a device, a pipe or a sock"
-        with pytest.raises(ValueError, match=rule):
+        with pytest.raises(ValueError, match=f"{path} must be a regular file, got a FIFO"):
             load_image(path)
 
 
@@ -138,6 +137,6 @@ def test_a_file_too_large_to_be_an_image(tmp_path):
     with (tmp_path / "a.webp").open("wb") as file:
         file.write(encoded("WEBP"))
         file.truncate(100 * 2**30)
-    rule = f"a.webp: a file must have at most {MAX_FILE_BYTES} bytes, got {100 * 2**30}"
+    rule = f"{file.name} must have at most {MAX_FILE_BYTES} bytes, got {100 * 2**30}"
     with pytest.raises(ValueError, match=rule):
-        load_image(tmp_path / "a.webp")
+        load_image(file.name)

@@ -14,7 +14,7 @@ from PIL import Image
 
 from janus_jax.checks import shorten, shorten_text
 from janus_jax.data.records import BadRecord, Record, check_object
-from janus_jax.paths import MAX_TEXT_BYTES, naming, read_regular
+from janus_jax.paths import MAX_FILE_BYTES, MAX_TEXT_BYTES, os_errors_of, read_bounded
 from janus_jax.processing.images import error_text, load_image
 
 Paths = str | Path | Sequence[str | Path]
@@ -117,7 +117,7 @@ def opened(path: Path, kind: str, read: Callable[[Path], Any]) -> Any:
 
 def read_span(path: Path, offset: int, size: int) -> bytes:
     """A part of a file."""
-    with naming(path), path.open("rb") as file:
+    with os_errors_of(path), path.open("rb") as file:
         file.seek(offset)
         return file.read(size)
 
@@ -169,13 +169,16 @@ def picture_file(root: Path, value: Any) -> bytes:
     """A picture that must be a path from root. Raises BadRecord."""
     if not isinstance(value, str):
         raise BadRecord("malformed", f"a picture must be a path, got {type(value).__name__}")
+    path = root / value
     try:
-        return read_regular(root / value)
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise BadRecord("missing file", f"no picture at {root / shorten_text(value)}") from None
-    except (OSError, ValueError) as error:  # ValueError: no path at all
-        reason = getattr(error, "strerror", None) or str(error)
-        raise BadRecord("unreadable file", f"{root / shorten_text(value)}: {reason}") from None
+        return read_bounded(path, MAX_FILE_BYTES)
+    except FileNotFoundError:
+        raise BadRecord("missing file", f"no image at {root / shorten_text(value)}") from None
+    except ValueError as error:  # no regular file, or no path at all
+        reason = "missing file" if path.is_dir() else "unreadable file"
+        raise BadRecord(reason, str(error)) from None
+    except OSError as error:
+        raise BadRecord("unreadable file", f"{root / shorten_text(value)}: {error.strerror}") from None
 
 
 def prepared_image(encoded: bytes, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:

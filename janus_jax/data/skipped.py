@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_jax.data.records import BadRecord
-from janus_jax.paths import naming
+from janus_jax.paths import os_errors_of
 
 if TYPE_CHECKING:
     from janus_jax.data.mixture import Loaded  # with grain, which takes seconds to import
@@ -70,7 +70,7 @@ class Skipped:
     def _write(self, source: str, bad: BadRecord) -> None:
         line = dict(source=source, record=bad.where, reason=bad.reason, detail=bad.detail)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        with naming(self._path), self._path.open("ab", buffering=0) as file:
+        with os_errors_of(self._path), self._path.open("ab", buffering=0) as file:
             file.write(json.dumps(line).encode() + b"\n")
 
     def _check(self, source: str) -> None:

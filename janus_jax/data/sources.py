@@ -33,7 +33,7 @@ from janus_jax.data.reading import (
 from janus_jax.data.records import BadRecord, Record, parse_record
 from janus_jax.data.scene_records import ScenesSource
 from janus_jax.data.tar import TarSource
-from janus_jax.paths import MAX_TEXT_BYTES, naming, read_regular
+from janus_jax.paths import MAX_TEXT_BYTES, os_errors_of, read_bounded
 
 _PIECE = 2**20  # bytes of a line that are read at once
 
@@ -71,7 +71,7 @@ def _line_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """
     offsets, numbers = array("q"), array("q")
     start, end, number, blank = 0, 0, 1, True
-    with naming(path), path.open("rb") as file:
+    with os_errors_of(path), path.open("rb") as file:
         for piece in iter(partial(file.readline, _PIECE), b""):
             if blank and not piece.isspace():
                 offsets.append(start)
@@ -184,7 +184,8 @@ def _read_class_names(path: Path) -> dict[str, str]:
     if not path.is_file():
         raise FileNotFoundError(f"class_names must be a text file, there is none at {path}")
     names = {}
-    text = opened(path, "a text", lambda path: read_regular(path, MAX_TEXT_BYTES).decode())
+    raw = read_bounded(path, MAX_TEXT_BYTES)
+    text = opened(path, "a UTF-8 text", lambda _: raw.decode())
     for number, line in enumerate(text.splitlines(), 1):
         folder, _, rest = line.strip().partition(" ")
         name = rest.partition(",")[0].strip()

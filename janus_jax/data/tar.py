@@ -22,7 +22,7 @@ from janus_jax.data.reading import (
     picture_bytes,
 )
 from janus_jax.data.records import BadRecord, Record, parse_record
-from janus_jax.paths import MAX_FILE_BYTES, naming
+from janus_jax.paths import MAX_FILE_BYTES, os_errors_of
 from janus_jax.processing.images import error_text, picture_list
 
 # What a member is, by the end of its name; of all but pictures a record has one at most.
@@ -65,7 +65,7 @@ class TarSource(Source):
             rule = f"images must be {', '.join(PICTURE_SUFFIXES)}"
             raise BadRecord("unread field", f"{rule}, got another format, a video or audio")
         held = [[] for _ in (*_SINGLE, "pictures")]
-        with naming(self._files[part]), self._files[part].open("rb") as file:
+        with os_errors_of(self._files[part]), self._files[part].open("rb") as file:
             for kind, offset, size in members.tolist():
                 file.seek(offset)
                 held[kind].append(file.read(size))
@@ -142,7 +142,7 @@ def _index(path: Path) -> _Shard:
 
 
 def _members(path: Path) -> list[tarfile.TarInfo]:
-    with naming(path), path.open("rb") as file:
+    with os_errors_of(path), path.open("rb") as file:
         if file.read(8).startswith(_COMPRESSED):
             raise ValueError("it is compressed, and records could not be read in any order")
         file.seek(0)

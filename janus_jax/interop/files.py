@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from janus_jax.interop.readers import SAFETENSORS, SAFETENSORS_DTYPES
-from janus_jax.paths import check_local, naming, sibling
+from janus_jax.paths import check_local, os_errors_of, sibling
 from janus_jax.processing.json_files import write_json
 
 CONFIG = "config.json"
@@ -152,7 +152,7 @@ def write_safetensors_file(
         header[name] = fields
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned, so readers can map it
-    with naming(path), path.open("wb") as file:
+    with os_errors_of(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, _) in tensors.items():
             values = np.ascontiguousarray(read(name), dtype)

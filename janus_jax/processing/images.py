@@ -8,13 +8,14 @@ import io
 import json
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
 from janus_jax.checks import check_count, check_kept_number, shorten, shorten_text
-from janus_jax.paths import MAX_FILE_BYTES, check_regular
+from janus_jax.paths import MAX_FILE_BYTES, bounded_size
 from janus_jax.processing.rgb import to_rgb
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
@@ -69,9 +70,9 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
     name = f"<{len(source)} bytes>" if from_bytes else shorten_text(os.fspath(source))
     if not from_bytes and (not os.path.exists(source) or os.path.isdir(source)):
         raise FileNotFoundError(f"no image file at {name or repr(name)}")
+    if not from_bytes:
+        bounded_size(Path(source), MAX_FILE_BYTES)
     try:
-        if not from_bytes:
-            check_regular(source, MAX_FILE_BYTES)
         with Image.open(io.BytesIO(source) if from_bytes else source, formats=FORMATS) as image:
             return _decoded(image)
     except Image.UnidentifiedImageError:

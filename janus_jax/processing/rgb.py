@@ -8,7 +8,7 @@ import io
 from collections.abc import Callable, Iterator
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
 _BAND = 2**18  # pixels
@@ -30,7 +30,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = _scaled_to_8_bit(image)
     if image.has_transparency_data:
         return _assembled("RGB", image.size, lambda box: _on_white(image.crop(box)))
-    return image if image.mode == "RGB" else image.convert("RGB")
+    return image.convert("RGB")
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -146,8 +146,9 @@ def _upright(image: Image.Image) -> Image.Image:
     """As its EXIF data say, unless nobody can read them: the picture is good for all that."""
     image.load()  # what is wrong with the picture itself is told by this
     try:
-        return ImageOps.exif_transpose(image)
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if turned else image
     except MemoryError:
         raise
     except Exception:  # Pillow raises anything at all on broken bytes
-        return image.copy()
+        return image
