@@ -13,6 +13,7 @@ from janus_jax.data import reading, sources
 from janus_jax.data import tar as tar_files
 from janus_jax.data.records import Record
 from janus_jax.data.sources import JsonlSource, TarSource, open_source
+from janus_jax.data.writers import write_records
 
 HUGE = 2**40
 TEXT = b'{"text": "a"}'
@@ -206,6 +207,19 @@ def test_sources_that_are_no_regular_files(format, tmp_path):
         open_source(format, tmp_path)
     with pytest.raises(FileNotFoundError, match=f"there is none at {path}"):
         open_source(format, path)
+
+
+def test_a_parquet_file_whose_footer_is_damaged(tmp_path):
+    """For which pyarrow raises OSError."""
+    path = tmp_path / "a.parquet"
+    write_records("parquet", path, [Record("text", text="a")])
+    raw = bytearray(path.read_bytes())
+    start = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
+    raw[start : start + 8] = b"\x0f" * 8
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=f"{path} must be a Parquet file: .+") as error:
+        open_source("parquet", path)
+    assert "\n" not in str(error.value)
 
 
 def test_class_folders_with_files_that_never_end(tmp_path, monkeypatch):

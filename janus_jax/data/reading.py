@@ -110,7 +110,9 @@ def opened(path: Path, kind: str, read: Callable[[Path], Any]) -> Any:
     """What read makes of a file; what it raises about the contents, in one line."""
     try:
         return read(path)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, MemoryError, OSError) as error:
+        if getattr(error, "errno", None):  # of the disk; pyarrow's own have none
+            raise
         reason = " ".join(str(error).split()) or "it is truncated"
         raise ValueError(f"{path} must be {kind} file: {reason}") from None
 
