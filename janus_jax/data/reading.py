@@ -175,12 +175,13 @@ def picture_file(root: Path, value: Any) -> bytes:
     try:
         return read_bounded(path, MAX_FILE_BYTES)
     except FileNotFoundError:
-        raise BadRecord("missing file", f"no image at {root / shorten_text(value)}") from None
+        raise BadRecord("missing file", f"no picture at {root / shorten_text(value)}") from None
     except ValueError as error:  # no regular file, or no path at all
         reason = "missing file" if path.is_dir() else "unreadable file"
         raise BadRecord(reason, str(error)) from None
     except OSError as error:
-        raise BadRecord("unreadable file", f"{root / shorten_text(value)}: {error.strerror}") from None
+        detail = f"{root / shorten_text(value)}: {error.strerror}"
+        raise BadRecord("unreadable file", detail) from None
 
 
 def prepared_image(encoded: bytes, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:

@@ -60,10 +60,10 @@ class TarSource(Source):
     def _read(self, part: int, position: int) -> Record:
         shard = self._shards[part]
         members = shard.members[slice(*shard.starts[position : position + 2])]
-        _check_sizes(members[:, 2])
         if (members[:, 0] == _UNREAD).any():
             rule = f"images must be {', '.join(PICTURE_SUFFIXES)}"
             raise BadRecord("unread field", f"{rule}, got another format, a video or audio")
+        _check_sizes(members[:, 2])
         held = [[] for _ in (*_SINGLE, "pictures")]
         with os_errors_of(self._files[part]), self._files[part].open("rb") as file:
             for kind, offset, size in members.tolist():
