@@ -8,6 +8,9 @@ import transformers
 
 from janus_jax.generation import loading
 from janus_jax.interop import export
+from janus_jax.interop.load import open_folder
+from janus_jax.interop.processor_files import translate_files
+from janus_jax.processing.json_files import read_json, write_json
 from janus_jax.processing.processor import Processor
 
 
@@ -90,3 +93,31 @@ def test_what_transformers_cannot_hold_is_refused(settings, says, golden, tmp_pa
     with pytest.raises(ValueError, match=says):
         export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
     assert not (tmp_path / "hf").exists()
+
+
+def test_image_settings_inside_processor_config_go_along(golden, tmp_path):
+    """transformers 5 keeps them there; a folder may have them beside a config of DeepSeek's."""
+    source = with_settings(golden, tmp_path / "s", "processor_config.json")
+    images = json.loads((source / "preprocessor_config.json").read_text())
+    (source / "preprocessor_config.json").unlink()
+    images |= {"image_mean": [0.25, 0.5, 0.75], "image_processor_type": "JanusImageProcessor"}
+    stated = {"image_processor": images, "num_image_tokens": 16, "note": "\ud800"}
+    (source / "processor_config.json").write_text(json.dumps(stated))
+    wanted = Processor.from_dir(source)
+    for layout in ("deepseek", "transformers"):
+        (tmp_path / layout).mkdir()
+        translate_files(source, tmp_path / layout, layout, open_folder(golden / "janus").cfg)
+        assert Processor.from_dir(tmp_path / layout) == wanted
+
+
+def test_refusals_name_the_file_of_the_source(golden, tmp_path):
+    source = with_settings(golden, tmp_path / "s", "tokenizer_config.json", eos_token=[])
+    with pytest.raises(ValueError) as error:
+        export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+    assert str(error.value).startswith(f"{source}/tokenizer_config.json: eos_token must be a text")
+    assert not (tmp_path / "hf").exists()
+
+
+def test_texts_that_only_escapes_can_hold_are_kept(tmp_path):
+    write_json(tmp_path / "a.json", {"a": "\ud800", "b": "é"})
+    assert read_json(tmp_path / "a.json") == {"a": "\ud800", "b": "é"}

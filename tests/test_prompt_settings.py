@@ -117,6 +117,7 @@ def test_an_unknown_template_is_refused_with_what_to_do(tmp_path, files, place):
         ({"sft_format": ["x" * 999]}, r"sft_format must be one of .*, got \['x{20,80}.{0,70}$"),
         ({"image_tag": 7}, "processor_config.json: image_tag must be a text, got 7"),
         ({"system_prompt": []}, r"processor_config.json: system_prompt must be a text, got \[\]"),
+        ({"system_prompt": "🦙 \ud800"}, r"system_prompt must be a text, got '🦙 \\ud800'"),
         ({"use_default_system_prompt": "no"}, "processor_config.json: .* true or false, got 'no'"),
         (
             {"use_default_system_prompt": True, "system_prompt": "Rhyme."},

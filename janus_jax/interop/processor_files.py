@@ -88,14 +88,14 @@ def translate_files(source: Path, target: Path, layout: str, cfg: JanusConfig) -
             f"{source / PROCESSOR}: another layout needs the image_tag {IMAGE}, "
             f"not {shorten(prompts.image_tag)}"
         )
-    if layout != DEEPSEEK:
-        _check_expressible(source / PROCESSOR, prompts)
-    copy_files(source, target)
-    _remove_templates(target)
     if layout == DEEPSEEK:
+        _copy_all_but_templates(source, target)
         _to_deepseek(target, cfg, prompts)
     else:
-        _to_transformers(target, cfg, prompts)
+        _check_expressible(source / PROCESSOR, prompts)
+        tokenizer = Tokenizer.from_dir(source)
+        _copy_all_but_templates(source, target)
+        _to_transformers(target, cfg, prompts, tokenizer)
 
 
 def _check_expressible(path: Path, prompts: PromptSettings) -> None:
@@ -111,27 +111,33 @@ def _check_expressible(path: Path, prompts: PromptSettings) -> None:
         )
 
 
-def _remove_templates(folder: Path) -> None:
-    """Removes every chat template: the one that counts is written anew, or named."""
+def _copy_all_but_templates(source: Path, target: Path) -> None:
+    """Copies the small files without any chat template: that in use is written anew, or named."""
+    copy_files(source, target)
     for name in (TEMPLATE_FILE, LEGACY_TEMPLATE_FILE):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / TEMPLATE_FOLDER, ignore_errors=True)
-    config = read_json_if_any(folder / TOKENIZER_CONFIG)
+        (target / name).unlink(missing_ok=True)
+    shutil.rmtree(target / TEMPLATE_FOLDER, ignore_errors=True)
+    config = read_json_if_any(target / TOKENIZER_CONFIG)
     if config.pop(TEMPLATE_KEY, None) is not None:
-        write_json(folder / TOKENIZER_CONFIG, config)
+        write_json(target / TOKENIZER_CONFIG, config)
 
 
-def _to_deepseek(folder: Path, cfg: JanusConfig, prompts: PromptSettings) -> None:
-    processor = read_json_if_any(folder / PROCESSOR)
+def _write_image_settings(folder: Path, processor: dict, named: dict) -> None:
+    """Writes preprocessor_config.json: what both layouts share, and what `named` adds."""
     images = read_json_if_any(folder / PREPROCESSOR) or processor.get("image_processor")
     if images:
         shared = {key: images[key] for key in SHARED_IMAGE_KEYS if key in images}
-        named = {
-            "image_processor_type": "VLMImageProcessor",
-            "processor_class": "VLChatProcessor",
-            "image_size": _image_size(folder),
-        }
         write_json(folder / PREPROCESSOR, shared | named)
+
+
+def _to_deepseek(folder: Path, cfg: JanusConfig, prompts: PromptSettings) -> None:
+    processor, size = read_json_if_any(folder / PROCESSOR), _image_size(folder)
+    images = {
+        "image_processor_type": "VLMImageProcessor",
+        "processor_class": "VLChatProcessor",
+        "image_size": size,
+    }
+    _write_image_settings(folder, processor, images)
     named = {
         "processor_class": "VLChatProcessor",
         "image_tag": IMAGE_TOKENS["image_token"],
@@ -153,27 +159,25 @@ def _kept(processor: dict) -> dict:
     return {key: processor[key] for key in ours if key in processor}
 
 
-def _to_transformers(folder: Path, cfg: JanusConfig, prompts: PromptSettings) -> None:
-    images = read_json_if_any(folder / PREPROCESSOR)
-    if images:
-        side = _image_size(folder)
-        shared = {key: images[key] for key in SHARED_IMAGE_KEYS if key in images}
-        named = {
-            "image_processor_type": "JanusImageProcessor",
-            "processor_class": "JanusProcessor",
-            "do_resize": True,
-            "do_rescale": True,
-            "resample": 3,
-            "size": {"height": side, "width": side},
-        }
-        write_json(folder / PREPROCESSOR, shared | named)
+def _to_transformers(
+    folder: Path, cfg: JanusConfig, prompts: PromptSettings, tokenizer: Tokenizer
+) -> None:
+    processor, size = read_json_if_any(folder / PROCESSOR), _image_size(folder)
+    images = {
+        "image_processor_type": "JanusImageProcessor",
+        "processor_class": "JanusProcessor",
+        "do_resize": True,
+        "do_rescale": True,
+        "resample": 3,
+        "size": {"height": size, "width": size},
+    }
+    _write_image_settings(folder, processor, images)
     named = {
         "processor_class": "JanusProcessor",
         "num_image_tokens": cfg.und_encoder.num_tokens,
         "use_default_system_prompt": prompts.system_prompt == DEFAULT_SYSTEM_PROMPT,
     }
-    write_json(folder / PROCESSOR, _kept(read_json_if_any(folder / PROCESSOR)) | named)
-    tokenizer = Tokenizer.from_dir(folder)
+    write_json(folder / PROCESSOR, _kept(processor) | named)
     _write_tokenizer(folder, tokenizer.bos_id)
     (folder / TEMPLATE_FILE).write_text(janus_template(prompts.sft_format), "utf-8")
     _write_generation_config(folder, tokenizer)

@@ -45,6 +45,9 @@ def naming(path: str | Path) -> Iterator[None]:
 
 def write_json(path: Path, value: Mapping) -> None:
     """Writes UTF-8 text as a person may edit it: indented by 2, letters as they are."""
-    text = json.dumps(value, indent=2, ensure_ascii=False)
+    try:
+        data = json.dumps(value, indent=2, ensure_ascii=False).encode()
+    except UnicodeError:  # lone surrogates, which only escapes can hold
+        data = json.dumps(value, indent=2).encode()
     with written_whole(path) as file:
-        file.write(f"{text}\n".encode())
+        file.write(data + b"\n")

@@ -14,9 +14,9 @@ from typing import Any
 from janus_jax.checks import shorten
 from janus_jax.processing import chat
 from janus_jax.processing.json_files import naming, read_json_if_any
-from janus_jax.processing.tokenizer import IMAGE, TOKENIZER_CONFIG
+from janus_jax.processing.tokenizer import IMAGE, PROCESSOR, TOKENIZER_CONFIG
 
-PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"
+PREPROCESSOR = "preprocessor_config.json"
 TEMPLATE_FILE, LEGACY_TEMPLATE_FILE = "chat_template.jinja", "chat_template.json"
 TEMPLATE_FOLDER, TEMPLATE_KEY = "additional_chat_templates", "chat_template"
 
@@ -143,9 +143,14 @@ class PromptSettings:
         path = folder / PROCESSOR
         config = read_json_if_any(path)
         image_tag = config.get("image_tag", IMAGE)
-        if not isinstance(image_tag, str):
+        if not _is_text(image_tag):
             raise ValueError(f"{path}: image_tag must be a text, got {shorten(image_tag)}")
         return cls(_sft_format(folder, config), _system_prompt(folder, config), image_tag)
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that UTF-8 can hold: JSON can also hold lone surrogates."""
+    return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def _sft_format(folder: Path, processor: dict[str, Any]) -> str:
@@ -185,7 +190,7 @@ def _system_prompt(folder: Path, processor: dict[str, Any]) -> str:
             use_default = not _is_transformers(folder, processor)
         return chat.DEFAULT_SYSTEM_PROMPT if use_default else ""
     prompt = processor["system_prompt"]
-    if not isinstance(prompt, str):
+    if not _is_text(prompt):
         raise ValueError(f"{path}: system_prompt must be a text, got {shorten(prompt)}")
     is_default = prompt == chat.DEFAULT_SYSTEM_PROMPT
     if (use_default and not is_default) or (use_default is False and is_default):

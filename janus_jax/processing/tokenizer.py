@@ -18,7 +18,7 @@ from janus_jax.checks import shorten, shorten_text
 from janus_jax.processing.json_files import read_json, read_json_if_any
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
-SPECIAL_TOKENS = "special_tokens_map.json"
+SPECIAL_TOKENS, PROCESSOR = "special_tokens_map.json", "processor_config.json"
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -58,8 +58,8 @@ _SURVIVORS = (
 )
 
 
-def stated_token(folder: Path, name: str, default: str) -> tuple[str, Path]:
-    """The text of `bos_token` and the like in a folder's small files, and the file that has it.
+def stated_token(folder: Path, name: str, default: str) -> tuple[str, Path | None]:
+    """The text of `bos_token` and the like, and which of a folder's small files has it, if any.
 
     Raises:
         ValueError: it is neither a text nor an object with one.
@@ -71,7 +71,7 @@ def stated_token(folder: Path, name: str, default: str) -> tuple[str, Path]:
             raise ValueError(f"{path}: {name} must be a text, got {shorten(stated)}")
         if text:
             return text, path
-    return default, folder / TOKENIZER
+    return default, None
 
 
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
@@ -92,9 +92,16 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     return backend
 
 
+def _token_id(backend: tokenizers.Tokenizer, text: Any) -> int | None:
+    try:
+        return backend.token_to_id(text) if isinstance(text, str) else None
+    except UnicodeError:  # lone surrogates, which JSON can hold and UTF-8 cannot
+        return None
+
+
 def _check_id(backend: tokenizers.Tokenizer, text: Any, stated: int | str, path: Path) -> None:
     """Raises ValueError where a file states another id for a token than the tokenizer gives."""
-    given = backend.token_to_id(text) if isinstance(text, str) else None
+    given = _token_id(backend, text)
     if str(given) != str(stated):
         raise ValueError(
             f"{path}: the added token {shorten(text)} must have the id that the tokenizer gives "
@@ -120,9 +127,9 @@ def _check_config(backend: tokenizers.Tokenizer, folder: Path, image_tag: str) -
 def _required_id(
     backend: tokenizers.Tokenizer, path: Path, text: str, stated_in: Path | None = None
 ) -> int:
-    token = backend.token_to_id(text)
+    token = _token_id(backend, text)
     if token is None:
-        needs = f", as {stated_in} says" if stated_in not in (None, path) else ""
+        needs = f", as {stated_in} says" if stated_in else ""
         raise ValueError(f"{path} has no token {shorten(text)}, which Janus needs{needs}")
     return token
 
@@ -170,6 +177,7 @@ class Tokenizer:
         path = folder / TOKENIZER
         backend = _read_backend(path)
         eos_id = _required_id(backend, path, *stated_token(folder, "eos_token", EOS))
+        stated_tag = None if image_tag == IMAGE else folder / PROCESSOR
         # The reference takes pad by this text too, whatever pad_token the files state.
         pad_id = backend.token_to_id(PAD)
         added = backend.get_added_tokens_decoder()
@@ -178,7 +186,7 @@ class Tokenizer:
             bos_id=_required_id(backend, path, *stated_token(folder, "bos_token", BOS)),
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
-            image_id=_required_id(backend, path, image_tag),
+            image_id=_required_id(backend, path, image_tag, stated_tag),
             image_start_id=_required_id(backend, path, IMAGE_START),
             image_end_id=_required_id(backend, path, IMAGE_END),
             added={i: (token.content.encode(), token.special) for i, token in added.items()},
