@@ -111,7 +111,7 @@ def test_a_pickle_that_calls_something_is_named_and_not_executed(tmp_path, place
 def test_every_way_to_name_a_global_is_refused(tmp_path, data):
     path = save(tmp_path / "m.bin", {"a": torch.zeros(2)})
     replace_pickle(path, data)
-    with pytest.raises(ValueError, match=r"its pickle names .*, and only tensors are read"):
+    with pytest.raises(ValueError, match=r"its pickle (names|uses) .*, and only tensors are read"):
         read_torch_file(path)
 
 
@@ -161,7 +161,7 @@ BUILT = {
 def test_attributes_cannot_be_set_behind_the_checks(tmp_path, part, state):
     path = save(tmp_path / "m.bin", {"a": torch.arange(2.0)})
     replace_pickle(path, spelled_pickle(**{part: state.format(BUILT[part])}))
-    with pytest.raises(ValueError, match=r"m\.bin is refused: ") as error:
+    with pytest.raises(ValueError, match=r"m\.bin: its pickle sets attributes of a ") as error:
         read_torch_file(path)
     assert "\n" not in str(error.value)
 
@@ -187,7 +187,7 @@ def test_a_damaged_directory(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.rindex(b"PK\x06\x07") + 16] = 5  # zip files in the set
     path.write_bytes(data)
-    with pytest.raises(ValueError, match="damaged: zipfiles that span multiple disks"):
+    with pytest.raises(ValueError, match=r"m\.bin: zipfiles that span multiple disks"):
         read_torch_file(path)
 
 
@@ -215,7 +215,7 @@ def test_other_kinds_of_file(tmp_path):
         read_torch_file(text)
     big = save(tmp_path / "big.bin", {"a": torch.zeros(2)})
     rewrite(big, lambda name, data: b"big" if name.endswith("byteorder") else data)
-    with pytest.raises(ValueError, match="byte order 'big', not 'little'"):
+    with pytest.raises(ValueError, match="byte order must be 'little', got 'big'"):
         read_torch_file(big)
 
 
