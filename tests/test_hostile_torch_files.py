@@ -255,14 +255,16 @@ def tensor_pickle(shape, strides=(1,), offset=0, size=12):
     ("shape", "strides", "told"),
     [
         ((2**40,), (0,), "exceeds the file"),
-        ((0, 2**62, 2**62), (1, 1, 1), "a tensor has shape"),
-        ((1,) * 65, (1,) * 65, "65 sides and 65 strides"),
-        ((2**70,), (0,), "other than a storage and sizes"),
-        ((-1,), (1,), "other than a storage and sizes"),
-        ((True,), (1,), "other than a storage and sizes"),
+        ((0, 2**62, 2**62), (1, 1, 1), "the shape (0, 4611686018427387904, 46"),
+        ((1,) * 65, (1,) * 65, "the shape (1, 1, 1"),
+        ((2**70,), (0,), "the shape (1180591620717411303424,)"),
+        ((-1,), (1,), "the shape (-1,)"),
+        ((True,), (1,), "the shape (True,)"),
+        ("ab", (1, 1), "the shape 'ab'"),
         ((2,), (2**40,), "needs 4398046511108 bytes, its storage has 48"),
-        ((2,), (1, 1), "1 sides and 2 strides"),
-        ("ab", (1, 1), "other than a storage and sizes"),
+        ((2,), (1, 1), "of shape (2,) has strides (1, 1)"),
+        ((2,), (-1,), "of shape (2,) has strides (-1,)"),
+        ((2,), (2**70,), "of shape (2,) has strides (1180591620717411303424,)"),
     ],
 )
 def test_sizes_that_no_tensor_has(saved, shape, strides, told):

@@ -3,14 +3,16 @@
 import collections
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from janus_jax.interop.tensors import BFLOAT16, Tensor, TensorSource
+from janus_jax.checks import shorten, shorten_text
+from janus_jax.interop.tensors import BFLOAT16, Tensor, TensorSource, is_shape
 from janus_jax.interop.torch_pickle import read_torch_file
-from janus_jax.processing.json_files import read_json
+from janus_jax.processing.json_files import check_file, read_json
 
 SAFETENSORS_DTYPES = {
     "BF16": BFLOAT16,
@@ -27,6 +29,9 @@ SAFETENSORS_DTYPES = {
 DOUBLED = "stored twice"
 SAFETENSORS = "model.safetensors"
 TORCH_BIN = "pytorch_model.bin"
+MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
+MAX_WEIGHTS = 2**63 - 1  # bytes of a file, of which only headers are read whole
+SHOWN = 3  # file names in a message
 _LFS = b"version https://git-lfs"  # what a clone without Git LFS has in place of each large file
 
 Read = tuple[dict[str, Tensor], list[str]]  # tensors by name, and names that the file holds twice
@@ -37,7 +42,8 @@ def open_checkpoint(folder: Path | str) -> TensorSource:
 
     Raises:
       FileNotFoundError: no folder, or no weights in it.
-      ValueError: truncated or damaged files, an index that names a missing shard.
+      ValueError: truncated or damaged files, files that are not regular, an index that names a
+        missing shard.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -45,16 +51,17 @@ def open_checkpoint(folder: Path | str) -> TensorSource:
     kinds = ((SAFETENSORS, read_safetensors), (TORCH_BIN, _read_torch))
     for name, read in kinds:
         index = folder / f"{name}.index.json"
-        if (folder / name).is_file():
+        if os.path.lexists(folder / name):
             tensors, doubled = _read_file(folder / name, read)
             return TensorSource(folder, tensors, {DOUBLED: doubled} if doubled else {})
-        if index.is_file():
+        if os.path.lexists(index):
             return _open_shards(folder, index, read)
     looked_for = ", ".join(f"{name}[.index.json]" for name, _ in kinds)
     raise FileNotFoundError(f"{folder} holds no weights: looked for {looked_for}")
 
 
 def _read_file(path: Path, read: Callable[[Path], Read]) -> Read:
+    check_file(path, MAX_WEIGHTS)
     with path.open("rb") as file:
         if file.read(len(_LFS)) == _LFS:
             raise ValueError(f"{path} is no weights but a pointer to them: run git lfs pull")
@@ -70,11 +77,15 @@ def read_safetensors(path: Path) -> Read:
 
     Format: uint64 header size, JSON header (name -> dtype, shape, data_offsets), bytes.
     """
-    size = path.stat().st_size
+    size = check_file(path, MAX_WEIGHTS)
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         if 8 + header_size > size:
             raise ValueError(f"{path} is truncated: its header is {header_size=}, the file {size=}")
+        if header_size > MAX_HEADER:
+            raise ValueError(
+                f"{path} must have a header of at most {MAX_HEADER} bytes, got {header_size}"
+            )
         raw = file.read(header_size)
     header, doubled = _parse_header(path, raw)
     tensors = {
@@ -96,8 +107,8 @@ def _check_covered(path: Path, tensors: dict[str, Tensor], start: int, size: int
     for begin, end, name in [*spans, (size, size, "the end of the file")]:
         if begin != start:
             raise ValueError(
-                f"{path} has a damaged safetensors header: {name} must be at byte {start}, "
-                f"where what is before it ends, got {begin}"
+                f"{path} has a damaged safetensors header: {shorten_text(name)} must be at byte "
+                f"{start}, where what is before it ends, got {begin}"
             )
         start = end
 
@@ -120,18 +131,35 @@ def _parse_header(path: Path, raw: bytes) -> tuple[dict, list[str]]:
 
 
 def _place(path: Path, name: str, fields: dict, data: int) -> Tensor:
+    told = shorten_text(name)
     try:
-        kind, shape = fields["dtype"], tuple(int(n) for n in fields["shape"])
-        start, end = (int(n) for n in fields["data_offsets"])
-    except (KeyError, TypeError, ValueError, OverflowError):
-        raise ValueError(f"{path} has a damaged safetensors header at {name}: {fields}") from None
+        kind, shape = fields["dtype"], tuple(fields["shape"])
+        start, end = fields["data_offsets"]
+    except (KeyError, TypeError, ValueError):
+        found = shorten(fields)
+        raise ValueError(f"{path} has a damaged safetensors header at {told}: {found}") from None
     if not isinstance(kind, str) or kind not in SAFETENSORS_DTYPES:
-        raise ValueError(f"{path}: {name} has dtype {kind}, not {', '.join(SAFETENSORS_DTYPES)}")
+        expected = ", ".join(SAFETENSORS_DTYPES)
+        raise ValueError(f"{path}: {told} has dtype {shorten(kind)}, not {expected}")
     dtype = SAFETENSORS_DTYPES[kind]
+    if not is_shape(shape, dtype) or not is_shape((start,), dtype) or not is_shape((end,), dtype):
+        found = shorten(fields)
+        raise ValueError(f"{path} has a damaged safetensors header at {told}: {found}")
     needs = dtype.itemsize * math.prod(shape)
-    if min(start, end, *shape, 0) < 0 or end - start != needs:
-        raise ValueError(f"{path}: {name} of shape {shape} needs {needs} bytes, has {end - start}")
+    if end - start != needs:
+        raise ValueError(f"{path}: {told} of shape {shape} needs {needs} bytes, has {end - start}")
     return Tensor(path, data + start, dtype, shape)
+
+
+def _is_file_name(name: str) -> bool:
+    """Whether it can be that of a file in a folder; ".." is Path's name of ".."."""
+    plain = name not in ("", "..") and Path(name).name == name
+    return plain and len(name.encode(errors="replace")) <= 255
+
+
+def _examples(names: list[str]) -> str:
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(map(shorten, names[:SHOWN])) + more
 
 
 def _open_shards(
@@ -141,11 +169,10 @@ def _open_shards(
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of tensor names to files")
     files = sorted(set(weight_map.values()))
-    if elsewhere := [repr(name) for name in files if not name or Path(name).name != name]:
-        raise ValueError(f"{index} must name files beside it, got {', '.join(elsewhere)}")
-    absent = [name for name in files if not (folder / name).is_file()]
-    if absent:
-        raise FileNotFoundError(f"{index} names shards that are not there: {', '.join(absent)}")
+    if elsewhere := [name for name in files if not _is_file_name(name)]:
+        raise ValueError(f"{index} must name files beside it, got {_examples(elsewhere)}")
+    if absent := [name for name in files if not (folder / name).exists()]:
+        raise FileNotFoundError(f"{index} names shards that are not there: {_examples(absent)}")
     tensors: dict[str, Tensor] = {}
     doubled, unlisted = [], []
     for file in files:

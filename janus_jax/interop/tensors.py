@@ -9,6 +9,17 @@ import ml_dtypes
 import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+MAX_RANK = 64  # of an array in NumPy
+
+
+def is_shape(shape, dtype: np.dtype) -> bool:
+    """Whether an array can have this shape: a tuple of integers that are not too large."""
+    sizes = isinstance(shape, tuple) and all(type(n) is int and 0 <= n < 2**63 for n in shape)
+    return (
+        sizes
+        and len(shape) <= MAX_RANK
+        and math.prod(n for n in shape if n) * dtype.itemsize < 2**63
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.interop.tensors import BFLOAT16, Tensor
+from janus_jax.interop.tensors import BFLOAT16, Tensor, is_shape
 from janus_jax.interop.torch_zip import Member, locate_members, read_member
 
 STORAGES = {
@@ -38,7 +38,6 @@ STORAGES = {
 }
 MAX_PICKLE = 2**24  # bytes; a tensor takes about 200
 MAX_OPCODES = 2**20  # a tensor takes about 35
-MAX_RANK = 64  # of an array in NumPy
 # What a damaged zip directory or pickle raises in zipfile and pickletools.
 _DAMAGE = (
     ValueError,
@@ -288,12 +287,9 @@ def _call(function, arguments):
 
 def _rebuild(storage=None, offset=None, shape=None, strides=None, *rest) -> _View:
     """torch._utils._rebuild_tensor_v2; the rest (gradients, hooks) does not concern the values."""
-    described = isinstance(storage, _Storage) and type(shape) is type(strides) is tuple
-    numbers = (offset, *shape, *strides) if described else (None,)
-    if not all(type(n) is int and 0 <= n < 2**63 for n in numbers):
-        raise ValueError("a tensor is described by something other than a storage and sizes")
-    if len(shape) != len(strides) or len(shape) > MAX_RANK:
-        raise ValueError(f"a tensor has {len(shape)} sides and {len(strides)} strides")
-    if math.prod(n for n in shape if n) * storage.dtype.itemsize >= 2**63:
-        raise ValueError(f"a tensor has shape {shorten(shape)}")
+    if not isinstance(storage, _Storage) or not is_shape(shape, storage.dtype):
+        raise ValueError(f"a tensor has no storage or the shape {shorten(shape)}")
+    numbers = (offset, *strides) if isinstance(strides, tuple) else (None,)
+    if len(numbers) != 1 + len(shape) or not all(is_shape((n,), storage.dtype) for n in numbers):
+        raise ValueError(f"a tensor of shape {shorten(shape)} has strides {shorten(strides)}")
     return _View(storage, offset, shape, strides)

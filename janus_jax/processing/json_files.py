@@ -2,12 +2,31 @@
 
 import contextlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from janus_jax.checks import shorten_text
-from janus_jax.paths import written_whole
+from janus_jax.paths import check_regular, written_whole
+
+MAX_JSON_BYTES = 2**25  # of a tokenizer.json of Janus: 5 MB; parsed, it takes up to 25 times that
+
+
+def check_file(path: Path, most: int) -> int:
+    """The bytes of a file of a checkpoint folder; ask before opening, for a pipe is waited for.
+
+    Raises:
+        FileNotFoundError: there is no such file, or a link to none.
+        OSError: it is a folder.
+        ValueError: it is a device, a pipe or a socket, or has more than `most` bytes.
+    """
+    try:
+        with naming(path):
+            return check_regular(path, most)
+    except (FileNotFoundError, NotADirectoryError):
+        link = ": the link there leads to a missing file" if path.is_symlink() else ""
+        raise FileNotFoundError(f"no {path.name} in {path.parent}{link}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -15,10 +34,9 @@ def read_json(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not JSON, or not an object.
+        ValueError: it is not a regular file, too large, not JSON, or not an object.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path.name} in {path.parent}")
+    check_file(path, MAX_JSON_BYTES)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -31,7 +49,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def read_json_if_any(path: Path) -> dict[str, Any]:
     """As `read_json`; an empty dict where there is no such file."""
-    return read_json(path) if path.is_file() else {}
+    return read_json(path) if os.path.lexists(path) else {}
 
 
 @contextlib.contextmanager
