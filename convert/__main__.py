@@ -1,7 +1,6 @@
 """python -m convert: PyTorch checkpoints of Janus to Orbax and back."""
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -51,13 +50,8 @@ def _parser(command: str | None) -> OneLineParser:
 
 def _run(command: str | None, args: argparse.Namespace) -> list[str]:
     # Here, so that --help is quick and the platform can be chosen first.
-    import absl.logging
-
     from janus_jax.interop import export
 
-    # Orbax and its tasks log what they raise; one line is enough.
-    absl.logging.set_verbosity(absl.logging.FATAL)
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     if command == "inspect":
         return export.inspect_folder(args.src)
     if command == "export":
@@ -76,7 +70,5 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    # Storage tasks that a failure cut short report once more, to nobody, as they are collected.
-    sys.unraisablehook = lambda unraisable: None
     set_up_program()
     main()

@@ -5,8 +5,8 @@ FOLDER/unused.safetensors    tensors of the source that the model does not use, 
 FOLDER/config.json, ...      config, tokenizer and processor files as the source has them
 """
 
-import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,30 +16,22 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax import traverse_util
 
+from janus_jax import orbax_errors
 from janus_jax.interop.files import CONFIG, new_folder, write_safetensors_file
 from janus_jax.interop.processor_files import copy_files
-from janus_jax.processing.json_files import write_json
+from janus_jax.processing.json_files import MAX_JSON_BYTES, check_file, write_json
 
 PARAMS = "params"
 UNUSED = "unused.safetensors"
+METADATA = "_METADATA"  # Orbax's list of parameters
+MARKS = (METADATA, "_CHECKPOINT_METADATA", "manifest.ocdbt")
+UNREAD = "a parameter cannot be read"
 GROUP_BYTES = 2.5e8  # read at a time
 
 
-@contextlib.contextmanager
-def _told_as(kind: type[Exception], what: str) -> Iterator[None]:
-    """Orbax and its storage raise many kinds of exception, of many lines; here they are one."""
-    try:
-        yield
-    except Exception as error:
-        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
-            raise  # no fault of the folder's
-        text = str(error).strip() or type(error).__name__
-        raise kind(f"{what}: {text.splitlines()[0]}") from error
-
-
 def is_orbax(folder: Path | str) -> bool:
-    """Whether a folder is one that `save` wrote."""
-    return (Path(folder) / PARAMS / "_METADATA").is_file()
+    """Whether a folder is one that `save` wrote, whole or damaged."""
+    return any(os.path.lexists(Path(folder) / PARAMS / name) for name in MARKS)
 
 
 def save(
@@ -75,17 +67,16 @@ def save(
         tree = traverse_util.unflatten_dict(dict(params), sep=".")
         # in a thread, for which an interrupt waits: Orbax's own threads would write on otherwise,
         # into a folder that is deleted
-        with _told_as(OSError, f"{folder} could not be written"), ThreadPoolExecutor(1) as pool:
-            pool.submit(_write, beside / PARAMS, tree).result()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(_write, folder, beside / PARAMS, tree).result()
 
 
-def _write(folder: Path, tree: Mapping) -> None:
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder, tree)
+def _write(folder: Path | str, target: Path, tree: Mapping) -> None:
+    def write() -> None:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(target, tree)
 
-
-def _damaged(folder: Path | str) -> contextlib.AbstractContextManager[None]:
-    return _told_as(ValueError, f"{Path(folder) / PARAMS} is damaged")
+    orbax_errors.call(OSError, f"{folder} could not be written", write)
 
 
 def stored_params(folder: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
@@ -94,11 +85,21 @@ def stored_params(folder: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
     Raises:
       ValueError: the folder is damaged.
     """
-    with _damaged(folder), ocp.StandardCheckpointer() as checkpointer:
-        metadata = checkpointer.metadata(Path(folder).resolve() / PARAMS).item_metadata
+    params = Path(folder).resolve() / PARAMS
+    what = f"{params} is damaged: its list of parameters cannot be read"
+    try:
+        check_file(params / METADATA, MAX_JSON_BYTES)
+    except (FileNotFoundError, IsADirectoryError, ValueError) as error:
+        raise ValueError(f"{params} is damaged: {error}") from None
+
+    def read() -> Mapping:
+        with ocp.StandardCheckpointer() as checkpointer:
+            metadata = checkpointer.metadata(params).item_metadata
         if metadata is None:
-            raise ValueError("its list of parameters cannot be read")
-    flat = traverse_util.flatten_dict(metadata.tree, sep=".")
+            raise ValueError("a file is missing or damaged")
+        return traverse_util.flatten_dict(metadata.tree, sep=".")
+
+    flat = orbax_errors.call(ValueError, what, read)
     return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
 
 
@@ -117,26 +118,36 @@ def restore(
     Raises:
       ValueError: the folder is damaged.
     """
-    stored, restored = stored_params(folder), {}
+    stored = stored_params(folder)
     stored = {path: leaf for path, leaf in stored.items() if path in params}
-    done, total = 0, sum(map(_size, stored.values()))
-    with _damaged(folder), ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        for group in _groups(stored):
-            wanted = {path: params[path].update(dtype=stored[path].dtype) for path in group}
-            tree = traverse_util.unflatten_dict(wanted, sep=".")
-            how = ocp.args.PyTreeRestore(
-                item=tree,
-                restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
-                partial_restore=True,
-            )
-            read = reader.restore(Path(folder).resolve() / PARAMS, args=how)
-            for path, array in traverse_util.flatten_dict(read, sep=".").items():
-                # waited for, or the arrays of many groups would be there at once
-                restored[path] = jax.block_until_ready(array.astype(params[path].dtype))
-            done += sum(_size(stored[path]) for path in group)
-            if progress is not None:
-                progress(done, total)
-    return restored
+    folder = Path(folder).resolve() / PARAMS
+
+    def read() -> dict[str, jax.Array]:
+        restored, done, total = {}, 0, sum(map(_size, stored.values()))
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            for group in _groups(stored):
+                wanted = {path: params[path].update(dtype=stored[path].dtype) for path in group}
+                restored |= _restore_group(reader, folder, wanted, params)
+                done += sum(_size(stored[path]) for path in group)
+                if progress is not None:
+                    progress(done, total)
+        return restored
+
+    return orbax_errors.call(ValueError, f"{folder} is damaged: {UNREAD}", read)
+
+
+def _restore_group(
+    reader: ocp.Checkpointer, folder: Path, wanted: Mapping, params: Mapping
+) -> dict[str, jax.Array]:
+    tree = traverse_util.unflatten_dict(wanted, sep=".")
+    how = ocp.args.PyTreeRestore(
+        item=tree,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
+        partial_restore=True,
+    )
+    read = traverse_util.flatten_dict(reader.restore(folder, args=how), sep=".")
+    # waited for, or the arrays of many groups would be there at once
+    return {p: jax.block_until_ready(array.astype(params[p].dtype)) for p, array in read.items()}
 
 
 def _size(leaf: jax.ShapeDtypeStruct) -> int:
@@ -160,9 +171,12 @@ def _groups(stored: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
 def restore_numpy(folder: Path | str) -> dict[str, np.ndarray]:
     """Reads all parameters into host memory, in the dtypes they are stored in."""
     paths = dict.fromkeys(stored_params(folder), ocp.RestoreArgs(restore_type=np.ndarray))
-    with _damaged(folder), ocp.PyTreeCheckpointer() as checkpointer:
-        restored = checkpointer.restore(
-            Path(folder).resolve() / PARAMS,
-            restore_args=traverse_util.unflatten_dict(paths, sep="."),
-        )
+    tree = traverse_util.unflatten_dict(paths, sep=".")
+    folder = Path(folder).resolve() / PARAMS
+
+    def read() -> Mapping:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(folder, restore_args=tree)
+
+    restored = orbax_errors.call(ValueError, f"{folder} is damaged: {UNREAD}", read)
     return traverse_util.flatten_dict(restored, sep=".")

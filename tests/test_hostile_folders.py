@@ -152,7 +152,8 @@ def test_json_of_any_size_is_not_read(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{}")
     os.truncate(path, 10**11)  # sparse
-    assert f"{path}: a file must have at most {MAX_JSON_BYTES} bytes, got" in refusal(read_json, path)
+    told = f"{path}: a file must have at most {MAX_JSON_BYTES} bytes, got {10**11}"
+    assert refusal(read_json, path) == told
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/etc/passwd", "a/b", "n" * 10**5, "é" * 128])

@@ -1,0 +1,79 @@
+"""Orbax's failures in one line: a damaged folder or a full disk makes it log and print hundreds."""
+
+import contextlib
+import gc
+import logging
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from janus_jax.checks import shorten_text
+
+T = TypeVar("T")
+LOGGERS = ("absl", "asyncio")  # what Orbax logs, and tasks that nobody asked for their exception
+_ORBAX = os.path.join("orbax", "checkpoint", "")  # in the names of its files
+_LATE = "Event loop is closed"  # raised by storage threads that finish after Orbax has given up
+
+
+def _is_foreign(record: logging.LogRecord) -> bool:
+    return _ORBAX not in record.pathname and _ORBAX not in record.getMessage()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Drops what Orbax logs and what its threads raise; all other messages of a program pass."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    thread_hook = threading.excepthook
+    for logger in loggers:
+        logger.addFilter(_is_foreign)
+    threading.excepthook = lambda args: None if _is_orbax(args.exc_traceback) else thread_hook(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = thread_hook
+        for logger in loggers:
+            logger.removeFilter(_is_foreign)
+
+
+def _is_orbax(traceback) -> bool:
+    while traceback:
+        if _ORBAX in traceback.tb_frame.f_code.co_filename:
+            return True
+        traceback = traceback.tb_next
+    return False
+
+
+class _Hook:
+    """sys.unraisablehook without what Orbax's coroutines and storage threads could not raise."""
+
+    def __init__(self, before: Callable):
+        self.before = before
+
+    def __call__(self, report) -> None:
+        if str(report.exc_value) != _LATE and not _is_orbax(report.exc_traceback):
+            self.before(report)
+
+
+def call(kind: type[Exception], what: str, function: Callable[[], T]) -> T:
+    """Calls Orbax; a failure becomes an exception of one line: `what` and how the failure begins.
+
+    The failure itself is not chained: it would keep Orbax's tasks alive, which report when they
+    are collected. Memory that runs out, on a device or the host, is raised as it is.
+    """
+    hook = sys.unraisablehook
+    if not isinstance(hook, _Hook):
+        sys.unraisablehook = _Hook(hook)  # stays after a failure: threads report when they finish
+    with _quiet():
+        try:
+            result = function()
+        except Exception as error:
+            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+                raise  # no fault of the folder's
+            text = str(error).strip() or type(error).__name__
+        else:
+            sys.unraisablehook = hook
+            return result
+        gc.collect()
+    raise kind(f"{what}: {shorten_text(text.splitlines()[0])}")

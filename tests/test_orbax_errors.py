@@ -1,0 +1,141 @@
+"""What Orbax logs, prints and raises of a damaged folder is one exception of one line."""
+
+import gc
+import logging
+import os
+import shutil
+import sys
+import threading
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from janus_jax import checkpoint, orbax_errors
+
+
+@pytest.fixture(scope="module")
+def whole(golden, tmp_path_factory):
+    """A small Orbax folder."""
+    folder = tmp_path_factory.mktemp("orbax") / "o"
+    params = {f"a.p{i}": np.full((64, 8), i, np.float32) for i in range(8)}
+    checkpoint.save(folder, params, config={}, files_from=golden / "janus_small")
+    return folder
+
+
+@pytest.fixture
+def damaged(whole, tmp_path, caplog, capfd, monkeypatch):
+    """Reads a copy after a change: one exception of one line, and nothing logged or printed."""
+    reports = []
+    monkeypatch.setattr(sys, "unraisablehook", reports.append)
+    monkeypatch.setattr(threading, "excepthook", reports.append)
+
+    def told(change):
+        folder = tmp_path / "o"
+        shutil.copytree(whole, folder)
+        change(folder / "params")
+        caplog.clear()
+        capfd.readouterr()
+        with pytest.raises(ValueError) as error:
+            checkpoint.restore_numpy(folder)
+        gc.collect()
+        assert (caplog.records, reports, capfd.readouterr().err) == ([], [], "")
+        assert error.value.__context__ is None or error.value.__suppress_context__
+        text = str(error.value)
+        assert text.startswith(f"{folder / 'params'} is damaged: ") and "\n" not in text
+        assert len(text) < 2 * len(str(folder)) + 250
+        return text
+
+    return told
+
+
+def data_files(params):
+    files = [path for path in params.rglob("d/*") if path.is_file()]
+    assert files
+    return files
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"tree_metadata": 1}'])
+def test_a_list_of_parameters_that_cannot_be_read(damaged, text):
+    said = damaged(lambda params: (params / "_METADATA").write_text(text))
+    assert "its list of parameters cannot be read" in said
+
+
+def test_a_list_of_parameters_that_is_missing_or_no_file(damaged, tmp_path):
+    assert "no _METADATA in " in damaged(lambda params: (params / "_METADATA").unlink())
+    shutil.rmtree(tmp_path / "o")
+
+    def fifo(params):
+        (params / "_METADATA").unlink()
+        os.mkfifo(params / "_METADATA")
+
+    assert "_METADATA: expected a regular file" in damaged(fifo)
+
+
+@pytest.mark.parametrize("kind", ["half", "missing", "zeros"])
+def test_data_that_cannot_be_read(damaged, kind):
+    def change(params):
+        for path in data_files(params):
+            size = path.stat().st_size
+            if kind == "missing":
+                path.unlink()
+            else:
+                path.write_bytes(bytes(size) if kind == "zeros" else path.read_bytes()[: size // 2])
+
+    damaged(change)
+
+
+def test_parameters_placed_on_devices_say_the_same(damaged, whole, tmp_path, caplog):
+    stored = checkpoint.stored_params(whole)
+    here = jnp.zeros(()).sharding
+    wanted = {p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here) for p, s in stored.items()}
+    np.testing.assert_array_equal(checkpoint.restore(whole, wanted)["a.p3"], np.full((64, 8), 3))
+    folder = tmp_path / "m"
+    shutil.copytree(whole, folder)
+    kept = {path: path.read_bytes() for path in data_files(folder / "params")}
+    refused = 0
+    for path, data in kept.items():  # some of them belong to the writer's own part and are not read
+        path.write_bytes(data[: len(data) // 2])
+        try:
+            checkpoint.restore(folder, wanted)
+        except ValueError as error:
+            assert "params is damaged: " in str(error) and "\n" not in str(error)
+            refused += 1
+        path.write_bytes(data)
+    gc.collect()
+    assert refused and not caplog.records
+
+
+def test_other_messages_of_a_program_pass(caplog, monkeypatch):
+    reports = []
+    monkeypatch.setattr(sys, "unraisablehook", reports.append)
+
+    def fails():
+        logging.getLogger("absl").error("mine")
+        logging.getLogger("asyncio").error("future: <Task coro=<read() at /orbax/checkpoint/a.py>>")
+        raise RuntimeError("first\nsecond")
+
+    with pytest.raises(OSError, match=r"^it failed: first$"):
+        orbax_errors.call(OSError, "it failed", fails)
+    assert [record.getMessage() for record in caplog.records] == ["mine"]
+    late = RuntimeError("Event loop is closed")
+    for error in (late, RuntimeError("mine")):
+        sys.unraisablehook(types.SimpleNamespace(exc_value=error, exc_traceback=None))
+    assert [str(report.exc_value) for report in reports] == ["mine"]
+
+
+def test_nothing_stays_after_a_success(monkeypatch):
+    hooks = sys.unraisablehook, threading.excepthook
+    assert orbax_errors.call(OSError, "", lambda: 3) == 3
+    assert (sys.unraisablehook, threading.excepthook) == hooks
+    assert orbax_errors._is_foreign not in logging.getLogger("absl").filters
+
+
+def test_memory_that_runs_out_is_no_damage():
+    def fails():
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+
+    with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
+        orbax_errors.call(OSError, "", fails)
