@@ -17,7 +17,8 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from janus_jax import orbax_errors
-from janus_jax.interop.files import CONFIG, new_folder, write_safetensors_file
+from janus_jax.interop.files import CONFIG, write_safetensors_file
+from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.processor_files import copy_files
 from janus_jax.processing.json_files import MAX_JSON_BYTES, check_file, write_json
 

@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 
 from convert.__main__ import main
-from janus_jax.interop import files
+from janus_jax.interop import files, new_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -302,7 +302,7 @@ def test_an_interrupted_deletion_is_finished(tmp_path, monkeypatch):
 
     (tmp_path / "o").mkdir()
     monkeypatch.setattr(shutil, "rmtree", interrupted)
-    with pytest.raises(KeyboardInterrupt), files.new_folder(tmp_path / "o", True) as beside:
+    with pytest.raises(KeyboardInterrupt), new_folder.new_folder(tmp_path / "o", True) as beside:
         (beside / "new.txt").touch()
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["o", "o/new.txt"]
 
@@ -318,14 +318,14 @@ def test_damaged_files_beside_the_weights(golden, refused, tmp_path, name, conte
 
 def test_what_came_meanwhile_is_not_replaced(tmp_path):
     for overwrite in (False, True):
-        with pytest.raises(ValueError), files.new_folder(tmp_path / "o", overwrite):
+        with pytest.raises(ValueError), new_folder.new_folder(tmp_path / "o", overwrite):
             (tmp_path / "o").mkdir(exist_ok=True)
             (tmp_path / "o" / "mine.txt").write_text("keep")
         assert (tmp_path / "o" / "mine.txt").read_text() == "keep"
         assert [path.name for path in tmp_path.iterdir()] == ["o"]
         (tmp_path / "o" / "mine.txt").unlink()
         (tmp_path / "o").rmdir()
-    with pytest.raises(FileExistsError), files.new_folder(tmp_path / "o", overwrite=False):
+    with pytest.raises(FileExistsError), new_folder.new_folder(tmp_path / "o", overwrite=False):
         (tmp_path / "o").mkdir()
         for name in ("config.json", "model.safetensors"):
             (tmp_path / "o" / name).write_text("keep")
@@ -344,8 +344,8 @@ def test_a_full_disk_leaves_nothing(golden, refused, tmp_path, monkeypatch):
 
 
 def test_a_disk_without_room_is_seen_before_writing(golden, refused, tmp_path, monkeypatch):
-    usage = files.shutil.disk_usage(tmp_path)._replace(free=1_000_000)
-    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage)
+    usage = new_folder.shutil.disk_usage(tmp_path)._replace(free=1_000_000)
+    monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda path: usage)
     folders = (golden / "janus", tmp_path / "new" / "newer" / "o")
     for command in (folders, ("export", *folders, "--layout", "deepseek")):
         assert "no room on the disk" in refused(*command)

@@ -11,8 +11,9 @@ from janus_jax import checkpoint
 from janus_jax.interop import deepseek
 from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS
 from janus_jax.interop.config_writing import write_config
-from janus_jax.interop.files import CONFIG, new_folder, write_safetensors
+from janus_jax.interop.files import CONFIG, write_safetensors
 from janus_jax.interop.load import Folder, StoredParams, open_folder, stored_params, table_for
+from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.processor_files import check_files, copy_files, translate_files
 from janus_jax.interop.rules import Shape, export_steps, torch_shape
 from janus_jax.processing.json_files import write_json

@@ -1,101 +1,20 @@
-"""Checkpoint folders on disk: written beside and renamed, small files copied, tensors streamed."""
+"""The files of a checkpoint folder: which ones are small, and tensors written as a stream."""
 
-import contextlib
 import json
 import math
-import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from janus_jax.interop.readers import SAFETENSORS, SAFETENSORS_DTYPES
-from janus_jax.paths import check_local, os_errors_of, sibling
+from janus_jax.paths import os_errors_of
 from janus_jax.processing.json_files import write_json
 
 CONFIG = "config.json"
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
-WEIGHTS = ("*.safetensors", "*.bin", "params")  # the last is Orbax's
 SHARD_BYTES = 5 * 10**9
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
-
-
-@contextlib.contextmanager
-def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator[Path]:
-    """A temporary sibling that becomes `folder` on success and disappears on any error.
-
-    size: bytes about to be written, as far as known.
-
-    Raises:
-      FileExistsError: `folder` exists and `overwrite` is not set.
-      OSError: the disk has no room.
-      ValueError: `folder` is not on a disk, or is there and neither empty nor a checkpoint folder.
-    """
-    check_local("the folder to write", folder)
-    folder = Path(folder).resolve()
-    _check_replaced(folder, overwrite)
-    new = [parent for parent in folder.parents if not parent.exists()]
-    free = shutil.disk_usage(folder.parents[len(new)]).free
-    if size > free:
-        gigabytes = f"{size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        raise OSError(f"no room on the disk for {folder}: it needs {gigabytes}")
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = sibling(folder)
-    beside.mkdir()
-    try:
-        yield beside
-        _check_replaced(folder, overwrite)  # what came meanwhile is nobody's to delete
-        _replace(beside, folder)
-    finally:
-        _delete(beside)
-        for parent in new:  # empty after a failure, and only then
-            with contextlib.suppress(OSError):
-                parent.rmdir()
-
-
-def _check_replaced(folder: Path, overwrite: bool) -> None:
-    """Raises FileExistsError or ValueError if there is something that must not be replaced."""
-    if not os.path.lexists(folder):
-        return
-    if not _is_checkpoint_or_empty(folder):
-        raise ValueError(
-            f"{folder} exists and is never replaced: only an empty folder is, or a checkpoint "
-            f"folder, which holds {CONFIG} and weights"
-        )
-    if not overwrite:
-        raise FileExistsError(f"{folder} exists (--overwrite replaces it)")
-
-
-def _is_checkpoint_or_empty(folder: Path) -> bool:
-    if not folder.is_dir():
-        return False
-    weights = any(path for pattern in WEIGHTS for path in folder.glob(pattern))
-    return not any(folder.iterdir()) or ((folder / CONFIG).is_file() and weights)
-
-
-def _replace(beside: Path, folder: Path) -> None:
-    if not folder.exists():
-        beside.rename(folder)
-        return
-    old = sibling(folder)
-    try:
-        folder.rename(old)
-        beside.rename(folder)
-    except BaseException:  # an interrupt, too, must not cost the folder that was there
-        if not folder.exists():
-            old.rename(folder)
-        raise
-    finally:
-        _delete(old)
-
-
-def _delete(folder: Path) -> None:
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except BaseException:  # an interrupt, after which nothing would come back to the rest
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
 
 
 def small_files(folder: Path) -> list[Path]:

@@ -10,7 +10,8 @@ from flax import nnx
 from janus_jax.interop import deepseek
 from janus_jax.interop.config import DEEPSEEK
 from janus_jax.interop.config_writing import write_config
-from janus_jax.interop.files import CONFIG, new_folder, write_safetensors
+from janus_jax.interop.files import CONFIG, write_safetensors
+from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.rules import export_steps, torch_shape
 from janus_jax.models.janus import Janus
 from janus_jax.processing.json_files import write_json
