@@ -56,6 +56,14 @@ class _Hook:
             self.before(report)
 
 
+def _first_line(error: BaseException) -> str:
+    """Of what was raised first: Orbax wraps the storage's report in one that names slices."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = str(error).strip() or type(error).__name__
+    return shorten_text(text.splitlines()[0])
+
+
 def call(kind: type[Exception], what: str, function: Callable[[], T]) -> T:
     """Calls Orbax; a failure becomes an exception of one line: `what` and how the failure begins.
 
@@ -71,9 +79,9 @@ def call(kind: type[Exception], what: str, function: Callable[[], T]) -> T:
         except Exception as error:
             if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
                 raise  # no fault of the folder's
-            text = str(error).strip() or type(error).__name__
+            text = _first_line(error)
         else:
             sys.unraisablehook = hook
             return result
         gc.collect()
-    raise kind(f"{what}: {shorten_text(text.splitlines()[0])}")
+    raise kind(f"{what}: {text}")

@@ -110,6 +110,17 @@ def test_a_rename_that_fails_restores_the_folder(tmp_path, monkeypatch):
     assert (tmp_path / "o" / "config.json").read_text() == "old" and names(tmp_path) == ["o"]
 
 
+def test_a_full_disk_names_the_folder(tmp_path):
+    with pytest.raises(OSError, match=r"No space left on device: '\S+/o'$"):
+        with new_folder.new_folder(tmp_path / "o"):
+            raise OSError(28, "No space left on device")
+    with pytest.raises(OSError, match=r"directory: '\S+/o/a'$"):
+        with new_folder.new_folder(tmp_path / "o") as beside:
+            (beside / "a").read_bytes()
+    with pytest.raises(OSError, match=r"^told already$"), new_folder.new_folder(tmp_path / "o"):
+        raise OSError("told already")
+
+
 def test_threads_that_outlive_a_failed_write_leave_nothing(tmp_path):
     def write_on(folder):
         until = time.monotonic() + 0.5

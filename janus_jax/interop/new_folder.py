@@ -9,6 +9,7 @@ Hidden names beside FOLDER while a process writes it, or after a process was kil
 import atexit
 import contextlib
 import ctypes
+import fcntl
 import os
 import re
 import secrets
@@ -21,11 +22,6 @@ from typing import BinaryIO
 
 from janus_jax.interop.files import CONFIG
 from janus_jax.paths import check_local
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 WEIGHTS = ("*.safetensors", "*.bin", "params")  # the last is Orbax's
 PARTIAL, REPLACED = "partial", "replaced"
@@ -118,17 +114,15 @@ def _lock(folder: Path) -> Iterator[bool]:
 def _locked(path: Path, folder: Path) -> BinaryIO | None:
     file = path.open("ab")
     try:
-        if fcntl is not None:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return file
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file
     except BlockingIOError:
         file.close()
         raise ValueError(f"another process is writing {folder}; wait until it ends") from None
     except OSError:  # this file system has no locks
-        pass
-    file.close()
-    path.unlink(missing_ok=True)
-    return None
+        file.close()
+        path.unlink(missing_ok=True)
+        return None
 
 
 def _is_at(file: BinaryIO, path: Path) -> bool:
@@ -160,8 +154,10 @@ def _partial(folder: Path) -> Iterator[Path]:
     beside.mkdir()
     try:
         yield beside
-    except BaseException:
+    except BaseException as error:
         _delete_for_good(beside)
+        if isinstance(error, OSError) and error.errno is not None:  # such as a full disk
+            error.filename = str(error.filename or folder).replace(str(beside), str(folder))
         raise
     _delete(beside)  # what was there before, if anything
 
