@@ -20,7 +20,8 @@ from janus_jax import orbax_errors
 from janus_jax.interop.files import CONFIG, write_safetensors_file
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.processor_files import copy_files
-from janus_jax.processing.json_files import MAX_JSON_BYTES, check_file, write_json
+from janus_jax.paths import bounded_size
+from janus_jax.processing.json_files import MAX_JSON_BYTES, write_json
 
 PARAMS = "params"
 UNUSED = "unused.safetensors"
@@ -89,8 +90,8 @@ def stored_params(folder: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
     params = Path(folder).resolve() / PARAMS
     what = f"{params} is damaged: its list of parameters cannot be read"
     try:
-        check_file(params / METADATA, MAX_JSON_BYTES)
-    except (FileNotFoundError, IsADirectoryError, ValueError) as error:
+        bounded_size(params / METADATA, MAX_JSON_BYTES)
+    except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{params} is damaged: {error}") from None
 
     def read() -> Mapping:

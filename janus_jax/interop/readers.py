@@ -12,7 +12,8 @@ import numpy as np
 from janus_jax.checks import shorten, shorten_text
 from janus_jax.interop.tensors import BFLOAT16, Tensor, TensorSource, is_shape
 from janus_jax.interop.torch_pickle import read_torch_file
-from janus_jax.processing.json_files import check_file, read_json
+from janus_jax.paths import bounded_size
+from janus_jax.processing.json_files import read_json
 
 SAFETENSORS_DTYPES = {
     "BF16": BFLOAT16,
@@ -61,7 +62,7 @@ def open_checkpoint(folder: Path | str) -> TensorSource:
 
 
 def _read_file(path: Path, read: Callable[[Path], Read]) -> Read:
-    check_file(path, MAX_WEIGHTS)
+    bounded_size(path, MAX_WEIGHTS)
     with path.open("rb") as file:
         if file.read(len(_LFS)) == _LFS:
             raise ValueError(f"{path} is no weights but a pointer to them: run git lfs pull")
@@ -77,7 +78,7 @@ def read_safetensors(path: Path) -> Read:
 
     Format: uint64 header size, JSON header (name -> dtype, shape, data_offsets), bytes.
     """
-    size = check_file(path, MAX_WEIGHTS)
+    size = bounded_size(path, MAX_WEIGHTS)
     with path.open("rb") as file:
         header_size = int.from_bytes(file.read(8), "little")
         if 8 + header_size > size:

@@ -8,25 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from janus_jax.checks import shorten_text
-from janus_jax.paths import check_regular, written_whole
+from janus_jax.paths import bounded_size, written_whole
 
 MAX_JSON_BYTES = 2**25  # of a tokenizer.json of Janus: 5 MB; parsed, it takes up to 25 times that
-
-
-def check_file(path: Path, most: int) -> int:
-    """The bytes of a file of a checkpoint folder; ask before opening, for a pipe is waited for.
-
-    Raises:
-        FileNotFoundError: there is no such file, or a link to none.
-        OSError: it is a folder.
-        ValueError: it is a device, a pipe or a socket, or has more than `most` bytes.
-    """
-    try:
-        with naming(path):
-            return check_regular(path, most)
-    except (FileNotFoundError, NotADirectoryError):
-        link = ": the link there leads to a missing file" if path.is_symlink() else ""
-        raise FileNotFoundError(f"no {path.name} in {path.parent}{link}") from None
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -36,7 +20,7 @@ def read_json(path: Path) -> dict[str, Any]:
         FileNotFoundError: there is no such file.
         ValueError: it is not a regular file, too large, not JSON, or not an object.
     """
-    check_file(path, MAX_JSON_BYTES)
+    bounded_size(path, MAX_JSON_BYTES)
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
