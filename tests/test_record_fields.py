@@ -12,6 +12,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from source_files import SAID, assert_bad, assert_same, picture, write_lines, write_tar
 
 from janus_jax.data.examples import ExampleMaker
+from janus_jax.data.reading import picture_file
 from janus_jax.data.records import BadRecord, Record, parse_record
 from janus_jax.data.sources import JsonlSource, ParquetSource, TarSource, open_source
 from janus_jax.processing.processor import Processor
@@ -24,10 +25,10 @@ def asked(content="What color?", role="user", **more) -> list[dict]:
     return [{"role": role, "content": content, **more}, ANSWER]
 
 
-def parse(fields: dict) -> Record | BadRecord:
-    """The record, its pictures named by what they were given as."""
+def parse(fields: dict, read=lambda value: f"read {value}".encode()) -> Record | BadRecord:
+    """The record, its images named by what they were given as."""
     try:
-        return parse_record(fields, lambda value: f"read {value}".encode())
+        return parse_record(fields, read)
     except BadRecord as bad:
         return bad
 
@@ -324,3 +325,50 @@ def test_columns_and_members_that_are_not_read_are_refused(tmp_path):
     both = {"caption": "a", "image": "a.png", "images": ["b.png"]}
     write_tar(tmp_path / "b.tar", {"1.json": json.dumps(both).encode(), "1.png": picture(1)})
     assert_bad(TarSource(tmp_path / "b.tar")[0], "malformed", f"{tmp_path}/b.tar:1", "got both")
+
+
+def anything(rng: np.random.Generator, depth: int = 3):
+    """A value of any kind that a container of records can hold."""
+    words = ["", "a", "<image>", IMAGE, "user", "<|User|>", "gpt", "image", "text", "s.png", DATA,
+             "http://a.org/b.png", "data:x", "file://b/c", "\ud800", "\0", "x" * 300]  # fmt: skip
+    kind = rng.integers(7 if depth else 5)
+    if kind < 3:
+        return words[rng.integers(len(words))]
+    if kind < 5:
+        return [None, True, 0, 1.5, b"", b"a", 10**400, float("nan"), -1][rng.integers(9)]
+    number = rng.integers(4)
+    if kind == 5:
+        return [anything(rng, depth - 1) for _ in range(number)]
+    names = ["type", "text", "image", "images", "url", "image_url", "base64", "role", "from",
+             "content", "value", "index", 1, b"b", "video", "bytes", "path"]  # fmt: skip
+    return {names[rng.integers(len(names))]: anything(rng, depth - 1) for _ in range(number)}
+
+
+def mutated(value, rng: np.random.Generator):
+    """A value with some of its parts replaced by anything."""
+    if rng.random() < 0.08:
+        return anything(rng)
+    if isinstance(value, dict):
+        return {name: mutated(part, rng) for name, part in value.items()}
+    if isinstance(value, list):
+        return [mutated(part, rng) for part in value for _ in range(rng.random() < 0.97)]
+    return value
+
+
+def test_random_records_and_messages_are_read_or_refused(golden, tmp_path):
+    processor = Processor.from_dir(golden / "janus")
+    forms = [fields for fields, _ in (*READ.values(), *UNREAD.values())] + [GENERATION, TEXT]
+    (tmp_path / "s.png").write_bytes(picture(1))
+    rng = np.random.default_rng(0)
+    read = 0
+    for number in range(3000):
+        fields = mutated(forms[number % len(forms)], rng)
+        found = parse(fields, lambda value: picture_file(tmp_path, value))
+        read += isinstance(found, Record)
+        assert isinstance(found, Record) or (found.reason and len(found.detail) < 400), fields
+        messages = fields.get("messages") if isinstance(fields, dict) else fields
+        try:
+            processor.conversation(messages)
+        except (ValueError, OSError) as error:
+            assert len(str(error)) < 400, messages
+    assert 500 < read < 2500
