@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import io
 import os
 import re
 import secrets
@@ -87,6 +88,19 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, OSError) and error.filename == str(beside):
             error.filename, error.filename2 = str(path), None
         raise
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file whole, and makes the folders above it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with written_whole(path) as file:
+        file.write(data)
+
+
+def write_all(file: io.RawIOBase, data: bytes) -> None:
+    """Writes to a file without a buffer, which on a disk that is nearly full takes a part only."""
+    while data:
+        data = data[file.write(data) :]
 
 
 @contextlib.contextmanager

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from png_files import RGB, png_file
 
 from benchmarks import data_loading as benchmark
 from janus_jax.data import packing, questions, scenes
@@ -39,7 +40,9 @@ def mixture(tmp_path_factory):
         )
         said.append(Record("text", text=prompt.text))
         drawn.append(Record("generation", text=prompt.text, pictures=(picture,)))
+    thin = png_file(np.zeros((1, 1, 3), int), 8, RGB, size=(60_000, 1))  # huge once resized
     asked[7] = dataclasses.replace(asked[7], pictures=(asked[7].pictures[0][:50],))
+    asked[8] = dataclasses.replace(asked[8], pictures=(thin,))
     write_records("jsonl", folder / "asked.jsonl", asked)
     write_records("tar", folder / "said.tar", said)
     write_records("arrayrecord", folder / "drawn.array_record", drawn)
@@ -85,9 +88,11 @@ def test_files_become_rows(settings, processor, tmp_path):
     shown = sum(batch["image_mask"].sum() for batch in batches) // MODEL.num_image_tokens
     assert 1.8 < drawn / shown < 2.2
     assert packing.efficiency(np.stack([batch["segment_ids"] for batch in batches])) > 0.85
-    assert left_out.counts == {"understanding": {"unreadable picture": 1}}
-    (line,) = (tmp_path / "skipped-000.jsonl").read_text().splitlines()
-    assert json.loads(line)["record"].endswith("asked.jsonl:8")
+    assert left_out.counts == {"understanding": {"unreadable picture": 2}}
+    lines = map(json.loads, (tmp_path / "skipped-000.jsonl").read_text().splitlines())
+    torn, thin = sorted(lines, key=lambda line: line["record"])
+    assert torn["record"].endswith("asked.jsonl:8") and "truncated" in torn["detail"]
+    assert thin["record"].endswith("asked.jsonl:9") and "got 60000 x 1" in thin["detail"]
 
 
 def test_the_rows_are_the_same_on_two_hosts_and_when_gone_on_with(settings, processor, tmp_path):

@@ -72,7 +72,7 @@ def test_weights_and_the_list_of_skipped_records_are_named(tmp_path):
         write_safetensors_file(path, tensors, lambda name: np.zeros(99, np.float32))
     skipped = Skipped(tmp_path / "skipped.jsonl", 1.0, {"": 9})
     bad = Loaded("", BadRecord("malformed", "a" * 500, "a.tar:1"))
-    with full_disk(at=0), pytest.raises(OSError, match=f"large: '{tmp_path}/skipped.jsonl'"):
+    with full_disk(at=10), pytest.raises(OSError, match=f"large: '{tmp_path}/skipped.jsonl'"):
         skipped(bad)
 
 

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from full_disk import full_disk
 from tensorboardX.proto.event_pb2 import Event
 
 from janus_jax.interop.load import abstract
@@ -150,6 +151,12 @@ def test_tensorboard_has_what_the_lines_have(tmp_path, clock):
         if name != "step"
     ]
     assert sorted(_logged(tmp_path)) == sorted(lines)
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_log(tmp_path, clock):
+    with Log(tmp_path, 5, 1, 1e6, 0, dict) as log:
+        with full_disk(at=20), pytest.raises(OSError, match=f"too large: '{tmp_path / METRICS}'"):
+            log.step(1, _metrics(), [["a"]], flops=3e5)
 
 
 def test_progress_is_logged(tmp_path, clock, caplog):

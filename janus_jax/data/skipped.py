@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_jax.data.records import BadRecord
-from janus_jax.paths import os_errors_of
+from janus_jax.paths import os_errors_of, write_all
 
 if TYPE_CHECKING:
     from janus_jax.data.mixture import Loaded  # with grain, which takes seconds to import
@@ -71,7 +71,7 @@ class Skipped:
         line = dict(source=source, record=bad.where, reason=bad.reason, detail=bad.detail)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with os_errors_of(self._path), self._path.open("ab", buffering=0) as file:
-            file.write(json.dumps(line).encode() + b"\n")
+            write_all(file, json.dumps(line).encode() + b"\n")
 
     def _check(self, source: str) -> None:
         seen, records = self._seen[source], self._records[source]

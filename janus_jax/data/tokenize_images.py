@@ -29,7 +29,7 @@ from janus_jax.data.skipped import refusal, told, too_many
 from janus_jax.data.sources import FORMATS, open_source
 from janus_jax.data.writers import SUFFIXES, write_records
 from janus_jax.flags import OneLineParser, device_memory, one_line_errors, set_up_program
-from janus_jax.paths import check_local, locked, written_whole
+from janus_jax.paths import check_local, locked, write_file, written_whole
 from janus_jax.processing.images import preprocess_generation
 from janus_jax.processing.json_files import read_json
 from janus_jax.progress import Progress
@@ -246,9 +246,7 @@ class Output:
 
 
 def _write_json(path: Path, value: Mapping) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
-        file.write(json.dumps(value, indent=2).encode() + b"\n")
+    write_file(path, json.dumps(value, indent=2).encode() + b"\n")
 
 
 def _fingerprint(vq: "VQ") -> str:

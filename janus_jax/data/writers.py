@@ -14,7 +14,7 @@ from janus_jax.checks import shorten
 from janus_jax.data.parquet import import_pyarrow
 from janus_jax.data.reading import INDICES_SUFFIX
 from janus_jax.data.records import Record, record_fields
-from janus_jax.paths import written_whole
+from janus_jax.paths import write_file, written_whole
 
 SUFFIXES = dict(jsonl=".jsonl", tar=".tar", arrayrecord=".array_record", parquet=".parquet")
 ROW_GROUP = 16  # rows: who reads them shuffled decodes a whole group for each
@@ -59,7 +59,7 @@ def _put_beside(folder: Path, number: int) -> Callable[[bytes], str]:
 
     def put(picture: bytes) -> str:
         name = f"{number:09d}.{next(count)}{_suffix(picture)}"
-        _write_file(folder / name, picture)
+        write_file(folder / name, picture)
         return f"{folder.name}/{name}"
 
     return put
@@ -150,13 +150,7 @@ def _write_class_folder(path: Path, records: Iterable[Record], first: int) -> No
             suffix, data = _suffix(record.pictures[0]), record.pictures[0]
         else:
             suffix, data = INDICES_SUFFIX, _npy(record.indices)
-        _write_file(path / folder / f"{number:09d}{suffix}", data)
-
-
-def _write_file(path: Path, data: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
-        file.write(data)
+        write_file(path / folder / f"{number:09d}{suffix}", data)
 
 
 def _json(fields: dict) -> bytes:

@@ -12,6 +12,7 @@ from janus_jax.checks import shorten
 from janus_jax.interop.config import DEEPSEEK
 from janus_jax.interop.files import small_files
 from janus_jax.models.janus import JanusConfig
+from janus_jax.paths import write_file
 from janus_jax.processing.chat import DEFAULT_SYSTEM_PROMPT, JANUS_ROLES
 from janus_jax.processing.json_files import read_json, read_json_if_any, write_json
 from janus_jax.processing.processor import image_config
@@ -179,7 +180,7 @@ def _to_transformers(
     }
     write_json(folder / PROCESSOR, _kept(processor) | named)
     _write_tokenizer(folder, tokenizer.bos_id)
-    (folder / TEMPLATE_FILE).write_text(janus_template(prompts.sft_format), "utf-8")
+    write_file(folder / TEMPLATE_FILE, janus_template(prompts.sft_format).encode())
     _write_generation_config(folder, tokenizer)
 
 

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import jax
 import numpy as np
-from PIL import Image
 
 from janus_jax.data.loading import open_rows
 from janus_jax.data.packing import efficiency
 from janus_jax.interop.load import load_vq
 from janus_jax.models.vq import VQ
+from janus_jax.paths import write_file
+from janus_jax.processing.images import encode_png
 from janus_jax.processing.processor import Processor
 from janus_jax.training.distributed import check_processes
 from janus_jax.training.evaluation import asked_pictures, held_out_rows
@@ -97,9 +98,8 @@ def _empty(folder: Path) -> None:
 
 def _write_row(setup: Setup, row: Row, vq: VQ | None, folder: Path) -> None:
     """examples.txt, and pictures in the order of their places: seen-0.png, drawn-0.png ..."""
-    folder.mkdir(parents=True, exist_ok=True)
     text = "\n\n".join(row_texts(row, setup.processor))
-    (folder / "examples.txt").write_text(text + "\n", encoding="utf-8")
+    write_file(folder / "examples.txt", f"{text}\n".encode())
     cfg = setup.source.cfg
     seen = int(row["image_mask"].sum()) // cfg.und_encoder.num_tokens
     drawn = row["drawn"][: int(row["gen_mask"].sum()) // cfg.num_image_tokens]
@@ -108,7 +108,7 @@ def _write_row(setup: Setup, row: Row, vq: VQ | None, folder: Path) -> None:
         drawn = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
     for name, pictures in dict(seen=row["pixels"][:seen], drawn=drawn).items():
         for number, picture in enumerate(pictures):
-            Image.fromarray(picture).save(folder / f"{name}-{number}.png")
+            write_file(folder / f"{name}-{number}.png", encode_png(picture))
 
 
 def row_texts(row: Row, processor: Processor) -> Iterator[str]:

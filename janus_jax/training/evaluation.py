@@ -16,6 +16,7 @@ from janus_jax.data.skipped import Skipped
 from janus_jax.generation.loading import DrawingDefaults
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.interop.load import load_params, param_shapes
+from janus_jax.paths import write_file
 from janus_jax.processing.images import encode_png, load_image
 from janus_jax.sharding import sharding_for
 from janus_jax.training.metrics import Log
@@ -117,5 +118,4 @@ def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
 def write(path: Path, content: bytes) -> None:
     """Process 0 does."""
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        write_file(path, content)

@@ -16,7 +16,7 @@ from absl import logging
 from tensorboardX import SummaryWriter
 
 from janus_jax.data.records import KINDS
-from janus_jax.paths import written_whole
+from janus_jax.paths import os_errors_of, write_all, write_file, written_whole
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -187,8 +187,8 @@ class Log:
         values = _text({**judged, **_means(metrics["sums"], metrics["counts"])})
         named = list(itertools.chain.from_iterable(records))
         path = self._folder / f"not_finite-{step}-{jax.process_index():03d}.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(f"{record}\n" for record in named), "utf-8", "surrogateescape")
+        lines = "".join(f"{record}\n" for record in named)
+        write_file(path, lines.encode("utf-8", "surrogateescape"))
         shown = ", ".join(named[:NAMED_RECORDS])
         more = f" and {len(named) - NAMED_RECORDS} more" if len(named) > NAMED_RECORDS else ""
         raise FloatingPointError(
@@ -220,7 +220,9 @@ class Log:
         if self._file is None:
             return
         logging.info("step %d/%d  %s", step, self._steps, text)
-        self._file.write(json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n")
+        line = json.dumps({"step": step, **values}, allow_nan=False).encode() + b"\n"
+        with os_errors_of(self._folder / METRICS):
+            write_all(self._file, line)
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
