@@ -92,20 +92,20 @@ def edited(config, where, value):
         ("vision_config", None, "vision_config must be an object, got None"),
         ("aligner_config.params", [], r"aligner_config.params must be an object, got \[\]"),
         ("model_type", [], r"model_type \[\], not"),
-        ("vision_config.params.width", 1e400, "wrong type: cannot convert float infinity"),
-        ("language_config.vocab_size", None, "vocab_size of LlamaConfig must be whole .* got None"),
+        ("vision_config.params.width", 1e400, "width must be an integer from 1 to"),
+        ("language_config.vocab_size", None, "vocab_size .* an integer from 1 to .* None"),
         ("language_config.num_hidden_layers", 1.5, "num_hidden_layers .* got 1.5"),
-        ("language_config.rms_norm_eps", "x", "rms_norm_eps .* must be a number above 0, got 'x'"),
-        ("gen_vision_config.params.ch", 0, "ch of VQConfig must be whole and at least 1, got 0"),
-        ("gen_vision_config.params.ch_mult", [], r"ch_mult of VQConfig must be whole .* got \(\)"),
+        ("language_config.rms_norm_eps", "x", "rms_norm_eps must be a number from .* got 'x'"),
+        ("gen_vision_config.params.ch", 0, "ch of VQConfig must be an integer from 1 to .* got 0"),
+        ("gen_vision_config.params.ch_mult", [], r"ch_mult of VQConfig must be 1 to 7 "),
         ("gen_head_config.params.image_token_embed", -1, "gen_head_width of JanusConfig .* got -1"),
         ("gen_vision_config.params.norm_num_groups", 7, "VQ channels by norm_num_groups is not"),
         ("language_config.num_attention_heads", 16, "head_dim by 2 is not whole: 3 / 2"),
-        ("language_config.rope_theta", "x", "rope_theta .* must be a number above 0, got 'x'"),
-        ("language_config.num_key_value_heads", 0, "num_key_value_heads .* at least 1, got 0"),
-        ("language_config.rope_parameters", [], "config.json has a value of a wrong type"),
-        ("vision_config.params.select_layer", 1.5, "select_layer must be whole, got 1.5"),
-        ("vision_config.params.select_layer", True, "select_layer must be whole, got True"),
+        ("language_config.rope_theta", "x", "rope_theta must be a number from 1 .* 'x'"),
+        ("language_config.num_key_value_heads", 0, "num_key_value_heads .* an integer from 1 to"),
+        ("language_config.rope_parameters", [], r"rope_parameters must be an object, got \[\]"),
+        ("vision_config.params.select_layer", 1.5, "select_layer must be an integer, got 1.5"),
+        ("vision_config.params.select_layer", True, "select_layer must be an integer, got True"),
         ("aligner_config.cls", "zzz", "aligner_config.cls must be 'MlpProjector', got 'zzz'"),
         ("gen_head_config.cls", 5, "gen_head_config.cls must be 'vision_head', got 5"),
     ],
@@ -120,8 +120,8 @@ def test_what_is_not_supported_is_refused(golden, where, value, says):
     ("where", "value", "says"),
     [
         ("text_config.rope_parameters", {"rope_type": "yarn"}, "rope scaling 'yarn'"),
-        ("text_config.num_attention_heads", 0, "num_attention_heads .* at least 1, got 0"),
-        ("tie_word_embeddings", True, "tie_word_embeddings must be False"),
+        ("text_config.num_attention_heads", 0, "num_attention_heads .* integer from 1 .* got 0"),
+        ("text_config.tie_word_embeddings", True, "tie_word_embeddings must be False"),
         ("vision_config.use_qk_norm", True, "use_qk_norm must be False"),
         ("vision_config.projection_dim", 2048, "projection_dim must be 48, got 2048"),
         ("vq_config.double_latent", True, "double_latent must be False"),
@@ -132,17 +132,95 @@ def test_what_is_not_supported_in_transformers_is_refused(where, value, says):
         read_config(edited(checkpoints.TRANSFORMERS_CONFIG, where, value))
 
 
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}, "rope scaling 'linear'"),
+        ("text_config.rope_scaling", "linear", "rope_scaling must be an object, got 'linear'"),
+        ("text_config.is_causal", False, "is_causal must be True, got False"),
+        ("text_config.sliding_window", 0, "sliding_window must be null or absent, got 0"),
+        ("text_config.layer_types", ["sliding_attention"] * 3, "'full_attention' for each layer"),
+        ("text_config.per_layer_config", {"0": {}}, "per_layer_config must be null or absent"),
+        ("text_config.hidden_size", 10**9, "hidden_size .* from 1 to 131072, got 1000000000"),
+        ("text_config.num_hidden_layers", 20_000, "num_hidden_layers .* 1 to 512, got 20000"),
+        ("text_config.rms_norm_eps", 1e300, r"text_config.rms_norm_eps must be .* got 1e\+300"),
+        ("text_config.rms_norm_eps", 1e-300, "rms_norm_eps must be a number from 1e-12 to 1, got"),
+        ("text_config.rms_norm_eps", 2**33, "rms_norm_eps must be .* got 8589934592"),
+        ("text_config.rope_theta", 10**400, "rope_theta must be .* got an integer of 1329 bits"),
+        ("text_config.rope_theta", 1e-300, "rope_theta must be a number from 1 .* got 1e-300"),
+        ("vision_config.mlp_ratio", 5e8, "mlp_ratio must be a number from .* got 500000000.0"),
+        ("vision_config.mlp_ratio", "ab", "mlp_ratio must be a number from .* got 'ab'"),
+        ("vision_config.patch_size", 8, "patch_size must be 16, the pixels of a .*, got 8"),
+        ("vision_config.num_image_tokens", 576, "num_image_tokens must be 16, .* got 576"),
+        ("vq_config.channel_multiplier", None, "channel_multiplier must be a list .* got None"),
+        ("vq_config.channel_multiplier", [1] * 5000, r"ch_mult of VQConfig must be 1 to 7 "),
+        ("vision_config", [1] * 10**6, r"vision_config must be an object, got \[1, 1.*\.\.\."),
+    ],
+)  # fmt: skip
+def test_what_transformers_reads_in_another_way_is_refused(where, value, says):
+    config = checkpoints.TRANSFORMERS_CONFIG
+    if where == "text_config.rope_theta":
+        config = edited(config, "text_config.rope_parameters", None)
+    with pytest.raises(ValueError, match=says) as caught:
+        read_config(edited(config, where, value))
+    assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    ("where", "value", "says"),
+    [
+        ("vision_config.params.pixel_mean", [0.5] * 3, "pixel_mean must be null or absent"),
+        ("vision_config.params.ignore_head", False, "ignore_head must be True, got False"),
+        ("vision_config.params.model_name", "siglip_large_patch16_384", "width must be 1024, got"),
+        ("vision_config.params.layers", 10**5, "num_layers .* integer from 1 to 512, got 100000"),
+        ("language_config.rope_scaling", {"rope_type": "yarn"}, "rope scaling 'yarn'"),
+        ("gen_vision_config.params.num_res_blocks", 99, "num_res_blocks of VQConfig .* got 99"),
+    ],
+)
+def test_what_the_original_reads_in_another_way_is_refused(golden, where, value, says):
+    config = json.loads((golden / "janus" / "config.json").read_text())
+    with pytest.raises(ValueError, match=says):
+        read_config(edited(config, where, value))
+
+
+def test_a_deepseek_vl_model_is_named(golden):
+    config = json.loads((golden / "janus" / "config.json").read_text())
+    for part in ("gen_vision", "gen_aligner", "gen_head"):
+        del config[f"{part}_config"]
+    with pytest.raises(ValueError, match="of a DeepSeek-VL model"):
+        read_config(config)
+
+
+def test_the_decoder_s_own_tie_word_embeddings_decides(golden):
+    """What transformers writes for an untied model whose config did not say so."""
+    for config in (
+        checkpoints.TRANSFORMERS_CONFIG,
+        json.loads((golden / "janus" / "config.json").read_text()),
+    ):
+        assert read_config(edited(config, "tie_word_embeddings", True)) == read_config(config)
+
+
+def test_real_numbers_may_be_written_as_integers():
+    config = edited(checkpoints.TRANSFORMERS_CONFIG, "text_config.rms_norm_eps", 1)
+    config = edited(config, "text_config.rope_parameters.rope_theta", 10**10)
+    decoder = read_config(config).language_model
+    assert (decoder.rms_norm_eps, decoder.rope_theta) == (1.0, 1e10)
+    assert {type(decoder.rms_norm_eps), type(decoder.rope_theta)} == {float}
+
+
 def test_sections_of_the_other_layout_are_not_looked_at(golden):
     config = json.loads((golden / "janus" / "config.json").read_text())
     assert read_config(edited(config, "text_config", None)) == read_config(config)
 
 
-def test_rope_theta_is_read_wherever_it_stands():
+def test_rope_theta_is_read_where_transformers_reads_it():
     config = checkpoints.TRANSFORMERS_CONFIG
     new = edited(config, "text_config.rope_parameters.rope_theta", 5e4)
     assert read_config(new).language_model.rope_theta == 5e4
     old = edited(edited(config, "text_config.rope_parameters", None), "text_config.rope_theta", 6e4)
     assert read_config(old).language_model.rope_theta == 6e4
+    both = edited(new, "text_config.rope_scaling", {"type": "default"})
+    assert read_config(both).language_model.rope_theta == 1e4  # nothing of rope_parameters counts
 
 
 @pytest.mark.parametrize(("layer", "select"), [(-1, -1), (-2, -2), (2, -1), (1, -2), (9, -1)])

@@ -5,11 +5,21 @@ both are filled in here. Whatever the networks do not implement is refused, neve
 way back is in `config_writing.py`.
 """
 
-import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 
+from janus_jax.checks import shorten
+from janus_jax.interop.config_values import (
+    check_sizes,
+    get,
+    mlp_dim,
+    multipliers,
+    real,
+    refusal,
+    require,
+    require_null,
+    size,
+)
 from janus_jax.models.janus import JanusConfig
 from janus_jax.models.llama import LlamaConfig
 from janus_jax.models.siglip import SiglipConfig
@@ -17,6 +27,7 @@ from janus_jax.models.vq import VQConfig
 
 DEEPSEEK, TRANSFORMERS = "deepseek", "transformers"
 FLOW_KEYS = ("vision_gen_enc_config", "vision_gen_dec_config", "vision_und_enc_config")
+GEN_KEYS = ("gen_vision_config", "gen_aligner_config", "gen_head_config")
 # config.json's objects, and the objects in them; DeepSeek's parts are a class and its params
 CLASSES = {
     "vision_config": "CLIPVisionTower",
@@ -31,6 +42,22 @@ OBJECTS = {
 }
 SIGLIP, VQ16 = SiglipConfig.siglip_large_patch16_384(), VQConfig.vq_16()
 SIGLIP_NAME = "siglip_large_patch16_384"
+# keys of SigLIP's sizes, which the original code takes from the model's name
+SIGLIP_SIZES = {
+    "width": SIGLIP.width,
+    "layers": SIGLIP.num_layers,
+    "heads": SIGLIP.num_heads,
+    "patch_size": SIGLIP.patch_size,
+    "mlp_ratio": SIGLIP.mlp_dim / SIGLIP.width,
+}
+# transformers reads these into any config, and they change Llama's masks, cache or layers
+LLAMA_CHANGES = (
+    "sliding_window",
+    "attention_chunk_size",
+    "kv_sharing_modes",
+    "num_kv_shared_layers",
+    "per_layer_config",
+)
 # transformers.LlamaConfig
 LLAMA_DEFAULTS = {
     "vocab_size": 32000,
@@ -38,16 +65,16 @@ LLAMA_DEFAULTS = {
     "intermediate_size": 11008,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
-    "rms_norm_eps": 1e-6,
     "max_position_embeddings": 2048,
 }
+RMS_NORM_EPS, ROPE_THETA = 1e-6, 10000.0
 
 
 def layout_of(config: Mapping) -> str:
     """`deepseek` or `transformers`, told by a config.json's model_type.
 
     Raises:
-      ValueError: JanusFlow, or another model.
+      ValueError: JanusFlow, DeepSeek-VL, or another model.
     """
     flow = [key for key in FLOW_KEYS if key in config]
     if flow:
@@ -55,7 +82,13 @@ def layout_of(config: Mapping) -> str:
     kind = config.get("model_type")
     layouts = {"multi_modality": DEEPSEEK, "janus": TRANSFORMERS}
     if not isinstance(kind, str) or kind not in layouts:
-        raise ValueError(f"config.json has model_type {kind!r}, not 'multi_modality' or 'janus'")
+        got = f"model_type {shorten(kind)}, not 'multi_modality' or 'janus'"
+        raise ValueError(f"config.json has {got}")
+    if kind == "multi_modality" and not any(key in config for key in GEN_KEYS):
+        raise ValueError(
+            f"config.json is of a DeepSeek-VL model (it has no {GEN_KEYS[0]}), which cannot "
+            "generate images; only Janus models are supported"
+        )
     return layouts[kind]
 
 
@@ -70,7 +103,7 @@ def read_config(config: Mapping) -> JanusConfig:
     _check_objects(config, layout)
     try:
         cfg = read(config)
-        _check_sizes(cfg)
+        check_sizes(cfg)
         _check(cfg)
     except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"config.json has a value of a wrong type: {error}") from None
@@ -80,36 +113,9 @@ def read_config(config: Mapping) -> JanusConfig:
 def _check_objects(config: Mapping, layout: str) -> None:
     for path in OBJECTS[layout]:
         value = functools.reduce(lambda found, key: found.get(key, {}), path.split("."), config)
-        if not isinstance(value, Mapping):
-            raise ValueError(f"config.json: {path} must be an object, got {value!r}")
-
-
-def _require(section: Mapping, where: str, **wanted) -> None:
-    """Refuses a stated value that the networks do not implement; absent means the only one."""
-    for key, value in wanted.items():
-        if section.get(key, value) != value:
-            raise ValueError(f"config.json: {where}{key} must be {value!r}, got {section[key]!r}")
-
-
-def _get(section: Mapping, key: str, where: str):
-    if key not in section:
-        raise ValueError(f"config.json: {where}.{key} is missing")
-    return section[key]
-
-
-def _check_sizes(cfg) -> None:
-    """Every number of a config and of those in it; select_layer is counted from the end."""
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        where = f"config.json: {field.name} of {type(cfg).__name__} must be"
-        if dataclasses.is_dataclass(value):
-            _check_sizes(value)
-        elif field.type is float and not (type(value) in (int, float) and 0 < value < math.inf):
-            raise ValueError(f"{where} a number above 0, got {value!r}")
-        elif field.type in (int, tuple[int, ...]) and field.name != "select_layer":
-            sizes = value if isinstance(value, tuple) and value else (value,)
-            if not all(type(size) is int and 0 < size < 2**31 for size in sizes):
-                raise ValueError(f"{where} whole and at least 1, got {value!r}")
+        null = layout == TRANSFORMERS and value is None  # which there means the defaults
+        if not null and not isinstance(value, Mapping):
+            raise refusal(path, "an object", value)
 
 
 def _check(cfg: JanusConfig) -> None:
@@ -130,83 +136,112 @@ def _check(cfg: JanusConfig) -> None:
 
 
 def _llama(section: Mapping, where: str) -> LlamaConfig:
-    _require(section, f"{where}.", model_type="llama", hidden_act="silu", attention_bias=False)
-    _require(section, f"{where}.", mlp_bias=False, tie_word_embeddings=False)
-    rope = {}
-    for key in ("rope_scaling", "rope_parameters"):  # the second is what transformers 5 writes
-        if section.get(key) is not None:
-            rope = {**rope, **section[key]}
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        raise ValueError(f"config.json: {where} has rope scaling {kind!r}, supported: 'default'")
+    inside = f"{where}."
+    require(section, inside, model_type="llama", attention_bias=False, mlp_bias=False)
+    require(section, inside, tie_word_embeddings=False, is_causal=True)
+    require_null(section, inside, *LLAMA_CHANGES)
+    if section.get("hidden_act") != "swish":  # transformers' other name of the same function
+        require(section, inside, hidden_act="silu")
     sizes = {key: section.get(key, default) for key, default in LLAMA_DEFAULTS.items()}
     heads = section.get("num_key_value_heads")
     if heads is None:
         heads = sizes["num_attention_heads"]
-    theta = rope.get("rope_theta", section.get("rope_theta", 10000.0))
-    cfg = LlamaConfig(**sizes, num_key_value_heads=heads, rope_theta=theta)
-    _check_sizes(cfg)  # before one is divided by another
+    eps = real("rms_norm_eps", section.get("rms_norm_eps", RMS_NORM_EPS), inside)
+    theta = _rope_theta(section, inside)
+    cfg = LlamaConfig(**sizes, num_key_value_heads=heads, rms_norm_eps=eps, rope_theta=theta)
+    check_sizes(cfg)  # before one is divided by another
     if section.get("head_dim") is not None:
-        _require(section, f"{where}.", head_dim=cfg.head_dim)
+        require(section, inside, head_dim=cfg.head_dim)
+    layers = section.get("layer_types")
+    if layers is not None and layers != ["full_attention"] * cfg.num_hidden_layers:
+        raise refusal(f"{inside}layer_types", "'full_attention' for each layer", layers)
     return cfg
+
+
+def _rope_theta(section: Mapping, where: str) -> float:
+    """The rotary base, as transformers 5 reads it: where there is a `rope_scaling`, the older key,
+    nothing of `rope_parameters` counts."""
+    keys = ("rope_scaling", "rope_parameters")
+    for key in keys:
+        if not isinstance(section.get(key, {}), (Mapping, type(None))):
+            raise refusal(f"{where}{key}", "an object", section[key])
+    key = next((key for key in keys if section.get(key)), keys[-1])
+    rope = section.get(key) or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        got = f"{where}{key} has rope scaling {shorten(kind)}"
+        raise ValueError(f"config.json: {got}, supported: 'default'")
+    return real("rope_theta", rope.get("rope_theta", section.get("rope_theta", ROPE_THETA)), where)
 
 
 def _read_deepseek(config: Mapping) -> JanusConfig:
     sections = {}
     for key in ("vision", "aligner", "gen_vision", "gen_aligner", "gen_head"):
         section = config.get(f"{key}_config", {})
-        sections[key] = _get(section, "params", f"{key}_config")
-    _require(config, "", tie_word_embeddings=False)
+        sections[key] = get(section, "params", f"{key}_config")
     for part, cls in CLASSES.items():
-        _require(config[part], f"{part}.", cls=cls)
-    decoder = _llama(_get(config, "language_config", "config"), "language_config")
+        require(config[part], f"{part}.", cls=cls)
+    decoder = _llama(get(config, "language_config", "config"), "language_config")
     cfg = JanusConfig(
         und_encoder=_deepseek_vision(sections["vision"]),
         und_aligner_depth=_deepseek_aligner(sections["aligner"], "aligner_config.params."),
         gen_vq=_deepseek_vq(sections["gen_vision"]),
         gen_aligner_depth=_deepseek_aligner(sections["gen_aligner"], "gen_aligner_config.params."),
-        gen_head_width=_get(sections["gen_head"], "image_token_embed", "gen_head_config.params"),
+        gen_head_width=get(sections["gen_head"], "image_token_embed", "gen_head_config.params"),
         language_model=decoder,
     )
     width, codes = decoder.hidden_size, cfg.gen_vq.codebook_size
-    _require(sections["aligner"], "aligner_config.params.", input_dim=cfg.und_encoder.width)
-    _require(sections["aligner"], "aligner_config.params.", n_embed=width)
-    _require(sections["gen_aligner"], "gen_aligner_config.params.", n_embed=width)
-    _require(
+    require(sections["aligner"], "aligner_config.params.", input_dim=cfg.und_encoder.width)
+    require(sections["aligner"], "aligner_config.params.", n_embed=width)
+    require(sections["gen_aligner"], "gen_aligner_config.params.", n_embed=width)
+    require(
         sections["gen_aligner"], "gen_aligner_config.params.", input_dim=cfg.gen_vq.codebook_dim
     )
-    _require(sections["gen_head"], "gen_head_config.params.", n_embed=width, image_token_size=codes)
+    require(sections["gen_head"], "gen_head_config.params.", n_embed=width, image_token_size=codes)
     return cfg
 
 
 def _deepseek_aligner(params: Mapping, where: str) -> int:
-    _require(params, where, projector_type="mlp_gelu")
+    require(params, where, projector_type="mlp_gelu")
     return params.get("depth", 1)
 
 
 def _deepseek_vision(params: Mapping) -> SiglipConfig:
-    where = "vision_config.params"
-    if "width" not in params:
-        _require(params, f"{where}.", model_name=SIGLIP_NAME)
-    feature = _get(params, "select_feature", where)
+    where = "vision_config.params."
+    named = params.get("model_name", SIGLIP_NAME) == SIGLIP_NAME
+    if named:
+        require(params, where, **SIGLIP_SIZES)
+    elif "width" not in params:
+        require(params, where, model_name=SIGLIP_NAME)
+    # what CLIPVisionTower and create_siglip_vit of the original take beside the sizes
+    require_null(params, where, "pixel_mean", "pixel_std", "select_layers")
+    require(params, where, ignore_head=True)
+    feature = get(params, "select_feature", where[:-1])
     if feature not in ("same", "cls_patch"):  # both keep every patch; SigLIP has no class token
-        raise ValueError(f"config.json: {where}.select_feature is {feature!r}, supported: 'same'")
-    layers, width = params.get("layers", SIGLIP.num_layers), params.get("width", SIGLIP.width)
-    layer = _get(params, "select_layer", where)
+        got = f"{where}select_feature is {shorten(feature)}"
+        raise ValueError(f"config.json: {got}, supported: 'same'")
+    sizes = {key: params.get(key, default) for key, default in SIGLIP_SIZES.items()}
+    layers = size("layers", sizes["layers"], where)  # before it is counted from
+    return SiglipConfig(
+        image_size=get(params, "image_size", where[:-1]),
+        patch_size=sizes["patch_size"],
+        width=sizes["width"],
+        num_layers=layers,
+        num_heads=sizes["heads"],
+        mlp_dim=mlp_dim(sizes["width"], sizes["mlp_ratio"], where),
+        select_layer=_select_layer(get(params, "select_layer", where[:-1]), layers),
+    )
+
+
+def _select_layer(layer, layers: int) -> int:
+    """DeepSeek's select_layer, which counts from either end, counted from the last layer."""
     if type(layer) is not int:
-        raise ValueError(f"config.json: {where}.select_layer must be whole, got {layer!r}")
+        raise refusal("vision_config.params.select_layer", "an integer", layer)
     kept = min(layers, layers + layer + 1 if layer <= 0 else layer)
     if kept < 1:
-        raise ValueError(f"config.json: {where}.select_layer {layer} leaves no layer of {layers}")
-    return SiglipConfig(
-        image_size=_get(params, "image_size", where),
-        patch_size=params.get("patch_size", SIGLIP.patch_size),
-        width=width,
-        num_layers=layers,
-        num_heads=params.get("heads", SIGLIP.num_heads),
-        mlp_dim=int(width * params.get("mlp_ratio", SIGLIP.mlp_dim / SIGLIP.width)),
-        select_layer=kept - layers - 1,
-    )
+        got = f"vision_config.params.select_layer {shorten(layer)}"
+        raise ValueError(f"config.json: {got} leaves no layer of {layers}")
+    return kept - layers - 1
 
 
 def _deepseek_vq(params: Mapping) -> VQConfig:
@@ -214,7 +249,7 @@ def _deepseek_vq(params: Mapping) -> VQConfig:
         codebook_size=params.get("image_token_size", VQ16.codebook_size),
         codebook_dim=params.get("n_embed", VQ16.codebook_dim),
         ch=params.get("ch", VQ16.ch),
-        ch_mult=tuple(params.get("ch_mult", VQ16.ch_mult)),
+        ch_mult=multipliers("ch_mult", params.get("ch_mult", VQ16.ch_mult), "gen_vision_config."),
         num_res_blocks=params.get("num_res_blocks", VQ16.num_res_blocks),
         z_channels=params.get("z_channels", VQ16.z_channels),
         norm_num_groups=params.get("norm_num_groups", VQ16.norm_num_groups),
@@ -222,42 +257,70 @@ def _deepseek_vq(params: Mapping) -> VQConfig:
 
 
 def _read_transformers(config: Mapping) -> JanusConfig:
-    vision, vq = config.get("vision_config", {}), config.get("vq_config", {})
-    _require(config, "", tie_word_embeddings=False)
-    decoder = _llama(config.get("text_config", {}), "text_config")
-    _require(vision, "vision_config.", hidden_act="gelu", attention_bias=True, use_qk_norm=False)
-    _require(vision, "vision_config.", num_channels=3, layer_norm_eps=1e-6)
-    _require(vq, "vq_config.", hidden_act="gelu", double_latent=False, in_channels=3)
-    _require(vq, "vq_config.", out_channels=3)
+    """As transformers 5 reads it. Its top-level tie_word_embeddings does not count: it is true
+    where it is absent, and the heads that are stored apart are loaded apart whatever it says."""
+    text, vision, vq = (config.get(key) or {} for key in OBJECTS[TRANSFORMERS])
+    require_null(config, "", "per_layer_config")
+    decoder = _llama(text, "text_config")
     # Absent, these are 2048 (JanusVisionConfig, JanusVQVAEConfig) and must fit the decoder.
     for where, section, key in (
         ("vision_config", vision, "projection_dim"),
         ("vq_config", vq, "projection_dim"),
         ("vq_config", vq, "image_token_embed_dim"),
     ):
-        _require({key: section.get(key, 2048)}, f"{where}.", **{key: decoder.hidden_size})
+        require({key: section.get(key, 2048)}, f"{where}.", **{key: decoder.hidden_size})
+    cfg = JanusConfig(
+        und_encoder=_transformers_vision(vision),
+        und_aligner_depth=vision.get("depth", 2),
+        gen_vq=_transformers_vq(vq),
+        gen_aligner_depth=vq.get("num_hidden_layers", 2),
+        gen_head_width=decoder.hidden_size,
+        language_model=decoder,
+    )
+    _check_grid(cfg, vision)
+    return cfg
+
+
+def _transformers_vision(vision: Mapping) -> SiglipConfig:
+    where = "vision_config."
+    require(vision, where, hidden_act="gelu", attention_bias=True, use_qk_norm=False)
+    require(vision, where, num_channels=3, layer_norm_eps=1e-6)
+    require_null(vision, where, "per_layer_config")
     width = vision.get("hidden_size", SIGLIP.width)
-    encoder = SiglipConfig(
+    return SiglipConfig(
         image_size=vision.get("image_size", SIGLIP.image_size),
         patch_size=vision.get("patch_size", SIGLIP.patch_size),
         width=width,
         num_layers=vision.get("num_hidden_layers", SIGLIP.num_layers),
         num_heads=vision.get("num_attention_heads", SIGLIP.num_heads),
-        mlp_dim=int(width * vision.get("mlp_ratio", 4.0)),
+        mlp_dim=mlp_dim(width, vision.get("mlp_ratio", 4.0), where),
     )
-    gen_vq = VQConfig(
+
+
+def _transformers_vq(vq: Mapping) -> VQConfig:
+    where = "vq_config."
+    require(vq, where, hidden_act="gelu", double_latent=False, in_channels=3, out_channels=3)
+    require_null(vq, where, "per_layer_config")
+    levels = vq.get("channel_multiplier", VQ16.ch_mult)
+    return VQConfig(
         codebook_size=vq.get("num_embeddings", VQ16.codebook_size),
         codebook_dim=vq.get("embed_dim", VQ16.codebook_dim),
         ch=vq.get("base_channels", VQ16.ch),
-        ch_mult=tuple(vq.get("channel_multiplier", VQ16.ch_mult)),
+        ch_mult=multipliers("channel_multiplier", levels, where),
         num_res_blocks=vq.get("num_res_blocks", VQ16.num_res_blocks),
         z_channels=vq.get("latent_channels", VQ16.z_channels),
     )
-    return JanusConfig(
-        und_encoder=encoder,
-        und_aligner_depth=vision.get("depth", 2),
-        gen_vq=gen_vq,
-        gen_aligner_depth=vq.get("num_hidden_layers", 2),
-        gen_head_width=decoder.hidden_size,
-        language_model=decoder,
-    )
+
+
+def _check_grid(cfg: JanusConfig, vision: Mapping) -> None:
+    """transformers takes the sides of the generated grid from SigLIP's patches, and the number of
+    generated tokens from num_image_tokens; here both follow from the VQ model."""
+    check_sizes(cfg)  # before one is divided by another
+    patch, pixels = cfg.und_encoder.patch_size, cfg.gen_vq.downsample
+    if patch != pixels:
+        wanted = f"{pixels}, the pixels of a generated token (vq_config.channel_multiplier)"
+        raise refusal("vision_config.patch_size", wanted, patch)
+    stated, tokens = vision.get("num_image_tokens", 576), cfg.und_encoder.num_tokens
+    if stated != tokens:
+        wanted = f"{tokens}, the number of patches (576 where absent)"
+        raise refusal("vision_config.num_image_tokens", wanted, stated)

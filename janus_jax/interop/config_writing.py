@@ -62,6 +62,7 @@ def _write_llama(decoder: LlamaConfig) -> dict:
     return sizes | {
         "model_type": "llama",
         "num_key_value_heads": decoder.num_key_value_heads,
+        "rms_norm_eps": decoder.rms_norm_eps,
         "rope_theta": decoder.rope_theta,
         "tie_word_embeddings": False,
     }
