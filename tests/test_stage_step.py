@@ -191,7 +191,7 @@ def test_no_step_reads_the_tokenizer_where_pictures_come_as_indices(config):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(init="no/folder"), "init must be a checkpoint folder, there is none at 'no/folder'"),
+        (dict(init="no/folder"), "init must be a checkpoint folder: no/folder is not a folder"),
         (dict(rows=6, accumulate=4), "rows must be a multiple of data * fsdp * accumulate = 4, "),
         (dict(trained="nothing"), "no parameter path matches trained='nothing'"),
         (dict(fresh="nothing"), "no parameter path that trains matches fresh='nothing'"),

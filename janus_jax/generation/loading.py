@@ -1,5 +1,6 @@
 """What a checkpoint is loaded from and as: its folder, its dtype, processor files that fit."""
 
+import os
 import re
 from pathlib import Path
 from typing import NamedTuple
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from janus_jax import checks
+from janus_jax.interop.folders import check_folder, suggestion
 from janus_jax.models.janus import JanusConfig
 from janus_jax.processing.json_files import read_json_if_any
 from janus_jax.processing.processor import Processor
@@ -57,8 +59,8 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
     if path_or_hub_id == "":
         raise ValueError("a folder or a hub id must be given, got ''")
     folder, name = Path(path_or_hub_id), str(path_or_hub_id)
-    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        return folder
+    if os.path.exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+        return check_folder(folder, fetches=True)
     import huggingface_hub  # slow to import, and needed here only
 
     try:
@@ -66,7 +68,9 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
     except Exception as error:  # offline, unknown, gated: the library has a class for each
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise FileNotFoundError(
-            f"{name} is no folder here, and cannot be fetched from the Hugging Face hub: {reason}"
+            f"{name} is no folder here, and cannot be fetched from the Hugging Face hub: "
+            f"{reason.rstrip('.')}"
+            + suggestion(name, fetches=True)
         ) from error
 
 

@@ -13,9 +13,13 @@ import numpy as np
 from flax import nnx
 
 from janus_jax import checkpoint
+from janus_jax.checks import shorten, shorten_text
 from janus_jax.interop import deepseek, transformers
 from janus_jax.interop.config import DEEPSEEK, layout_of, read_config
 from janus_jax.interop.files import CONFIG
+from janus_jax.interop.folders import check_folder
+from janus_jax.interop.names import few, listed
+from janus_jax.interop.quantised import check_not_quantised
 from janus_jax.interop.readers import open_checkpoint, read_safetensors
 from janus_jax.interop.rules import Plan, Shape, Table, make_plan, skip_reasons
 from janus_jax.interop.tensors import TensorSource
@@ -48,11 +52,7 @@ def open_folder(path: Path | str) -> Folder:
       FileNotFoundError: no folder, or no config.json in it.
       ValueError: JanusFlow, another model, or an unsupported value.
     """
-    path = Path(path)
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path} is not a folder")
-    if not (path / CONFIG).is_file():
-        raise FileNotFoundError(f"{path} holds no {CONFIG}")
+    path = check_folder(path)
     config = read_json(path / CONFIG)
     try:
         layout, cfg = layout_of(config), read_config(config)
@@ -82,10 +82,39 @@ def abstract(cfg: JanusConfig) -> tuple[nnx.GraphDef, nnx.State]:
     return nnx.split(nnx.eval_shape(lambda: Janus(cfg, rngs=OneKey())))
 
 
+LAYERS = ("und_encoder.blocks", "language_model.layers")  # all of a stack have the same shapes
+
+
 def param_shapes(cfg: JanusConfig) -> dict[str, Shape]:
-    """Shape of every parameter of a Janus by path; allocates none."""
-    _, state = abstract(cfg)
-    return {_path(keys): tuple(leaf.shape) for keys, leaf in nnx.to_flat_state(state)}
+    """Shape of every parameter of a Janus by path; allocates none.
+
+    Builds one layer of each stack, so that a config that does not fit its weights is refused
+    before many layers are built.
+    """
+    counts = (cfg.und_encoder.num_layers, cfg.language_model.num_hidden_layers)
+    _, state = abstract(_one_layer_each(cfg))
+    one = {_path(keys): tuple(leaf.shape) for keys, leaf in nnx.to_flat_state(state)}
+    shapes = {}
+    for stack, paths in itertools.groupby(one, _stack):
+        if stack is None:
+            shapes |= {path: one[path] for path in paths}
+            continue
+        rest = [path.removeprefix(f"{stack}.0.") for path in paths]
+        for i in range(counts[LAYERS.index(stack)]):
+            shapes |= {f"{stack}.{i}.{name}": one[f"{stack}.0.{name}"] for name in rest}
+    return shapes
+
+
+def _stack(path: str) -> str | None:
+    return next((stack for stack in LAYERS if path.startswith(f"{stack}.")), None)
+
+
+def _one_layer_each(cfg: JanusConfig) -> JanusConfig:
+    return dataclasses.replace(
+        cfg,
+        und_encoder=dataclasses.replace(cfg.und_encoder, num_layers=1),
+        language_model=dataclasses.replace(cfg.language_model, num_hidden_layers=1),
+    )
 
 
 def _path(keys: tuple) -> str:
@@ -96,11 +125,20 @@ def plan_folder(folder: Folder) -> tuple[TensorSource, Plan]:
     """Opens a PyTorch folder's weights and matches them with the model.
 
     Raises:
-      ValueError: the weights do not fit config.json; every tensor at fault is listed.
+      ValueError: the weights are quantised, or do not fit config.json.
     """
     source = open_checkpoint(folder.path)
+    check_not_quantised(folder.config, source)
     table = table_for(folder.layout, folder.cfg)
     return source, make_plan(table, source, param_shapes(folder.cfg))
+
+
+def check_weights(folder: Folder) -> None:
+    """Raises ValueError unless a folder's weights fit its config.json; reads no values."""
+    if folder.orbax:
+        check_stored(folder)
+    else:
+        plan_folder(folder)
 
 
 def load_params(
@@ -202,21 +240,20 @@ def check_stored(folder: Folder) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes in an Orbax folder, which must be those of the model.
 
     Raises:
-      ValueError: missing, unknown or misshapen parameters, all listed.
+      ValueError: missing, unknown or misshapen parameters; the message names a few of each.
     """
     expected, stored = param_shapes(folder.cfg), checkpoint.stored_params(folder.path)
     shared = [path for path in expected if path in stored]
     faults = {
         "missing": [path for path in expected if path not in stored],
-        "unknown": [path for path in stored if path not in expected],
+        "unknown": [shorten_text(path) for path in stored if path not in expected],
         "of a wrong shape": [
-            f"{p} is {stored[p].shape}, expected {expected[p]}"
+            f"{p} is {shorten(stored[p].shape)}, expected {expected[p]}"
             for p in shared
             if tuple(stored[p].shape) != expected[p]
         ],
     }
-    text = "; ".join(f"{len(n)} {kind}: {', '.join(n)}" for kind, n in faults.items() if n)
-    if text:
+    if text := listed(faults):
         raise ValueError(f"{folder.path} does not fit its config.json, parameters {text}")
     return stored
 
@@ -230,7 +267,7 @@ def build_model(cfg: JanusConfig, params: Mapping[str, jax.Array]) -> Janus:
     graphdef, state = abstract(cfg)
     astray = sorted({_path(keys) for keys, _ in nnx.to_flat_state(state)} ^ set(params))
     if astray:
-        raise ValueError(f"parameters do not match the model's: {', '.join(astray)}")
+        raise ValueError(f"{len(astray)} parameters do not match the model's: {few(astray)}")
     return filled(graphdef, state, lambda path: params[path])
 
 

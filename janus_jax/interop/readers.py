@@ -1,6 +1,7 @@
 """One door to the weight files of a PyTorch checkpoint folder: names, shapes and tensors."""
 
 import collections
+import dataclasses
 import json
 import math
 import os
@@ -10,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from janus_jax.checks import shorten, shorten_text
+from janus_jax.interop.names import few, wrapper
+from janus_jax.interop.quantised import ADVICE, QUANTISED_DTYPES
 from janus_jax.interop.tensors import BFLOAT16, Tensor, TensorSource, is_shape
 from janus_jax.interop.torch_pickle import read_torch_file
 from janus_jax.paths import bounded_size
@@ -32,7 +35,6 @@ SAFETENSORS = "model.safetensors"
 TORCH_BIN = "pytorch_model.bin"
 MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 MAX_WEIGHTS = 2**63 - 1  # bytes of a file, of which only headers are read whole
-SHOWN = 3  # file names in a message
 _LFS = b"version https://git-lfs"  # what a clone without Git LFS has in place of each large file
 
 Read = tuple[dict[str, Tensor], list[str]]  # tensors by name, and names that the file holds twice
@@ -54,11 +56,20 @@ def open_checkpoint(folder: Path | str) -> TensorSource:
         index = folder / f"{name}.index.json"
         if os.path.lexists(folder / name):
             tensors, doubled = _read_file(folder / name, read)
-            return TensorSource(folder, tensors, {DOUBLED: doubled} if doubled else {})
+            return _unwrapped(TensorSource(folder, tensors, {DOUBLED: doubled} if doubled else {}))
         if os.path.lexists(index):
-            return _open_shards(folder, index, read)
+            return _unwrapped(_open_shards(folder, index, read))
     looked_for = ", ".join(f"{name}[.index.json]" for name, _ in kinds)
     raise FileNotFoundError(f"{folder} holds no weights: looked for {looked_for}")
+
+
+def _unwrapped(source: TensorSource) -> TensorSource:
+    """The tensors by the names that they have without a wrapper's prefix."""
+    prefix = wrapper(source.names)
+    if not prefix:
+        return source
+    tensors = {name.removeprefix(prefix): tensor for name, tensor in source.tensors.items()}
+    return dataclasses.replace(source, tensors=tensors)
 
 
 def _read_file(path: Path, read: Callable[[Path], Read]) -> Read:
@@ -140,15 +151,18 @@ def _place(path: Path, name: str, fields: dict, data: int) -> Tensor:
         found = shorten(fields)
         raise ValueError(f"{path} has a damaged safetensors header at {told}: {found}") from None
     if not isinstance(kind, str) or kind not in SAFETENSORS_DTYPES:
-        expected = ", ".join(SAFETENSORS_DTYPES)
-        raise ValueError(f"{path}: {told} has dtype {shorten(kind)}, not {expected}")
+        got = f"{told} has dtype {shorten(kind)}"
+        if str(kind).startswith(QUANTISED_DTYPES):
+            raise ValueError(f"{path} holds quantised weights ({got}); {ADVICE}")
+        raise ValueError(f"{path}: {got}, not one of {', '.join(SAFETENSORS_DTYPES)}")
     dtype = SAFETENSORS_DTYPES[kind]
     if not is_shape(shape, dtype) or not is_shape((start,), dtype) or not is_shape((end,), dtype):
         found = shorten(fields)
         raise ValueError(f"{path} has a damaged safetensors header at {told}: {found}")
     needs = dtype.itemsize * math.prod(shape)
     if end - start != needs:
-        raise ValueError(f"{path}: {told} of shape {shape} needs {needs} bytes, has {end - start}")
+        of = f"{told} of shape {shorten(shape)}"
+        raise ValueError(f"{path}: {of} needs {needs} bytes, has {end - start}")
     return Tensor(path, data + start, dtype, shape)
 
 
@@ -158,11 +172,6 @@ def _is_file_name(name: str) -> bool:
     return plain and len(name.encode(errors="replace")) <= 255
 
 
-def _examples(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(map(shorten, names[:SHOWN])) + more
-
-
 def _open_shards(
     folder: Path, index: Path, read: Callable[[Path], Read]
 ) -> TensorSource:
@@ -170,10 +179,11 @@ def _open_shards(
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise ValueError(f"{index} has no weight_map of tensor names to files")
     files = sorted(set(weight_map.values()))
-    if elsewhere := [name for name in files if not _is_file_name(name)]:
-        raise ValueError(f"{index} must name files beside it, got {_examples(elsewhere)}")
-    if absent := [name for name in files if not (folder / name).exists()]:
-        raise FileNotFoundError(f"{index} names shards that are not there: {_examples(absent)}")
+    if elsewhere := [shorten(name) for name in files if not _is_file_name(name)]:
+        raise ValueError(f"{index} must name files beside it, got {few(elsewhere)}")
+    if absent := [shorten(name) for name in files if not (folder / name).exists()]:
+        found = f"{len(absent)} of {len(files)} are missing: {few(absent)}"
+        raise FileNotFoundError(f"{index} names shards of which {found}")
     tensors: dict[str, Tensor] = {}
     doubled, unlisted = [], []
     for file in files:

@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
+from janus_jax.checks import shorten, shorten_text
+from janus_jax.interop.names import advice, few, listed
 from janus_jax.interop.tensors import TensorSource
 
 Shape = tuple[int, ...]
@@ -180,7 +182,8 @@ def export_steps(table: Table, paths: Collection[str]) -> list[Step]:
         steps.update(found)
     absent = sorted({p for step in steps.values() for p in step.paths} - set(paths))
     if faults or absent:
-        raise ValueError(f"parameters that cannot be written: {', '.join(faults + absent)}")
+        astray = faults + absent
+        raise ValueError(f"{len(astray)} parameters that cannot be written: {few(astray)}")
     return [steps[name] for name in sorted(steps)]
 
 
@@ -195,9 +198,10 @@ def make_plan(table: Table, source: TensorSource, expected: Mapping[str, Shape])
     expected: shape of each of the model's parameters by path.
 
     Raises:
-      ValueError: one line that lists all unknown, missing, doubled and misshapen tensors.
+      ValueError: one line that counts all unknown, missing, doubled and misshapen tensors and
+        names a few of each.
     """
-    faults: dict[str, list[str]] = {kind: list(names) for kind, names in source.faults.items()}
+    faults = {kind: list(map(shorten_text, names)) for kind, names in source.faults.items()}
     steps, skipped = [], {}
     for name in source.names:
         found, reasons = find_steps(table, name), skip_reasons(table, name)
@@ -206,14 +210,14 @@ def make_plan(table: Table, source: TensorSource, expected: Mapping[str, Shape])
         elif reasons:
             skipped[name] = reasons[0]
         elif not found or not all(path in expected for path in found[0].paths):
-            faults.setdefault("unknown", []).append(name)
+            faults.setdefault("unknown", []).append(shorten_text(name))
         else:
             steps.append(found[0])
     _check_targets(table, steps, expected, faults)
     for step in steps:
         _check_tensor(step, source, expected, faults)
-    if any(faults.values()):
-        text = "; ".join(f"{len(n)} {kind}: {', '.join(n)}" for kind, n in faults.items() if n)
+    if text := listed(faults):
+        text += advice(source.names)
         raise ValueError(f"{source.folder} does not fit its config.json, tensors {text}")
     return Plan(tuple(steps), skipped)
 
@@ -242,7 +246,7 @@ def _check_tensor(
         ours = []
     if ours != [expected[path] for path in step.paths]:
         wanted = torch_shape(step, expected)
-        text = f"{step.torch} is {shape}, expected {wanted}"
+        text = f"{step.torch} is {shorten(shape)}, expected {wanted}"
         faults.setdefault("of a wrong shape", []).append(text)
     if dtype.kind not in "fV":  # ml_dtypes.bfloat16 is of numpy's kind V
         text = f"{step.torch} is {dtype}, expected floating point"

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from janus_jax.data.scenes import IMAGE_SIZE
 from janus_jax.interop.files import CONFIG, small_files
+from janus_jax.interop.folders import check_folder
 from janus_jax.interop.load import Folder, build_model, load_params, open_folder
 from janus_jax.interop.processor_files import copy_files
 from janus_jax.interop.readers import SAFETENSORS
@@ -32,9 +33,7 @@ class Start:
 
         Raises FileNotFoundError or ValueError for a folder that cannot be used.
         """
-        if not Path(cfg.init).is_dir():
-            there = f"there is none at {cfg.init}"
-            raise FileNotFoundError(f"init must be a checkpoint folder, {there}")
+        check_init(cfg.init)
         if Path(cfg.init).resolve() == Path(cfg.output).resolve():
             raise ValueError(f"init and output must be two folders, got {cfg.init} for both")
         source = open_folder(cfg.init)
@@ -54,6 +53,14 @@ class Start:
     def save(self, model: Janus) -> None:
         """Writes the model and copies the small files of the first folder beside it."""
         save_deepseek(self.output, model, functools.partial(copy_files, self.source.path))
+
+
+def check_init(init: str) -> None:
+    """Raises FileNotFoundError unless `init` is a checkpoint folder."""
+    try:
+        check_folder(init)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"init must be a checkpoint folder: {error}") from None
 
 
 def check_counts(cfg, *names: str) -> None:

@@ -21,6 +21,7 @@ from janus_jax.interop.load import (
     FLOAT32_PATHS,
     Folder,
     abstract,
+    check_weights,
     filled,
     load_params,
     open_folder,
@@ -38,6 +39,7 @@ from janus_jax.sharding import (
     parse_mesh,
     sharding_for,
 )
+from janus_jax.training.folders import check_init
 from janus_jax.training.lora import ADAPTERS, LoRAConfig, add_adapters
 from janus_jax.training.stages import ALL_BUT_TOKENIZER
 from janus_jax.training.state import (
@@ -78,9 +80,7 @@ class Setup:
     def from_config(cls, cfg) -> "Setup":
         """Raises FileNotFoundError or ValueError for what cannot be trained."""
         check_settings(cfg)
-        if not Path(cfg.init).is_dir():
-            there = f"there is none at {cfg.init!r}"
-            raise FileNotFoundError(f"init must be a checkpoint folder, {there}")
+        check_init(cfg.init)
         check_local("output", cfg.output)
         if not cfg.output or (Path(cfg.output).exists() and not Path(cfg.output).is_dir()):
             raise ValueError(f"output must be a folder to write to, got {cfg.output!r}")
@@ -98,6 +98,7 @@ class Setup:
         if cfg.lora_rank:
             lora = LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
         rows = rows_config(cfg, mesh)
+        check_weights(source)  # before a model of the sizes in config.json is built
         setup = cls(cfg, source, processor, model_cfg, mesh, rows, lora)
         trained, frozen = setup.shapes
         if cfg.fresh:

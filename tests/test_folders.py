@@ -1,0 +1,211 @@
+"""What is said of a path that is no checkpoint folder, and of weights that a folder may hold."""
+
+import dataclasses
+import json
+import re
+
+import checkpoints
+import numpy as np
+import pytest
+import torch
+
+from janus_jax.generation.loading import find_folder
+from janus_jax.interop import load
+from janus_jax.interop.folders import check_folder
+from janus_jax.interop.load import check_weights, open_folder, param_shapes, plan_folder
+from janus_jax.interop.names import few, wrapper
+
+FILES = "needs config.json, tokenizer.json, .* beside model.safetensors or pytorch_model.bin"
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("Janus-Pro-1B", "is not a folder; did you mean deepseek-ai/Janus-Pro-1B?"),
+        ("models/janus_pro_7b/", "is not a folder; did you mean deepseek-ai/Janus-Pro-7B?"),
+        ("Janus-Pro-1", "is not a folder; did you mean deepseek-ai/Janus-Pro-1B?"),
+        ("janus-pr-7B", "is not a folder; did you mean deepseek-ai/Janus-Pro-7B?"),
+        ("Janus-1.3b", "is not a folder; did you mean deepseek-ai/Janus-1.3B?"),
+        ("janus-pro", "deepseek-ai/Janus-Pro-1B or deepseek-ai/Janus-Pro-7B?"),
+        ("JanusFlow-1.3B", "is not a folder; JanusFlow is not supported"),
+        ("nowhere", "nowhere is not a folder"),
+        ("x" * 5000, "...xxxxxxxxxxxxxxxxxxxxxxxx is not a folder"),
+        ("a\0b", "is not a folder"),
+        ("a.gguf", "; GGUF files are not supported; use a checkpoint folder such as deepseek-ai/J"),
+    ],
+)
+def test_what_is_no_folder(tmp_path, monkeypatch, name, says):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError) as caught:
+        find_folder(name)
+    assert says in str(caught.value) and "Download" not in str(caught.value)
+    with pytest.raises(FileNotFoundError) as caught:  # convert and train fetch nothing
+        open_folder(name)
+    assert says in str(caught.value)
+    download = "Download it first: hf download deepseek-ai/"
+    assert (download in str(caught.value)) == ("deepseek-ai" in says and "GGUF" not in says)
+    assert len(str(caught.value)) < 250
+
+
+def test_the_shipped_model_is_not_a_folder_of_that_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="; janus_tiny is the model that loads where none"):
+        find_folder("janus_tiny")
+
+
+def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
+    import huggingface_hub
+
+    def offline(*_, **__):
+        raise OSError("no such repository.")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(FileNotFoundError, match="repository; did you mean deepseek-ai/Janus-P"):
+        find_folder("deepseek/Janus-Pro-1b")
+    with pytest.raises(FileNotFoundError, match=r"no such repository$"):
+        find_folder("deepseek-ai/Janus-Pro-1B")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_a_file_is_not_a_folder(tmp_path, name):
+    (tmp_path / name).write_bytes(b"{}")
+    kind = "a file" if name == "config.json" else "a weights file"
+    says = rf"{name} is {kind}, not a folder; give the folder \({tmp_path}\), which {FILES}"
+    for check in (check_folder, find_folder, open_folder):
+        with pytest.raises(FileNotFoundError, match=says if len(str(tmp_path)) < 80 else kind):
+            check(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("a.gguf", "; GGUF files are not supported"),
+        ("snapshots/0a1b/config.json", "; give the folder in its hub cache: .*/snapshots/0a1b$"),
+        ("model/config.json", "; give .*/model$"),
+        ("model.safetensors", f"; a checkpoint folder {FILES}"),
+    ],
+)
+def test_a_folder_without_a_config(tmp_path, file, says):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).touch()
+    with pytest.raises(FileNotFoundError, match=f"holds no config.json{says}"):
+        open_folder(tmp_path)
+
+
+def test_lists_of_names_are_bounded():
+    assert few(["a.b", "a.c", "a.d"]) == "a.b, a.c, a.d"
+    assert few(["a.b.c", "a.b", "a.bc", "a.b.f"]) == "a.b.c, a.b, a.bc, ... (all begin with 'a.')"
+    assert few(["ab", "ac", "ad", "ae"]) == "ab, ac, ad, ..."
+    assert wrapper([]) == wrapper(["module.a", "b"]) == wrapper(["modules.a"]) == ""
+    assert wrapper(["module._orig_mod.a.b", "module._orig_mod.a.c"]) == "module._orig_mod."
+
+
+@pytest.fixture(scope="module")
+def cfg(golden):
+    return open_folder(golden / "janus").cfg
+
+
+def named(golden, folder, rename, **changes):
+    """The golden checkpoint under other names; changes: of its config.json."""
+    state = {rename(name): value for name, value in checkpoints.tensors(golden).items()}
+    checkpoints.make_single(golden, folder, state)
+    config = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(config))
+    return open_folder(folder)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module."])
+def test_the_prefixes_of_wrappers_are_not_part_of_names(golden, tmp_path, prefix):
+    wanted, plan = plan_folder(open_folder(golden / "janus"))
+    source, wrapped = plan_folder(named(golden, tmp_path / "w", lambda name: prefix + name))
+    assert [step.paths for step in plan.steps] == [step.paths for step in wrapped.steps]
+    assert set(plan.skipped) == set(wrapped.skipped)
+    name = plan.steps[5].torch
+    np.testing.assert_array_equal(source.read(name), wanted.read(name))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_shards_lose_the_prefix_of_all(golden, tmp_path, kind, monkeypatch):
+    state = {f"module.{name}": value for name, value in checkpoints.tensors(golden).items()}
+    monkeypatch.setattr(checkpoints, "tensors", lambda golden: state)
+    check_weights(open_folder(checkpoints.make_sharded(golden, tmp_path / "s", kind)))
+
+
+def test_other_prefixes_are_named_once(golden, tmp_path):
+    folder = named(golden, tmp_path / "p", lambda name: f"base_model.model.{name}")
+    with pytest.raises(ValueError) as caught:
+        check_weights(folder)
+    text = str(caught.value)
+    assert re.search(r"\d+ unknown: .*, \.\.\. \(all begin with 'base_model.model.'\); ", text)
+    assert text.endswith("merge its adapters (merge_and_unload) and save again")
+    assert len(text) < 1000
+
+
+def test_one_name_without_the_prefix_is_a_fault(golden, tmp_path):
+    def rename(name):
+        return name if name == "gen_embed.weight" else f"module.{name}"
+
+    with pytest.raises(ValueError, match=r"unknown: .* \(all begin with 'module.'\); .* missing: "):
+        check_weights(named(golden, tmp_path / "p", rename))
+
+
+QUANTISED = {
+    "bitsandbytes, 4 bits": ("mlp.up_proj.weight.quant_map", torch.float32),
+    "bitsandbytes, 8 bits": ("mlp.up_proj.SCB", torch.float32),
+    "GPTQ or AWQ": ("mlp.up_proj.qweight", torch.int32),
+    "fp8 or compressed-tensors": ("mlp.up_proj.weight_scale_inv", torch.float32),
+    "MLX": ("mlp.up_proj.scales", torch.float16),
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+def test_quantised_weights_are_named(golden, tmp_path, method):
+    name, dtype = QUANTISED[method]
+    state = {f"language_model.model.layers.0.{name}": torch.ones(3, dtype=dtype)}
+    folder = open_folder(checkpoints.make_single(golden, tmp_path / "q", state))
+    with pytest.raises(ValueError, match=f"holds quantised weights .tensor .*{name}, as {method}"):
+        check_weights(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint32])
+def test_quantised_dtypes_are_named(golden, tmp_path, dtype):
+    state = {"language_model.lm_head.weight": torch.zeros(3).to(dtype)}
+    folder = open_folder(checkpoints.make_single(golden, tmp_path / "q", state))
+    with pytest.raises(ValueError, match=r"quantised weights \(language_model.lm_head.weight has"):
+        check_weights(folder)
+
+
+def test_a_quantization_config_counts_only_for_quantised_weights(golden, tmp_path):
+    stated = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
+    check_weights(named(golden, tmp_path / "floats", str, **stated))
+    state = {"language_model.lm_head.weight": torch.ones((448, 48), dtype=torch.int8)}
+    folder = open_folder(checkpoints.make_single(golden, tmp_path / "q", state))
+    folder = dataclasses.replace(folder, config=folder.config | stated)
+    with pytest.raises(ValueError) as caught:
+        check_weights(folder)
+    for part in ("json has quantization_config of method 'bitsandbytes'; tensor", "int8", "bfloat"):
+        assert part in str(caught.value)
+
+
+def test_shapes_are_those_of_a_whole_model(cfg):
+    _, state = load.abstract(cfg)
+    whole = {load._path(keys): leaf.shape for keys, leaf in load.nnx.to_flat_state(state)}
+    assert list(param_shapes(cfg).items()) == list(whole.items())
+
+
+@pytest.mark.parametrize("part", ["language_model.num_hidden_layers", "und_encoder.num_layers"])
+def test_many_layers_are_not_built_before_tensors_are_compared(golden, cfg, monkeypatch, part):
+    built, abstract = [], load.abstract
+
+    def recorded(cfg):
+        built.append((cfg.language_model.num_hidden_layers, cfg.und_encoder.num_layers))
+        return abstract(cfg)
+
+    monkeypatch.setattr(load, "abstract", recorded)
+    section, field = part.split(".")
+    deep = dataclasses.replace(getattr(cfg, section), **{field: 512})
+    folder = open_folder(golden / "janus")
+    folder = dataclasses.replace(folder, cfg=dataclasses.replace(cfg, **{section: deep}))
+    with pytest.raises(ValueError, match=r"\d{4} missing: ") as caught:
+        check_weights(folder)
+    assert built == [(1, 1)] and len(str(caught.value)) < 500
