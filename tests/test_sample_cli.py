@@ -95,6 +95,15 @@ def test_each_line_of_a_file_is_a_prompt(run, loaded, small, tmp_path):
     assert Image.open(paths[4]).text["prompt"] == "a\u2028dog\na cat"
 
 
+def test_prompts_come_through_a_pipe():
+    """As the shell gives them for --prompts_file <(COMMAND)."""
+    reading, writing = os.pipe()
+    os.write(writing, b"a dog\n a cat\n")
+    os.close(writing)
+    assert cli.read_prompts(Path(f"/dev/fd/{reading}")) == ["a dog", "a cat"]
+    os.close(reading)
+
+
 @pytest.mark.parametrize("full", [False, True])
 def test_what_was_drawn_before_an_error_is_kept(run, loaded, full, monkeypatch, tmp_path):
     save, saved = gallery.save_png, []
