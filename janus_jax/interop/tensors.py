@@ -50,7 +50,11 @@ class Tensor:
         return np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
 
     def _map(self, count: int) -> np.ndarray:
-        raw = np.memmap(self.file, np.uint8, "r", self.offset, (count * self.dtype.itemsize,))
+        size = (count * self.dtype.itemsize,)
+        try:
+            raw = np.memmap(self.file, np.uint8, "r", self.offset, size)
+        except ValueError as error:  # it was longer when it was opened
+            raise ValueError(f"{self.file} has changed since it was opened: {error}") from None
         # A plain ndarray: np.memmap would keep its own type (and its warnings) through every view.
         return np.asarray(raw).view(self.dtype)
 
