@@ -94,15 +94,15 @@ def stored_params(folder: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
     except (FileNotFoundError, ValueError) as error:
         raise ValueError(f"{params} is damaged: {error}") from None
 
-    def read() -> Mapping:
+    def read() -> dict[str, jax.ShapeDtypeStruct]:
         with ocp.StandardCheckpointer() as checkpointer:
             metadata = checkpointer.metadata(params).item_metadata
         if metadata is None:
             raise ValueError("a file is missing or damaged")
-        return traverse_util.flatten_dict(metadata.tree, sep=".")
+        flat = traverse_util.flatten_dict(metadata.tree, sep=".")
+        return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
 
-    flat = orbax_errors.call(ValueError, what, read)
-    return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
+    return orbax_errors.call(ValueError, what, read)
 
 
 def restore(

@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -14,11 +15,13 @@ from janus_jax.checks import shorten_text
 T = TypeVar("T")
 LOGGERS = ("absl", "asyncio")  # what Orbax logs, and tasks that nobody asked for their exception
 _ORBAX = os.path.join("orbax", "checkpoint", "")  # in the names of its files
+_STORAGE = (_ORBAX, "OCDBT", "TensorStore")  # in what tasks say of themselves
 _LATE = "Event loop is closed"  # raised by storage threads that finish after Orbax has given up
 
 
 def _is_foreign(record: logging.LogRecord) -> bool:
-    return _ORBAX not in record.pathname and _ORBAX not in record.getMessage()
+    told = record.getMessage()
+    return _ORBAX not in record.pathname and not any(name in told for name in _STORAGE)
 
 
 @contextlib.contextmanager
@@ -30,7 +33,9 @@ def _quiet() -> Iterator[None]:
         logger.addFilter(_is_foreign)
     threading.excepthook = lambda args: None if _is_orbax(args.exc_traceback) else thread_hook(args)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
+            yield
     finally:
         threading.excepthook = thread_hook
         for logger in loggers:

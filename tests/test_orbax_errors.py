@@ -3,6 +3,7 @@
 import gc
 import logging
 import os
+import random
 import shutil
 import sys
 import threading
@@ -106,6 +107,32 @@ def test_parameters_placed_on_devices_say_the_same(damaged, whole, tmp_path, cap
         path.write_bytes(data)
     gc.collect()
     assert refused and not caplog.records
+
+
+@pytest.mark.slow
+def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(whole, tmp_path, caplog, capfd):
+    """Another name or shape in the list of parameters is for the model's own list to refuse."""
+    folder, rng = tmp_path / "o", random.Random(0)
+    shutil.copytree(whole, folder)
+    files = [path for path in (folder / "params").rglob("*") if path.stat().st_size > 0]
+    files = [path for path in files if path.is_file()]
+    stored, values = checkpoint.stored_params(folder), checkpoint.restore_numpy(folder)
+    capfd.readouterr()
+    for _ in range(200):
+        path = rng.choice([*files, folder / "params" / "_METADATA"])
+        data = path.read_bytes()
+        flipped = bytearray(data)
+        flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            if checkpoint.stored_params(folder) == stored:
+                found = checkpoint.restore_numpy(folder)
+                assert all(np.array_equal(found[name], values[name]) for name in stored)
+        except ValueError as error:
+            assert f"{folder / 'params'} is damaged: " in str(error) and "\n" not in str(error)
+        path.write_bytes(data)
+    gc.collect()
+    assert not caplog.records and capfd.readouterr().err == ""
 
 
 def test_other_messages_of_a_program_pass(caplog, monkeypatch):
