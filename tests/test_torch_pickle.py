@@ -77,6 +77,13 @@ def test_a_state_dict_with_metadata_and_parameters_shared_by_two_names(tmp_path)
     np.testing.assert_array_equal(tensors["1.weight"].read(), layer.weight.detach().numpy())
 
 
+@pytest.mark.parametrize("protocol", [1, 3, 4, 5])
+def test_every_protocol_of_pickle(tmp_path, protocol):
+    state = torch.nn.Linear(2, 3).state_dict()
+    tensors = read_torch_file(save(tmp_path / "m.bin", state, pickle_protocol=protocol))
+    np.testing.assert_array_equal(tensors["weight"].read(), state["weight"].numpy())
+
+
 def test_what_is_read_cannot_be_written(tmp_path):
     tensors = read_torch_file(save(tmp_path / "m.bin", {"a": torch.zeros(2, 3).T}))
     with pytest.raises(ValueError, match="read-only"):
