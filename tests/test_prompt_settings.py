@@ -17,6 +17,21 @@ from janus_jax.processing.prompt_settings import (
 FORMATS = ("deepseek", "deepseek_old")
 OTHER = "{% for m in messages %}{{ '<|User|>: ' + m['content'] }}{% endfor %}{{ '<|Assistant|>:' }}"
 
+EARLIER = """\
+{%- for message in messages -%}
+{%- if message['role'] != 'system' -%}
+{{ ('User' if message['role'] == 'user' else 'Assistant') + ': ' }}
+{%- endif -%}
+{%- if message['content'] is string -%}{{ message['content'] | trim }}
+{%- else -%}{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}{{ '<image_placeholder>\\n' }}
+{%- else -%}{{ part['text'] | trim }}{%- endif -%}
+{%- endfor -%}{%- endif -%}
+{{ eos_token if message['role'] == 'assistant' else '\\n\\n' }}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{ 'Assistant:' }}{%- endif -%}
+"""
+
 
 def write(folder, **files):
     """One JSON file for each keyword; None removes it."""
@@ -49,6 +64,10 @@ def test_templates_are_recognised_by_their_text(name):
         "\ud800",
     ):
         assert template_format(other) is None
+
+
+def test_earlier_exports_are_recognised():
+    assert template_format(EARLIER) == "deepseek_old"
 
 
 def test_the_template_on_the_hub_writes_the_same_prompts(golden):

@@ -66,16 +66,24 @@ def test_prompts_are_those_of_transformers(golden, tmp_path, sft_format, system_
     assert json.loads((back / "processor_config.json").read_text())["sft_format"] == sft_format
 
 
-def test_a_question_with_an_image_is_that_of_transformers(golden, tmp_path):
+def test_questions_with_images_are_those_of_transformers(golden, tmp_path):
     source = deepseek_folder(golden, tmp_path / "s", sft_format="deepseek_old")
     again = saved_again(translated(golden, source, tmp_path / "hf", "transformers"), tmp_path / "a")
-    theirs = transformers.AutoProcessor.from_pretrained(again)
-    parts = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
-    text = theirs.apply_chat_template(
-        [{"role": "user", "content": parts}], add_generation_prompt=True
-    )
-    tokens = theirs(text=text, images=[IMAGE])["input_ids"][0].tolist()
-    assert Processor.from_dir(again).conversation("What is this?", [IMAGE])[0] == tokens
+    ours, theirs = Processor.from_dir(again), transformers.AutoProcessor.from_pretrained(again)
+    image, tag = {"type": "image"}, ours.image_tag
+    for parts, said in (
+        ([image, "Is it red? "], f"{tag}\nIs it red?"),
+        (["Is it", "red?", image], f"Is it red?\n{tag}"),
+        ([" Is ", image, "as red as", image, " ?"], f"Is \n{tag}\nas red as\n{tag}\n ?"),
+        ([image, image], f"{tag}\n\n{tag}"),
+    ):
+        parts = [{"type": "text", "text": p} if isinstance(p, str) else p for p in parts]
+        text = theirs.apply_chat_template(
+            [{"role": "user", "content": parts}], add_generation_prompt=True
+        )
+        images = [IMAGE] * parts.count(image)
+        tokens = theirs(text=text, images=images)["input_ids"][0].tolist()
+        assert ours.conversation(said, images)[0] == tokens
 
 
 def test_without_use_default_system_prompt_each_layout_has_its_own_default(golden, tmp_path):

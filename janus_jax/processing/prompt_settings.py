@@ -20,16 +20,25 @@ PREPROCESSOR = "preprocessor_config.json"
 TEMPLATE_FILE, LEGACY_TEMPLATE_FILE = "chat_template.jinja", "chat_template.json"
 TEMPLATE_FOLDER, TEMPLATE_KEY = "additional_chat_templates", "chat_template"
 
+# Parts of a message are joined as by the chat template of deepseek-community/Janus-Pro-1B.
 _TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] != 'system' -%}
 {{ ('USER' if message['role'] == 'user' else 'ASSISTANT') + ': ' }}
 {%- endif -%}
 {%- if message['content'] is string -%}{{ message['content'] | trim }}
-{%- else -%}{%- for part in message['content'] -%}
-{%- if part['type'] == 'image' -%}{{ '<image_placeholder>\\n' }}
-{%- else -%}{{ part['text'] | trim }}{%- endif -%}
-{%- endfor -%}{%- endif -%}
+{%- else -%}{%- set joined = namespace(text='') -%}
+{%- for part in message['content'] -%}
+{%- if part['type'] == 'image' -%}
+{%- set before, after = '' if loop.first else '\\n', '' if loop.last else '\\n' -%}
+{%- set joined.text = joined.text + before + '<image_placeholder>' + after -%}
+{%- else -%}
+{%- set before = '' if loop.first or loop.previtem['type'] == 'image' else ' ' -%}
+{%- set joined.text = joined.text + before + part['text'] -%}
+{%- endif -%}
+{%- endfor -%}
+{{ joined.text | trim }}
+{%- endif -%}
 {{ eos_token if message['role'] == 'assistant' else '\\n\\n' }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{ 'ASSISTANT:' }}{%- endif -%}
@@ -52,6 +61,8 @@ def _fingerprint(template: str, user: str, assistant: str) -> str:
 # Templates whose prompts are those of chat.py, whichever of the two pairs of roles they have.
 FINGERPRINTS = {
     _fingerprint(janus_template("deepseek"), *chat.JANUS_ROLES["deepseek"]),
+    # earlier exports, which joined the parts of a message otherwise
+    "6844fc1f6ffa910fd1a5acd5487ff4cf53ebad31389cc9e43daef375a2bf554a",
     # transformers' convert_janus_weights_to_hf.py, and so deepseek-community/Janus-Pro-1B and -7B
     "f1ec022ee62347ff806af871b48535538b552c42412a4a902418d9e3fb3f7ceb",
     # a draft of it, which reads only lower-case names of roles
