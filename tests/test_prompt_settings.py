@@ -1,6 +1,7 @@
 """Which template and system prompt a folder's files ask for, and what is refused."""
 
 import json
+import os
 
 import pytest
 
@@ -171,6 +172,13 @@ def test_templates_that_cannot_be_read(tmp_path):
         PromptSettings.from_dir(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(ValueError, match=f"{tmp_path}/chat_template.jinja: 'utf-8' codec"):
+        PromptSettings.from_dir(tmp_path)
+    os.truncate(tmp_path / "chat_template.jinja", 2**36)
+    with pytest.raises(ValueError, match=r"chat_template\.jinja must have at most 1048576 bytes"):
+        PromptSettings.from_dir(tmp_path)
+    (tmp_path / "chat_template.jinja").unlink()
+    os.mkfifo(tmp_path / "chat_template.jinja")
+    with pytest.raises(ValueError, match=r"chat_template\.jinja"):
         PromptSettings.from_dir(tmp_path)
 
 

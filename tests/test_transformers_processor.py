@@ -84,6 +84,8 @@ def test_questions_with_images_are_those_of_transformers(golden, tmp_path):
         images = [IMAGE] * parts.count(image)
         tokens = theirs(text=text, images=images)["input_ids"][0].tolist()
         assert ours.conversation(said, images)[0] == tokens
+        talk = [{"role": "user", "content": parts}]
+        assert ours.conversation(talk, images)[0] == tokens
 
 
 def test_without_use_default_system_prompt_each_layout_has_its_own_default(golden, tmp_path):

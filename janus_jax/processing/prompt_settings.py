@@ -7,11 +7,13 @@ text and never executed: the folder may come from anywhere.
 
 import dataclasses
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from janus_jax.checks import shorten
+from janus_jax.paths import read_bounded
 from janus_jax.processing import chat
 from janus_jax.processing.json_files import naming, read_json_if_any
 from janus_jax.processing.tokenizer import IMAGE, PROCESSOR, TOKENIZER_CONFIG
@@ -19,6 +21,8 @@ from janus_jax.processing.tokenizer import IMAGE, PROCESSOR, TOKENIZER_CONFIG
 PREPROCESSOR = "preprocessor_config.json"
 TEMPLATE_FILE, LEGACY_TEMPLATE_FILE = "chat_template.jinja", "chat_template.json"
 TEMPLATE_FOLDER, TEMPLATE_KEY = "additional_chat_templates", "chat_template"
+
+MAX_TEMPLATE_BYTES = 2**20
 
 # Parts of a message are joined as by the chat template of deepseek-community/Janus-Pro-1B.
 _TEMPLATE = """\
@@ -97,7 +101,7 @@ def _stored_templates(folder: Path) -> Iterator[tuple[Path, Any]]:
     for path in (folder / PROCESSOR, folder / LEGACY_TEMPLATE_FILE):
         yield path, read_json_if_any(path).get(TEMPLATE_KEY)
     single, others = folder / TEMPLATE_FILE, sorted((folder / TEMPLATE_FOLDER).glob("*.jinja"))
-    if single.is_file():
+    if os.path.lexists(single):
         yield single, _read_text(single)
     elif others:
         yield folder / TEMPLATE_FOLDER, {path.stem: _read_text(path) for path in others}
@@ -106,8 +110,9 @@ def _stored_templates(folder: Path) -> Iterator[tuple[Path, Any]]:
 
 
 def _read_text(path: Path) -> str:
+    data = read_bounded(path, MAX_TEMPLATE_BYTES)
     with naming(path):
-        return path.read_text("utf-8")
+        return data.decode()
 
 
 def _default_template(path: Path, stated: Any) -> str:
