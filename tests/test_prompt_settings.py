@@ -2,10 +2,13 @@
 
 import json
 import os
+import shutil
 
 import pytest
+from ml_collections import ConfigDict
 
-from janus_jax.interop import export
+from janus_jax.generation.loading import TINY
+from janus_jax.interop import export, processor_files
 from janus_jax.processing import chat
 from janus_jax.processing.processor import Processor
 from janus_jax.processing.prompt_settings import (
@@ -14,6 +17,7 @@ from janus_jax.processing.prompt_settings import (
     janus_template,
     template_format,
 )
+from janus_jax.training.folders import Start
 
 FORMATS = ("deepseek", "deepseek_old")
 OTHER = "{% for m in messages %}{{ '<|User|>: ' + m['content'] }}{% endfor %}{{ '<|Assistant|>:' }}"
@@ -223,3 +227,15 @@ def test_a_refused_template_is_refused_by_every_command(golden, tmp_path):
             command()
         assert str(error.value) == str(loading.value)
         assert not (tmp_path / "o").exists()
+
+
+def test_training_replaces_what_it_copied(tmp_path):
+    """The folder of further templates goes along, and is no stranger in the output."""
+    source, output = shutil.copytree(TINY, tmp_path / "s"), tmp_path / "o"
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "rag.jinja").write_text(OTHER)
+    (source / "chat_template.jinja").write_text(janus_template("deepseek"))
+    output.mkdir()
+    processor_files.copy_files(source, output)
+    assert (output / "additional_chat_templates" / "rag.jinja").is_file()
+    Start.from_config(ConfigDict({"init": str(source), "output": str(output)}))

@@ -18,6 +18,7 @@ from janus_jax.interop.readers import SAFETENSORS
 from janus_jax.interop.save import save_deepseek
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.paths import check_local
+from janus_jax.processing.prompt_settings import TEMPLATE_FOLDER
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Start:
         if source.cfg.image_size != IMAGE_SIZE:
             sides = f"{source.cfg.image_size} pixels a side at {cfg.init}"
             raise ValueError(f"init must be a model of {IMAGE_SIZE} pixels a side, got {sides}")
-        written = {path.name for path in small_files(source.path)}
+        written = {path.name for path in small_files(source.path)} | {TEMPLATE_FOLDER}
         check_output(cfg.output, source.cfg, written)
         return cls(source, cfg.output)
 
