@@ -151,6 +151,10 @@ def pairs(seed: int, number: int):
         yield tuple(random_pairs.sample(pool, 2))
 
 
+class OtherNetwork(AssertionError):
+    """The weights of the config that was read are not those of transformers' model."""
+
+
 class Comparison:
     """Compares edited configs, each with one that states all that was read of it.
 
@@ -177,7 +181,7 @@ class Comparison:
             return "too large"
         try:
             theirs = run_transformers(config, folder)
-        except AssertionError:
+        except OtherNetwork:
             raise
         except Exception as error:
             text = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
@@ -213,7 +217,8 @@ def run_transformers(config: dict, folder: Path) -> dict[str, np.ndarray]:
         folder, dtype=torch.float32, output_loading_info=True
     )
     strangers = {kind: names for kind, names in info.items() if names}
-    assert not strangers, f"transformers: {strangers}"
+    if strangers:
+        raise OtherNetwork(f"transformers: {strangers}")
     model.eval()
     vocabulary = model.config.text_config.vocab_size
     ids = torch.arange(1, 9)[None] % vocabulary
