@@ -92,6 +92,21 @@ def test_a_folder_without_a_config(tmp_path, file, says):
         open_folder(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "says"),
+    [
+        ("model-q4_k.gguf", "found model-q4_k.gguf; GGUF files are not supported"),
+        ("model-00001-of-00002.safetensors", "found .*; shards need the index that was saved with"),
+        ("consolidated.pth", "looked for model.safetensors.*, found consolidated.pth$"),
+    ],
+)
+def test_weights_of_other_names_are_named(golden, tmp_path, file, says):
+    checkpoints.copy_small_files(golden, tmp_path / "f")
+    (tmp_path / "f" / file).touch()
+    with pytest.raises(FileNotFoundError, match=f"holds no weights: .*{says}"):
+        check_weights(open_folder(tmp_path / "f"))
+
+
 def test_lists_of_names_are_bounded():
     assert few(["a.b", "a.c", "a.d"]) == "a.b, a.c, a.d"
     assert few(["a.b.c", "a.b", "a.bc", "a.b.f"]) == "a.b.c, a.b, a.bc, ... (all begin with 'a.')"

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from janus_jax.checks import shorten_text
 from janus_jax.interop.files import CONFIG
+from janus_jax.interop.quantised import GGUF
+from janus_jax.interop.readers import WEIGHTS
 
 FILES = (
     f"{CONFIG}, tokenizer.json, tokenizer_config.json, processor_config.json and "
@@ -14,8 +16,6 @@ FILES = (
 )
 KNOWN = ("deepseek-ai/Janus-Pro-1B", "deepseek-ai/Janus-Pro-7B", "deepseek-ai/Janus-1.3B")
 SHIPPED = "janus_tiny"
-GGUF = "GGUF files are not supported; use a checkpoint folder such as deepseek-ai/Janus-Pro-1B"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")
 _CLOSE = 0.8  # of difflib's ratio, in which 1 is the same
 
 

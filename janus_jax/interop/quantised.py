@@ -27,6 +27,8 @@ ADVICE = (
     "was made from, such as deepseek-ai/Janus-Pro-7B, or dequantise it and save it as bfloat16"
 )
 
+GGUF = "GGUF files are not supported; use a checkpoint folder such as deepseek-ai/Janus-Pro-1B"
+
 
 def check_not_quantised(config: Mapping, source: TensorSource) -> None:
     """Raises ValueError for quantised weights; a config may say so of weights that are floats."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from janus_jax.checks import shorten, shorten_text
 from janus_jax.interop.names import few, wrapper
-from janus_jax.interop.quantised import ADVICE, QUANTISED_DTYPES
+from janus_jax.interop.quantised import ADVICE, GGUF, QUANTISED_DTYPES
 from janus_jax.interop.tensors import BFLOAT16, Tensor, TensorSource, is_shape
 from janus_jax.interop.torch_pickle import read_torch_file
 from janus_jax.paths import bounded_size
@@ -33,6 +33,7 @@ SAFETENSORS_DTYPES = {
 DOUBLED = "stored twice"
 SAFETENSORS = "model.safetensors"
 TORCH_BIN = "pytorch_model.bin"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")  # suffixes, read or not
 MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 MAX_WEIGHTS = 2**63 - 1  # bytes of a file, of which only headers are read whole
 _LFS = b"version https://git-lfs"  # what a clone without Git LFS has in place of each large file
@@ -60,7 +61,20 @@ def open_checkpoint(folder: Path | str) -> TensorSource:
         if os.path.lexists(index):
             return _unwrapped(_open_shards(folder, index, read))
     looked_for = ", ".join(f"{name}[.index.json]" for name, _ in kinds)
-    raise FileNotFoundError(f"{folder} holds no weights: looked for {looked_for}")
+    found = f"{folder} holds no weights: looked for {looked_for}{_others(folder)}"
+    raise FileNotFoundError(found)
+
+
+def _others(folder: Path) -> str:
+    """Weights of other names or formats in a folder, and what to do about them."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in WEIGHTS)
+    if not names:
+        return ""
+    found = f", found {few(list(map(shorten_text, names)))}"
+    if any(name.lower().endswith(".gguf") for name in names):
+        return f"{found}; {GGUF}"
+    shards = all("-of-" in name for name in names)
+    return found + ("; shards need the index that was saved with them" if shards else "")
 
 
 def _unwrapped(source: TensorSource) -> TensorSource:
