@@ -17,7 +17,13 @@ from janus_jax.data.scene_batches import NUM_PATCH_LABELS, labelled_pictures
 from janus_jax.models.siglip import Siglip
 from janus_jax.training.folders import Start, check_counts
 from janus_jax.training.loop import drawn_batches, run_steps
-from janus_jax.training.state import TrainState, apply_gradients, init_state, make_optimizer
+from janus_jax.training.state import (
+    TrainState,
+    apply_gradients,
+    default_promotion,
+    init_state,
+    make_optimizer,
+)
 
 
 class PatchClassifier(nnx.Module):
@@ -69,6 +75,7 @@ def make_encoder_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformati
         right = jnp.all(jnp.argmax(logits, axis=-1) == labels, axis=-1)
         return loss, dict(loss=loss, pictures_right=jnp.mean(right))
 
+    @default_promotion()
     def step(state: TrainState, batch: tuple[jax.Array, jax.Array]):
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, *batch)
         return apply_gradients(state, grads, optimizer), metrics

@@ -80,8 +80,7 @@ def apply_gradients(
     average_decay: float = 0.0,
 ) -> TrainState:
     """The state one step on. average_decay: of the moving average, where there is one."""
-    with default_promotion():
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params, average = optax.apply_updates(state.params, updates), state.average
     if average is not None:
         average = optax.incremental_update(params, average, 1 - average_decay)
@@ -90,10 +89,10 @@ def apply_gradients(
 
 @contextlib.contextmanager
 def default_promotion() -> Iterator[None]:
-    """Traces what Optax computes with JAX's default rules for types, whatever the environment says.
+    """JAX's default rules for dtypes, for steps whose libraries rely on them.
 
-    Under JAX_ENABLE_X64 its bias correction and learning rate would be computed in float64 and
-    rounded; strict promotion refuses both.
+    Under JAX_ENABLE_X64 Optax computes learning rates and bias corrections in float64; strict
+    promotion of dtypes refuses both, and Flax's norms and JAX's attention in bfloat16.
     """
     with (
         jax.enable_x64(False),
@@ -116,15 +115,9 @@ def learning_rates(cfg) -> optax.Schedule:
     if cfg.end_learning_rate > cfg.learning_rate:
         rule = "end_learning_rate must be at most learning_rate (give both)"
         raise ValueError(f"{rule}, got {cfg.end_learning_rate} for {cfg.learning_rate}")
-    schedule = optax.warmup_cosine_decay_schedule(
+    return optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, cfg.warmup_steps, cfg.steps, cfg.end_learning_rate
     )
-
-    def rate(step: jax.Array) -> jax.Array:
-        with default_promotion():
-            return schedule(step)
-
-    return rate
 
 
 def make_optimizer(cfg) -> optax.GradientTransformation:

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from janus_jax.models.janus import Janus
 from janus_jax.processing.images import ImageConfig
 from janus_jax.training.row_losses import Rows, row_losses
-from janus_jax.training.state import TrainState, apply_gradients
+from janus_jax.training.state import TrainState, apply_gradients, default_promotion
 
 Params = dict[str, jax.Array]  # by dotted path
 
@@ -122,6 +122,7 @@ def make_step(
     (places that are no padding): float32 scalars).
     """
 
+    @default_promotion()
     def step(state: TrainState, frozen: Params, rows: Rows) -> tuple[TrainState, dict]:
         grads, found = objective.gradients(state.params, frozen, rows)
         metrics = dict(

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 
 from janus_jax.models.vq import VQ, l2_normalise
-from janus_jax.training.state import TrainState, apply_gradients
+from janus_jax.training.state import TrainState, apply_gradients, default_promotion
 
 COMMITMENT = 0.25  # as in VQ-VAE, VQGAN and the reference's quantizer
 USAGE_DECAY = 0.99
@@ -39,7 +39,7 @@ def vq_loss(
     codebook = jnp.mean(jnp.sum((jax.lax.stop_gradient(z) - codes) ** 2, axis=-1))
     commitment = jnp.mean(jnp.sum((z - jax.lax.stop_gradient(codes)) ** 2, axis=-1))
     latents = z.reshape(-1, z.shape[-1])
-    total = jnp.mean(jnp.sum((latents - jnp.mean(latents, axis=0)) ** 2, axis=-1))
+    total = jnp.mean(jnp.sum((latents - jnp.mean(latents, axis=0, keepdims=True)) ** 2, axis=-1))
     locality = variance_within(latents, patch_groups) / (total + 1e-6)
     aux = dict(
         l1=l1,
@@ -103,6 +103,7 @@ def make_vq_step(
     def loss_fn(params: nnx.State, pixels: jax.Array, groups: jax.Array, quantise: jax.Array):
         return vq_loss(nnx.merge(graph, params, frozen).gen_vq, pixels, groups, quantise)
 
+    @default_promotion()
     def step(state: TrainState, usage: jax.Array, images: jax.Array, patch_groups: jax.Array):
         pixels = images.astype(jnp.float32) / 127.5 - 1.0
         quantise = state.step >= cfg.quantise_from
