@@ -1,6 +1,7 @@
 """Orbax's failures in one line: a damaged folder or a full disk makes it log and print hundreds."""
 
 import contextlib
+import errno
 import gc
 import logging
 import os
@@ -61,7 +62,22 @@ class _Hook:
             self.before(report)
 
 
-def _first_line(error: BaseException) -> str:
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether it came from a disk, or a user's share of one, that is full."""
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if error is None:
+        return False
+    named = any(os.strerror(code) in str(error) for code in full)
+    return named or getattr(error, "errno", None) in full or is_disk_full(error.__cause__)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, on a device or the host; a full disk has XLA's name for it, too."""
+    exhausted = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+    return exhausted and not is_disk_full(error)
+
+
+def first_line(error: BaseException) -> str:
     """Of what was raised first: Orbax wraps the storage's report in one that names slices."""
     while error.__cause__ is not None:
         error = error.__cause__
@@ -82,9 +98,9 @@ def call(kind: type[Exception], what: str, function: Callable[[], T]) -> T:
         try:
             result = function()
         except Exception as error:
-            if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            if is_out_of_memory(error):
                 raise  # no fault of the folder's
-            text = _first_line(error)
+            text = first_line(error)
         else:
             sys.unraisablehook = hook
             return result

@@ -1,5 +1,6 @@
 """What Orbax logs, prints and raises of a damaged folder is one exception of one line."""
 
+import errno
 import gc
 import logging
 import os
@@ -166,3 +167,15 @@ def test_memory_that_runs_out_is_no_damage():
 
     with pytest.raises(RuntimeError, match="RESOURCE_EXHAUSTED"):
         orbax_errors.call(OSError, "", fails)
+
+
+def test_a_full_disk_is_not_out_of_memory():
+    """The storage library has XLA's name for it, beside the system's."""
+    full = ValueError("RESOURCE_EXHAUSTED: Error writing \"x\": No space left on device")
+    wrapped = OSError("not written")
+    wrapped.__cause__ = full
+    for error in (full, wrapped, OSError(errno.EDQUOT, "")):
+        assert orbax_errors.is_disk_full(error) and not orbax_errors.is_out_of_memory(error)
+    device = RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+    for error in (device, MemoryError()):
+        assert orbax_errors.is_out_of_memory(error) and not orbax_errors.is_disk_full(error)
