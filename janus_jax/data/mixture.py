@@ -151,7 +151,10 @@ class _StreamsIterator(grain.DatasetIterator):
         return {"settings": self._settings, **states}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """state: of these streams, and maybe of others. Raises ValueError for other settings."""
+        """state: of these streams, and maybe of others.
+
+        Raises ValueError for other settings, and for what is no state of these streams.
+        """
         before = state["settings"]
         now = self._settings
         changed = [
@@ -163,7 +166,11 @@ class _StreamsIterator(grain.DatasetIterator):
             told = ", ".join(changed)
             raise ValueError(f"a run must go on with the data it began with, got {told}")
         for index, one in self._iterators.items():
-            one.set_state(state[str(index)])
+            try:
+                one.set_state(state[str(index)])
+            except (KeyError, TypeError, AttributeError, IndexError) as error:
+                reason = f"{type(error).__name__} {error}"
+                raise ValueError(f"the state of stream {index} is damaged: {reason:.80}") from None
 
     def close(self) -> None:
         for one in self._iterators.values():

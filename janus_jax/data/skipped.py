@@ -116,14 +116,31 @@ def _by_reason(bad: Mapping[str, str]) -> Counts:
 
 
 def _read(path: Path) -> dict[str, dict[str, str]]:
-    """Reason by source and by record; a last line that was cut short is cut off the file."""
+    """Reason by source and by record; a last line that was cut short is cut off the file.
+
+    Raises ValueError if another line is not one of this list.
+    """
     found: dict[str, dict[str, str]] = collections.defaultdict(dict)
     if not path.is_file():
         return found
     whole, _, torn = path.read_bytes().rpartition(b"\n")
     if torn:
         os.truncate(path, len(whole) + bool(whole))
-    for line in filter(None, whole.split(b"\n")):
-        bad = json.loads(line)
-        found[bad["source"]][bad["record"]] = bad["reason"]
+    for number, line in enumerate(whole.split(b"\n"), 1):
+        if line:
+            source, record, reason = _fields(line, f"{path}, line {number}")
+            found[source][record] = reason
     return found
+
+
+def _fields(line: bytes, where: str) -> tuple[str, str, str]:
+    """The source, record and reason of a line."""
+    try:
+        bad = json.loads(line)
+        fields = bad["source"], bad["record"], bad["reason"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        fields = (None,)
+    if not all(isinstance(field, str) for field in fields):
+        rule = "must be a JSON object with the texts source, record and reason"
+        raise ValueError(f"{where}: {rule}; remove this line, or delete the file to start it anew")
+    return fields

@@ -228,14 +228,30 @@ class Log:
 
 
 def _cut(path: Path, first: int) -> None:
-    """Leaves in the file what was logged up to step `first`; a line that was cut short goes too."""
+    """Leaves in the file what was logged up to step `first`; a line that was cut short goes too.
+
+    Raises ValueError if another line is not one of this log.
+    """
     if not path.is_file():
         return
     lines = path.read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= first]
+    whole = [line for line in lines if line.endswith(b"\n")]
+    steps = [_step_of(line, f"{path}, line {number}") for number, line in enumerate(whole, 1)]
+    kept = [line for line, step in zip(whole, steps, strict=True) if step <= first]
     if kept != lines:  # in one piece: this run may be killed as well
         with written_whole(path) as file:
             file.write(b"".join(kept))
+
+
+def _step_of(line: bytes, where: str) -> int:
+    try:
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        step = None
+    if type(step) is not int:
+        rule = "must be a JSON object with the integer `step`; remove this line or move the file"
+        raise ValueError(f"{where}: {rule} to resume the run")
+    return step
 
 
 def _means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
