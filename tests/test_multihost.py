@@ -193,14 +193,16 @@ def test_one_process_goes_on_from_two(stopped, whole, tmp_path):
 
 
 def test_two_processes_go_on_from_one_and_write_the_model(whole, tmp_path):
-    """Found as Slurm tells; on another mesh."""
+    """Found as Slurm tells; on another mesh; a damaged checkpoint is passed over."""
     output, last = tmp_path / "run", saved_steps(whole)[-1]
     shutil.copytree(whole / "checkpoints" / "2", output / "checkpoints" / "2")
+    (output / "checkpoints" / "4").mkdir()
     shutil.copy(whole / "run.json", output)
     settings = dict(mesh="data=2,fsdp=4", steps=last)
     with two_processes(output, slurm=True, **settings) as processes:
         assert_good(processes, output)
     assert list(losses(output)) == list(range(3, last + 1))
+    assert (output / "checkpoints" / "4.damaged").is_dir()
     assert_same_run(output, 2, whole, range(3, last + 1))
     one, other = (stored_params(open_folder(folder / "model")) for folder in (output, whole))
     for path in one.kinds:

@@ -5,6 +5,7 @@ OUTPUT/checkpoints/STEP     what the run goes on from when it is started again
 OUTPUT/metrics.jsonl        what it logs; the same in OUTPUT/tensorboard
 OUTPUT/samples/STEP         pictures and answers
 OUTPUT/skipped-HOST.jsonl   records that were left out; those of evaluation in OUTPUT/eval
+OUTPUT/libraries.log        warnings and tracebacks of the storage libraries, if there were any
 OUTPUT/model                the trained model, once it has come to its end
 """
 
@@ -24,12 +25,15 @@ from absl import logging
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from janus_jax.checks import shorten_text
 from janus_jax.data.loading import open_rows
 from janus_jax.data.skipped import Skipped
 from janus_jax.interop.export import write_folder
 from janus_jax.interop.load import stored_params
+from janus_jax.library_log import library_log
 from janus_jax.paths import locked
 from janus_jax.processing.json_files import read_json, write_json
+from janus_jax.training.checkpoint_files import steps_in
 from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.distributed import check_processes, check_shared
 from janus_jax.training.evaluation import Watch, evaluation, held_out_rows, samples
@@ -39,7 +43,7 @@ from janus_jax.training.metrics import Log
 from janus_jax.training.setup import DTYPES, MODEL, Params, Setup, put_rows
 from janus_jax.training.state import TrainState, written_params
 
-BEGUN, CHECKPOINTS, LOCK = "run.json", "checkpoints", ".lock"
+BEGUN, CHECKPOINTS, LOCK, LIBRARIES = "run.json", "checkpoints", ".lock", "libraries.log"
 # What may differ when a run goes on: how long, where, and what is told of it. Of these `steps`
 # changes what is learned, for the learning rate then follows the cosine that ends there.
 CHANGEABLE = frozenset(
@@ -64,14 +68,18 @@ def train_stage(cfg) -> None:
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
         stack.enter_context(alone_in(output))
+        stack.enter_context(library_log(output / LIBRARIES))
         rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, output, *hosts)
+        newest = max(steps_in(output / CHECKPOINTS), default=None)
+        check_shared(newest)
+        check_output(cfg, newest)
         checkpoints = stack.enter_context(Checkpoints(output / CHECKPOINTS, cfg.keep))
-        check_shared(checkpoints.newest)
-        check_output(cfg, checkpoints.newest)
-        if checkpoints.newest is None:
+        if newest is None:
             skipped.forget()  # of a start before, after which they may have been mended
         iterator = stack.enter_context(contextlib.closing(iter(rows)))
         state, frozen = begin(setup, checkpoints, iterator)
+        if int(state.step) < cfg.steps:
+            checkpoints.check_room(state)
         log = stack.enter_context(open_log(setup, output, int(state.step), skipped))
         costs = step_flops(setup.source.cfg, *setup.shapes)
         watches = watches_of(setup, frozen, log, output, int(state.step))
@@ -113,7 +121,8 @@ def check_output(cfg, newest: int | None) -> None:
         rule = f"output must be a new folder, or that of a run with its checkpoints and {BEGUN}"
         raise ValueError(f"{rule}, got {output}")
     names = sorted(before.keys() & now.keys())  # a later version may know other settings
-    changed = [f"{n} {before[n]} -> {now[n]}" for n in names if before[n] != now[n]]
+    told = {n: [shorten_text(str(value)) for value in (before[n], now[n])] for n in names}
+    changed = [f"{n} {' -> '.join(told[n])}" for n in names if before[n] != now[n]]
     if changed:
         rule = f"a run must go on with the settings it began with, those of {output / BEGUN}"
         raise ValueError(f"{rule}, got {', '.join(changed)} (a new run needs another output)")
@@ -130,7 +139,7 @@ def begin(
         raise ValueError(f"steps must be {stands}, got {setup.cfg.steps}")
     state, data = checkpoints.restore(setup.abstract_state())
     rows.set_state(data)
-    logging.info("goes on from step %d", checkpoints.newest)
+    logging.info("resuming from step %d", int(state.step))
     return state, setup.load_frozen()
 
 

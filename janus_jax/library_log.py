@@ -1,0 +1,90 @@
+"""Messages of the storage libraries, which write from threads of their own: to a file."""
+
+import contextlib
+import gc
+import logging
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+LIBRARIES = ("orbax", "tensorstore", "asyncio")
+MOST_PENDING = 1000  # texts held in memory while the disk is full
+
+
+class _LibraryLog:
+    """Appends texts to a file that is created with the first one."""
+
+    def __init__(self, path: Path):
+        self._path, self._pending, self._lock = path, [], threading.Lock()
+        self.used = False
+
+    def write(self, text: str) -> None:
+        """Keeps the text in memory while it cannot be written, as where the disk is full."""
+        with self._lock:
+            self.used = True
+            self._pending = [*self._pending[-MOST_PENDING:], text.rstrip() + "\n"]
+            self._flush()
+
+    def close(self) -> None:
+        """Tries for the last time to write what is in memory."""
+        with self._lock:
+            self._flush()
+
+    def _flush(self) -> None:
+        if not self._pending:
+            return
+        with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
+            file.writelines(self._pending)
+            file.flush()
+            self._pending = []
+
+    def divert(self, record: logging.LogRecord) -> bool:
+        """A filter for loggers: drops warnings and errors of LIBRARIES, after writing them."""
+        if record.levelno < logging.WARNING or not _of_library(record):
+            return True
+        self.write(_FORMAT.format(record))
+        return False
+
+
+_FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(pathname)s:%(lineno)d %(message)s")
+
+
+def _of_library(record: logging.LogRecord) -> bool:
+    return any(f"/{name}/" in record.pathname.replace("\\", "/") for name in LIBRARIES)
+
+
+@contextlib.contextmanager
+def library_log(path: Path) -> Iterator[None]:
+    """Appends to a file what LIBRARIES log from WARNING on, and tracebacks of other threads.
+
+    Exceptions of the main thread, and those that a library raises to its caller, are not affected.
+    """
+    log, loggers = _LibraryLog(path), [logging.getLogger(name) for name in ("absl", "asyncio")]
+
+    def of_thread(args: threading.ExceptHookArgs) -> None:
+        log.write("".join(traceback.format_exception(args.exc_value)))
+
+    def of_callback(args) -> None:
+        log.write(f"ignored in {args.object!r:.80}: {args.exc_value!r}")
+
+    def uncaught(kind, value, trace) -> None:  # C++ threads print through it
+        if threading.current_thread() is threading.main_thread():
+            sys.__excepthook__(kind, value, trace)
+        else:
+            log.write("".join(traceback.format_exception(value)))
+
+    before = threading.excepthook, sys.unraisablehook, sys.excepthook
+    threading.excepthook, sys.unraisablehook, sys.excepthook = of_thread, of_callback, uncaught
+    for logger in loggers:
+        logger.addFilter(log.divert)
+    try:
+        yield
+    finally:
+        if log.used:
+            gc.collect()  # coroutines that were not awaited complain when they are freed
+        for logger in loggers:
+            logger.removeFilter(log.divert)
+        threading.excepthook, sys.unraisablehook, sys.excepthook = before
+        log.close()
