@@ -43,30 +43,58 @@ def shorten_text(text: str) -> str:
     return " ".join(text.split())
 
 
+def _to_python(value):
+    """What a NumPy scalar or a 0-d array of any library holds; other values as they are."""
+    holds_one = getattr(value, "shape", None) == () and hasattr(value, "item")
+    return value.item() if holds_one else value
+
+
+def _shown(value) -> str:
+    shape = getattr(value, "shape", None)
+    return f"an array of shape {tuple(shape)}" if shape else shorten(value)
+
+
 def _is_int(value) -> bool:
     return isinstance(value, numbers.Integral) and not isinstance(value, bool)
 
 
-def check_number(name: str, value) -> None:
-    """Raises ValueError unless the value is a number that is finite in float32."""
+def check_number(name: str, value) -> float:
+    """The value as a Python number: a number, a NumPy scalar or a 0-d array.
+
+    Raises:
+        ValueError: it is no number, or not finite in float32.
+    """
+    value = _to_python(value)
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
     if not number or not abs(value) <= LARGEST:
-        raise ValueError(f"{name} must be a finite number, got {shorten(value)}")
+        raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
+    return float(value)
 
 
-def check_kept_number(name: str, value) -> None:
-    """Raises ValueError unless the value is finite in float32, and 0 there only if it is 0."""
-    check_number(name, value)
-    if value != 0 and abs(value) < SMALLEST:
-        raise ValueError(f"{name} must not vanish in float32, got {shorten(value)}")
+def check_kept_number(name: str, value) -> float:
+    """The value as check_number gives it.
+
+    Raises:
+        ValueError: it is not finite in float32, or 0 there without being 0.
+    """
+    number = check_number(name, value)
+    if number != 0 and abs(number) < SMALLEST:
+        raise ValueError(f"{name} must not vanish in float32, got {_shown(value)}")
+    return number
 
 
-def check_count(name: str, value) -> None:
-    """Raises ValueError unless the value is a whole number in [1, 2**31)."""
+def check_count(name: str, value) -> int:
+    """The value as a Python integer: an integer, a NumPy scalar or a 0-d array.
+
+    Raises:
+        ValueError: it is no integer in [1, 2**31).
+    """
+    value = _to_python(value)
     if not _is_int(value) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {shorten(value)}")
+        raise ValueError(f"{name} must be a whole number of at least 1, got {_shown(value)}")
     if value >= 2**31:  # devices count in int32
         raise ValueError(f"{name} must be below 2**31, got {shorten(value)}")
+    return int(value)
 
 
 def check_not_empty(name: str, values: Sequence) -> None:
@@ -75,7 +103,13 @@ def check_not_empty(name: str, values: Sequence) -> None:
         raise ValueError(f"{name} must hold at least one, got none")
 
 
-def check_seed(seed) -> None:
-    """Raises ValueError unless the seed is a whole number in [0, 2**32)."""
-    if not _is_int(seed) or not 0 <= seed < 2**32:
-        raise ValueError(f"seed must be a whole number in [0, 2**32), got {shorten(seed)}")
+def check_seed(seed) -> int:
+    """The seed as a Python integer: an integer, a NumPy scalar or a 0-d array.
+
+    Raises:
+        ValueError: it is no integer in [0, 2**64).
+    """
+    seed = _to_python(seed)
+    if not _is_int(seed) or not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be a whole number in [0, 2**64), got {_shown(seed)}")
+    return int(seed)

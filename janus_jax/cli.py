@@ -44,7 +44,7 @@ _FLAGS = {
             type=int,
             default=0,
             metavar="N",
-            help="another seed, other results where the temperature is not 0 (default: 0)",
+            help="random seed below 2**64; no effect at temperature 0 (default: 0)",
         ),
         "--temperature": dict(
             type=float,

@@ -75,9 +75,8 @@ def make_mesh(
     Raises:
         ValueError: an axis below 1, or more devices asked for than there are.
     """
-    sizes = dict(zip(AXES, (data, fsdp, tensor), strict=True))
-    for name, size in sizes.items():
-        check_count(f"mesh axis {name}", size)
+    given = zip(AXES, (data, fsdp, tensor), strict=True)
+    sizes = {name: check_count(f"mesh axis {name}", size) for name, size in given}
     devices = jax.devices() if devices is None else list(devices)
     needed = math.prod(sizes.values())
     if needed > len(devices):

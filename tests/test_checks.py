@@ -1,7 +1,9 @@
-"""What messages show of a user's values."""
+"""What a user may give as a number, and what messages show of a user's values."""
 
+import re
 import time
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -49,6 +51,41 @@ def test_a_shortened_text_keeps_its_start_and_end():
     assert shown.startswith("/data/folder/") and shown.endswith("older/picture-000123.png")
     assert checks.shorten_text("as it is") == "as it is"
     assert checks.shorten_text("two\nlines") == "two lines"
+
+
+@pytest.mark.parametrize(
+    "kind", [int, np.int8, np.uint64, np.array, np.float32, jnp.int32, jnp.array, jnp.bfloat16]
+)
+def test_scalars_of_numpy_and_jax_are_numbers(kind):
+    number = checks.check_number("size", kind(7))
+    assert (type(number), number) == (float, 7.0)
+    if not jnp.issubdtype(jnp.asarray(kind(7)).dtype, jnp.floating):
+        count, seed = checks.check_count("size", kind(7)), checks.check_seed(kind(7))
+        assert (type(count), count, type(seed), seed) == (int, 7, int, 7)
+
+
+def test_numbers_of_64_bits_keep_all_bits():
+    assert checks.check_seed(np.uint64(2**64 - 1)) == 2**64 - 1
+    assert checks.check_seed(np.array(2**63 + 1, np.uint64)) == 2**63 + 1
+    assert checks.check_number("size", np.float64(0.1)) == 0.1
+
+
+@pytest.mark.parametrize(
+    "value", [True, np.bool_(True), jnp.array(True), np.nan, np.float32(np.inf), jnp.array(jnp.nan)]
+)
+def test_truth_values_and_numbers_that_are_not_finite_are_refused(value):
+    with pytest.raises(ValueError, match="size must be a finite number, got"):
+        checks.check_number("size", value)
+    with pytest.raises(ValueError, match="size must be a whole number of at least 1, got"):
+        checks.check_count("size", value)
+
+
+@pytest.mark.parametrize("value", [np.ones(2), np.ones((1, 1), int), jnp.arange(3), np.ones(1)])
+@pytest.mark.parametrize("check", [checks.check_number, checks.check_count])
+def test_arrays_with_dimensions_are_refused_by_name(check, value):
+    shape = re.escape(str(value.shape))
+    with pytest.raises(ValueError, match=f"size must be .*, got an array of shape {shape}$"):
+        check("size", value)
 
 
 @pytest.mark.parametrize("check", [checks.check_number, checks.check_count])

@@ -43,7 +43,7 @@ ANSWERED = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "
         ({"num_images": 10**30}, r"num_images must be below 2\*\*31, got 10{30}$"),
         ({"num_images": 1.5}, "num_images must be a whole number of at least 1, got 1.5"),
         ({"max_batch": 0}, "max_batch must be a whole number of at least 1, got 0"),
-        ({"seed": 0.5}, r"seed must be a whole number in \[0, 2\*\*32\), got 0.5"),
+        ({"seed": 0.5}, r"seed must be a whole number in \[0, 2\*\*64\), got 0.5"),
         ({"guidance_weight": float("inf")}, "guidance_weight must be a finite number, got inf"),
         ({"temperature": -1}, r"temperature must be at least 0 \(0 is greedy\), got -1"),
         ({"top_k": 129}, "top_k must be at most 128, got 129"),
@@ -82,6 +82,27 @@ def test_drawing_refuses_arguments_out_of_range(pipeline, settings, message):
 def test_answering_refuses_arguments_out_of_range(pipeline, settings, message):
     with pytest.raises(ValueError, match=message):
         pipeline.answer(**{"conversation": "a", **settings})
+
+
+def test_scalars_of_numpy_and_jax_are_taken_as_numbers(small):
+    expected = small.generate_images("a cat", 5, 7, 2.5, 0.75)
+    settings = dict(num_images=np.array(5), seed=jnp.array(7), max_batch=np.int8(5))
+    settings |= dict(guidance_weight=np.float32(2.5), temperature=jnp.float32(0.75))
+    drawn = small.generate_images("a cat", **settings)
+    np.testing.assert_array_equal(drawn.indices, expected.indices)
+    plain = dict(max_new_tokens=12, temperature=1.5, seed=3)
+    scalars = dict(max_new_tokens=np.int64(12), temperature=np.array(1.5), seed=jnp.uint32(3))
+    answer = small.answer("Hello", **plain)
+    assert small.answer("Hello", max_batch=jnp.array(1), **scalars) == answer
+    assert "".join(small.stream("Hello", **scalars)) == answer
+
+
+@pytest.mark.parametrize(
+    "name", ["num_images", "seed", "max_batch", "temperature", "guidance_weight", "top_k", "top_p"]
+)
+def test_arrays_of_several_numbers_are_refused_by_name(pipeline, name):
+    with pytest.raises(ValueError, match=rf"^{name} must be .*, got an array of shape \(2,\)$"):
+        pipeline.generate_images("a cat", **{name: np.ones(2)})
 
 
 def test_pictures_come_chunk_by_chunk(small):
@@ -158,7 +179,8 @@ def test_indices_that_cannot_be_decoded_are_refused(pipeline, indices, message):
 def test_bad_pixels_do_not_wrap_around(pipeline):
     """Decoded values far outside [-1, 1] are clipped before they become uint8."""
     vq = type("VQ", (), {"decode": lambda self, x: jnp.full((len(x), 2, 2, 3), x[0, 0] - 4.0)})()
-    pixels = codec.decode_pixels(vq, jnp.array([[0], [9]]))
+    pixels, finite = codec.decode_pixels(vq, jnp.array([[0], [9]]))
+    assert finite.all()
     assert np.unique(pixels[0]) == 0 and np.unique(pixels[1]) == 255
 
 

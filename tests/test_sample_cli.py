@@ -78,6 +78,22 @@ def test_a_png_says_how_it_was_made(run, loaded, small):
     assert re.fullmatch(r"ein-grünes-haus-seed7-[0-9a-f]{6}-01.png", Path(paths[1]).name)
 
 
+def test_a_seed_of_64_bits_is_kept(run, loaded, small):
+    seed = 2**64 - 1
+    flags = ("--prompt", "a cat", "--num_images", 2, "--seed", seed, "--save_indices", "kept.npz")
+    status, paths, err = run(*flags)
+    assert (status, err) == (0, "")
+    assert Image.open(paths[0]).text["seed"] == str(seed) and f"-seed{seed}-" in paths[0]
+    kept = np.load("kept.npz")
+    assert int(kept["seed"]) == seed
+    drawn = small.generate_images("a cat", 2, seed=np.uint64(seed), progress=lambda *_: None)
+    np.testing.assert_array_equal(kept["indices"], drawn.indices)
+    for wrong in (-1, 2**64):
+        status, _, err = run("--prompt", "a", "--seed", wrong)
+        expected = f"sample.py: seed must be a whole number in [0, 2**64), got {wrong}"
+        assert (status, err) == (2, f"{expected}\n")
+
+
 def test_each_line_of_a_file_is_a_prompt(run, loaded, small, tmp_path):
     (tmp_path / "prompts.txt").write_bytes("\ufeffa\u2028dog\r\n\r\n  a cat \n".encode())
     status, paths, _ = run("--prompts_file", "prompts.txt", "--num_images", 2)
@@ -238,7 +254,7 @@ def test_a_platform_without_devices_takes_one_line(run, monkeypatch, requested, 
         (["--prompt", "a", "--image_size", "512"], ONE_SIZE),
         (["--prompt", "a", "--width=512"], ONE_SIZE),
         (["--prompt", "a", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
-        (["--prompt", "a", "--seed", "-1"], "seed must be a whole number in [0, 2**32), got -1"),
+        (["--prompt", "a", "--seed", "-1"], "seed must be a whole number in [0, 2**64), got -1"),
         (["--prompt", "a", "--image", "b"], "--image has no use with --prompt and --prompts_file"),
         (["--chat", "--num_images", "2"], "--num_images has no use with --question and --chat"),
         (["--question", "a", "--top_k", "3"], "--top_k has no use with --temperature 0"),

@@ -79,7 +79,7 @@ def test_top_p_counts_what_top_k_left(logits):
 @pytest.mark.parametrize("temperature", [1e30, 3e38])
 def test_a_temperature_that_overflows_chooses_among_what_is_left(logits, temperature):
     index = jnp.arange(200, dtype=jnp.uint32)
-    noise = samplers.gumbel_noise(np.uint32(1), index, 0, SIZE)
+    noise = samplers.gumbel_noise(samplers.seed_words(1), index, 0, SIZE)
     sampling = _sampling(temperature=temperature, top_k=3)
     chosen = samplers.pick(jnp.broadcast_to(logits[0], (200, SIZE)), noise, sampling)
     assert set(np.asarray(chosen)) == set((-logits[0]).argsort()[:3])
@@ -91,7 +91,8 @@ def test_without_filters_the_logits_are_left_alone(logits):
 
 def test_draws_follow_the_softmax():
     logits, number = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32)), 20_000
-    noise = samplers.gumbel_noise(np.uint32(1), jnp.arange(number, dtype=jnp.uint32), 0, 4)
+    index = jnp.arange(number, dtype=jnp.uint32)
+    noise = samplers.gumbel_noise(samplers.seed_words(1), index, 0, 4)
     chosen = samplers.pick(jnp.broadcast_to(logits, (number, 4)), noise, _sampling())
     counts = np.bincount(np.asarray(chosen), minlength=4) / number
     # four standard deviations of the largest
@@ -101,7 +102,8 @@ def test_draws_follow_the_softmax():
 def test_noise_depends_on_seed_index_and_step_and_on_nothing_else():
     def noise(seed, index, step):
         index = jnp.asarray(index, jnp.uint32)
-        return np.asarray(samplers.gumbel_noise(np.uint32(seed), index, jnp.int32(step), SIZE))
+        words = samplers.seed_words(seed)
+        return np.asarray(samplers.gumbel_noise(words, index, jnp.int32(step), SIZE))
 
     batch = noise(5, [0, 1, 2], 3)
     np.testing.assert_array_equal(noise(5, [2], 3)[0], batch[2])
@@ -112,9 +114,10 @@ def test_noise_depends_on_seed_index_and_step_and_on_nothing_else():
 
 def test_noise_does_not_follow_the_default_generator():
     index = jnp.zeros(1, jnp.uint32)
-    usual = samplers.gumbel_noise(np.uint32(0), index, 0, SIZE)
+    usual = samplers.gumbel_noise(samplers.seed_words(0), index, 0, SIZE)
     with jax.default_prng_impl("rbg"):
-        np.testing.assert_array_equal(samplers.gumbel_noise(np.uint32(0), index, 0, SIZE), usual)
+        again = samplers.gumbel_noise(samplers.seed_words(0), index, 0, SIZE)
+    np.testing.assert_array_equal(again, usual)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +139,39 @@ def test_settings_out_of_range_are_refused(settings, message):
         samplers.make_sampling(*settings, SIZE)
 
 
-@pytest.mark.parametrize("seed", [-1, 2**32, 1.0, "0", None, True])
-def test_seeds_that_are_no_32_bit_numbers_are_refused(seed):
-    with pytest.raises(ValueError, match="seed must be a whole number"):
+@pytest.mark.parametrize("seed", [-1, 2**64, 1.0, "0", None, True, np.bool_(True), np.ones(1, int)])
+def test_seeds_that_are_no_64_bit_numbers_are_refused(seed):
+    with pytest.raises(ValueError, match=r"seed must be a whole number in \[0, 2\*\*64\), got "):
         checks.check_seed(seed)
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**32 - 1])
+def test_keys_of_seeds_below_32_bits_are_those_of_jax(seed):
+    key = jax.random.key(np.uint32(seed), impl="threefry2x32")
+    np.testing.assert_array_equal(samplers.seed_words(seed), jax.random.key_data(key))
+
+
+def test_both_words_of_a_seed_decide():
+    seeds = [5, 2**32 + 5, 5 * 2**32, 2**63 + 5, 2**64 - 1]
+    index = jnp.zeros(1, jnp.uint32)
+    noises = [samplers.gumbel_noise(samplers.seed_words(x), index, 0, SIZE) for x in seeds]
+    for i, one in enumerate(noises):
+        assert all(np.abs(one - other).max() > 0.1 for other in noises[:i])
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.5}, {"temperature": 0}])
+def test_logits_that_are_not_finite_give_no_index(logits, bad, settings):
+    damaged = logits.copy()
+    damaged[1, 4] = bad
+    noise = np.zeros_like(logits)
+    chosen = samplers.pick(damaged, noise, _sampling(**settings))
+    np.testing.assert_array_equal(chosen, [logits[0].argmax(), SIZE, logits[2].argmax()])
+
+
+def test_logits_at_the_ends_of_float32_give_an_index(logits):
+    extreme = logits.copy()
+    extreme[:, 4], extreme[:, 5] = checks.LARGEST, -checks.LARGEST
+    noise = np.ones_like(logits)
+    chosen = samplers.pick(extreme, noise, _sampling(temperature=3e38, top_k=2))
+    assert (np.asarray(chosen) < SIZE).all()

@@ -83,7 +83,7 @@ def test_rows_that_ended_are_filled_with_the_stop_token(pipeline, requests, reco
 
 
 def test_writing_stops_when_every_row_has_ended(pipeline, requests, recorded, monkeypatch):
-    one = jax.tree.map(lambda x: x[:1] if np.ndim(x) else x, requests)
+    one = jax.tree.map(lambda x: x[:1] if np.ndim(x) > 1 else x, requests)
     stopping = dataclasses.replace(one, eos_id=np.int32(recorded["eos_id"]))
     expected = recorded["eos_row0_tokens"][0].tolist()
     streamed = list(text.stream(pipeline.model, stopping, NEW))

@@ -104,12 +104,18 @@ class Encoder:
             self._encode()
 
     def finish(self) -> np.ndarray:
-        """int32[N, T] of all pictures since the last call, in their order."""
+        """int32[N, T] of all pictures since the last call, in their order.
+
+        Raises ValueError if the tokenizer's latents are not finite.
+        """
+        from janus_jax.generation.codec import check_encoded
+
         number = len(self._encoded) * self._batch_size + len(self._waiting)
         if self._waiting:
             self._encode()
         encoded, self._encoded = self._encoded, []
-        return np.concatenate([np.asarray(indices) for indices in encoded] or [[]])[:number]
+        indices = np.concatenate([np.asarray(part) for part in encoded] or [[]])[:number]
+        return check_encoded(indices, self._vq)
 
     def _encode(self) -> None:
         from janus_jax.generation.codec import encode_pixels

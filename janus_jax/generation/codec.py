@@ -5,6 +5,7 @@ B or N images, T image tokens, S pixels a side. Always in float32: bands would s
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from janus_jax import checks, sharding
+from janus_jax.generation import finite
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.vq import VQ
 from janus_jax.processing.images import (
@@ -23,6 +25,17 @@ from janus_jax.processing.images import (
 )
 
 
+class Decoded(NamedTuple):
+    """Images and their tokens.
+
+    indices: int32[B, T]. pixels: uint8[B, S, S, 3]. finite: bool[B], whether what was decoded was.
+    """
+
+    indices: jax.Array
+    pixels: jax.Array
+    finite: jax.Array
+
+
 @functools.partial(jax.jit, static_argnames="mesh")
 def encode_pixels(vq: VQ, pixels: jax.Array, mesh: Mesh | None = None) -> jax.Array:
     """float32[B, S, S, 3] in [-1, 1] -> int32[B, T], all at once."""
@@ -30,14 +43,29 @@ def encode_pixels(vq: VQ, pixels: jax.Array, mesh: Mesh | None = None) -> jax.Ar
         return sharding.replicate(vq.encode(pixels), mesh)
 
 
-def decode_pixels(vq: VQ, indices: jax.Array, mesh: Mesh | None = None) -> jax.Array:
+def check_encoded(indices: np.ndarray, vq: VQ) -> np.ndarray:
+    """What encode_pixels gave, as it is.
+
+    Raises:
+        ValueError: latents were not finite.
+    """
+    if (indices >= vq.cfg.codebook_size).any():
+        raise finite.not_finite("VQ encoder latents", {"gen_vq": vq})
+    return indices
+
+
+def decode_pixels(
+    vq: VQ, indices: jax.Array, mesh: Mesh | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Indices int32[B, T] -> pixels uint8[B, S, S, 3], truncated as in the reference.
+
+    Also returns bool[B], whether all decoded values of an image were finite.
 
     One image at a time on each device: its activations are large (75 MB a layer at 384 pixels),
     and an image comes out the same whatever the others and the mesh.
     """
 
-    def decode(vq: VQ, indices: jax.Array) -> jax.Array:
+    def decode(vq: VQ, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jax.lax.map(lambda row: _decode_one(vq, row), indices)
 
     if mesh is None:
@@ -46,10 +74,11 @@ def decode_pixels(vq: VQ, indices: jax.Array, mesh: Mesh | None = None) -> jax.A
     return jax.shard_map(decode, mesh=mesh, in_specs=(P(), batch), out_specs=batch)(vq, indices)
 
 
-def _decode_one(vq: VQ, indices: jax.Array) -> jax.Array:
-    """int32[T] -> uint8[S, S, 3]."""
+def _decode_one(vq: VQ, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """int32[T] -> uint8[S, S, 3], and whether all values were finite."""
     with jax.default_matmul_precision("highest"):
-        return to_uint8(vq.decode(indices[None])[0])
+        pixels = vq.decode(indices[None])[0]
+    return to_uint8(pixels), jnp.all(jnp.isfinite(pixels))
 
 
 def to_uint8(pixels: jax.Array) -> jax.Array:
@@ -58,11 +87,15 @@ def to_uint8(pixels: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def with_pixels(
-    vq: VQ, indices: jax.Array, mesh: Mesh | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """Indices int32[B, T], and their pixels uint8[B, S, S, 3]; both whole on every device."""
-    return sharding.replicate((indices, decode_pixels(vq, indices, mesh)), mesh)
+def with_pixels(vq: VQ, indices: jax.Array, mesh: Mesh | None = None) -> Decoded:
+    """Indices int32[B, T] with their pixels, whole on every device."""
+    return sharding.replicate(Decoded(indices, *decode_pixels(vq, indices, mesh)), mesh)
+
+
+def check_decoded(decoded: Decoded, vq: VQ) -> None:
+    """Raises ValueError if pixels were not finite."""
+    if not np.asarray(decoded.finite).all():
+        raise finite.not_finite("decoded pixels", {"gen_vq": vq})
 
 
 def to_indices(
@@ -73,7 +106,8 @@ def to_indices(
     checks.check_not_empty("images", sources)
     pixels = [preprocess_generation(load_image(x), model.cfg.image_size) for x in sources]
     rows = [sharding.put_batch(x[None], mesh) for x in pixels]
-    return np.concatenate([np.asarray(encode_pixels(model.gen_vq, x, mesh)) for x in rows])
+    encoded = [np.asarray(encode_pixels(model.gen_vq, x, mesh)) for x in rows]
+    return check_encoded(np.concatenate(encoded), model.gen_vq)
 
 
 def to_pixels(model: Janus, indices: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
@@ -84,8 +118,9 @@ def to_pixels(model: Janus, indices: np.ndarray, mesh: Mesh | None = None) -> np
     step, last, decoded = sharding.num_batch_shards(mesh), len(indices) - 1, []
     for start in range(0, len(indices), step):
         rows = indices[np.minimum(np.arange(start, start + step), last)].astype(np.int32)
-        _, pixels = with_pixels(model.gen_vq, sharding.put_batch(rows, mesh), mesh)
-        decoded.append(np.asarray(pixels))
+        part = with_pixels(model.gen_vq, sharding.put_batch(rows, mesh), mesh)
+        check_decoded(part, model.gen_vq)
+        decoded.append(np.asarray(part.pixels))
     return np.concatenate(decoded)[: len(indices)]
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from janus_jax import sharding
-from janus_jax.generation import codec, decoding, samplers
+from janus_jax.generation import codec, decoding, finite, samplers
 from janus_jax.generation.samplers import Sampling
 from janus_jax.models.janus import Janus
 
@@ -34,7 +34,7 @@ class Requests:
     token_mask: bool[B, P], True but for the padding on the left; the pads that stand for words in
         a row without them are attended to, as in the reference.
     index: uint32[B], which picture of its prompt this is; with the seed, the source of its noise.
-    seed: uint32 scalar.
+    seed: uint32[2], of samplers.seed_words.
     guidance_weight: float32 scalar; None (and R = 1) draws from the prompt alone.
     sampling: how tokens are chosen.
     """
@@ -42,7 +42,7 @@ class Requests:
     tokens: jax.Array
     token_mask: jax.Array
     index: jax.Array
-    seed: np.uint32
+    seed: np.ndarray
     guidance_weight: np.float32 | None
     sampling: Sampling
 
@@ -121,10 +121,8 @@ def draw_token(model: Janus, requests: Requests, drawing: Drawing) -> Drawing:
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def draw(
-    model: Janus, requests: Requests, mesh: Mesh | None = None
-) -> tuple[jax.Array, jax.Array]:
-    """The whole way in one program: indices int32[B, T] and pixels uint8[B, S, S, 3]."""
+def draw(model: Janus, requests: Requests, mesh: Mesh | None = None) -> codec.Decoded:
+    """The whole way in one program."""
 
     def step(drawing: Drawing, _):
         return draw_token(model, requests, drawing), None
@@ -144,7 +142,7 @@ def _draw_tokens(model: Janus, requests: Requests, drawing: Drawing, count) -> D
 
 def draw_reporting(
     model: Janus, requests: Requests, mesh: Mesh | None, report: Callable[[int], None]
-) -> tuple[jax.Array, jax.Array]:
+) -> codec.Decoded:
     """As draw, in a few calls, so that `report(tokens an image has)` is told in between.
 
     Not by a callback out of the one program: such a program is never kept in the persistent
@@ -176,6 +174,8 @@ def generate(
         progress: called with the image tokens drawn so far and in all.
     Yields:
         indices int32[b, T] and pixels uint8[b, S, S, 3] of the next b images.
+    Raises:
+        ValueError: logits or pixels that are not finite.
     """
     total, rows, length = requests.tokens.shape
     per_image = model.cfg.num_image_tokens
@@ -209,10 +209,22 @@ def _draw_chunk(
         drawn = draw(model, chunk, mesh)
     else:
         drawn = draw_reporting(model, chunk, mesh, report)
-    indices, pixels = (np.asarray(x)[:wanted] for x in drawn)
+    check_drawn(model, requests, drawn)
+    indices, pixels = (np.asarray(x)[:wanted] for x in (drawn.indices, drawn.pixels))
     if progress is not None:
         report(per_image)
     return indices, pixels
+
+
+def check_drawn(model: Janus, requests: Requests, drawn: codec.Decoded) -> None:
+    """Raises ValueError if logits or pixels were not finite."""
+    if (np.asarray(drawn.indices) >= model.cfg.gen_vq.codebook_size).any():
+        names, weight = ("language_model", "gen_embed", "gen_aligner", "gen_head"), ""
+        if requests.guidance_weight is not None:
+            weight = f", or try a guidance_weight nearer to 1 than {requests.guidance_weight:g}"
+        modules = {name: getattr(model, name) for name in names}
+        raise finite.not_finite("image-token logits", modules, weight)
+    codec.check_decoded(drawn, model.gen_vq)
 
 
 def _take(requests: Requests, index: np.ndarray, mesh: Mesh | None) -> Requests:
@@ -250,7 +262,7 @@ def make_requests(
         tokens=np.repeat(tokens, num_images, axis=0),
         token_mask=np.repeat(token_mask, num_images, axis=0),
         index=np.tile(np.arange(num_images, dtype=np.uint32), len(prompts)),
-        seed=np.uint32(seed),
+        seed=samplers.seed_words(seed),
         guidance_weight=np.float32(guidance_weight) if rows == 2 else None,
         sampling=sampling,
     )

@@ -69,7 +69,7 @@ class Pipeline:
         Args:
             prompts: a description, or P of them, without any template.
             num_images: pictures of each prompt.
-            seed: in [0, 2**32); another one gives other pictures.
+            seed: in [0, 2**64); another one gives other pictures.
             guidance_weight: w in uncond + w (cond - uncond); 1 turns guidance off. None is the
                 checkpoint's own: guidance_scale in its generation_config.json, or else 5.
             temperature: 0 always takes the likeliest token; None is the checkpoint's own:
@@ -125,14 +125,11 @@ class Pipeline:
         prompts = list(prompts) if several else [prompts]
         checks.check_not_empty("prompts", prompts)
         guidance_weight, sampling = self._image_settings(**settings)
-        checks.check_seed(seed)
-        checks.check_count("num_images", num_images)
-        if max_batch is not None:
-            checks.check_count("max_batch", max_batch)
+        max_batch = _optional_count("max_batch", max_batch)
         requests = image.make_requests(
             self._image_prompts(prompts),
-            num_images,
-            seed,
+            checks.check_count("num_images", num_images),
+            checks.check_seed(seed),
             guidance_weight,
             sampling,
             self.processor.tokenizer.pad_id,
@@ -146,7 +143,7 @@ class Pipeline:
         """Checked, and the checkpoint's own where they are None."""
         if guidance_weight is None:
             guidance_weight = self.drawing.guidance_weight
-        checks.check_number("guidance_weight", guidance_weight)
+        guidance_weight = checks.check_number("guidance_weight", guidance_weight)
         if temperature is None:
             temperature = self.drawing.temperature
         size = self.model.cfg.gen_vq.codebook_size
@@ -206,7 +203,7 @@ class Pipeline:
             max_new_tokens: the longest answer, in tokens.
             temperature: 0 always takes the likeliest token, whatever the seed.
             top_k, top_p: see generate_images.
-            seed: in [0, 2**32); above temperature 0 another one gives another answer, and the same
+            seed: in [0, 2**64); above temperature 0 another one gives another answer, and the same
                 one the same (in float32, on one kind of machine), alone as among others.
             max_batch: the most conversations answered at once; by default as many as have their
                 keys and values in 4 GiB on each device.
@@ -220,9 +217,9 @@ class Pipeline:
             FileNotFoundError: there is no image at a path.
         Source: inference.py of the original code.
         """
-        sampling = self._text_settings(max_new_tokens, temperature, top_k, top_p, seed)
-        if max_batch is not None:
-            checks.check_count("max_batch", max_batch)
+        max_new_tokens = checks.check_count("max_new_tokens", max_new_tokens)
+        max_batch, seed = _optional_count("max_batch", max_batch), checks.check_seed(seed)
+        sampling = self._text_sampling(temperature, top_k, top_p)
         many = not _is_conversation(conversation)
         conversations = conversation if many else [conversation]
         checks.check_not_empty("conversations", conversations)
@@ -254,7 +251,8 @@ class Pipeline:
             ValueError, FileNotFoundError: as answer; also for a list of conversations.
         Source: inference.py of the original code, which does not stream.
         """
-        sampling = self._text_settings(max_new_tokens, temperature, top_k, top_p, seed)
+        max_new_tokens = checks.check_count("max_new_tokens", max_new_tokens)
+        sampling, seed = self._text_sampling(temperature, top_k, top_p), checks.check_seed(seed)
         if not _is_conversation(conversation):
             raise ValueError("stream takes one conversation, got a list of them")
         pictures = [picture_list(images)]
@@ -275,11 +273,7 @@ class Pipeline:
         ends = np.flatnonzero(tokens == tokenizer.eos_id)
         return tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
 
-    def _text_settings(
-        self, max_new_tokens, temperature, top_k, top_p, seed
-    ) -> samplers.Sampling:
-        checks.check_count("max_new_tokens", max_new_tokens)
-        checks.check_seed(seed)
+    def _text_sampling(self, temperature, top_k, top_p) -> samplers.Sampling:
         size = self.model.cfg.language_model.vocab_size
         return samplers.make_sampling(temperature, top_k, top_p, size)
 
@@ -326,6 +320,7 @@ class Pipeline:
             filled = chunk + chunk[-1:] * (size - len(chunk))
             requests = self._text_requests(filled, length, sampling, seed)
             tokens = np.asarray(text.write(self.model, requests, max_new_tokens, self.mesh))
+            text.check_tokens(self.model, requests, tokens, self.mesh)
             yield from map(self._decode, tokens[: len(chunk)])
 
     def encode_images(self, images: Sequence[ImageSource] | ImageSource) -> np.ndarray:
@@ -356,6 +351,10 @@ class Pipeline:
         Source: VQModel.decode_code and generation_inference.py of the original code.
         """
         return codec.to_pixels(self.model, indices, self.mesh)
+
+
+def _optional_count(name: str, value) -> int | None:
+    return None if value is None else checks.check_count(name, value)
 
 
 def _is_conversation(value) -> bool:

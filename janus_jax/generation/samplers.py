@@ -29,17 +29,22 @@ class Sampling:
     top_p: np.float32 | None = None
 
 
-def check_sampling(temperature, top_k, top_p) -> None:
-    """Raises ValueError if temperature < 0, top_k < 1, or top_p is outside (0, 1]."""
-    check_number("temperature", temperature)
+def check_sampling(temperature, top_k, top_p) -> tuple[float, int | None, float | None]:
+    """The settings as Python numbers.
+
+    Raises:
+        ValueError: temperature < 0, top_k < 1, top_p outside (0, 1], or not a number.
+    """
+    temperature = check_number("temperature", temperature)
     if temperature < 0:
         raise ValueError(f"temperature must be at least 0 (0 is greedy), got {temperature}")
     if top_k is not None:
-        check_count("top_k", top_k)
+        top_k = check_count("top_k", top_k)
     if top_p is not None:
-        check_number("top_p", top_p)
+        top_p = check_number("top_p", top_p)
         if not 0 < top_p <= 1:
             raise ValueError(f"top_p must be in (0, 1], got {top_p}")
+    return temperature, top_k, top_p
 
 
 def make_sampling(temperature, top_k, top_p, size: int) -> Sampling:
@@ -50,7 +55,7 @@ def make_sampling(temperature, top_k, top_p, size: int) -> Sampling:
     Raises:
         ValueError: as check_sampling, or top_k above `size`.
     """
-    check_sampling(temperature, top_k, top_p)
+    temperature, top_k, top_p = check_sampling(temperature, top_k, top_p)
     if top_k is not None and top_k > size:
         raise ValueError(f"top_k must be at most {size}, got {top_k}")
     return Sampling(
@@ -83,15 +88,21 @@ def keep_likeliest(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.where(logits >= last, logits, -jnp.inf)
 
 
-def gumbel_noise(seed: jax.Array, index: jax.Array, step: jax.Array, size: int) -> jax.Array:
-    """The noise of one draw: uint32 scalar, uint32[B], int32 scalar -> float32[B, size].
+def seed_words(seed: int) -> np.ndarray:
+    """A seed in [0, 2**64) as uint32[2], the high word first: JAX has no uint64 by default."""
+    return np.array(divmod(seed, 2**32), np.uint32)
 
-    A row's noise depends on nothing but the seed, its own index and the step: the key is folded
-    with both, so no two draws share one.
+
+def gumbel_noise(seed: jax.Array, index: jax.Array, step: jax.Array, size: int) -> jax.Array:
+    """The noise of one draw: uint32[2], uint32[B], int32 scalar -> float32[B, size].
+
+    A row's noise depends on nothing but the seed (see seed_words), its own index and the step: the
+    key is folded with both, so no two draws share one. A key of this generator is two words, and
+    jax.random.key makes [0, seed] of a seed below 2**32.
     """
 
     def row(index: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(seed, impl=_GENERATOR), index)
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl=_GENERATOR), index)
         return jax.random.gumbel(jax.random.fold_in(key, step), (size,), jnp.float32)
 
     return jax.vmap(row)(index)
@@ -102,7 +113,11 @@ def pick(logits: jax.Array, noise: jax.Array, sampling: Sampling) -> jax.Array:
 
     argmax(logits / temperature + noise) draws from the softmax (the Gumbel-max trick); multiplied
     by the temperature it also holds at 0, where it is the plain argmax.
+    A row whose logits are not all finite gets V, which is no index: tables look it up as NaN, so
+    all that follows in the row is V, too, and check_tokens finds it.
     """
     kept = keep_likeliest(logits, sampling) > -jnp.inf
     noisy = jnp.clip(logits + sampling.temperature * noise, -LARGEST, LARGEST)  # it may overflow
-    return jnp.argmax(jnp.where(kept, noisy, -jnp.inf), axis=-1).astype(jnp.int32)
+    chosen = jnp.argmax(jnp.where(kept, noisy, -jnp.inf), axis=-1)
+    finite = jnp.all(jnp.isfinite(logits), axis=-1)
+    return jnp.where(finite, chosen, logits.shape[-1]).astype(jnp.int32)

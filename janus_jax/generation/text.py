@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from janus_jax import sharding
-from janus_jax.generation import decoding, samplers
+from janus_jax.generation import decoding, finite, samplers
 from janus_jax.generation.samplers import Sampling
 from janus_jax.models.janus import Janus, merge_features
 
@@ -24,8 +24,8 @@ class Requests:
     """What to answer, one entry a conversation.
 
     tokens, token_mask, image_mask, pixels: as processing.Batch has them, padded to a bucket.
-    seed: uint32 scalar; every row has the same noise, so that a conversation gets in a batch the
-        answer it gets alone.
+    seed: uint32[2], of samplers.seed_words; every row has the same noise, so that a conversation
+        gets in a batch the answer it gets alone.
     sampling: how tokens are chosen.
     eos_id: int32 scalar, the token that ends an answer.
     """
@@ -34,7 +34,7 @@ class Requests:
     token_mask: jax.Array
     image_mask: jax.Array
     pixels: jax.Array
-    seed: np.uint32
+    seed: np.ndarray
     sampling: Sampling
     eos_id: np.int32
 
@@ -97,20 +97,25 @@ def _choose(requests: Requests, logits: jax.Array, step, done: jax.Array) -> jax
     return jnp.where(done, requests.eos_id, chosen)
 
 
+def _ends(model: Janus, requests: Requests, chosen: jax.Array) -> jax.Array:
+    """Where tokens end an answer, bool[B]: at eos_id, and where pick had no finite logits."""
+    return (chosen == requests.eos_id) | (chosen >= model.cfg.language_model.vocab_size)
+
+
 def begin(
     model: Janus, requests: Requests, max_new_tokens: int, mesh: Mesh | None = None
 ) -> Writing:
     """Reads the conversations and chooses the first token of every answer."""
     logits, context = prefill(model, requests, max_new_tokens, mesh)
     first = _choose(requests, logits, 0, jnp.zeros(len(logits), bool))
-    return Writing(first, first == requests.eos_id, jnp.ones((), jnp.int32), context)
+    return Writing(first, _ends(model, requests, first), jnp.ones((), jnp.int32), context)
 
 
 def write_token(model: Janus, requests: Requests, writing: Writing) -> Writing:
     """Reads the token chosen last and chooses the next."""
     logits, context = decode_step(model, writing.context, writing.last)
     chosen = _choose(requests, logits, writing.step, writing.done)
-    done = writing.done | (chosen == requests.eos_id)
+    done = writing.done | _ends(model, requests, chosen)
     return Writing(chosen, done, writing.step + 1, context)
 
 
@@ -153,11 +158,16 @@ def _write_token(structure, parameters, requests: Requests, writing: Writing) ->
 def stream(
     model: Janus, requests: Requests, max_new_tokens: int, mesh: Mesh | None = None
 ) -> Iterator[int]:
-    """The tokens of a single answer as they come, without the eos_id that ends it."""
+    """The tokens of a single answer as they come, without the eos_id that ends it.
+
+    Raises:
+        ValueError: features or logits that are not finite.
+    """
     parameters, structure = jax.tree.flatten(model)
     writing = _begin(model, requests, max_new_tokens, mesh)
     for step in range(1, max_new_tokens + 1):
         token = int(writing.last[0])
+        check_tokens(model, requests, token, mesh)
         if token == int(requests.eos_id):
             return
         yield token
@@ -165,11 +175,39 @@ def stream(
             writing = _write_token(structure, parameters, requests, writing)
 
 
+def check_tokens(
+    model: Janus, requests: Requests, tokens: np.ndarray | int, mesh: Mesh | None = None
+) -> None:
+    """Raises ValueError if the logits that tokens were chosen from, or features, were not finite.
+
+    Features that are not finite make all logits of their row so: what came first is looked for only
+    then.
+    """
+    if np.max(tokens) < model.cfg.language_model.vocab_size:
+        return
+    if requests.pixels.shape[1]:
+        encoded, aligned = _finite_features(model, requests.pixels, mesh)
+        if not encoded:
+            raise finite.not_finite("SigLIP features", {"und_encoder": model.und_encoder})
+        if not aligned:
+            raise finite.not_finite("aligned image features", {"und_aligner": model.und_aligner})
+    raise finite.not_finite("text logits", {"language_model": model.language_model})
+
+
+@functools.partial(jax.jit, static_argnames="mesh")
+def _finite_features(
+    model: Janus, pixels: jax.Array, mesh: Mesh | None
+) -> tuple[jax.Array, jax.Array]:
+    """Whether all SigLIP features, and these after the aligner, are finite: bool scalars."""
+    encoded = model.und_encoder(pixels.reshape(-1, *pixels.shape[2:]))
+    parts = encoded, model.und_aligner(encoded)
+    return sharding.replicate(tuple(jnp.all(jnp.isfinite(part)) for part in parts), mesh)
+
+
 def make_requests(
     batch, seed: int, sampling: Sampling, eos_id: int, mesh: Mesh | None = None
 ) -> Requests:
     """Requests on the devices, from a processing.processor.Batch."""
     arrays = (batch.tokens, batch.token_mask, batch.image_mask, batch.pixels)
-    return Requests(
-        *sharding.put_batch(arrays, mesh), np.uint32(seed), sampling, np.int32(eos_id)
-    )
+    words = samplers.seed_words(seed)
+    return Requests(*sharding.put_batch(arrays, mesh), words, sampling, np.int32(eos_id))

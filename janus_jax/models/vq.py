@@ -222,12 +222,17 @@ class VQ(nnx.Module):
         return self.quant_conv(self.encoder(pixels))
 
     def nearest(self, latents: jax.Array) -> jax.Array:
-        """Index of the nearest code, both l2-normalised: float32[..., C] -> int32[...]."""
+        """Index of the nearest code, both l2-normalised: float32[..., C] -> int32[...].
+
+        Where a latent or any code is not finite, it is codebook_size, which is no index: tables
+        look it up as NaN.
+        """
         z, codes = l2_normalise(latents), l2_normalise(self.codebook[...])
         products = jnp.einsum("...C,GC->...G", z, codes)
         lengths = jnp.broadcast_to(jnp.sum(codes**2, axis=-1), products.shape)
         distance = jnp.sum(z**2, axis=-1, keepdims=True) + lengths - 2 * products
-        return jnp.argmin(distance, axis=-1).astype(jnp.int32)
+        finite = jnp.all(jnp.isfinite(z), axis=-1) & jnp.all(jnp.isfinite(codes))
+        return jnp.where(finite, jnp.argmin(distance, axis=-1), len(codes)).astype(jnp.int32)
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """l2-normalised codes: int32[...] -> float32[..., codebook_dim]."""

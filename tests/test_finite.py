@@ -1,0 +1,148 @@
+"""Weights that are not finite: every request ends with an error that names the part."""
+
+import jax
+import numpy as np
+import pytest
+from damage import damaged
+
+from janus_jax import cli
+from janus_jax.data.tokenize_images import Encoder
+from janus_jax.generation import image, text
+
+DRAWN = "image-token logits must be finite, got NaN or infinite values: "
+WRITTEN = "text logits must be finite, got NaN or infinite values: "
+NORM = "language_model.norm.scale"
+NEW = 12
+
+
+@pytest.fixture
+def picture(golden):
+    return golden / "preprocess" / "img0_50x120.png"
+
+
+def generate(small, **settings):
+    """Five images at once."""
+    return small.generate_images("a cat", num_images=5, **settings)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_a_damaged_norm_ends_every_path(small, value):
+    weights = rf"the weights in {NORM} are not finite; use an undamaged copy of the checkpoint$"
+    with damaged(small.model, NORM, value):
+        with pytest.raises(ValueError, match=DRAWN + weights):
+            generate(small)
+        with pytest.raises(ValueError, match=DRAWN + weights):  # in several programs
+            generate(small, max_batch=2, progress=lambda *_: None)
+        with pytest.raises(ValueError, match=DRAWN + weights):
+            next(small.stream_images("a cat", num_images=5))
+        with pytest.raises(ValueError, match=WRITTEN + weights):
+            small.answer("Hello", max_new_tokens=NEW)
+        with pytest.raises(ValueError, match=WRITTEN + weights):
+            next(small.stream("Hello", max_new_tokens=NEW))
+
+
+def test_one_damaged_logit_of_many_ends_a_drawing(small):
+    """The original raises at the softmax."""
+    with damaged(small.model, "gen_head.out.bias"):
+        with pytest.raises(ValueError, match=DRAWN + r"the weights in gen_head\.out\.bias are not"):
+            generate(small, temperature=0)
+        with damaged(small.model, "gen_head.proj.bias"):
+            with pytest.raises(ValueError, match=r"gen_head\.out\.bias \(and 1 more tensors\) are"):
+                generate(small)
+
+
+def test_a_damaged_token_ends_a_drawing_where_it_is_met(small):
+    """The first logits are finite; those after the first token are not."""
+    first = generate(small, temperature=0).indices[0, 0]
+    with damaged(small.model, "gen_embed.embedding", row=first):
+        with pytest.raises(ValueError, match=DRAWN + r"the weights in gen_embed\.embedding are"):
+            generate(small, temperature=0)
+
+
+@pytest.mark.parametrize(
+    ("path", "what"),
+    [
+        ("und_encoder.norm.scale", "SigLIP features"),
+        ("und_aligner.layers.1.bias", "aligned image features"),
+        (NORM, "text logits"),
+    ],
+)
+def test_the_part_that_failed_first_is_named(small, picture, path, what):
+    message = rf"{what} must be finite, .*: the weights in {path} are not finite"
+    with damaged(small.model, path):
+        with pytest.raises(ValueError, match=message):
+            small.answer("What is it?", picture, max_new_tokens=NEW)
+        with pytest.raises(ValueError, match=message):
+            next(small.stream("What is it?", picture, max_new_tokens=NEW))
+
+
+def test_damage_that_an_answer_does_not_meet_changes_nothing(small):
+    expected = small.answer("Hello", max_new_tokens=NEW)
+    model = small.model
+    with damaged(model, "und_encoder.norm.scale"), damaged(model, "gen_head.out.bias"):
+        assert small.answer("Hello", max_new_tokens=NEW) == expected
+
+
+def test_a_damaged_decoder_of_pixels_ends_decoding(small, picture):
+    indices, path = small.encode_images(picture), "gen_vq.decoder.conv_out.bias"
+    message = rf"decoded pixels must be finite, .*: the weights in {path} are not finite"
+    with damaged(small.model, path, np.inf):  # which would be clipped to white
+        with pytest.raises(ValueError, match=message):
+            small.decode_indices(indices)
+        with pytest.raises(ValueError, match=message):
+            generate(small)
+        np.testing.assert_array_equal(small.encode_images(picture), indices)
+
+
+@pytest.mark.parametrize("path", ["gen_vq.encoder.conv_in.bias", "gen_vq.codebook"])
+def test_a_damaged_encoder_of_pixels_ends_encoding(small, picture, path):
+    message = rf"VQ encoder latents must be finite, .*: the weights in {path} are not finite"
+    encoder = Encoder(small.model.gen_vq, 64, 1)  # of tokenize_images
+    encoder.add(np.zeros((64, 64, 3), np.float32))
+    encoder.finish()
+    with damaged(small.model, path):
+        with pytest.raises(ValueError, match=message):
+            small.encode_images(picture)
+        encoder.add(np.zeros((64, 64, 3), np.float32))
+        with pytest.raises(ValueError, match=message):
+            encoder.finish()
+
+
+def test_finite_weights_that_overflow_are_told_apart(small):
+    message = "all weights of language_model, gen_embed, .* are finite, so a value overflowed; "
+    with damaged(small.model, NORM, 3e38):
+        with pytest.raises(ValueError, match=DRAWN + message + ".* nearer to 1 than 5$"):
+            generate(small)
+
+
+def test_guidance_that_overflows_ends_a_drawing(small):
+    """Many logits would be infinite, and as likely as each other."""
+    assert generate(small, guidance_weight=1e30).indices.max() < 128
+    with pytest.raises(ValueError, match=r"or try a guidance_weight nearer to 1 than 3e\+38$"):
+        generate(small, guidance_weight=3e38)
+
+
+def test_the_command_ends_in_one_line(small, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("janus_jax.generation.pipeline.load", lambda *_, **__: small)
+    drawing = ("--prompt", "a cat", "--num_images", "2", "--output_dir", str(tmp_path))
+    for asked in (drawing, ("--question", "Hello", "--max_new_tokens", "12")):
+        with damaged(small.model, NORM), pytest.raises(SystemExit) as stopped:
+            cli.main(list(asked))
+        out, err = capsys.readouterr()
+        assert (stopped.value.code, out) == (2, "")
+        assert err.splitlines()[-1].startswith("sample.py: ") and NORM in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_program_calls_back(small):
+    """Programs with callbacks are never kept in the persistent compilation cache."""
+    guidance_weight, sampling = small._image_settings()
+    prompt = small.image_prompt("a cat")
+    drawing = image.make_requests([prompt], 1, 0, guidance_weight, sampling, 0)
+    batch = small.processor.batch(small.examples(["Hello"], [[]], NEW))
+    writing = text.make_requests(batch, 0, sampling, 0)
+    programs = (
+        jax.make_jaxpr(image.draw.__wrapped__)(small.model, drawing),
+        jax.make_jaxpr(text.write.__wrapped__, static_argnums=2)(small.model, writing, NEW),
+    )
+    assert not any("callback" in str(program) for program in programs)
