@@ -43,6 +43,8 @@ def _parser(command: str | None) -> OneLineParser:
     if command == "export":
         layouts, text = ("deepseek", "transformers"), "names and files of which project"
         parser.add_argument("--layout", required=True, choices=layouts, help=text)
+    text = "LoRA adapter in PEFT's format to merge into the weights (default: none)"
+    parser.add_argument("--adapter", type=place, metavar="FOLDER", help=text)
     text = "replace DST if it is a checkpoint folder"
     parser.add_argument("--overwrite", action="store_true", help=text)
     return parser
@@ -55,8 +57,8 @@ def _run(command: str | None, args: argparse.Namespace) -> list[str]:
     if command == "inspect":
         return export.inspect_folder(args.src)
     if command == "export":
-        return export.export_folder(args.src, args.dst, args.layout, args.overwrite)
-    return export.import_folder(args.src, args.dst, args.overwrite)
+        return export.export_folder(args.src, args.dst, args.layout, args.overwrite, args.adapter)
+    return export.import_folder(args.src, args.dst, args.overwrite, args.adapter)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

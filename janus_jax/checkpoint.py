@@ -5,9 +5,10 @@ FOLDER/unused.safetensors    tensors of the source that the model does not use, 
 FOLDER/config.json, ...      config, tokenizer and processor files as the source has them
 """
 
+import functools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -125,12 +126,12 @@ def restore(
     folder = Path(folder).resolve() / PARAMS
 
     def read() -> dict[str, jax.Array]:
-        restored, done, total = {}, 0, sum(map(_size, stored.values()))
+        restored, done, total = {}, 0, sum(map(size, stored.values()))
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             for group in _groups(stored):
                 wanted = {path: params[path].update(dtype=stored[path].dtype) for path in group}
                 restored |= _restore_group(reader, folder, wanted, params)
-                done += sum(_size(stored[path]) for path in group)
+                done += sum(size(stored[path]) for path in group)
                 if progress is not None:
                     progress(done, total)
         return restored
@@ -152,7 +153,7 @@ def _restore_group(
     return {p: jax.block_until_ready(array.astype(params[p].dtype)) for p, array in read.items()}
 
 
-def _size(leaf: jax.ShapeDtypeStruct) -> int:
+def size(leaf: jax.ShapeDtypeStruct) -> int:
     """Bytes of an array."""
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
@@ -160,25 +161,37 @@ def _size(leaf: jax.ShapeDtypeStruct) -> int:
 def _groups(stored: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
     group, held = [], 0
     for path, leaf in stored.items():
-        size = _size(leaf)
-        if group and held + size > GROUP_BYTES:
+        own = size(leaf)
+        if group and held + own > GROUP_BYTES:
             yield group
             group, held = [], 0
         group.append(path)
-        held += size
+        held += own
     if group:
         yield group
 
 
-def restore_numpy(folder: Path | str) -> dict[str, np.ndarray]:
-    """Reads all parameters into host memory, in the dtypes they are stored in."""
-    paths = dict.fromkeys(stored_params(folder), ocp.RestoreArgs(restore_type=np.ndarray))
-    tree = traverse_util.unflatten_dict(paths, sep=".")
+def restore_numpy(
+    folder: Path | str, paths: Collection[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Reads parameters into host memory, in the dtypes they are stored in, by groups as restore.
+
+    Raises:
+      ValueError: the folder is damaged.
+    """
+    stored = {path: leaf for path, leaf in stored_params(folder).items() if path in paths}
     folder = Path(folder).resolve() / PARAMS
+    for group in _groups(stored):
+        read = functools.partial(_read_numpy, folder, group)
+        yield from orbax_errors.call(ValueError, f"{folder} is damaged: {UNREAD}", read).items()
 
-    def read() -> Mapping:
-        with ocp.PyTreeCheckpointer() as checkpointer:
-            return checkpointer.restore(folder, restore_args=tree)
 
-    restored = orbax_errors.call(ValueError, f"{folder} is damaged: {UNREAD}", read)
-    return traverse_util.flatten_dict(restored, sep=".")
+def _read_numpy(folder: Path, group: list[str]) -> dict[str, np.ndarray]:
+    args = dict.fromkeys(group, ocp.RestoreArgs(restore_type=np.ndarray))
+    how = ocp.args.PyTreeRestore(
+        item=traverse_util.unflatten_dict(dict.fromkeys(group, 0), sep="."),
+        restore_args=traverse_util.unflatten_dict(args, sep="."),
+        partial_restore=True,
+    )
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+        return traverse_util.flatten_dict(reader.restore(folder, args=how), sep=".")

@@ -30,6 +30,11 @@ _FLAGS = {
             metavar="PATH",
             help="checkpoint folder or Hugging Face hub id (default: the small model that ships)",
         ),
+        "--adapter": dict(
+            metavar="PATH",
+            help="LoRA adapter in PEFT's format to merge into the model: folder or Hugging Face "
+            "hub id (default: none)",
+        ),
         "--dtype": dict(
             metavar="TYPE",
             help="float32 or bfloat16 (default: float32 on CPU, bfloat16 elsewhere)",
@@ -365,8 +370,9 @@ def run(argv: Sequence[str] | None) -> None:
     sharding.check_devices()
     mesh = None if flags.mesh is None else sharding.parse_mesh(flags.mesh)
     name = flags.model or "janus_tiny"
+    settings = dict(dtype=flags.dtype, mesh=mesh, adapter=flags.adapter)
     with device_memory(_LOADING_NEEDS), Progress(f"loading {name}", "B") as progress:
-        pipeline = load(flags.model, dtype=flags.dtype, mesh=mesh, progress=progress)
+        pipeline = load(flags.model, progress=progress, **settings)
     with device_memory(_DRAWING_NEEDS if prompts else _WRITING_NEEDS):
         if prompts:
             draw(flags, prompts, pipeline)

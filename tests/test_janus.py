@@ -15,8 +15,10 @@ from torch_reference import (
     channels_first,
     counting,
     golden_janus,
+    read_with_images,
     rebuilt,
     tiny_pair,
+    two_images_a_row,
     uniform,
 )
 
@@ -38,27 +40,6 @@ PARTS = (
     "gen_head",
     "language_model",
 )
-
-
-@jax.jit
-def read(model: Janus, tokens, pixels, positions, mask):
-    """Text logits of rows whose IMAGE_TOKENs stand for the row's images, pixels [B, n, S, S, 3]."""
-    rows = tokens.shape[0]
-    features = model.encode_images(pixels.reshape(-1, *pixels.shape[2:]))
-    features = features.reshape(rows, -1, features.shape[-1])
-    embeds = model.language_model.embed(tokens)
-    embeds = merge_features(embeds, tokens == IMAGE_TOKEN, features)
-    hidden, _ = model.language_model(embeds, positions, mask)
-    return model.language_model.logits(hidden)
-
-
-def two_images_a_row() -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [2, 40] with two images of 16 tokens at different places, and their pixels."""
-    tokens = np.random.default_rng(3).integers(0, 95, (2, 40)).astype(np.int32)
-    for row, starts in enumerate(((1, 20), (4, 23))):
-        for start in starts:
-            tokens[row, start : start + 16] = IMAGE_TOKEN
-    return tokens, uniform(2, 2, 16, 16, 3, seed=4)
 
 
 def parameter_counts(cfg: JanusConfig) -> dict[str, int]:
@@ -118,7 +99,7 @@ def test_text_with_two_images_a_row_equals_torch():
     expected = theirs(
         input_ids=torch.tensor(tokens), pixel_values=channels_first(pixels.reshape(4, 16, 16, 3))
     ).logits
-    got = read(ours, tokens, pixels, counting(2, 40), causal(2, 40))
+    got = read_with_images(ours, tokens, pixels, counting(2, 40), causal(2, 40))
     assert_close("Janus, text with images", got, expected, 1e-4)
 
 
@@ -174,8 +155,8 @@ def test_padded_text_with_images_equals_the_row_alone():
     tokens, pixels = two_images_a_row()
     token_mask = np.arange(40) >= np.array([[0], [3]])
     positions = positions_from_mask(token_mask)
-    got = read(ours, tokens, pixels, positions, causal_mask(token_mask))
-    expected = read(ours, tokens[1:, 3:], pixels[1:], counting(1, 37), causal(1, 37))
+    got = read_with_images(ours, tokens, pixels, positions, causal_mask(token_mask))
+    expected = read_with_images(ours, tokens[1:, 3:], pixels[1:], counting(1, 37), causal(1, 37))
     assert_close("Janus, left-padded", got[1:, 3:], expected, 1e-5)
 
 
@@ -231,7 +212,7 @@ def test_bfloat16_is_near_float32(param_dtype):
     tokens, pixels = two_images_a_row()
     args = (tokens, pixels, counting(2, 40), causal(2, 40))
     rough = rebuilt(exact, exact.cfg.with_dtype(jnp.bfloat16, param_dtype))
-    got, expected = read(rough, *args), read(exact, *args)
+    got, expected = read_with_images(rough, *args), read_with_images(exact, *args)
     assert got.dtype == jnp.float32
     limit = 0.05 * np.abs(expected).max()
     assert_close(f"Janus, bfloat16 on {param_dtype.__name__} weights", got, expected, limit)

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from janus_jax.interop.load import OneKey, build_model, load_params, open_folder
-from janus_jax.models.janus import Janus
+from janus_jax.models.janus import Janus, merge_features
 
 GOLDEN = Path(__file__).parent / "golden"
 IMAGE_TOKEN = 95
@@ -136,6 +136,27 @@ def causal(batch: int, length: int) -> np.ndarray:
 def counting(batch: int, length: int) -> np.ndarray:
     """Positions 0..T-1 of every row, int32[B, T]."""
     return np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+
+
+@jax.jit
+def read_with_images(model: Janus, tokens, pixels, positions, mask):
+    """Text logits of rows whose IMAGE_TOKENs stand for the row's images, pixels [B, n, S, S, 3]."""
+    rows = tokens.shape[0]
+    features = model.encode_images(pixels.reshape(-1, *pixels.shape[2:]))
+    features = features.reshape(rows, -1, features.shape[-1])
+    embeds = model.language_model.embed(tokens)
+    embeds = merge_features(embeds, tokens == IMAGE_TOKEN, features)
+    hidden, _ = model.language_model(embeds, positions, mask)
+    return model.language_model.logits(hidden)
+
+
+def two_images_a_row() -> tuple[np.ndarray, np.ndarray]:
+    """Tokens [2, 40] with two images of 16 tokens at different places, and their pixels."""
+    tokens = np.random.default_rng(3).integers(0, 95, (2, 40)).astype(np.int32)
+    for row, starts in enumerate(((1, 20), (4, 23))):
+        for start in starts:
+            tokens[row, start : start + 16] = IMAGE_TOKEN
+    return tokens, uniform(2, 2, 16, 16, 3, seed=4)
 
 
 def load_janus(folder: Path) -> Janus:

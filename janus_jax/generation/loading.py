@@ -59,8 +59,29 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
     if path_or_hub_id == "":
         raise ValueError("a folder or a hub id must be given, got ''")
     folder, name = Path(path_or_hub_id), str(path_or_hub_id)
-    if os.path.exists(folder) or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
-        return check_folder(folder, fetches=True)
+    return _fetch(name) if _is_hub_id(name) else check_folder(folder, fetches=True)
+
+
+def find_adapter(path_or_hub_id: str | Path | None) -> Path | None:
+    """The folder of a LoRA adapter: the path itself or a hub snapshot; None is none.
+
+    Raises:
+        FileNotFoundError: the hub has none or cannot be reached.
+        ValueError: it is an empty text.
+    """
+    if path_or_hub_id is None:
+        return None
+    if path_or_hub_id == "":
+        raise ValueError("an adapter must be a folder or a hub id, got ''")
+    name = str(path_or_hub_id)
+    return _fetch(name) if _is_hub_id(name) else Path(path_or_hub_id)
+
+
+def _is_hub_id(name: str) -> bool:
+    return not os.path.exists(name) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name))
+
+
+def _fetch(name: str) -> Path:
     import huggingface_hub  # slow to import, and needed here only
 
     try:

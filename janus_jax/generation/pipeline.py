@@ -381,6 +381,7 @@ def load(
     path_or_hub_id: str | Path | None = None,
     dtype=None,
     mesh: Mesh | None = None,
+    adapter: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Pipeline:
     """Loads a checkpoint folder, ready to draw and to answer.
@@ -395,12 +396,15 @@ def load(
             image tokenizer is always float32.
         mesh: devices to share the work and the parameters among (see sharding.make_mesh); None is
             one device.
+        adapter: a LoRA adapter in PEFT's format (adapter_config.json and its weights), as a folder
+            or hub id, to merge into the model: docs/checkpoints.md. None is no adapter.
         progress: called with the bytes of weights read so far and in all.
     Returns:
         The model with its processor.
     Raises:
         FileNotFoundError: there is no such folder, or a file is missing from it.
-        ValueError: a wrong dtype, a mesh that does not divide the heads, or a broken checkpoint.
+        ValueError: a wrong dtype, a mesh that does not divide the heads, a broken checkpoint, or an
+            adapter that does not fit it.
     Source: the folders of MultiModalityCausalLM (the original code) and of transformers'
     JanusForConditionalGeneration.
     """
@@ -409,7 +413,8 @@ def load(
     dtype = loading.check_dtype(dtype, mesh)
     compile_cache.enable()
     folder = loading.find_folder(path_or_hub_id)
-    cfg = open_folder(folder).cfg.with_dtype(dtype)
+    opened = open_folder(folder, loading.find_adapter(adapter))
+    cfg = opened.cfg.with_dtype(dtype)
     if mesh is None:
         place = _on_default_device
     else:
@@ -418,8 +423,9 @@ def load(
     processor = Processor.from_dir(folder)
     loading.check_processor(folder, processor, cfg)
     drawing = loading.DrawingDefaults.from_dir(folder)
-    model = build_model(cfg, load_params(folder, cfg, place, dtype, progress=progress))
+    model = build_model(cfg, load_params(opened, cfg, place, dtype, progress=progress))
     name = loading.TINY.name if path_or_hub_id is None else str(path_or_hub_id)
+    name = name if adapter is None else f"{name} with adapter {adapter}"
     return Pipeline(model, processor, name, drawing, mesh)
 
 

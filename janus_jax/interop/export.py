@@ -22,14 +22,18 @@ from janus_jax.processing.tokenizer import Tokenizer
 Kinds = dict[str, tuple[np.dtype, Shape]]
 
 
-def import_folder(source: Path, target: Path, overwrite: bool) -> list[str]:
+def import_folder(
+    source: Path, target: Path, overwrite: bool, adapter: Path | None = None
+) -> list[str]:
     """Writes an Orbax folder from any readable one; returns what to tell the user.
+
+    adapter: a LoRA adapter in PEFT's format to merge, or None.
 
     Raises:
       FileNotFoundError, FileExistsError, ValueError: as `open_folder`, `make_plan`, `new_folder`.
     """
-    _check_apart(source, target)
-    folder = _open(source)
+    _check_apart(source, target, adapter)
+    folder = _open(source, adapter)
     stored = stored_params(folder)
     checkpoint.save(
         target,
@@ -41,18 +45,26 @@ def import_folder(source: Path, target: Path, overwrite: bool) -> list[str]:
     )
     numbers = sum(math.prod(shape) for _, shape in stored.kinds.values())
     said = f"{target}: {len(stored.kinds)} parameters, {numbers:,} numbers"
-    return [f"{said}; {len(stored.unused)} unused tensors kept beside"]
+    return [f"{said}; {len(stored.unused)} unused tensors kept beside", *_merge_report(adapter)]
 
 
-def export_folder(source: Path, target: Path, layout: str, overwrite: bool) -> list[str]:
+def export_folder(
+    source: Path, target: Path, layout: str, overwrite: bool, adapter: Path | None = None
+) -> list[str]:
     """Writes PyTorch safetensors in a layout from any readable folder; returns what to say.
 
     The tensors that DeepSeek's class expects and Janus does not use (SigLIP's pooling head,
     codebook_used) come from the source; zeros are written for those that it lacks.
+    adapter: a LoRA adapter in PEFT's format to merge, or None.
     """
-    _check_apart(source, target)
-    folder = _open(source)
-    return write_folder(folder, stored_params(folder), target, layout, overwrite)
+    _check_apart(source, target, adapter)
+    folder = _open(source, adapter)
+    said = write_folder(folder, stored_params(folder), target, layout, overwrite)
+    return [*said, *_merge_report(adapter)]
+
+
+def _merge_report(adapter: Path | None) -> list[str]:
+    return [] if adapter is None else [f"merged the LoRA adapter {adapter}"]
 
 
 def write_folder(
@@ -84,16 +96,18 @@ def write_folder(
     return _export_report(target, kinds, stored, kept, zeros)
 
 
-def _open(source: Path) -> Folder:
-    folder = open_folder(source)
+def _open(source: Path, adapter: Path | None = None) -> Folder:
+    folder = open_folder(source, adapter)
     check_files(folder.path)
     return folder
 
 
-def _check_apart(source: Path, target: Path) -> None:
-    source, target = Path(source).resolve(), Path(target).resolve()
-    if source == target or target in source.parents:
-        raise ValueError(f"SRC {source} is DST or inside it: {target}")
+def _check_apart(source: Path, target: Path, adapter: Path | None) -> None:
+    target, read = Path(target).resolve(), {"SRC": source, "--adapter": adapter}
+    for name, folder in read.items():
+        folder = None if folder is None else Path(folder).resolve()
+        if folder and target in (folder, *folder.parents):
+            raise ValueError(f"{name} {folder} is DST or inside it: {target}")
 
 
 def _kind(step, kinds: Mapping[str, tuple[np.dtype, Shape]]) -> tuple[np.dtype, Shape]:

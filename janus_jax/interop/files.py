@@ -12,6 +12,7 @@ from janus_jax.paths import os_errors_of
 from janus_jax.processing.json_files import write_json
 
 CONFIG = "config.json"
+ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA adapter in PEFT's format
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 SHARD_BYTES = 5 * 10**9
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -20,7 +21,8 @@ DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 def small_files(folder: Path) -> list[Path]:
     """Config, tokenizer and processor files of a checkpoint folder."""
     found = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
-    return sorted(p for p in found if p.is_file() and not p.name.endswith(".index.json"))
+    others = (".index.json", ADAPTER_CONFIG)  # of weights that are not copied
+    return sorted(p for p in found if p.is_file() and not p.name.endswith(others))
 
 
 def write_safetensors(

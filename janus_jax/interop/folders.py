@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 
 from janus_jax.checks import shorten_text
+from janus_jax.interop.adapter_config import check_no_adapter
 from janus_jax.interop.files import CONFIG
 from janus_jax.interop.quantised import GGUF
 from janus_jax.interop.readers import WEIGHTS
@@ -26,6 +27,7 @@ def check_folder(path: Path | str, fetches: bool = False) -> Path:
 
     Raises:
       FileNotFoundError: it is none; the message says what is missing and what to give.
+      ValueError: it is a LoRA adapter.
     """
     path = Path(path)
     shown = shorten_text(str(path))
@@ -39,6 +41,7 @@ def check_folder(path: Path | str, fetches: bool = False) -> Path:
         )
     if not os.path.isdir(path):
         raise FileNotFoundError(f"{shown} is not a folder{suggestion(str(path), fetches)}")
+    check_no_adapter(path)
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{shown} holds no {CONFIG}{_inside(path)}")
     return path

@@ -15,7 +15,9 @@ from flax import nnx
 from janus_jax import checkpoint
 from janus_jax.checks import shorten, shorten_text
 from janus_jax.interop import deepseek, transformers
-from janus_jax.interop.config import DEEPSEEK, layout_of, read_config
+from janus_jax.interop.adapter import Adapter, read_adapter
+from janus_jax.interop.adapter_config import check_adapter_beside
+from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS, layout_of, read_config
 from janus_jax.interop.files import CONFIG
 from janus_jax.interop.folders import check_folder
 from janus_jax.interop.names import few, listed
@@ -36,34 +38,55 @@ Report = Callable[[int, int], None]  # bytes done so far, and in all
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A checkpoint folder: its config.json, the layout that file has, and the sizes it states."""
+    """A checkpoint folder: its config.json, the layout that file has, and the sizes it states.
+
+    adapter: the folder of a LoRA adapter that is merged into the weights where they are read.
+    """
 
     path: Path
     config: Mapping
     layout: str
     cfg: JanusConfig
     orbax: bool
+    adapter: Path | None = None
 
 
-def open_folder(path: Path | str) -> Folder:
+def open_folder(path: Path | str, adapter: Path | str | None = None) -> Folder:
     """Reads a folder's config.json and tells what kind of folder it is.
+
+    adapter: a LoRA adapter in PEFT's format to merge into its weights, or None.
 
     Raises:
       FileNotFoundError: no folder, or no config.json in it.
-      ValueError: JanusFlow, another model, or an unsupported value.
+      ValueError: JanusFlow, another model, or an unsupported value; an adapter in place of a model,
+        or one beside the weights that is not to be merged.
     """
     path = check_folder(path)
+    adapter = None if adapter is None else Path(adapter)
+    check_adapter_beside(path, adapter)
     config = read_json(path / CONFIG)
     try:
         layout, cfg = layout_of(config), read_config(config)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
-    return Folder(path, config, layout, cfg, checkpoint.is_orbax(path))
+    return Folder(path, config, layout, cfg, checkpoint.is_orbax(path), adapter)
 
 
 def table_for(layout: str, cfg: JanusConfig) -> Table:
     """Conversion table of a PyTorch layout."""
     return (deepseek if layout == DEEPSEEK else transformers).table(cfg)
+
+
+def open_adapter(folder: Folder) -> Adapter | None:
+    """The folder's adapter matched with its sizes; None if it has none.
+
+    Raises:
+      FileNotFoundError, ValueError: as read_adapter.
+    """
+    if folder.adapter is None:
+        return None
+    tables = {layout: table_for(layout, folder.cfg) for layout in (DEEPSEEK, TRANSFORMERS)}
+    return read_adapter(folder.adapter, tables, param_shapes(folder.cfg))
 
 
 class OneKey:
@@ -142,7 +165,7 @@ def check_weights(folder: Folder) -> None:
 
 
 def load_params(
-    folder: Path | str,
+    folder: Folder | Path | str,
     cfg: JanusConfig,
     sharding_for: ShardingFor,
     dtype,
@@ -153,7 +176,8 @@ def load_params(
     """Reads a folder's parameters and places each before the next is read.
 
     Args:
-      folder: PyTorch weights in either layout, or an Orbax folder.
+      folder: PyTorch weights in either layout, or an Orbax folder; an adapter of an opened one is
+        merged in float32, before the cast to `dtype`.
       cfg: the sizes, as `open_folder(folder).cfg` gives them.
       sharding_for: sharding of a parameter by path and shape; None is the default device.
       dtype: storage dtype of all parameters but those of float32_paths.
@@ -164,14 +188,16 @@ def load_params(
     Returns:
       Arrays by path, for `build_model`.
     """
-    opened = dataclasses.replace(open_folder(folder), cfg=cfg)
+    opened = folder if isinstance(folder, Folder) else open_folder(folder)
+    opened = dataclasses.replace(opened, cfg=cfg)
+    adapter = open_adapter(opened)
     exact = re.compile(float32_paths)
 
     def kind(path: str) -> np.dtype:
         return np.dtype(jnp.float32 if exact.match(path) else dtype)
 
     if opened.orbax:
-        return _restore(opened, sharding_for, kind, paths, progress)
+        return _restore(opened, sharding_for, kind, paths, progress, adapter)
     source, plan = plan_folder(opened)
     params = {}
     steps = [step for step in plan.steps if paths is None or any(p in paths for p in step.paths)]
@@ -181,6 +207,8 @@ def load_params(
             if paths is not None and path not in paths:
                 continue
             sharding = sharding_for(path, view.shape)
+            if adapter is not None:
+                view = adapter.merged(path, view)
             params[path] = _place(view, sharding, kind(path))
         if progress is not None:
             progress(done, sum(sizes))
@@ -223,8 +251,9 @@ def _restore(
     kind: Callable[[str], np.dtype],
     paths: Container[str] | None,
     progress: Report | None,
+    adapter: Adapter | None,
 ) -> dict[str, jax.Array]:
-    check_stored(folder)
+    stored = check_stored(folder)
     here = jnp.zeros(()).sharding  # the default device
     wanted = {
         path: jax.ShapeDtypeStruct(
@@ -233,7 +262,19 @@ def _restore(
         for path, shape in param_shapes(folder.cfg).items()
         if paths is None or path in paths
     }
-    return checkpoint.restore(folder.path, wanted, progress)
+    if adapter is None:
+        return checkpoint.restore(folder.path, wanted, progress)
+    plain = {path: leaf for path, leaf in wanted.items() if path not in adapter.places}
+    sizes = {path: checkpoint.size(stored[path]) for path in wanted}
+    done, total = sum(sizes[path] for path in plain), sum(sizes.values())
+    report = progress and (lambda read, _: progress(read, total))
+    params = checkpoint.restore(folder.path, plain, report)
+    for path, array in checkpoint.restore_numpy(folder.path, wanted.keys() - plain.keys()):
+        leaf, done = wanted[path], done + sizes[path]
+        params[path] = _place(adapter.merged(path, array), leaf.sharding, leaf.dtype)
+        if progress is not None:
+            progress(done, total)
+    return params
 
 
 def check_stored(folder: Folder) -> dict[str, jax.ShapeDtypeStruct]:
@@ -311,10 +352,21 @@ class StoredParams:
 def stored_params(folder: Folder) -> StoredParams:
     """Opens a folder's parameters on the host in their own dtypes.
 
-    Values of PyTorch folders are views of the files; an Orbax folder is read whole at the first.
+    Values of PyTorch folders are views of the files; an Orbax folder is read whole at the first. An
+    adapter is merged in float32 and the sum rounded to the parameter's dtype.
     """
-    if folder.orbax:
-        return _stored_orbax(folder)
+    stored = _stored_orbax(folder) if folder.orbax else _stored_torch(folder)
+    adapter = open_adapter(folder)
+    if adapter is None:
+        return stored
+
+    def read(path: str) -> np.ndarray:
+        return adapter.merged(path, stored.read(path)).astype(stored.kinds[path][0], copy=False)
+
+    return dataclasses.replace(stored, read=read)
+
+
+def _stored_torch(folder: Folder) -> StoredParams:
     source, plan = plan_folder(folder)
     places = {path: (step, i) for step in plan.steps for i, path in enumerate(step.paths)}
 
@@ -336,5 +388,5 @@ def _stored_orbax(folder: Folder) -> StoredParams:
     unused = {name: tensor.read() for name, tensor in tensors.items()}
     table = table_for(folder.layout, folder.cfg)
     skipped = {name: " ".join(skip_reasons(table, name)) for name in unused}
-    arrays = functools.cache(lambda: checkpoint.restore_numpy(folder.path))
+    arrays = functools.cache(lambda: dict(checkpoint.restore_numpy(folder.path, stored)))
     return StoredParams(kinds, lambda path: arrays()[path], unused, skipped)

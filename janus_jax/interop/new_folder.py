@@ -30,13 +30,16 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: fcntl.h, fs.h
 
 
 @contextlib.contextmanager
-def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator[Path]:
+def new_folder(
+    folder: Path, overwrite: bool = False, size: int = 0, config: str = CONFIG
+) -> Iterator[Path]:
     """A temporary sibling that becomes `folder` on success and disappears on any error.
 
     Before that, what killed processes left beside `folder` is removed, and a `folder` that such a
     process had moved away is restored.
 
-    size: bytes about to be written, as far as known.
+    size: bytes about to be written, as far as known. config: the file that, beside weights, marks
+    a folder that may be replaced.
 
     Raises:
       FileExistsError: `folder` exists and `overwrite` is not set.
@@ -46,17 +49,18 @@ def new_folder(folder: Path, overwrite: bool = False, size: int = 0) -> Iterator
     """
     check_local("the folder to write", folder)
     folder = Path(folder).resolve()
-    _check_replaced(folder, overwrite)
+    _check_replaced(folder, overwrite, config)
     new = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _lock(folder) as locked:
             _clean_up(folder, locked)
-            _check_replaced(folder, overwrite)
+            _check_replaced(folder, overwrite, config)
             _check_room(folder, size)
             with _partial(folder) as beside:
                 yield beside
-                _check_replaced(folder, overwrite)  # what came meanwhile is nobody's to delete
+                # what came meanwhile is nobody's to delete
+                _check_replaced(folder, overwrite, config)
                 _replace(beside, folder)
     finally:
         for parent in new:  # empty after a failure, and only then
@@ -71,24 +75,24 @@ def _check_room(folder: Path, size: int) -> None:
         raise OSError(f"no room on the disk for {folder}: it needs {gigabytes}")
 
 
-def _check_replaced(folder: Path, overwrite: bool) -> None:
+def _check_replaced(folder: Path, overwrite: bool, config: str) -> None:
     """Raises FileExistsError or ValueError if there is something that must not be replaced."""
     if not os.path.lexists(folder):
         return
-    if not _is_checkpoint_or_empty(folder):
+    if not _is_checkpoint_or_empty(folder, config):
         raise ValueError(
             f"{folder} exists and is never replaced: only an empty folder is, or a checkpoint "
-            f"folder, which holds {CONFIG} and weights"
+            f"folder, which holds {config} and weights"
         )
     if not overwrite:
         raise FileExistsError(f"{folder} exists (--overwrite replaces it)")
 
 
-def _is_checkpoint_or_empty(folder: Path) -> bool:
+def _is_checkpoint_or_empty(folder: Path, config: str) -> bool:
     if not folder.is_dir():
         return False
     weights = any(path for pattern in WEIGHTS for path in folder.glob(pattern))
-    return not any(folder.iterdir()) or ((folder / CONFIG).is_file() and weights)
+    return not any(folder.iterdir()) or ((folder / config).is_file() and weights)
 
 
 @contextlib.contextmanager

@@ -41,8 +41,12 @@ _LFS = b"version https://git-lfs"  # what a clone without Git LFS has in place o
 Read = tuple[dict[str, Tensor], list[str]]  # tensors by name, and names that the file holds twice
 
 
-def open_checkpoint(folder: Path | str) -> TensorSource:
+def open_checkpoint(
+    folder: Path | str, names: tuple[str, str] = (SAFETENSORS, TORCH_BIN)
+) -> TensorSource:
     """Finds a folder's weights: safetensors before `.bin`, one file before an index.
+
+    names: of the safetensors file and of the `.bin` file.
 
     Raises:
       FileNotFoundError: no folder, or no weights in it.
@@ -52,7 +56,7 @@ def open_checkpoint(folder: Path | str) -> TensorSource:
     folder = Path(folder)
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} is not a folder")
-    kinds = ((SAFETENSORS, read_safetensors), (TORCH_BIN, _read_torch))
+    kinds = tuple(zip(names, (read_safetensors, _read_torch), strict=True))
     for name, read in kinds:
         index = folder / f"{name}.index.json"
         if os.path.lexists(folder / name):

@@ -1,0 +1,94 @@
+"""A LoRA adapter in PEFT's format from the factors of our linear layers."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from janus_jax.interop.adapter import ADAPTER_WEIGHTS, LINEAR, WEIGHT
+from janus_jax.interop.files import ADAPTER_CONFIG, write_safetensors_file
+from janus_jax.interop.names import PEFT
+from janus_jax.interop.new_folder import new_folder
+from janus_jax.interop.rules import Shape, Table, export_steps
+from janus_jax.processing.json_files import write_json
+
+Factors = tuple[np.ndarray, np.ndarray]  # a float32[inputs, rank], b float32[rank, outputs]
+
+
+def write_adapter(
+    target: Path,
+    table: Table,
+    shapes: Mapping[str, Shape],
+    factors: Mapping[str, Factors],
+    alpha: float,
+    base: str,
+) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors; replaces an adapter folder.
+
+    A tensor of the layout that holds n adapted layers (DeepSeek's fused qkv) gets one update of n
+    times the rank: A stacks their rows; B is block diagonal, with zeros in the rows of layers that
+    are not adapted. Its alpha is n times as large too, so the scale stays.
+
+    Args:
+      target: the folder to write.
+      table: of the layout whose module names are written.
+      shapes: shape of each of the model's parameters by path.
+      factors: by the path of an adapted kernel; all of one rank.
+      alpha: the kernel acts as kernel + alpha / rank * a @ b.
+      base: folder or hub id of the model that the adapter was trained on.
+
+    Raises:
+      OSError, ValueError: as new_folder.
+    """
+    tensors, multiples = {}, {}
+    for step in export_steps(table, list(shapes)):
+        if adapted := [path for path in step.paths if path in factors]:
+            module = step.torch.removesuffix(WEIGHT)
+            multiples[module] = len(adapted)
+            pair = _joined([factors.get(p) for p in step.paths], [shapes[p] for p in step.paths])
+            names = (f"{PEFT}{module}.{part}" for part in LINEAR)
+            tensors |= dict(zip(names, pair, strict=True))
+    rank = next(iter(factors.values()))[0].shape[1]
+    config = _config(multiples, rank, alpha, base)
+    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in sorted(tensors.items())}
+    size = sum(tensor.nbytes for tensor in tensors.values())
+    with new_folder(target, overwrite=True, size=size, config=ADAPTER_CONFIG) as beside:
+        write_json(beside / ADAPTER_CONFIG, config)
+        write_safetensors_file(beside / ADAPTER_WEIGHTS[0], kinds, tensors.__getitem__)
+
+
+def _joined(parts: Sequence[Factors | None], shapes: Sequence[Shape]) -> Factors:
+    """A and B, in PyTorch's shapes, of the tensor that holds these layers; None is not adapted."""
+    down = np.concatenate([part[0].T for part in parts if part is not None])
+    up = np.zeros((sum(outputs for _, outputs in shapes), len(down)), np.float32)
+    row = column = 0
+    for part, (_, outputs) in zip(parts, shapes, strict=True):
+        if part is not None:
+            rank = len(part[1])
+            up[row : row + outputs, column : column + rank] = part[1].T
+            column += rank
+        row += outputs
+    return down.astype(np.float32), up
+
+
+def _config(multiples: Mapping[str, int], rank: int, alpha: float, base: str) -> dict:
+    """Contents of adapter_config.json; multiples: adapted layers in each module."""
+    alpha = int(alpha) if alpha == int(alpha) else alpha
+    joined = {module: number for module, number in multiples.items() if number > 1}
+    return {
+        "peft_type": "LORA",
+        "task_type": None,
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "rank_pattern": {module: number * rank for module, number in joined.items()},
+        "alpha_pattern": {module: number * alpha for module, number in joined.items()},
+        "use_rslora": False,
+        "use_dora": False,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "modules_to_save": None,
+        "target_modules": sorted(multiples),
+    }
