@@ -16,8 +16,6 @@ from flax import nnx
 
 from janus_jax.models.linear import dot_of_rows
 
-Array = jax.Array | np.ndarray
-
 # whole paths of the adapters' parameters: what split_model is to train
 ADAPTERS = r".*\.dot_general\.[ab]$"
 
@@ -110,30 +108,13 @@ def _why_not(path: str, layer: nnx.Linear) -> str | None:
     return None
 
 
-def adapter_paths(layer: str) -> tuple[str, str]:
-    """Where a layer's a and b are; layer: its dotted path."""
-    return f"{layer}.dot_general.a", f"{layer}.dot_general.b"
+def factors_of(params: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """a and b of every adapted layer, by the path of its kernel.
 
-
-def merged(params: Mapping[str, Array], scale: float) -> dict[str, Array]:
-    """Parameters of the plain model from those of an adapted one, for export.
-
-    params: NumPy or JAX arrays by dotted path; scale: LoRAConfig.scale. Adapted kernels become
-    kernel + scale * a @ b, computed in float32, in the kernel's dtype; the rest is passed on.
-    Raises ValueError if an adapter lacks its other half or its kernel.
+    params: the adapters' parameters by dotted path.
     """
-    plain = {path: array for path, array in params.items() if not re.fullmatch(ADAPTERS, path)}
-    layers = sorted({path[: -len(".dot_general.a")] for path in params.keys() - plain.keys()})
-    for layer in layers:
-        paths = [f"{layer}.kernel", *adapter_paths(layer)]
-        if absent := [path for path in paths if path not in params]:
-            raise ValueError(f"an adapter must have kernel, a and b, got none of {absent}")
-        kernel, a, b = (params[path] for path in paths)
-        plain[paths[0]] = _merge(kernel, a, b, scale)
-    return plain
-
-
-def _merge(kernel: Array, a: Array, b: Array, scale: float) -> Array:
-    with jax.default_matmul_precision("highest"):  # a TPU's default is bfloat16
-        update = a.astype(np.float32) @ b.astype(np.float32)
-    return (kernel.astype(np.float32) + scale * update).astype(kernel.dtype)
+    found = {}
+    for path in params:
+        if layer := re.fullmatch(r"(.*)\.dot_general\.a", path):
+            found[f"{layer[1]}.kernel"] = params[path], params[f"{layer[1]}.dot_general.b"]
+    return found

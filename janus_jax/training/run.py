@@ -28,8 +28,10 @@ from jax.sharding import Mesh
 from janus_jax.checks import shorten_text
 from janus_jax.data.loading import open_rows
 from janus_jax.data.skipped import Skipped
+from janus_jax.interop.adapter import Adapter
+from janus_jax.interop.adapter_writing import write_adapter
 from janus_jax.interop.export import write_folder
-from janus_jax.interop.load import stored_params
+from janus_jax.interop.load import open_adapter, param_shapes, stored_params, table_for
 from janus_jax.library_log import library_log
 from janus_jax.paths import locked
 from janus_jax.processing.json_files import read_json, write_json
@@ -38,12 +40,13 @@ from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.distributed import check_processes, check_shared
 from janus_jax.training.evaluation import Watch, evaluation, held_out_rows, samples
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
-from janus_jax.training.lora import adapter_paths, merged
+from janus_jax.training.lora import factors_of
 from janus_jax.training.metrics import Log
 from janus_jax.training.setup import DTYPES, MODEL, Params, Setup, put_rows
 from janus_jax.training.state import TrainState, written_params
 
 BEGUN, CHECKPOINTS, LOCK, LIBRARIES = "run.json", "checkpoints", ".lock", "libraries.log"
+ADAPTER = "adapter"  # of a LoRA run's output, beside MODEL
 # What may differ when a run goes on: how long, where, and what is told of it. Of these `steps`
 # changes what is learned, for the learning rate then follows the cosine that ends there.
 CHANGEABLE = frozenset(
@@ -252,7 +255,8 @@ def save_model(setup: Setup, state: TrainState, folder: Path) -> None:
 
 def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> None:
     """trained: arrays by path. Parts of the model in which something trained are of model_dtype,
-    the others as they are stored."""
+    the others as they are stored. Adapters are written first, to a folder of their own beside."""
+    adapter = save_adapter(setup, trained, folder.with_name(ADAPTER)) if setup.lora else None
     stored, dtype = stored_params(setup.source), np.dtype(DTYPES[setup.cfg.model_dtype])
     parts = {path.split(".")[0] for path in trained}
 
@@ -260,11 +264,9 @@ def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> N
         """One array at a time: adapted kernels of a 7B model in float32 are 24 GB."""
         if path in trained:
             return trained[path]
-        array, layer = stored.read(path), path.removesuffix(".kernel")
-        adapter = {name: trained[name] for name in adapter_paths(layer) if name in trained}
-        if adapter:
-            kernel = {path: array.astype(np.float32)}
-            array = merged(kernel | adapter, setup.lora.scale)[path]
+        array = stored.read(path)
+        if adapter is not None:
+            array = adapter.merged(path, array)
         return array.astype(dtype) if path.split(".")[0] in parts else array
 
     kinds = {
@@ -274,6 +276,18 @@ def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> N
     changed = dataclasses.replace(stored, kinds=kinds, read=read)
     for line in write_folder(setup.source, changed, folder, setup.source.layout, overwrite=True):
         logging.info(line)
+
+
+def save_adapter(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> Adapter:
+    """Writes the adapters in PEFT's format, with the module names of the folder it began with.
+
+    Returns them as they are read again, so that `model` has what others merge.
+    """
+    source, shapes = setup.source, param_shapes(setup.source.cfg)
+    table = table_for(source.layout, source.cfg)
+    write_adapter(folder, table, shapes, factors_of(trained), setup.lora.alpha, setup.cfg.init)
+    logging.info("%s: adapters of %d layers", folder, len(trained) // 2)
+    return open_adapter(dataclasses.replace(source, adapter=folder))
 
 
 def on_host(array: jax.Array) -> np.ndarray:
