@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from janus_jax.flags import OneLineParser, one_line_errors, place, set_up_program
+from janus_jax.progress import Progress
 
 COMMANDS = ("export", "inspect")
 DESCRIPTION = """\
@@ -56,9 +57,11 @@ def _run(command: str | None, args: argparse.Namespace) -> list[str]:
 
     if command == "inspect":
         return export.inspect_folder(args.src)
-    if command == "export":
-        return export.export_folder(args.src, args.dst, args.layout, args.overwrite, args.adapter)
-    return export.import_folder(args.src, args.dst, args.overwrite, args.adapter)
+    with Progress("converting", "B") as progress:
+        options = dict(overwrite=args.overwrite, adapter=args.adapter, progress=progress)
+        if command == "export":
+            return export.export_folder(args.src, args.dst, args.layout, **options)
+        return export.import_folder(args.src, args.dst, **options)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -5,11 +5,12 @@ FOLDER/unused.safetensors    tensors of the source that the model does not use, 
 FOLDER/config.json, ...      config, tokenizer and processor files as the source has them
 """
 
+import contextlib
 import functools
 import math
 import os
 from collections.abc import Callable, Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
@@ -30,6 +31,7 @@ METADATA = "_METADATA"  # Orbax's list of parameters
 MARKS = (METADATA, "_CHECKPOINT_METADATA", "manifest.ocdbt")
 UNREAD = "a parameter cannot be read"
 GROUP_BYTES = 2.5e8  # read at a time
+_REPORT_SECONDS = 0.5
 
 
 def is_orbax(folder: Path | str) -> bool:
@@ -45,6 +47,7 @@ def save(
     files_from: Path | str,
     unused: Mapping[str, np.ndarray] | None = None,
     overwrite: bool = False,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes a checkpoint folder beside and renames it when it is complete.
 
@@ -55,6 +58,8 @@ def save(
       config: contents of config.json, in either PyTorch layout.
       files_from: a checkpoint folder whose tokenizer and processor files are copied.
       unused: arrays by PyTorch name that an export gives back.
+      progress: called with the bytes that are on the disk and those of the arrays; Orbax compresses
+        them, so that the first number may stay below the second.
 
     Raises:
       FileExistsError: the folder exists and `overwrite` is not set.
@@ -71,7 +76,22 @@ def save(
         # in a thread, for which an interrupt waits: Orbax's own threads would write on otherwise,
         # into a folder that is deleted
         with ThreadPoolExecutor(1) as pool:
-            pool.submit(_write, folder, beside / PARAMS, tree).result()
+            writing = pool.submit(_write, folder, beside / PARAMS, tree)
+            written = 0
+            while progress is not None and wait([writing], _REPORT_SECONDS).not_done:
+                written = min(max(written, _bytes_in(beside)), size)
+                progress(written, size)
+            writing.result()
+
+
+def _bytes_in(folder: Path) -> int:
+    """Of all files, while some of them come and go."""
+    total = 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += os.path.getsize(os.path.join(place, name))
+    return total
 
 
 def _write(folder: Path | str, target: Path, tree: Mapping) -> None:

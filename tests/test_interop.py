@@ -263,6 +263,22 @@ def test_loading_reports_the_bytes_read(folders, params, form, monkeypatch):
     assert reports[-1] == (total, total) and {whole for _, whole in reports} == {total}
 
 
+def test_conversion_reports_the_bytes_written(golden, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_REPORT_SECONDS", 1e-3)
+    reports = {"orbax": [], "torch": []}
+    for name, seen in reports.items():
+        options = dict(overwrite=False, progress=lambda *now, seen=seen: seen.append(now))
+        if name == "orbax":
+            export.import_folder(golden / "janus", tmp_path / name, **options)
+        else:
+            export.export_folder(tmp_path / "orbax", tmp_path / name, "deepseek", **options)
+    total = sum(path.stat().st_size for path in (tmp_path / "torch").glob("*.safetensors"))
+    for seen in reports.values():
+        done = [done for done, _ in seen]
+        assert len(done) > 10 and done == sorted(done) and done[0] < 1e6 < done[-1]
+        assert all(0.9 * total < whole < total for _, whole in seen)
+
+
 @pytest.mark.parametrize("form", ["single", "orbax_single"])
 def test_parameters_go_to_the_default_device(folders, form):
     with jax.default_device(jax.devices()[3]):

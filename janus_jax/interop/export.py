@@ -12,7 +12,14 @@ from janus_jax.interop import deepseek
 from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS
 from janus_jax.interop.config_writing import write_config
 from janus_jax.interop.files import CONFIG, write_safetensors
-from janus_jax.interop.load import Folder, StoredParams, open_folder, stored_params, table_for
+from janus_jax.interop.load import (
+    Folder,
+    Report,
+    StoredParams,
+    open_folder,
+    stored_params,
+    table_for,
+)
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.processor_files import check_files, copy_files, translate_files
 from janus_jax.interop.rules import Shape, export_steps, torch_shape
@@ -23,11 +30,17 @@ Kinds = dict[str, tuple[np.dtype, Shape]]
 
 
 def import_folder(
-    source: Path, target: Path, overwrite: bool, adapter: Path | None = None
+    source: Path,
+    target: Path,
+    overwrite: bool,
+    adapter: Path | None = None,
+    progress: Report | None = None,
 ) -> list[str]:
     """Writes an Orbax folder from any readable one; returns what to tell the user.
 
     adapter: a LoRA adapter in PEFT's format to merge, or None.
+    progress: called with the bytes written so far and in all. Orbax compresses them, so that the
+      first number may stay below the second.
 
     Raises:
       FileNotFoundError, FileExistsError, ValueError: as `open_folder`, `make_plan`, `new_folder`.
@@ -42,6 +55,7 @@ def import_folder(
         files_from=source,
         unused=stored.unused,
         overwrite=overwrite,
+        progress=progress,
     )
     numbers = sum(math.prod(shape) for _, shape in stored.kinds.values())
     said = f"{target}: {len(stored.kinds)} parameters, {numbers:,} numbers"
@@ -49,17 +63,23 @@ def import_folder(
 
 
 def export_folder(
-    source: Path, target: Path, layout: str, overwrite: bool, adapter: Path | None = None
+    source: Path,
+    target: Path,
+    layout: str,
+    overwrite: bool,
+    adapter: Path | None = None,
+    progress: Report | None = None,
 ) -> list[str]:
     """Writes PyTorch safetensors in a layout from any readable folder; returns what to say.
 
     The tensors that DeepSeek's class expects and Janus does not use (SigLIP's pooling head,
     codebook_used) come from the source; zeros are written for those that it lacks.
     adapter: a LoRA adapter in PEFT's format to merge, or None.
+    progress: called with the bytes written so far and in all.
     """
     _check_apart(source, target, adapter)
     folder = _open(source, adapter)
-    said = write_folder(folder, stored_params(folder), target, layout, overwrite)
+    said = write_folder(folder, stored_params(folder), target, layout, overwrite, progress)
     return [*said, *_merge_report(adapter)]
 
 
@@ -68,7 +88,12 @@ def _merge_report(adapter: Path | None) -> list[str]:
 
 
 def write_folder(
-    folder: Folder, stored: StoredParams, target: Path, layout: str, overwrite: bool
+    folder: Folder,
+    stored: StoredParams,
+    target: Path,
+    layout: str,
+    overwrite: bool,
+    progress: Report | None = None,
 ) -> list[str]:
     """As export_folder, with `stored` for the parameters and `folder` for all else."""
     source = folder.path
@@ -92,7 +117,7 @@ def write_folder(
         else:
             translate_files(source, beside, layout, folder.cfg)
         write_json(beside / CONFIG, config)
-        write_safetensors(beside, dict(sorted(kinds.items())), read)
+        write_safetensors(beside, dict(sorted(kinds.items())), read, progress=progress)
     return _export_report(target, kinds, stored, kept, zeros)
 
 

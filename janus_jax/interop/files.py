@@ -30,12 +30,16 @@ def write_safetensors(
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     read: Callable[[str], np.ndarray],
     shard_bytes: int = SHARD_BYTES,
+    progress: Callable[[int, int], None] | None = None,
 ) -> None:
     """Writes a folder's weights tensor by tensor: one file, or shards with an index.
 
     tensors: dtype and shape by name; read: the values of one name, asked for once, in order.
+    progress: called with the bytes written so far and in all.
     """
     shards, total = _shards(tensors, shard_bytes)
+    if progress is not None:
+        read = _reporting(read, tensors, total, progress)
     if len(shards) == 1:
         write_safetensors_file(folder / SAFETENSORS, shards[0], read)
         return
@@ -46,6 +50,25 @@ def write_safetensors(
         weight_map |= dict.fromkeys(shard, file)
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     write_json(folder / f"{SAFETENSORS}.index.json", index)
+
+
+def _reporting(
+    read: Callable[[str], np.ndarray],
+    tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+    total: int,
+    progress: Callable[[int, int], None],
+) -> Callable[[str], np.ndarray]:
+    """`read`, which reports what is written when it is called: all tensors before its own."""
+    done = 0
+
+    def reading(name: str) -> np.ndarray:
+        nonlocal done
+        progress(done, total)
+        dtype, shape = tensors[name]
+        done += dtype.itemsize * math.prod(shape)
+        return read(name)
+
+    return reading
 
 
 def _shards(tensors: Mapping, shard_bytes: int) -> tuple[list[dict], int]:
