@@ -253,8 +253,10 @@ def test_a_hub_id_is_fetched_only_if_there_is_no_such_folder(tmp_path, monkeypat
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "there").mkdir(parents=True)
+    (tmp_path / "org" / "there" / "config.json").touch()
     assert loading.find_folder("org/there") == Path("org/there")
-    assert loading.find_folder("a/b/c") == Path("a/b/c")
+    with pytest.raises(FileNotFoundError, match="a/b/c is not a folder"):
+        loading.find_folder("a/b/c")
     with pytest.raises(ValueError, match="a folder or a hub id must be given, got ''"):
         loading.find_folder("")
     assert asked == []
