@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from janus_jax.models.linear import dot_of_rows, linear
+from janus_jax.models.linear import dot_of_rows, gelu, linear
 
 
 class Aligner(nnx.Module):
@@ -25,7 +25,7 @@ class Aligner(nnx.Module):
         """float[..., inputs] -> float[..., width]."""
         x = self.layers[0](x)
         for layer in self.layers[1:]:
-            x = layer(nnx.gelu(x, approximate=False))
+            x = layer(gelu(x))
         return x
 
 
@@ -40,7 +40,7 @@ class GenHead(nnx.Module):
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """float[..., D] -> float32[..., codebook_size]."""
-        x = nnx.gelu(self.proj(hidden), approximate=False)
+        x = gelu(self.proj(hidden))
         kernel = self.out.kernel[...].astype(self.dtype)
         logits = dot_of_rows(x, kernel, preferred_element_type=jnp.float32)
         bias = self.out.bias[...].astype(jnp.float32)

@@ -1,32 +1,90 @@
 """The linear layers and look-ups of every network here."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
+
+OUTPUT = "linear_output"  # what remat.py may keep
+
+
+class Linear(nnx.Linear):
+    """A layer float[..., D] -> float[..., F] whose output is rounded to the compute type once.
+
+    A product rounded before the bias is added, as nnx.Linear has it, loses digits in bfloat16 that
+    torch keeps. The bias is added in float32 to a float32 product.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        out = self.dot_general(x, kernel, wide=self.bias is not None)
+        if self.bias is not None:
+            out = (out + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+        return checkpoint_name(out, OUTPUT)
 
 
 def linear(
     inputs: int, outputs: int, *, dtype, param_dtype, rngs: nnx.Rngs, use_bias: bool = True
-) -> nnx.Linear:
+) -> Linear:
     """A layer float[..., inputs] -> float[..., outputs].
 
     dtype: to compute in; param_dtype: to store in.
     """
-    return nnx.Linear(
+    return Linear(
         inputs,
         outputs,
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        dot_general=dot_of_rows,
+        dot_general=product,
         rngs=rngs,
     )
 
 
-def dot_of_rows(x: jax.Array, kernel: jax.Array, dims=None, **options) -> jax.Array:
+def product(x: jax.Array, kernel: jax.Array, wide: bool) -> jax.Array:
+    """x @ kernel of one type, float[..., D] and float[D, F], as float[..., F] or, wide, float32."""
+    return in_float32(dot_of_rows, x, kernel) if wide else dot_of_rows(x, kernel)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def in_float32(multiply: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """multiply(x, kernel), a product or a convolution, as float32, with its gradients as they are.
+
+    JAX's own gradients would multiply float32 with bfloat16, which GPUs have no kernel for. Nothing
+    but a bias and the rounding to the compute type may follow: the gradient that comes then is of
+    the compute type anyway.
+    """
+    return multiply(x, kernel, preferred_element_type=jnp.float32)
+
+
+def _in_float32_forward(multiply: Callable, x: jax.Array, kernel: jax.Array):
+    return in_float32(multiply, x, kernel), (x, kernel)
+
+
+def _in_float32_backward(multiply: Callable, factors, gradient: jax.Array):
+    _, pull_back = jax.vjp(multiply, *factors)
+    return pull_back(gradient.astype(factors[0].dtype))
+
+
+in_float32.defvjp(_in_float32_forward, _in_float32_backward)
+
+
+@jax.checkpoint
+def gelu(x: jax.Array) -> jax.Array:
+    """The exact (erf) GELU, computed in float32 and rounded once, as in torch.
+
+    Training keeps its input and nothing else.
+    """
+    return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
+
+
+def dot_of_rows(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
     """x @ kernel: float[..., D] and float[D, F] -> float[..., F], leading axes of x made one.
 
-    dims: as nnx.Linear states these axes, always the same. options: of jax.lax.dot_general.
+    options: of jax.lax.dot_general.
     The kernel's gradient is a sum over the leading axes. Where they are two, XLA on CPU first
     copies the output's gradient transposed, which took longer than the product itself.
     """

@@ -111,6 +111,12 @@ class SelfAttention(nnx.Module):
         return self.o_proj(out.reshape(*x.shape[:2], -1)), k, v
 
 
+@jax.checkpoint
+def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """silu(gate) * up, computed in float32 and rounded once; training keeps nothing but both."""
+    return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
+
+
 class MLP(nnx.Module):
     """SwiGLU."""
 
@@ -121,7 +127,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         with jax.named_scope("mlp"):
-            return self.down_proj(nnx.silu(self.gate_proj(x)) * self.up_proj(x))
+            return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nnx.Module):

@@ -5,8 +5,10 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
+from janus_jax.models.linear import OUTPUT
+
 POLICIES = {
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "dots": jax.checkpoint_policies.save_only_these_names(OUTPUT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 REMATS = ("none", *POLICIES)

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
-from janus_jax.models.linear import linear
+from janus_jax.models.linear import gelu, in_float32, linear
 from janus_jax.models.remat import block_call
 
 LAYER_NORM_EPS = 1e-6
@@ -88,7 +88,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         with jax.named_scope("mlp"):
-            return self.fc2(nnx.gelu(self.fc1(x), approximate=False))
+            return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nnx.Module):
@@ -105,12 +105,29 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm2(x))
 
 
+def _convolve(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
+    """Patches side by side: float[B, Y, X, 3], float[P, P, 3, W] -> float[B, Y / P, X / P, W]."""
+    axes = ("NHWC", "HWIO", "NHWC")
+    steps = kernel.shape[:2]
+    return jax.lax.conv_general_dilated(
+        x, kernel, steps, "VALID", dimension_numbers=axes, **options
+    )
+
+
+class PatchEmbed(nnx.Conv):
+    """A convolution over patches whose output is rounded once, as that of linear.Linear."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        out = in_float32(_convolve, x.astype(self.dtype), self.kernel[...].astype(self.dtype))
+        return (out + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+
+
 class Siglip(nnx.Module):
     """Pixels to one feature vector a patch."""
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
-        self.patch_embed = nnx.Conv(
+        self.patch_embed = PatchEmbed(
             3,
             cfg.width,
             (cfg.patch_size, cfg.patch_size),
@@ -130,7 +147,7 @@ class Siglip(nnx.Module):
 
     def embed(self, pixels: jax.Array) -> jax.Array:
         """float[B, Y, X, 3], normalised -> float[B, T, W], what the first block gets."""
-        x = self.patch_embed(pixels.astype(self.cfg.dtype))
+        x = self.patch_embed(pixels)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         return x + self.pos_embed[...].astype(self.cfg.dtype)[None]
 
