@@ -1,4 +1,7 @@
-"""Messages of the storage libraries, which write from threads of their own: to a file."""
+"""Diverts to a file what Orbax and its storage threads log and print during a training run.
+
+For a single call, which fails with one line, see orbax_errors.py.
+"""
 
 import contextlib
 import gc
@@ -9,7 +12,8 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-LIBRARIES = ("orbax", "tensorstore", "asyncio")
+from janus_jax.orbax_errors import filtered, is_foreign
+
 MOST_PENDING = 1000  # texts held in memory while the disk is full
 
 
@@ -41,8 +45,9 @@ class _LibraryLog:
             self._pending = []
 
     def divert(self, record: logging.LogRecord) -> bool:
-        """A filter for loggers: drops warnings and errors of LIBRARIES, after writing them."""
-        if record.levelno < logging.WARNING or not _of_library(record):
+        """A filter for loggers: drops the libraries' warnings and errors, after writing them."""
+        from_library = record.name == "asyncio" or not is_foreign(record)
+        if record.levelno < logging.WARNING or not from_library:
             return True
         self.write(_FORMAT.format(record))
         return False
@@ -51,17 +56,13 @@ class _LibraryLog:
 _FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(pathname)s:%(lineno)d %(message)s")
 
 
-def _of_library(record: logging.LogRecord) -> bool:
-    return any(f"/{name}/" in record.pathname.replace("\\", "/") for name in LIBRARIES)
-
-
 @contextlib.contextmanager
 def library_log(path: Path) -> Iterator[None]:
-    """Appends to a file what LIBRARIES log from WARNING on, and tracebacks of other threads.
+    """Appends to a file the libraries' warnings and errors, and tracebacks of other threads.
 
     Exceptions of the main thread, and those that a library raises to its caller, are not affected.
     """
-    log, loggers = _LibraryLog(path), [logging.getLogger(name) for name in ("absl", "asyncio")]
+    log = _LibraryLog(path)
 
     def of_thread(args: threading.ExceptHookArgs) -> None:
         log.write("".join(traceback.format_exception(args.exc_value)))
@@ -77,14 +78,13 @@ def library_log(path: Path) -> Iterator[None]:
 
     before = threading.excepthook, sys.unraisablehook, sys.excepthook
     threading.excepthook, sys.unraisablehook, sys.excepthook = of_thread, of_callback, uncaught
-    for logger in loggers:
-        logger.addFilter(log.divert)
     try:
-        yield
+        with filtered(log.divert):
+            try:
+                yield
+            finally:
+                if log.used:
+                    gc.collect()  # coroutines that were not awaited complain when they are freed
     finally:
-        if log.used:
-            gc.collect()  # coroutines that were not awaited complain when they are freed
-        for logger in loggers:
-            logger.removeFilter(log.divert)
         threading.excepthook, sys.unraisablehook, sys.excepthook = before
         log.close()

@@ -14,33 +14,42 @@ from typing import TypeVar
 from janus_jax.checks import shorten_text
 
 T = TypeVar("T")
-LOGGERS = ("absl", "asyncio")  # what Orbax logs, and tasks that nobody asked for their exception
+LOGGERS = ("absl", "asyncio")  # Orbax logs to the first, and its abandoned tasks to the second
 _ORBAX = os.path.join("orbax", "checkpoint", "")  # in the names of its files
 _STORAGE = (_ORBAX, "OCDBT", "TensorStore")  # in what tasks say of themselves
 _LATE = "Event loop is closed"  # raised by storage threads that finish after Orbax has given up
 
 
-def _is_foreign(record: logging.LogRecord) -> bool:
-    told = record.getMessage()
-    return _ORBAX not in record.pathname and not any(name in told for name in _STORAGE)
+def is_foreign(record: logging.LogRecord) -> bool:
+    """Whether it is neither logged by Orbax nor about one of its tasks."""
+    message = record.getMessage()
+    return _ORBAX not in record.pathname and not any(name in message for name in _STORAGE)
+
+
+@contextlib.contextmanager
+def filtered(keep: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
+    """Drops the records of LOGGERS for which `keep` is false."""
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    for logger in loggers:
+        logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(keep)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Drops what Orbax logs and what its threads raise; all other messages of a program pass."""
-    loggers = [logging.getLogger(name) for name in LOGGERS]
     thread_hook = threading.excepthook
-    for logger in loggers:
-        logger.addFilter(_is_foreign)
     threading.excepthook = lambda args: None if _is_orbax(args.exc_traceback) else thread_hook(args)
     try:
-        with warnings.catch_warnings():
+        with filtered(is_foreign), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             yield
     finally:
         threading.excepthook = thread_hook
-        for logger in loggers:
-            logger.removeFilter(_is_foreign)
 
 
 def _is_orbax(traceback) -> bool:

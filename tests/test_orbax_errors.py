@@ -158,7 +158,7 @@ def test_nothing_stays_after_a_success(monkeypatch):
     hooks = sys.unraisablehook, threading.excepthook
     assert orbax_errors.call(OSError, "", lambda: 3) == 3
     assert (sys.unraisablehook, threading.excepthook) == hooks
-    assert orbax_errors._is_foreign not in logging.getLogger("absl").filters
+    assert orbax_errors.is_foreign not in logging.getLogger("absl").filters
 
 
 def test_memory_that_runs_out_is_no_damage():
