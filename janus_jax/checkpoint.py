@@ -9,7 +9,7 @@ import contextlib
 import functools
 import math
 import os
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 
@@ -24,6 +24,7 @@ from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.processor_files import copy_files
 from janus_jax.paths import bounded_size
 from janus_jax.processing.json_files import MAX_JSON_BYTES, write_json
+from janus_jax.progress import Report
 
 PARAMS = "params"
 UNUSED = "unused.safetensors"
@@ -47,7 +48,7 @@ def save(
     files_from: Path | str,
     unused: Mapping[str, np.ndarray] | None = None,
     overwrite: bool = False,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> None:
     """Writes a checkpoint folder beside and renames it when it is complete.
 
@@ -129,7 +130,7 @@ def stored_params(folder: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
 def restore(
     folder: Path | str,
     params: Mapping[str, jax.ShapeDtypeStruct],
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> dict[str, jax.Array]:
     """Reads parameters, each straight to its own sharding, and gives it its dtype there.
 

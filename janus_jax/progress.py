@@ -2,8 +2,11 @@
 
 import shutil
 import sys
+from collections.abc import Callable
 
 from tqdm import tqdm
+
+Report = Callable[[int, int], None]  # takes what is done so far and the total, in any unit
 
 _LOG_INTERVAL = 30.0  # seconds between two lines of a log
 _LOG_FORMAT = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}{unit}, {remaining} left"

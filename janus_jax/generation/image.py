@@ -18,11 +18,10 @@ from janus_jax import sharding
 from janus_jax.generation import codec, decoding, finite, samplers
 from janus_jax.generation.samplers import Sampling
 from janus_jax.models.janus import Janus
+from janus_jax.progress import Report
 
 # Calls of a progress report in the course of one chunk, at most.
 _REPORTS = 25
-
-Progress = Callable[[int, int], None]
 
 
 @jax.tree_util.register_dataclass
@@ -163,7 +162,7 @@ def generate(
     requests: Requests,
     max_batch: int | None = None,
     mesh: Mesh | None = None,
-    progress: Progress | None = None,
+    progress: Report | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Draws any number of images, a chunk at a time, all chunks by the same program.
 
@@ -194,7 +193,7 @@ def _draw_chunk(
     start: int,
     size: int,
     mesh: Mesh | None,
-    progress: Progress | None,
+    progress: Report | None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The next `size` images from `start` on, or as many as there are."""
     total, per_image = len(requests.tokens), model.cfg.num_image_tokens

@@ -1,7 +1,7 @@
 """A checkpoint folder as an object that draws pictures and answers questions about them."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from janus_jax.processing import chat
 from janus_jax.processing.images import ImageSource, picture_list
 from janus_jax.processing.processor import Example, Processor
 from janus_jax.processing.tokenizer import TextStream
+from janus_jax.progress import Report
 
 Conversation = str | Sequence[chat.Message]
 
@@ -59,7 +60,7 @@ class Pipeline:
         top_k: int | None = None,
         top_p: float | None = None,
         max_batch: int | None = None,
-        progress: image.Progress | None = None,
+        progress: Report | None = None,
     ) -> Images:
         """Draws num_images pictures of each prompt.
 
@@ -104,7 +105,7 @@ class Pipeline:
         num_images: int = 1,
         seed: int = 0,
         max_batch: int | None = None,
-        progress: image.Progress | None = None,
+        progress: Report | None = None,
         **settings: float | None,
     ) -> Iterator[Images]:
         """As generate_images, at most max_batch pictures at a time, as soon as they are drawn.
@@ -382,7 +383,7 @@ def load(
     dtype=None,
     mesh: Mesh | None = None,
     adapter: str | Path | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> Pipeline:
     """Loads a checkpoint folder, ready to draw and to answer.
 

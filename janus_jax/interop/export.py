@@ -14,7 +14,6 @@ from janus_jax.interop.config_writing import write_config
 from janus_jax.interop.files import CONFIG, write_safetensors
 from janus_jax.interop.load import (
     Folder,
-    Report,
     StoredParams,
     open_folder,
     stored_params,
@@ -25,6 +24,7 @@ from janus_jax.interop.processor_files import check_files, copy_files, translate
 from janus_jax.interop.rules import Shape, export_steps, torch_shape
 from janus_jax.processing.json_files import write_json
 from janus_jax.processing.tokenizer import Tokenizer
+from janus_jax.progress import Report
 
 Kinds = dict[str, tuple[np.dtype, Shape]]
 

@@ -10,6 +10,7 @@ import numpy as np
 from janus_jax.interop.readers import SAFETENSORS, SAFETENSORS_DTYPES
 from janus_jax.paths import os_errors_of
 from janus_jax.processing.json_files import write_json
+from janus_jax.progress import Report
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA adapter in PEFT's format
@@ -30,7 +31,7 @@ def write_safetensors(
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     read: Callable[[str], np.ndarray],
     shard_bytes: int = SHARD_BYTES,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Report | None = None,
 ) -> None:
     """Writes a folder's weights tensor by tensor: one file, or shards with an index.
 
@@ -56,7 +57,7 @@ def _reporting(
     read: Callable[[str], np.ndarray],
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     total: int,
-    progress: Callable[[int, int], None],
+    progress: Report,
 ) -> Callable[[str], np.ndarray]:
     """`read`, which reports what is written when it is called: all tensors before its own."""
     done = 0

@@ -28,12 +28,12 @@ from janus_jax.interop.tensors import TensorSource
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.vq import VQ, VQConfig
 from janus_jax.processing.json_files import read_json
+from janus_jax.progress import Report
 
 FLOAT32_PATHS = r"gen_vq\."  # colours decoded in bfloat16 show bands
 ALIGNMENT = 64  # bytes, of jax's CPU buffers
 COLUMNS = 16  # copied at a time: a transposed copy is five times as fast as in one go
 ShardingFor = Callable[[str, Shape], jax.sharding.Sharding | None]
-Report = Callable[[int, int], None]  # bytes done so far, and in all
 
 
 @dataclasses.dataclass(frozen=True)
