@@ -97,6 +97,11 @@ def check_count(name: str, value) -> int:
     return int(value)
 
 
+def check_optional_count(name: str, value) -> int | None:
+    """As check_count; None stays None."""
+    return None if value is None else check_count(name, value)
+
+
 def check_not_empty(name: str, values: Sequence) -> None:
     """Raises ValueError where there are no values."""
     if not len(values):

@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from janus_jax import checks
+from janus_jax import checks, sharding
 from janus_jax.interop.folders import check_folder, suggestion
+from janus_jax.interop.load import ShardingFor
+from janus_jax.interop.processor_files import GENERATION
 from janus_jax.models.janus import JanusConfig
 from janus_jax.processing.json_files import read_json_if_any
 from janus_jax.processing.processor import Processor
@@ -95,6 +97,24 @@ def _fetch(name: str) -> Path:
         ) from error
 
 
+def shown_name(path_or_hub_id: str | Path | None, adapter: str | Path | None) -> str:
+    """What a loaded model is called in the metadata of its images."""
+    name = TINY.name if path_or_hub_id is None else str(path_or_hub_id)
+    return name if adapter is None else f"{name} with adapter {adapter}"
+
+
+def placement(mesh: Mesh | None, cfg: JanusConfig) -> ShardingFor:
+    """The sharding of each parameter; without a mesh None, which is the default device.
+
+    Raises:
+        ValueError: the mesh does not divide the heads.
+    """
+    if mesh is None:
+        return lambda path, shape: None
+    sharding.check_mesh(mesh, cfg)
+    return sharding.sharding_for(mesh)
+
+
 # what generation_config.json calls them, as transformers does
 STATED = {"guidance_weight": "guidance_scale", "temperature": "temperature"}
 
@@ -115,7 +135,7 @@ class DrawingDefaults(NamedTuple):
         Raises:
             ValueError: one is not a number that float32 keeps, or the temperature is below 0.
         """
-        path = folder / "generation_config.json"
+        path = folder / GENERATION
         stated = read_json_if_any(path)
         found = {own: stated[name] for own, name in STATED.items() if stated.get(name) is not None}
         where = {own: f"{STATED[own]} in {path}" for own in found}

@@ -12,7 +12,7 @@ from janus_jax.generation import codec, compile_cache, decoding, image, loading,
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.models.janus import Janus
 from janus_jax.processing import chat
-from janus_jax.processing.images import ImageSource, picture_list
+from janus_jax.processing.images import ImageSource, picture_list, picture_lists
 from janus_jax.processing.processor import Example, Processor
 from janus_jax.processing.tokenizer import TextStream
 from janus_jax.progress import Report
@@ -126,7 +126,7 @@ class Pipeline:
         prompts = list(prompts) if several else [prompts]
         checks.check_not_empty("prompts", prompts)
         guidance_weight, sampling = self._image_settings(**settings)
-        max_batch = _optional_count("max_batch", max_batch)
+        max_batch = checks.check_optional_count("max_batch", max_batch)
         requests = image.make_requests(
             self._image_prompts(prompts),
             checks.check_count("num_images", num_images),
@@ -219,12 +219,12 @@ class Pipeline:
         Source: inference.py of the original code.
         """
         max_new_tokens = checks.check_count("max_new_tokens", max_new_tokens)
-        max_batch, seed = _optional_count("max_batch", max_batch), checks.check_seed(seed)
-        sampling = self._text_sampling(temperature, top_k, top_p)
-        many = not _is_conversation(conversation)
+        max_batch = checks.check_optional_count("max_batch", max_batch)
+        sampling, seed = self._text_sampling(temperature, top_k, top_p), checks.check_seed(seed)
+        many = not chat.is_conversation(conversation)
         conversations = conversation if many else [conversation]
         checks.check_not_empty("conversations", conversations)
-        pictures = _pictures_of_each(images, len(conversations)) if many else [picture_list(images)]
+        pictures = picture_lists(images, len(conversations)) if many else [picture_list(images)]
         examples = self.examples(conversations, pictures, max_new_tokens, allow_urls)
         answers = list(self._answers(examples, max_new_tokens, max_batch, sampling, seed))
         return answers if many else answers[0]
@@ -254,20 +254,13 @@ class Pipeline:
         """
         max_new_tokens = checks.check_count("max_new_tokens", max_new_tokens)
         sampling, seed = self._text_sampling(temperature, top_k, top_p), checks.check_seed(seed)
-        if not _is_conversation(conversation):
+        if not chat.is_conversation(conversation):
             raise ValueError("stream takes one conversation, got a list of them")
         pictures = [picture_list(images)]
         examples = self.examples([conversation], pictures, max_new_tokens, allow_urls)
         requests = self._text_requests(examples, _prompt_length(examples), sampling, seed)
-        return self._pieces(requests, max_new_tokens)
-
-    def _pieces(self, requests: text.Requests, max_new_tokens: int) -> Iterator[str]:
-        pieces = TextStream(self.processor.tokenizer)
-        for token in text.stream(self.model, requests, max_new_tokens, self.mesh):
-            if piece := pieces.push(token):
-                yield piece
-        if piece := pieces.finish():
-            yield piece
+        tokens = text.stream(self.model, requests, max_new_tokens, self.mesh)
+        return TextStream(self.processor.tokenizer).pieces(tokens)
 
     def _decode(self, tokens: np.ndarray) -> str:
         tokenizer = self.processor.tokenizer
@@ -354,28 +347,8 @@ class Pipeline:
         return codec.to_pixels(self.model, indices, self.mesh)
 
 
-def _optional_count(name: str, value) -> int | None:
-    return None if value is None else checks.check_count(name, value)
-
-
-def _is_conversation(value) -> bool:
-    """One question or list of messages, rather than a list of those."""
-    if isinstance(value, str) or not isinstance(value, Sequence):
-        return True
-    return len(value) > 0 and isinstance(value[0], Mapping)
-
-
 def _prompt_length(examples: Sequence[Example]) -> int:
     return decoding.bucket_length(max(len(tokens) for tokens, _ in examples))
-
-
-def _pictures_of_each(images, number: int) -> list[list]:
-    if images is None:
-        return [[]] * number
-    if not isinstance(images, (list, tuple)) or len(images) != number:
-        given = len(images) if isinstance(images, (list, tuple)) else type(images).__name__
-        raise ValueError(f"images must have one list for each conversation: {number}, got {given}")
-    return [picture_list(own) for own in images]
 
 
 def load(
@@ -416,19 +389,9 @@ def load(
     folder = loading.find_folder(path_or_hub_id)
     opened = open_folder(folder, loading.find_adapter(adapter))
     cfg = opened.cfg.with_dtype(dtype)
-    if mesh is None:
-        place = _on_default_device
-    else:
-        sharding.check_mesh(mesh, cfg)
-        place = sharding.sharding_for(mesh)
+    place = loading.placement(mesh, cfg)
     processor = Processor.from_dir(folder)
     loading.check_processor(folder, processor, cfg)
     drawing = loading.DrawingDefaults.from_dir(folder)
     model = build_model(cfg, load_params(opened, cfg, place, dtype, progress=progress))
-    name = loading.TINY.name if path_or_hub_id is None else str(path_or_hub_id)
-    name = name if adapter is None else f"{name} with adapter {adapter}"
-    return Pipeline(model, processor, name, drawing, mesh)
-
-
-def _on_default_device(path: str, shape: Sequence[int]) -> None:
-    """No sharding: what load_params takes for one device."""
+    return Pipeline(model, processor, loading.shown_name(path_or_hub_id, adapter), drawing, mesh)

@@ -142,6 +142,13 @@ def generic_roles(messages: Sequence[Message], image_tag: str = IMAGE) -> list[M
     return named + ([{"role": "assistant", "content": ""}] if len(turns) % 2 else [])
 
 
+def is_conversation(value: Any) -> bool:
+    """Whether it is one question or one list of messages, rather than a list of these."""
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return True
+    return len(value) > 0 and isinstance(value[0], Mapping)
+
+
 def check_unanswered(messages: str | Sequence[Message]) -> None:
     """Raises ValueError unless the user has said something that is not answered yet."""
     if isinstance(messages, str):

@@ -122,6 +122,20 @@ def picture_list(images: Sequence[ImageSource] | ImageSource | None) -> list[Ima
     return list(images) if several else [images]
 
 
+def picture_lists(images: Sequence | None, number: int) -> list[list[ImageSource]]:
+    """The images of each of several conversations; none of any where `images` is None.
+
+    Raises:
+        ValueError: it is no list of as many lists.
+    """
+    if images is None:
+        return [[]] * number
+    if not isinstance(images, (list, tuple)) or len(images) != number:
+        given = len(images) if isinstance(images, (list, tuple)) else type(images).__name__
+        raise ValueError(f"images must have one list for each conversation: {number}, got {given}")
+    return [picture_list(own) for own in images]
+
+
 # Keys of transformers' `JanusImageProcessor` that are not followed, and the only value each may
 # have. `resample` 3 is bicubic.
 _FIXED = {"do_resize": True, "do_rescale": True, "do_pad": True, "resample": 3}

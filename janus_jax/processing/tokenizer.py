@@ -8,7 +8,7 @@ import codecs
 import dataclasses
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -297,3 +297,11 @@ class TextStream:
     def finish(self) -> str:
         """What is left: U+FFFD where the last character is incomplete, otherwise nothing."""
         return self._decoder.decode(b"", final=True)
+
+    def pieces(self, tokens: Iterable[int]) -> Iterator[str]:
+        """The text of ids in pieces that are not empty, each as soon as its ids are there."""
+        for token in tokens:
+            if piece := self.push(token):
+                yield piece
+        if piece := self.finish():
+            yield piece
