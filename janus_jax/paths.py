@@ -73,6 +73,15 @@ def os_errors_of(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def value_errors_of(path: str | Path) -> Iterator[None]:
+    """Puts the path of the file that is read in front of a ValueError's text."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+@contextlib.contextmanager
 def written_whole(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under `path` when it is complete, and leaves nothing otherwise.
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from janus_jax.checks import check_count, check_number, shorten, shorten_text
 from janus_jax.interop.files import ADAPTER_CONFIG, CONFIG
 from janus_jax.interop.readers import SAFETENSORS, TORCH_BIN
+from janus_jax.paths import value_errors_of
 from janus_jax.processing.json_files import read_json
 
 # Initial values of the factors that leave the base weights as they are; others, such as pissa,
@@ -105,11 +106,9 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
         rule = f"an adapter folder must hold {ADAPTER_CONFIG}, as PEFT writes it"
         raise FileNotFoundError(f"{rule}; {folder} holds none")
     config = read_json(path)
-    try:
+    with value_errors_of(path):
         _check_supported(config)
         return _parse(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _check_supported(config: Mapping) -> None:

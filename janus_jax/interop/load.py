@@ -27,6 +27,7 @@ from janus_jax.interop.rules import Plan, Shape, Table, make_plan, skip_reasons
 from janus_jax.interop.tensors import TensorSource
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.vq import VQ, VQConfig
+from janus_jax.paths import value_errors_of
 from janus_jax.processing.json_files import read_json
 from janus_jax.progress import Report
 
@@ -65,10 +66,8 @@ def open_folder(path: Path | str, adapter: Path | str | None = None) -> Folder:
     adapter = None if adapter is None else Path(adapter)
     check_adapter_beside(path, adapter)
     config = read_json(path / CONFIG)
-    try:
+    with value_errors_of(path):
         layout, cfg = layout_of(config), read_config(config)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
     return Folder(path, config, layout, cfg, checkpoint.is_orbax(path), adapter)
 
 

@@ -1,9 +1,8 @@
 """The small JSON files of a checkpoint folder, read and written."""
 
-import contextlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +33,6 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_json_if_any(path: Path) -> dict[str, Any]:
     """As `read_json`; an empty dict where there is no such file."""
     return read_json(path) if os.path.lexists(path) else {}
-
-
-@contextlib.contextmanager
-def naming(path: str | Path) -> Iterator[None]:
-    """Puts the path of the file that is read in front of a ValueError's text."""
-    try:
-        yield
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def write_json(path: Path, value: Mapping) -> None:

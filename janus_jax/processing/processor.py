@@ -11,10 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from janus_jax.checks import shorten, shorten_text
+from janus_jax.paths import value_errors_of
 from janus_jax.processing import chat
 from janus_jax.processing.image_sources import open_image
 from janus_jax.processing.images import ImageConfig, ImageSource, preprocess
-from janus_jax.processing.json_files import naming, read_json, read_json_if_any
+from janus_jax.processing.json_files import read_json, read_json_if_any
 from janus_jax.processing.prompt_settings import PREPROCESSOR, PROCESSOR, PromptSettings
 from janus_jax.processing.tokenizer import IMAGE, IMAGE_START, Tokenizer
 
@@ -55,7 +56,7 @@ def image_config(folder: Path) -> ImageConfig:
         nested = read_json(path)
     else:
         path = folder / PROCESSOR
-    with naming(path):
+    with value_errors_of(path):
         if not isinstance(nested, dict):
             raise ValueError(f"image_processor must be an object, got {shorten(nested)}")
         return ImageConfig.from_dict(nested)

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from janus_jax.checks import shorten
-from janus_jax.paths import read_bounded
+from janus_jax.paths import read_bounded, value_errors_of
 from janus_jax.processing import chat
-from janus_jax.processing.json_files import naming, read_json_if_any
+from janus_jax.processing.json_files import read_json_if_any
 from janus_jax.processing.tokenizer import IMAGE, PROCESSOR, TOKENIZER_CONFIG
 
 PREPROCESSOR = "preprocessor_config.json"
@@ -111,7 +111,7 @@ def _stored_templates(folder: Path) -> Iterator[tuple[Path, Any]]:
 
 def _read_text(path: Path) -> str:
     data = read_bounded(path, MAX_TEMPLATE_BYTES)
-    with naming(path):
+    with value_errors_of(path):
         return data.decode()
 
 
@@ -172,7 +172,7 @@ def _is_text(value: Any) -> bool:
 def _sft_format(folder: Path, processor: dict[str, Any]) -> str:
     path = folder / PROCESSOR
     if "sft_format" in processor:
-        with naming(path):
+        with value_errors_of(path):
             chat.check_sft_format(processor["sft_format"])
     stated, template = processor.get("sft_format"), stated_template(folder)
     if template is None:
