@@ -43,6 +43,11 @@ def shorten_text(text: str) -> str:
     return " ".join(text.split())
 
 
+def error_text(error: BaseException) -> str:
+    """What an error says, in one line, or its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def _to_python(value):
     """What a NumPy scalar or a 0-d array of any library holds; other values as they are."""
     holds_one = getattr(value, "shape", None) == () and hasattr(value, "item")

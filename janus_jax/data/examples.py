@@ -9,10 +9,11 @@ import functools
 
 import numpy as np
 
+from janus_jax.checks import error_text
 from janus_jax.data.reading import prepared_image
 from janus_jax.data.records import KINDS, PICTURE_TAG, BadRecord, Record
 from janus_jax.processing.chat import with_placeholders
-from janus_jax.processing.images import crop_square, error_text, resize_and_pad
+from janus_jax.processing.images import crop_square, resize_and_pad
 from janus_jax.processing.processor import Processor
 from janus_jax.processing.tokenizer import Tokenizer
 

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from janus_jax.checks import shorten, shorten_text
+from janus_jax.checks import error_text, shorten, shorten_text
 from janus_jax.data.records import BadRecord, Record, check_object
 from janus_jax.paths import MAX_FILE_BYTES, MAX_TEXT_BYTES, os_errors_of, read_bounded
-from janus_jax.processing.images import error_text, load_image
+from janus_jax.processing.images import load_image
 
 Paths = str | Path | Sequence[str | Path]
 PICTURE_SUFFIXES = (

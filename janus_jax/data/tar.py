@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from janus_jax.checks import error_text
 from janus_jax.data.reading import (
     INDICES_SUFFIX,
     PICTURE_SUFFIXES,
@@ -23,7 +24,7 @@ from janus_jax.data.reading import (
 )
 from janus_jax.data.records import BadRecord, Record, parse_record
 from janus_jax.paths import MAX_FILE_BYTES, os_errors_of
-from janus_jax.processing.images import error_text, picture_list
+from janus_jax.processing.images import picture_list
 
 # What a member is, by the end of its name; of all but pictures a record has one at most.
 _SINGLE = (".json", ".txt", INDICES_SUFFIX)

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from janus_jax.checks import shorten, shorten_text
+from janus_jax.checks import error_text, shorten, shorten_text
 from janus_jax.interop.tensors import BFLOAT16, Tensor, is_shape
 from janus_jax.interop.torch_zip import Member, locate_members, read_member
 
@@ -63,8 +63,7 @@ def read_torch_file(path: Path) -> dict[str, Tensor]:
         _check_is_zip(path)
         return _read_members(path, locate_members(path))
     except _DAMAGE as error:
-        text = str(error) or type(error).__name__
-        raise ValueError(f"refusing to load {path}: {text}") from None
+        raise ValueError(f"refusing to load {path}: {error_text(error)}") from None
 
 
 def _check_is_zip(path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from janus_jax.checks import check_count, check_kept_number, shorten, shorten_text
+from janus_jax.checks import check_count, check_kept_number, error_text, shorten, shorten_text
 from janus_jax.paths import MAX_FILE_BYTES, bounded_size
 from janus_jax.processing.rgb import to_rgb
 
@@ -58,11 +58,6 @@ def _decoded(image: Image.Image) -> Image.Image:
         raise ValueError(f"not enough memory for {width} x {height} pixels") from None
     except Exception as error:
         raise ValueError(error_text(error)) from error
-
-
-def error_text(error: Exception) -> str:
-    """What an error says, or its kind if it says nothing."""
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _open(source: str | os.PathLike | bytes) -> Image.Image:
