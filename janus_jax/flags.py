@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from janus_jax.checks import shorten_text
+from janus_jax.orbax_errors import is_out_of_memory
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -77,6 +78,6 @@ def device_memory(advice: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:  # XLA's errors are RuntimeErrors
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise MemoryError(f"on the device, {advice}") from error

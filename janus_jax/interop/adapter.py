@@ -16,7 +16,7 @@ from janus_jax.checks import shorten, shorten_text
 from janus_jax.interop.adapter_config import AdapterConfig, read_adapter_config
 from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS
 from janus_jax.interop.names import PEFT, listed
-from janus_jax.interop.readers import open_checkpoint
+from janus_jax.interop.readers import DOUBLED, open_checkpoint
 from janus_jax.interop.rules import (
     TRANSFORMS,
     Shape,
@@ -154,7 +154,7 @@ def _by_module(source: TensorSource, faults: Faults) -> dict[str, dict[str, str]
             continue
         parts = groups.setdefault(found["module"], {})
         if found["part"] in parts:
-            _add(faults, "stored twice", [name])
+            _add(faults, DOUBLED, [name])
         parts[found["part"]] = name
     return groups
 

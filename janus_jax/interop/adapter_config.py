@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from janus_jax.checks import check_count, check_number, shorten, shorten_text
-from janus_jax.interop.files import ADAPTER_CONFIG, CONFIG
+from janus_jax.interop.files import ADAPTER_CONFIG, CONFIG, PARAMS
 from janus_jax.interop.readers import SAFETENSORS, TORCH_BIN
 from janus_jax.paths import value_errors_of
 from janus_jax.processing.json_files import read_json
@@ -223,4 +223,4 @@ def _same(one: Path, other: Path) -> bool:
 def _has_weights(folder: Path) -> bool:
     ends = ("", ".index.json")
     files = [f"{name}{end}" for name in (SAFETENSORS, TORCH_BIN) for end in ends]
-    return any((folder / name).exists() for name in (*files, "params"))
+    return any((folder / name).exists() for name in (*files, PARAMS))

@@ -13,6 +13,7 @@ from janus_jax.processing.json_files import write_json
 from janus_jax.progress import Report
 
 CONFIG = "config.json"
+PARAMS = "params"  # the folder of an Orbax checkpoint's parameters
 ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA adapter in PEFT's format
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 SHARD_BYTES = 5 * 10**9

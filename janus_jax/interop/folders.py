@@ -8,7 +8,7 @@ from janus_jax.checks import shorten_text
 from janus_jax.interop.adapter_config import check_no_adapter
 from janus_jax.interop.files import CONFIG
 from janus_jax.interop.quantised import GGUF
-from janus_jax.interop.readers import WEIGHTS
+from janus_jax.interop.readers import WEIGHT_SUFFIXES
 
 FILES = (
     f"{CONFIG}, tokenizer.json, tokenizer_config.json, processor_config.json and "
@@ -34,7 +34,7 @@ def check_folder(path: Path | str, fetches: bool = False) -> Path:
     if path.suffix.lower() == ".gguf" and not os.path.isdir(path):
         raise FileNotFoundError(f"{shown} is not a folder; {GGUF}")
     if os.path.isfile(path):  # which, unlike Path's, raises for no name
-        kind = "a weights file" if path.suffix.lower() in WEIGHTS else "a file"
+        kind = "a weights file" if path.suffix.lower() in WEIGHT_SUFFIXES else "a file"
         folder = shorten_text(str(path.absolute().parent))
         raise FileNotFoundError(
             f"{shown} is {kind}, not a folder; give the folder ({folder}), which needs {FILES}"

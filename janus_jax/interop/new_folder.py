@@ -12,7 +12,6 @@ import ctypes
 import fcntl
 import os
 import re
-import secrets
 import shutil
 import sys
 import time
@@ -20,10 +19,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from janus_jax.interop.files import CONFIG
-from janus_jax.paths import check_local
+from janus_jax.interop.files import CONFIG, PARAMS
+from janus_jax.paths import check_local, sibling
 
-WEIGHTS = ("*.safetensors", "*.bin", "params")  # the last is Orbax's
+WEIGHTS = ("*.safetensors", "*.bin", PARAMS)
 PARTIAL, REPLACED = "partial", "replaced"
 QUIET_SECONDS, MOST_SECONDS = 0.2, 20  # of waiting for threads that outlive a failed write
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: fcntl.h, fs.h
@@ -149,7 +148,7 @@ def _clean_up(folder: Path, locked: bool) -> None:
 
 
 def _sibling(folder: Path, kind: str) -> Path:
-    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.{kind}")
+    return Path(f"{sibling(folder)}.{kind}")
 
 
 @contextlib.contextmanager

@@ -33,7 +33,7 @@ SAFETENSORS_DTYPES = {
 DOUBLED = "stored twice"
 SAFETENSORS = "model.safetensors"
 TORCH_BIN = "pytorch_model.bin"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")  # suffixes, read or not
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")  # read or not
 MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 MAX_WEIGHTS = 2**63 - 1  # bytes of a file, of which only headers are read whole
 _LFS = b"version https://git-lfs"  # what a clone without Git LFS has in place of each large file
@@ -71,7 +71,7 @@ def open_checkpoint(
 
 def _others(folder: Path) -> str:
     """Weights of other names or formats in a folder, and what to do about them."""
-    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in WEIGHTS)
+    names = sorted(path.name for path in folder.iterdir() if path.suffix.lower() in WEIGHT_SUFFIXES)
     if not names:
         return ""
     found = f", found {few(list(map(shorten_text, names)))}"
