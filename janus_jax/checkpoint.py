@@ -10,7 +10,7 @@ import functools
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
 import jax
@@ -77,11 +77,17 @@ def save(
         # into a folder that is deleted
         with ThreadPoolExecutor(1) as pool:
             writing = pool.submit(_write, folder, beside / PARAMS, tree)
-            written = 0
-            while progress is not None and wait([writing], _REPORT_SECONDS).not_done:
-                written = min(max(written, _bytes_in(beside)), size)
-                progress(written, size)
+            if progress is not None:
+                _report_growth(writing, beside, size, progress)
             writing.result()
+
+
+def _report_growth(writing: Future, folder: Path, size: int, progress: Report) -> None:
+    """Reports the bytes in a folder until it is written."""
+    written = 0
+    while wait([writing], _REPORT_SECONDS).not_done:
+        written = min(max(written, _bytes_in(folder)), size)
+        progress(written, size)
 
 
 def _bytes_in(folder: Path) -> int:

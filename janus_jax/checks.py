@@ -5,7 +5,7 @@ import reprlib
 from collections.abc import Sequence
 
 LARGEST = float.fromhex("0x1.fffffep+127")  # of float32
-SMALLEST = 2.0**-126  # above 0, of float32; devices take what is smaller for 0
+SMALLEST = 2.0**-126  # smallest normal float32; devices may flush smaller numbers to 0
 MOST_SHOWN = 80  # characters of one value in a message
 _END_SHOWN = 24  # of them, after the cut: the name of a file, the end of a URL
 

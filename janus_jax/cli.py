@@ -190,7 +190,7 @@ def read_prompts(path: Path) -> list[str]:
             such file. Pipes are read, as the shell makes them of <(COMMAND).
     """
     shown = _shown(path)
-    if not os.path.exists(path) or os.path.isdir(path):  # Path's own raise for a name too long
+    if not os.path.exists(path) or os.path.isdir(path):  # Path.exists raises for long names
         raise FileNotFoundError(f"--prompts_file {shown} is not a file")
     try:
         with path.open(encoding="utf-8-sig") as file:
@@ -199,7 +199,7 @@ def read_prompts(path: Path) -> list[str]:
         raise ValueError(f"--prompts_file {shown} is not UTF-8 text") from None
     if len(text) > MAX_TEXT_BYTES:
         raise ValueError(f"--prompts_file {shown} must have at most {MAX_TEXT_BYTES} characters")
-    lines = text.split("\n")  # and at nothing rarer
+    lines = text.split("\n")  # not splitlines, which also splits at form feeds
     if not any(line.strip() for line in lines):
         raise ValueError(f"--prompts_file {shown} holds no prompt: every line is blank")
     return [line.strip() for line in lines if line.strip()]

@@ -16,7 +16,7 @@ from janus_jax.checks import shorten_text
 T = TypeVar("T")
 LOGGERS = ("absl", "asyncio")  # Orbax logs to the first, and its abandoned tasks to the second
 _ORBAX = os.path.join("orbax", "checkpoint", "")  # in the names of its files
-_STORAGE = (_ORBAX, "OCDBT", "TensorStore")  # in what tasks say of themselves
+_STORAGE = (_ORBAX, "OCDBT", "TensorStore")  # in messages about tasks of Orbax or its storage
 _LATE = "Event loop is closed"  # raised by storage threads that finish after Orbax has given up
 
 
@@ -108,7 +108,7 @@ def call(kind: type[Exception], what: str, function: Callable[[], T]) -> T:
             result = function()
         except Exception as error:
             if is_out_of_memory(error):
-                raise  # no fault of the folder's
+                raise  # the folder is not at fault
             text = first_line(error)
         else:
             sys.unraisablehook = hook

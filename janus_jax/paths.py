@@ -51,7 +51,7 @@ def read_bounded(path: Path, most: int) -> bytes:
     """The bytes of a regular file; raises what bounded_size does, and OSError."""
     size = bounded_size(path, most)
     with os_errors_of(path), path.open("rb") as file:
-        return file.read(size)  # and no more, should it grow
+        return file.read(size)  # no more than was checked, even if the file has grown
 
 
 def sibling(path: Path) -> Path:
@@ -65,7 +65,7 @@ def os_errors_of(path: str | Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # of a library, with a text only
+        if error.errno is None:  # raised by a library, with a text only
             raise OSError(f"{path}: {error}") from error
         if error.filename is None:
             error.filename = str(path)

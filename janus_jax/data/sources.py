@@ -59,7 +59,7 @@ class JsonlSource(Source):
     def _read(self, part: int, position: int) -> Record:
         file, (start, end) = self._files[part], self._offsets[part][position : position + 2]
         span = read_span(file, start, min(end - start, MAX_TEXT_BYTES + 1))
-        line = span.partition(b"\n")[0]  # blank ones may follow
+        line = span.partition(b"\n")[0]  # blank lines may follow
         root = Path(file.parent if self._image_root is None else self._image_root)
         return parse_record(parse_json(line), lambda value: picture_file(root, value))
 

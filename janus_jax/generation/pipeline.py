@@ -70,7 +70,7 @@ class Pipeline:
         Args:
             prompts: a description, or P of them, without any template.
             num_images: pictures of each prompt.
-            seed: in [0, 2**64); another one gives other pictures.
+            seed: random seed in [0, 2**64).
             guidance_weight: w in uncond + w (cond - uncond); 1 turns guidance off. None is the
                 checkpoint's own: guidance_scale in its generation_config.json, or else 5.
             temperature: 0 always takes the likeliest token; None is the checkpoint's own:

@@ -180,8 +180,8 @@ def check_tokens(
 ) -> None:
     """Raises ValueError if the logits that tokens were chosen from, or features, were not finite.
 
-    Features that are not finite make all logits of their row so: what came first is looked for only
-    then.
+    Features are computed again, and only then: if they are not finite, neither are the logits of
+    their row.
     """
     if np.max(tokens) < model.cfg.language_model.vocab_size:
         return

@@ -251,6 +251,6 @@ def _add(faults: Faults, kind: str, names: Iterable[str], detail: str = "") -> N
 
 def _raise(folder: Path, faults: Faults) -> None:
     """Raises ValueError with the count and three examples of each kind of fault."""
-    if told := listed(faults):
+    if text := listed(faults):
         rule = "its tensors must be the LoRA updates of the modules in target_modules"
-        raise ValueError(f"the adapter {folder} does not fit the model; {rule}: {told}")
+        raise ValueError(f"the adapter {folder} does not fit the model; {rule}: {text}")

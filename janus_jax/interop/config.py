@@ -113,7 +113,7 @@ def read_config(config: Mapping) -> JanusConfig:
 def _check_objects(config: Mapping, layout: str) -> None:
     for path in OBJECTS[layout]:
         value = functools.reduce(lambda found, key: found.get(key, {}), path.split("."), config)
-        null = layout == TRANSFORMERS and value is None  # which there means the defaults
+        null = layout == TRANSFORMERS and value is None  # null means the defaults there
         if not null and not isinstance(value, Mapping):
             raise refusal(path, "an object", value)
 
@@ -221,7 +221,7 @@ def _deepseek_vision(params: Mapping) -> SiglipConfig:
         got = f"{where}select_feature is {shorten(feature)}"
         raise ValueError(f"config.json: {got}, supported: 'same'")
     sizes = {key: params.get(key, default) for key, default in SIGLIP_SIZES.items()}
-    layers = size("layers", sizes["layers"], where)  # before it is counted from
+    layers = size("layers", sizes["layers"], where)  # select_layer is counted from it
     return SiglipConfig(
         image_size=get(params, "image_size", where[:-1]),
         patch_size=sizes["patch_size"],

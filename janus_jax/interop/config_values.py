@@ -5,8 +5,8 @@ from collections.abc import Mapping
 
 from janus_jax.checks import shorten
 
-# Largest values of sizes that are read. They are several times those of any Janus: what is above
-# is a damaged file, and is not to cost minutes and gigabytes before the weights are looked at.
+# Largest sizes that are accepted, several times those of any Janus. A larger one means a damaged
+# file, which must be refused before it costs minutes and gigabytes.
 LARGEST_SIZE = 2**17
 LARGEST_SIZES = {
     "num_layers": 512,

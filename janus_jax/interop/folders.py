@@ -33,7 +33,7 @@ def check_folder(path: Path | str, fetches: bool = False) -> Path:
     shown = shorten_text(str(path))
     if path.suffix.lower() == ".gguf" and not os.path.isdir(path):
         raise FileNotFoundError(f"{shown} is not a folder; {GGUF}")
-    if os.path.isfile(path):  # which, unlike Path's, raises for no name
+    if os.path.isfile(path):  # Path.is_file raises if the name is too long
         kind = "a weights file" if path.suffix.lower() in WEIGHT_SUFFIXES else "a file"
         folder = shorten_text(str(path.absolute().parent))
         raise FileNotFoundError(

@@ -53,7 +53,7 @@ class Folder:
 
 
 def open_folder(path: Path | str, adapter: Path | str | None = None) -> Folder:
-    """Reads a folder's config.json and tells what kind of folder it is.
+    """Reads a folder's config.json and determines what kind of folder it is.
 
     adapter: a LoRA adapter in PEFT's format to merge into its weights, or None.
 

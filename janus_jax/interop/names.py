@@ -21,7 +21,7 @@ def few(names: Sequence[str]) -> str:
 
 def shared_prefix(names: Sequence[str]) -> str:
     """The longest prefix of whole components ('a.b.') that all names have."""
-    first, last = min(names), max(names)  # in this order, those between have what these share
+    first, last = min(names), max(names)  # in sorted order: all names between share their prefix
     pairs = zip(first.split(".")[:-1], last.split("."), strict=False)
     shared = itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)
     return shorten_text("".join(f"{part}." for part, _ in shared))

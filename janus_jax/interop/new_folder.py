@@ -58,7 +58,7 @@ def new_folder(
             _check_room(folder, size)
             with _partial(folder) as beside:
                 yield beside
-                # what came meanwhile is nobody's to delete
+                # again: another program may have put something there meanwhile
                 _check_replaced(folder, overwrite, config)
                 _replace(beside, folder)
     finally:
@@ -105,7 +105,7 @@ def _lock(folder: Path) -> Iterator[bool]:
     while (file := _locked(path, folder)) is not None:
         with file:
             if not _is_at(file, path):
-                continue  # removed by the process that had it
+                continue  # the process that held the lock has removed the file
             try:
                 yield True
             finally:
@@ -175,7 +175,7 @@ def _replace(beside: Path, folder: Path) -> None:
     try:
         folder.rename(old)
         beside.rename(folder)
-    except BaseException:  # an interrupt, too, must not cost the folder that was there
+    except BaseException:  # after an interrupt, too, the old folder must be back
         if not folder.exists():
             old.rename(folder)
         raise
@@ -199,7 +199,7 @@ def _renameat2():
 def _delete(folder: Path) -> None:
     try:
         shutil.rmtree(folder, ignore_errors=True)
-    except BaseException:  # an interrupt, after which nothing would come back to the rest
+    except BaseException:  # an interrupt must not leave a part of the folder
         shutil.rmtree(folder, ignore_errors=True)
         raise
 

@@ -10,7 +10,7 @@ from janus_jax.interop.tensors import TensorSource
 KEYS = ("quantization_config", "quantization", "compression_config")
 SECTIONS = ("language_config", "text_config")
 QUANTISED_DTYPES = ("F8_", "F6_", "F4", "U16", "U32")  # of safetensors; MLX packs bits in U32
-# How the methods name what they store beside, or in place of, a weight.
+# Names of the tensors that each method stores with, or instead of, a weight.
 MARKS = {
     "bitsandbytes, 4 bits": re.compile(
         r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)"

@@ -161,25 +161,25 @@ def _parse_header(path: Path, raw: bytes) -> tuple[dict, list[str]]:
 
 
 def _place(path: Path, name: str, fields: dict, data: int) -> Tensor:
-    told = shorten_text(name)
+    shown = shorten_text(name)
     try:
         kind, shape = fields["dtype"], tuple(fields["shape"])
         start, end = fields["data_offsets"]
     except (KeyError, TypeError, ValueError):
         found = shorten(fields)
-        raise ValueError(f"{path} has a damaged safetensors header at {told}: {found}") from None
+        raise ValueError(f"{path} has a damaged safetensors header at {shown}: {found}") from None
     if not isinstance(kind, str) or kind not in SAFETENSORS_DTYPES:
-        got = f"{told} has dtype {shorten(kind)}"
+        got = f"{shown} has dtype {shorten(kind)}"
         if str(kind).startswith(QUANTISED_DTYPES):
             raise ValueError(f"{path} holds quantised weights ({got}); {ADVICE}")
         raise ValueError(f"{path}: {got}, not one of {', '.join(SAFETENSORS_DTYPES)}")
     dtype = SAFETENSORS_DTYPES[kind]
     if not is_shape(shape, dtype) or not is_shape((start,), dtype) or not is_shape((end,), dtype):
         found = shorten(fields)
-        raise ValueError(f"{path} has a damaged safetensors header at {told}: {found}")
+        raise ValueError(f"{path} has a damaged safetensors header at {shown}: {found}")
     needs = dtype.itemsize * math.prod(shape)
     if end - start != needs:
-        of = f"{told} of shape {shorten(shape)}"
+        of = f"{shown} of shape {shorten(shape)}"
         raise ValueError(f"{path}: {of} needs {needs} bytes, has {end - start}")
     return Tensor(path, data + start, dtype, shape)
 

@@ -20,7 +20,7 @@ LOCAL_HEADER = struct.Struct("<4s5H3I2H")  # without name and extra field
 DESCRIPTORS = (struct.Struct("<4s3I"), struct.Struct("<4sI2Q"))
 MAX_DIRECTORY = 2**24  # bytes; torch needs about 100 per tensor
 STREAMED, UTF8 = 1 << 3, 1 << 11  # the only flags that torch and zipfile set
-UNSET = 0xFFFFFFFF  # a size that the extra field holds
+UNSET = 0xFFFFFFFF  # stands for a size that is in the extra field
 
 
 class Member(NamedTuple):

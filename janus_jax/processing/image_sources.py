@@ -13,8 +13,8 @@ from janus_jax.processing.fetch import fetch
 from janus_jax.processing.images import ImageSource, load_image
 
 _REMOTE = re.compile(r"https?://", re.IGNORECASE)
-# As files of PNG, JPEG, GIF, WebP, TIFF, BMP, AVIF and JPEG 2000 begin; and no path is as long
-# without a dot.
+# How the base64 of PNG, JPEG, GIF, WebP, TIFF, BMP, AVIF and JPEG 2000 files begins. A path of that
+# length has a dot, which base64 has not.
 _BASE64 = re.compile(
     r"(iVBOR|/9j/|R0lGOD|UklGR|SUkq|TU0A|Qk|AAAA)[A-Za-z0-9+/\s]{64,}+=*\s*"
 )

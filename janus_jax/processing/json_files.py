@@ -9,7 +9,7 @@ from typing import Any
 from janus_jax.checks import shorten_text
 from janus_jax.paths import bounded_size, written_whole
 
-MAX_JSON_BYTES = 2**25  # of a tokenizer.json of Janus: 5 MB; parsed, it takes up to 25 times that
+MAX_JSON_BYTES = 2**25  # Janus's tokenizer.json has 5 MB; parsed, JSON takes up to 25 times that
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -39,7 +39,7 @@ def write_json(path: Path, value: Mapping) -> None:
     """Writes UTF-8 text as a person may edit it: indented by 2, letters as they are."""
     try:
         data = json.dumps(value, indent=2, ensure_ascii=False).encode()
-    except UnicodeError:  # lone surrogates, which only escapes can hold
+    except UnicodeError:  # lone surrogates, which must be escaped
         data = json.dumps(value, indent=2).encode()
     with written_whole(path) as file:
         file.write(data + b"\n")

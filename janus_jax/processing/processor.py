@@ -244,7 +244,7 @@ class Processor:
     def check_text(self, text: str) -> None:
         """Raises ValueError for a text that is too long for the trained context.
 
-        For a text so long that tokenizing it whole would take a while; see check_length.
+        Does not tokenize all of a long text; check_length compares the exact number.
         """
         if self.tokenizer.is_longer(text, self.trained_context):
             raise ValueError(

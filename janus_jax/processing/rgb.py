@@ -14,12 +14,12 @@ from PIL.PngImagePlugin import PngImageFile
 _BAND = 2**18  # pixels
 _Box = tuple[int, int, int, int]
 
-# The largest value that stands for white, from which an integer or float picture is scaled: the
-# first one that holds the picture's maximum.
+# Values that may stand for white in an integer or float image: the smallest that is not below the
+# maximum of the image does.
 _FLOAT_WHITES = (1.0, 255.0, 65535.0, float(2**31 - 1))
 _INT_WHITES = _FLOAT_WHITES[1:]
 
-# What Pillow multiplies the gray samples of a PNG by; the transparent one stays as in the file.
+# What Pillow multiplies the gray samples of a PNG by, but not the transparent value.
 _GRAY_SCALES = {"L;2": 85, "L;4": 17}
 
 
@@ -58,7 +58,7 @@ def _assembled(
 
 def _scaled_to_8_bit(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float greyscale as 8 bits; Pillow's own conversion only clips at 255."""
-    clear = image.info.get("transparency")  # the gray that stands for none
+    clear = image.info.get("transparency")  # the gray value that is transparent
     white = _white(image)
 
     def scaled(box: _Box) -> Image.Image:
@@ -107,7 +107,7 @@ def _with_exact_transparency(image: Image.Image) -> Image.Image:
         del image.info["transparency"]
         image.putalpha(alpha)
     elif isinstance(key, tuple) and not pixels and max(key) > 255:
-        # 16-bit RGB that was loaded before it came here: the lower bits are gone
+        # 16-bit RGB that is already decoded, without its lower bits
         image = image.copy()
         image.info["transparency"] = tuple(value >> 8 for value in key)
     return image
@@ -143,12 +143,12 @@ def _low_bytes(image: PngImageFile) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """As its EXIF data say, unless nobody can read them: the picture is good for all that."""
-    image.load()  # what is wrong with the picture itself is told by this
+    """Applies the EXIF orientation; EXIF data that cannot be read are ignored."""
+    image.load()  # first, so that damaged pixels are an error and not taken for damaged EXIF data
     try:
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
         return ImageOps.exif_transpose(image) if turned else image
     except MemoryError:
         raise
-    except Exception:  # Pillow raises anything at all on broken bytes
+    except Exception:  # Pillow raises errors of many types for damaged EXIF data
         return image

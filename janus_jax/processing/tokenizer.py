@@ -28,7 +28,7 @@ IMAGE_START = "<begin_of_image>"
 IMAGE_END = "<end_of_image>"
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_LETTERS = 32  # for each token that is allowed, of a text that is not tokenized whole at once
+_LETTERS = 32  # characters per allowed token that are tokenized first
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -41,10 +41,9 @@ def _byte_of_character() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_of_character()
 
 
-# Texts that a tokenizer must give back as they are: white space, capitals, composed and decomposed
+# Texts that encoding and decoding must not change: white space, capitals, composed and decomposed
 # accents, letters with a compatibility form, scripts, emoji of one and of several code points, all
-# of ASCII that can be seen, and characters that together have every leading and trailing byte of
-# UTF-8.
+# printable ASCII, and characters that together have every leading and trailing byte of UTF-8.
 _SURVIVORS = (
     " Two words,  more   spaces \n\tand\r\n lines ",
     "Café Ångström ÑANDÚ",
@@ -229,10 +228,10 @@ class Tokenizer:
         return [self.bos_id, *self.backend.encode(text, add_special_tokens=False).ids]
 
     def is_longer(self, text: str, limit: int) -> bool:
-        """Whether a text that is too long to be tokenized whole has more than `limit` tokens.
+        """Whether a text is certain to have more than `limit` tokens.
 
-        Takes a time that `limit` bounds, however long the text is. False for what may as well be
-        tokenized whole, and then be counted.
+        The time is bounded by `limit`, however long the text is. If False, the text is short
+        enough to be tokenized and counted.
 
         Raises:
             ValueError: as encode.
@@ -242,7 +241,7 @@ class Tokenizer:
         letters = limit * _LETTERS
         while letters < len(text):
             words = self.backend.encode(text[:letters], add_special_tokens=False).word_ids
-            # the last words may go on behind the cut, and so have other tokens
+            # the cut may split the last words, which then have other tokens
             if words and bisect.bisect_left(words, words[-1] - 1) > limit:
                 return True
             letters *= 2

@@ -49,8 +49,9 @@ def write_sums(folder: Path) -> None:
     files = [path for part in PARTS for path in (folder / part).rglob("*") if path.is_file()]
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     lines = [f"{found}  {name}\n" for name, found in zip(names, _sums(folder, names), strict=True)]
+    lines.append(f"# {len(lines)} files\n")  # so that a truncated list is detected
     with written_whole(folder / SUMS) as file:
-        file.write("".join([*lines, f"# {len(lines)} files\n"]).encode())  # shows a cut
+        file.write("".join(lines).encode())
 
 
 def has_sums(folder: Path) -> bool:
@@ -105,11 +106,11 @@ def set_aside_damaged(folder: Path) -> None:
     if jax.process_count() > 1:
         lost = bool(multihost_utils.broadcast_one_to_all(np.array(lost)))
     if lost:
-        told = [f"{step} ({reason})" for step, reason in failed.items()]
-        told = ", ".join(told[:3]) + (f" and {len(told) - 3} more" if told[3:] else "")
+        reasons = [f"{step} ({reason})" for step, reason in failed.items()]
+        listed = ", ".join(reasons[:3]) + (f" and {len(reasons) - 3} more" if reasons[3:] else "")
         raise ValueError(
-            f"all checkpoints in {folder} are damaged: {told or 'see process 0'}; restore one from "
-            "a copy, or start a new run in another output folder"
+            f"all checkpoints in {folder} are damaged: {listed or 'see process 0'}; restore one "
+            "from a copy, or start a new run in another output folder"
         )
 
 
@@ -154,7 +155,7 @@ def _sum(path: Path) -> str | None:
     try:
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    except PermissionError:  # no fault of the file's
+    except PermissionError:  # the file is not at fault
         raise
     except OSError:
         return None

@@ -41,8 +41,8 @@ class Checkpoints:
         Raises ValueError if all checkpoints are damaged.
         """
         self._folder, self._keep = Path(folder).resolve(), keep
-        self._step: int | None = None  # of the save that was begun last
-        self._bytes = 0  # that it needs
+        self._step: int | None = None  # of the latest save
+        self._bytes = 0  # of that checkpoint
         remove_unfinished(self._folder)
         set_aside_damaged(self._folder)
         self._manager = self._open()
@@ -125,7 +125,7 @@ class Checkpoints:
             found = self._manager.restore(step, args=ocp.args.Composite(**parts))
         except Exception as error:  # Orbax and its storage raise many kinds, of many lines
             if is_out_of_memory(error):
-                raise  # no fault of the checkpoint's
+                raise  # the checkpoint is not at fault
             reason = first_line(error)
         else:
             if isinstance(found.data, dict) and isinstance(found.data.get("settings"), dict):

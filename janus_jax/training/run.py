@@ -124,8 +124,8 @@ def check_output(cfg, newest: int | None) -> None:
         rule = f"output must be a new folder, or that of a run with its checkpoints and {BEGUN}"
         raise ValueError(f"{rule}, got {output}")
     names = sorted(before.keys() & now.keys())  # a later version may know other settings
-    told = {n: [shorten_text(str(value)) for value in (before[n], now[n])] for n in names}
-    changed = [f"{n} {' -> '.join(told[n])}" for n in names if before[n] != now[n]]
+    shown = {n: [shorten_text(str(value)) for value in (before[n], now[n])] for n in names}
+    changed = [f"{n} {' -> '.join(shown[n])}" for n in names if before[n] != now[n]]
     if changed:
         rule = f"a run must go on with the settings it began with, those of {output / BEGUN}"
         raise ValueError(f"{rule}, got {', '.join(changed)} (a new run needs another output)")
