@@ -5,7 +5,7 @@ import os
 
 import numpy as np
 import pytest
-from full_disk import full_disk
+from limits import full_disk
 from source_files import FILES
 
 from janus_jax import gallery

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from full_disk import full_disk
+from limits import full_disk
 from tensorboardX.proto.event_pb2 import Event
 
 from janus_jax.interop.load import abstract

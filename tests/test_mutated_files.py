@@ -5,23 +5,21 @@
 MUTATION_SECONDS (default 60) is the time for each kind, MUTATION_SEED (default 0) the seed.
 """
 
-import contextlib
 import io
 import os
 import random
 import re
-import resource
-import signal
 import struct
 import tarfile
 import time
 import warnings
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
+from limits import bounded
 from PIL import Image
 from png_files import GRAY, GRAY_ALPHA, RGB, png_file
 from source_files import SAID
@@ -36,26 +34,6 @@ SEED = int(os.environ.get("MUTATION_SEED", "0"))
 MEMORY = 4 * 2**30  # bytes that one file may take
 TIME = 60  # seconds that one file may take, on a busy machine
 EXTREMES = (0, 1, 2, 255, 0x7FFF, 0xFFFF, 0x10000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF)
-
-
-@contextlib.contextmanager
-def bounded() -> Iterator[None]:
-    """Raises MemoryError or TimeoutError beyond MEMORY and TIME."""
-    pages = int(open("/proc/self/statm").read().split()[0])
-    before = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + MEMORY, before[1]))
-
-    def late(*_):
-        raise TimeoutError(f"more than {TIME} s")
-
-    handler = signal.signal(signal.SIGALRM, late)
-    signal.alarm(TIME)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, handler)
-        resource.setrlimit(resource.RLIMIT_AS, before)
 
 
 def mutated(raw: bytes, other: bytes, rng: random.Random) -> bytes:
@@ -186,7 +164,7 @@ def sweep(
         raw = mutated(rng.choice(files), rng.choice(files), rng)
         raw = repaired(raw) if rng.random() < 0.7 else raw
         try:
-            with bounded():
+            with bounded(TIME, MEMORY):
                 found[check(raw)] += 1
         except BaseException:
             (folder / "failed").write_bytes(raw)

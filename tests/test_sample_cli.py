@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from full_disk import full_disk
+from limits import full_disk
 from PIL import Image
 from png_files import GRAY, png_file
 

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 import safetensors.numpy
-from full_disk import full_disk
+from limits import full_disk
 from PIL import Image
 
 from convert.__main__ import main as convert
