@@ -54,6 +54,11 @@ def read_bounded(path: Path, most: int) -> bytes:
         return file.read(size)  # no more than was checked, even if the file has grown
 
 
+def size_text(number: int) -> str:
+    """A number of bytes, for a message."""
+    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
+
+
 def sibling(path: Path) -> Path:
     """A hidden name beside `path` that nothing has yet."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")

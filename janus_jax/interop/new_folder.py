@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from janus_jax.interop.files import CONFIG, PARAMS
-from janus_jax.paths import check_local, sibling
+from janus_jax.paths import check_local, sibling, size_text
 
 WEIGHTS = ("*.safetensors", "*.bin", PARAMS)
 PARTIAL, REPLACED = "partial", "replaced"
@@ -70,8 +70,8 @@ def new_folder(
 def _check_room(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if size > free:
-        gigabytes = f"{size / 1e9:.2f} GB, {free / 1e9:.2f} GB are free"
-        raise OSError(f"no room on the disk for {folder}: it needs {gigabytes}")
+        needs = f"it needs {size_text(size)}, {size_text(free)} are free"
+        raise OSError(f"no room on the disk for {folder}: {needs}")
 
 
 def _check_replaced(folder: Path, overwrite: bool, config: str) -> None:

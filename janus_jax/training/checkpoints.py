@@ -13,6 +13,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from janus_jax.orbax_errors import first_line, is_disk_full, is_out_of_memory
+from janus_jax.paths import size_text
 from janus_jax.training.checkpoint_files import (
     DATA,
     PARTS,
@@ -163,13 +164,9 @@ class Checkpoints:
         if self.newest is not None:
             last = f"the last whole checkpoint is step {self.newest}"
         return OSError(
-            f"the disk of {self._folder} is full: a checkpoint needs {_size(self._bytes)}, "
-            f"{_size(free)} are free; {last}; free some space and start the run again"
+            f"the disk of {self._folder} is full: a checkpoint needs {size_text(self._bytes)}, "
+            f"{size_text(free)} are free; {last}; free some space and start the run again"
         )
-
-
-def _size(number: int) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
 def of_all_hosts(data: dict[str, Any]) -> dict[str, Any]:
