@@ -19,7 +19,7 @@ _CHANGING = frozenset(
      "rejected_messages", "rejected_response", "response", "tool_calls", "tools")
 )  # fmt: skip
 _OF_CONVERSATIONS = frozenset(("label",))  # whether an answer is liked; elsewhere a class
-_OF_MESSAGES = frozenset(("loss", "loss_scale", "train", "weight"))  # the weight of an answer
+_OF_MESSAGES = frozenset(("loss", "loss_scale", "train", "weight"))  # what an answer counts
 _ORIGIN = frozenset(("id", "key", "link", "page", "source", "uri", "url", "urls"))
 _MEDIA_FILE = re.compile(
     r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|mp4|webm|mov|avi|mkv|wav|mp3|flac|ogg)"
@@ -52,14 +52,14 @@ def unread_field_of_turn(fields: Mapping[str, Any]) -> str | None:
     """The same, where an answer counts for more or less than others."""
     for name in sorted(_OF_MESSAGES & set(fields)):
         if fields[name] not in (None, True, 1):
-            return _unread(name, "changes the weight of an answer in the loss")
+            return _unread(name, "changes what an answer counts")
     return None
 
 
 def unread_media(fields: Mapping[str, Any], known: Collection[str]) -> str | None:
     """The same, where the value is a media file or its path, whatever the field's name.
 
-    For records without an image: beside an image, such a value is its origin.
+    For records without an image: with one, such a value tells where the image comes from.
     """
     for name, value in fields.items():
         named = name in known or str(name).lower() in _ORIGIN
