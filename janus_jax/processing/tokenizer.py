@@ -28,7 +28,7 @@ IMAGE_START = "<begin_of_image>"
 IMAGE_END = "<end_of_image>"
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-_LETTERS = 32  # characters per allowed token that are tokenized first
+_LETTERS = 32  # for each token that is allowed, of a text that is not tokenized whole at once
 
 
 def _byte_of_character() -> dict[str, int]:
@@ -241,7 +241,7 @@ class Tokenizer:
         letters = limit * _LETTERS
         while letters < len(text):
             words = self.backend.encode(text[:letters], add_special_tokens=False).word_ids
-            # the cut may split the last words, which then have other tokens
+            # the last words may go on behind the cut, and so have other tokens
             if words and bisect.bisect_left(words, words[-1] - 1) > limit:
                 return True
             letters *= 2
