@@ -41,9 +41,10 @@ def _byte_of_character() -> dict[str, int]:
 _BYTE_OF_CHARACTER = _byte_of_character()
 
 
-# Texts that encoding and decoding must not change: white space, capitals, composed and decomposed
+# Texts that a tokenizer must give back as they are: white space, capitals, composed and decomposed
 # accents, letters with a compatibility form, scripts, emoji of one and of several code points, all
-# printable ASCII, and characters that together have every leading and trailing byte of UTF-8.
+# of ASCII that can be seen, and characters that together have every leading and trailing byte of
+# UTF-8.
 _SURVIVORS = (
     " Two words,  more   spaces \n\tand\r\n lines ",
     "Café Ångström ÑANDÚ",
