@@ -114,4 +114,10 @@ def call(kind: type[Exception], what: str, function: Callable[[], T]) -> T:
             sys.unraisablehook = hook
             return result
         gc.collect()
+    logging.getLogger("asyncio").addFilter(_is_foreign_task)  # stays, as the hook above does
     raise kind(f"{what}: {text}")
+
+
+def _is_foreign_task(record: logging.LogRecord) -> bool:
+    """is_foreign, under a name of its own, which `filtered` does not remove."""
+    return is_foreign(record)

@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from janus_jax.checks import check_count, check_number, shorten, shorten_text
+from janus_jax.checks import check_count, check_number, shorten
 from janus_jax.interop.files import ADAPTER_CONFIG, CONFIG, PARAMS
 from janus_jax.interop.readers import SAFETENSORS, TORCH_BIN
 from janus_jax.paths import value_errors_of
@@ -192,7 +192,7 @@ def check_no_adapter(folder: Path) -> None:
         return
     base = read_json(path).get("base_model_name_or_path")
     base = f" ({shorten(base)})" if base else ""
-    shown = shorten_text(str(folder))
+    shown = str(folder)  # whole: it is part of a command to copy
     raise ValueError(
         f"{shown} is a LoRA adapter ({ADAPTER_CONFIG}), not a model: use it with the model it was "
         f"trained on{base}, --model BASE --adapter {shown}, or merge it first, python -m convert "
@@ -208,9 +208,9 @@ def check_adapter_beside(folder: Path, adapter: Path | None) -> None:
     path = folder / ADAPTER_CONFIG
     if not path.is_file() or (adapter is not None and _same(adapter, folder)):
         return
-    shown = shorten_text(str(folder))
+    shown = str(folder)  # whole: it is part of a command to copy
     raise ValueError(
-        f"{shorten_text(str(path))} lies beside full weights: pass --adapter {shown} to sample.py "
+        f"{path} lies beside full weights: pass --adapter {shown} to sample.py "
         "or python -m convert to merge that adapter into them, or remove the file if it is merged "
         "already"
     )

@@ -62,9 +62,9 @@ def _decoded(image: Image.Image) -> Image.Image:
 
 def _open(source: str | os.PathLike | bytes) -> Image.Image:
     from_bytes = isinstance(source, bytes)
-    name = f"<{len(source)} bytes>" if from_bytes else shorten_text(os.fspath(source))
+    name = f"<{len(source)} bytes>" if from_bytes else os.fspath(source)
     if not from_bytes and (not os.path.exists(source) or os.path.isdir(source)):
-        raise FileNotFoundError(f"no image file at {name or repr(name)}")
+        raise FileNotFoundError(f"no image file at {shorten_text(name) or repr(name)}")
     if not from_bytes:
         bounded_size(Path(source), MAX_FILE_BYTES)
     try:
