@@ -62,7 +62,7 @@ def test_the_head_is_not_computed_where_no_target_is(problem):
 
     def head(x):
         jax.debug.callback(lambda: computed.append(1))
-        return x @ jnp.ones((8, 50))
+        return x @ jnp.ones((8, 50), jnp.float32)
 
     losses = jax.jit(lambda: cross_entropies(head, hidden, targets, wanted, 4))()
     jax.block_until_ready(losses)
@@ -76,7 +76,7 @@ def test_a_whole_row_of_logits_never_exists(problem):
     def loss(kernel):
         return jnp.sum(cross_entropies(lambda x: x @ kernel, hidden, targets, wanted, 4))
 
-    text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((8, 50))))
+    text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((8, 50), jnp.float32)))
     assert "f32[3,4,50]" in text and "f32[3,22,50]" not in text and "f32[6,3,4,50]" not in text
 
 
