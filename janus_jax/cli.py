@@ -144,8 +144,8 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
         ValueError: a flag that means nothing beside the others.
     """
     parser = make_parser()
-    flags, unknown = parser.parse_known_args(argv)
-    _check_unknown(parser, unknown)
+    _check_size_flags(parser, sys.argv[1:] if argv is None else argv)
+    flags = parser.parse_args(argv)
     drawing = flags.prompt is not None or flags.prompts_file is not None
     mode = "--prompt and --prompts_file" if drawing else "--question and --chat"
     own, other = (_DRAW_DEFAULTS, _TEXT_DEFAULTS)[:: 1 if drawing else -1]
@@ -165,16 +165,15 @@ def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
 _SIZE_FLAGS = ("image_size", "img_size", "size", "width", "height", "resolution", "W", "H")
 
 
-def _check_unknown(parser: argparse.ArgumentParser, unknown: Sequence[str]) -> None:
-    """Ends the program if there are arguments that it does not know."""
-    for word in unknown:
-        if word.startswith("-") and word.lstrip("-").partition("=")[0] in _SIZE_FLAGS:
+def _check_size_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Ends the program if a flag asks for a size of the images."""
+    for word in argv:
+        flag = word.partition("=")[0]
+        if word.startswith("-") and flag.lstrip("-").replace("-", "_") in _SIZE_FLAGS:
             parser.error(
                 "a Janus model generates images of one size only, the released ones 384 x 384 "
-                f"pixels; remove {word}, and resize the images afterwards"
+                f"pixels; remove {flag}, and resize the images afterwards"
             )
-    if unknown:
-        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
 
 
 def _shown(path: Path) -> str:

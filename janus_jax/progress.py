@@ -9,6 +9,7 @@ from tqdm import tqdm
 Report = Callable[[int, int], None]  # takes what is done so far and the total, in any unit
 
 _LOG_INTERVAL = 30.0  # seconds between two lines of a log
+_BAR_INTERVAL = 0.05  # seconds between two states of a bar: a folder may have 1000 tensors
 _LOG_FORMAT = "{desc}: {percentage:.0f}%, {n_fmt} of {total_fmt}{unit}, {remaining} left"
 
 
@@ -50,18 +51,25 @@ class Progress:
         """done, total: in units."""
         if self._bar is None:
             self._bar = self._open(total)
+        due = self._warm_up > 0 or done >= total  # whenever the bar was last drawn
         if self._warm_up:
             self._warm_up -= 1
             self._bar.initial = done
             self._bar.unpause()
         self._bar.update(done - self._bar.n)
+        if due and self._terminal():
+            self._bar.refresh()
+
+    def _terminal(self) -> bool:
+        return self._settings["file"].isatty()
 
     def _open(self, total: int) -> tqdm:
         # smoothing 0: the time left follows the average speed
         settings = dict(total=total, unit_scale=True, smoothing=0, leave=False, **self._settings)
-        if self._settings["file"].isatty():
+        if self._terminal():
             # stated, because tqdm shows nothing on a terminal that gives its size as 0 x 0
             columns, lines = shutil.get_terminal_size()
-            return tqdm(miniters=1, mininterval=0, ncols=columns, nrows=lines, **settings)
+            settings.update(ncols=columns, nrows=lines)
+            return tqdm(miniters=1, mininterval=_BAR_INTERVAL, **settings)
         pause = dict(delay=_LOG_INTERVAL, mininterval=_LOG_INTERVAL, miniters=1)
         return _LogBar(bar_format=_LOG_FORMAT, **pause, **settings)

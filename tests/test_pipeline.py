@@ -340,3 +340,12 @@ def test_the_checkpoint_states_how_it_draws(small, golden, tmp_path):
     stated.write_text('{"temperature": -1}')
     with pytest.raises(ValueError, match=r"temperature in .* must be at least 0, got -1"):
         janus_jax.load(tmp_path / "janus_small", dtype="float32")
+
+
+def test_a_platform_without_devices_is_refused(golden, monkeypatch):
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    with pytest.raises(ValueError, match="was requested, but JAX found no .* device; "):
+        janus_jax.load(golden / "janus_small")

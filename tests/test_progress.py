@@ -38,6 +38,14 @@ def test_a_terminal_shows_a_bar_with_units_and_the_time_left(clock):
     assert not cleared.strip() and not end and "\n" not in out.getvalue()
 
 
+def test_a_bar_is_drawn_at_most_twenty_times_a_second_and_when_it_is_full(clock):
+    out = Terminal()
+    times = [number / 1000 for number in range(101)]
+    report(out, clock, times, range(101), 100)
+    bars = out.getvalue().split("\r")[1:-2]
+    assert len(bars) <= 5 and bars[-1].startswith("loading: 100%|")
+
+
 def test_the_time_left_leaves_out_what_was_compiled_before(clock):
     out = Terminal()
     report(out, clock, (0, 60, 70), (0, 10, 20), 50, warm_up=2)

@@ -378,3 +378,12 @@ def test_help_comes_without_jax():
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert "--source FORMAT:PATH" in done.stdout
+
+
+def test_a_platform_without_devices_takes_one_line(refused, monkeypatch, tmp_path):
+    def devices():
+        raise AssertionError
+
+    monkeypatch.setattr(jax, "devices", devices)
+    err = refused(f"class_folder:{tmp_path}", f"arrayrecord:{tmp_path}/out")
+    assert "was requested, but JAX found no" in err

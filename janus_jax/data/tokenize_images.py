@@ -273,9 +273,11 @@ def _source_options(args: argparse.Namespace) -> dict[str, str | int]:
 
 def run(args: argparse.Namespace) -> str:
     """Does what the flags say, and returns a line about it."""
+    from janus_jax import sharding
     from janus_jax.generation import compile_cache, loading
     from janus_jax.interop.load import load_vq, open_folder
 
+    sharding.check_devices()
     for name in ("batch_size", "shard_size"):
         checks.check_count(f"--{name}", getattr(args, name))
     if not 0 <= args.max_bad < 1:

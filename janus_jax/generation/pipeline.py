@@ -377,11 +377,12 @@ def load(
         The model with its processor.
     Raises:
         FileNotFoundError: there is no such folder, or a file is missing from it.
-        ValueError: a wrong dtype, a mesh that does not divide the heads, a broken checkpoint, or an
-            adapter that does not fit it.
+        ValueError: no device of the requested platform, a wrong dtype, a mesh that does not divide
+            the heads, a broken checkpoint, or an adapter that does not fit it.
     Source: the folders of MultiModalityCausalLM (the original code) and of transformers'
     JanusForConditionalGeneration.
     """
+    sharding.check_devices()
     if mesh is not None:
         mesh = sharding.with_auto_axes(mesh)
     dtype = loading.check_dtype(dtype, mesh)

@@ -145,13 +145,13 @@ def _read_part(part: Any) -> tuple[str | None, ImageSource | None]:
         url = url.get("url") if isinstance(url, Mapping) else url
         if isinstance(url, str) and url:
             return None, url
-    rule = 'parts must be {"type": "text"}, {"type": "image"} or {"type": "image_url"} with theirs'
+    rule = "a part must hold its type (text, image or image_url) and a text or image"
     raise ValueError(f"{rule}, got {shorten(part)}")
 
 
 def _check_part(unread: Collection[str], what: str) -> None:
     if unread:
-        raise ValueError(f"{what} must hold nothing else, got {shorten(sorted(map(str, unread)))}")
+        raise ValueError(f"{what} has fields that are not read: {shorten(sorted(map(str, unread)))}")
 
 
 def check_indices(contents: Iterable[Any]) -> None:
