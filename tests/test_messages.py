@@ -120,13 +120,13 @@ def test_images_beside_fill_the_places_in_parts(processor):
 
 WHITE = np.full((8, 8, 3), 255, np.uint8)
 REFUSED = [
-    (user([{"type": "video", "video": "a.mp4"}]), r"a part must hold .* got {'type': 'video', 'vid"),
+    (user([{"type": "video", "video": "a.mp4"}]), r"a part must hold .* got {'type': 'video', 'v"),
     (user(["a"]), r"a part must hold .* got 'a'"),
     (user([{"text": "a"}]), r"a part must hold .* got {'text': 'a'}"),
     (user([words(None)]), r"a part must hold .* got {'text': None, 'type': 'text'}"),
     (user([{"type": "image_url", "image_url": {"uri": "a"}}]), r"a part must hold"),
-    (user([words("a") | {"image": "a.png"}]), r"a text part has fields that are not read: \['image'"),
-    (user([PLACE | {"video": "a.mp4"}]), r"an image part has fields that are not read: \['video'\]"),
+    (user([words("a") | {"image": "a.png"}]), r"a text part has fields that are not read: \['imag"),
+    (user([PLACE | {"video": "a.mp4"}]), r"an image part has fields that are not read: \['vid"),
     (user([at("a") | {"url": "b"}]), r"an image part must hold one image, got \['image', 'url'\]"),
     (user([at("a"), PLACE]), "either all image parts of a message .* got 1 of 2"),
     (user([at("a")], images=["b"]), "images in the content or beside it, got both"),

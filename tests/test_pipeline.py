@@ -347,5 +347,5 @@ def test_a_platform_without_devices_is_refused(golden, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(jax, "devices", devices)
-    with pytest.raises(ValueError, match="was requested, but JAX found no .* device; "):
+    with pytest.raises(ValueError, match=r"was requested, but JAX found no .* device; "):
         janus_jax.load(golden / "janus_small")

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from janus_jax.models.linear import dot_of_rows, gelu, linear
+from janus_jax.models.linear import dot_of_rows, gelu, linear, with_bias
 
 
 class Aligner(nnx.Module):
@@ -43,5 +43,4 @@ class GenHead(nnx.Module):
         x = gelu(self.proj(hidden))
         kernel = self.out.kernel[...].astype(self.dtype)
         logits = dot_of_rows(x, kernel, preferred_element_type=jnp.float32)
-        bias = self.out.bias[...].astype(jnp.float32)
-        return logits + jnp.broadcast_to(bias, logits.shape)
+        return with_bias(logits, self.out.bias[...])

@@ -22,7 +22,7 @@ class Linear(nnx.Linear):
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
         out = self.dot_general(x, kernel, wide=self.bias is not None)
         if self.bias is not None:
-            out = (out + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+            out = with_bias(out, self.bias[...]).astype(self.dtype)
         return checkpoint_name(out, OUTPUT)
 
 
@@ -42,6 +42,14 @@ def linear(
         dot_general=product,
         rngs=rngs,
     )
+
+
+def with_bias(out: jax.Array, bias: jax.Array) -> jax.Array:
+    """out + bias: float32[..., F] and float[F] -> float32[..., F].
+
+    The bias is broadcast explicitly, for programs that set JAX_NUMPY_RANK_PROMOTION=raise.
+    """
+    return out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
 
 
 def product(x: jax.Array, kernel: jax.Array, wide: bool) -> jax.Array:

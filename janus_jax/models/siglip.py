@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
-from janus_jax.models.linear import gelu, in_float32, linear
+from janus_jax.models.linear import gelu, in_float32, linear, with_bias
 from janus_jax.models.remat import block_call
 
 LAYER_NORM_EPS = 1e-6
@@ -119,7 +119,7 @@ class PatchEmbed(nnx.Conv):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         out = in_float32(_convolve, x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return (out + self.bias[...].astype(jnp.float32)).astype(self.dtype)
+        return with_bias(out, self.bias[...]).astype(self.dtype)
 
 
 class Siglip(nnx.Module):

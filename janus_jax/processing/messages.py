@@ -151,7 +151,8 @@ def _read_part(part: Any) -> tuple[str | None, ImageSource | None]:
 
 def _check_part(unread: Collection[str], what: str) -> None:
     if unread:
-        raise ValueError(f"{what} has fields that are not read: {shorten(sorted(map(str, unread)))}")
+        names = shorten(sorted(map(str, unread)))
+        raise ValueError(f"{what} has fields that are not read: {names}")
 
 
 def check_indices(contents: Iterable[Any]) -> None:
