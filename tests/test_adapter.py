@@ -16,6 +16,7 @@ from convert.__main__ import main as convert
 from janus_jax import cli, load
 from janus_jax.generation import loading
 from janus_jax.interop.adapter import Adapter
+from janus_jax.interop.adapter_config import read_adapter_config
 from janus_jax.interop.adapter_writing import write_adapter
 from janus_jax.interop.files import write_safetensors_file
 from janus_jax.interop.load import (
@@ -360,3 +361,10 @@ def test_only_an_adapter_folder_is_replaced(written, factors, tmp_path):
     with pytest.raises(ValueError, match="exists and is never replaced"):
         write_adapter(other, table, shapes, factors, 1.5, "")
     assert (other / "model.safetensors").is_file()
+
+
+def test_a_file_in_place_of_an_adapter_folder_is_refused_with_what_to_give(tmp_path):
+    path = tmp_path / ("a" * 200) / "adapter_model.safetensors"
+    with pytest.raises(FileNotFoundError, match="give the one that holds adapter_config") as caught:
+        read_adapter_config(path)
+    assert len(str(caught.value)) < 200

@@ -101,7 +101,10 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """
     path = folder / ADAPTER_CONFIG
     if not folder.is_dir():
-        raise FileNotFoundError(f"the adapter {folder} is not a folder")
+        shown = shorten_text(str(folder))
+        raise FileNotFoundError(
+            f"the adapter {shown} is not a folder; give the one that holds {ADAPTER_CONFIG}"
+        )
     if not path.is_file():
         rule = f"an adapter folder must hold {ADAPTER_CONFIG}, as PEFT writes it"
         raise FileNotFoundError(f"{rule}; {folder} holds none")
