@@ -179,7 +179,7 @@ def test_images_at_paths_that_never_end(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     with (tmp_path / "sparse.png").open("wb") as file:
         file.truncate(100 * 2**30)
-    paths = ["pipe.png", "/dev/zero", "sparse.png", "none.png", "a.jsonl/a.png", "", "no\0path"]
+    paths = ["pipe.png", "/dev/zero", "sparse.png", "none.png", "a.jsonl/a.png", ".", "no\0path"]
     source = JsonlSource(
         write_lines(tmp_path / "a.jsonl", *({"caption": "a", "image": path} for path in paths))
     )

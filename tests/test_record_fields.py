@@ -95,6 +95,12 @@ def test_images_are_read(fields, turn):
     assert_same(record, Record("understanding", (turn,), pictures=(b"read s.png",)))
 
 
+def test_an_empty_image_is_none():
+    """As LLaVA's mixtures have it in the records without an image."""
+    (record,) = map(parse, [{"image": "", "messages": asked()}])
+    assert record == Record("understanding", (("What color?", "blue"),))
+
+
 def test_images_of_several_messages_are_in_the_order_of_their_places(tmp_path):
     for i in range(3):
         (tmp_path / f"{i} a.png").write_bytes(picture(i))
@@ -233,6 +239,10 @@ FIELDS = [
     (TEXT, "shown", DATA),
     (TEXT, "shown", {"bytes": None, "path": "a.jpg"}),
     ({"messages": asked()}, "clips", ["a.mp4", "b.mp4"]),
+    (TEXT, "shown", DATA.partition(",")[2]),
+    ({"messages": asked()}, "meta", {"files": [{"name": "a", "place": "a/b.png"}]}),
+    (GENERATION, "target", "b.png"),
+    (UNDERSTANDING, "depth", {"bytes": b"a", "path": None}),
 ]
 
 
@@ -253,7 +263,17 @@ def test_fields_of_messages_are_refused_by_name(name, value):
     assert isinstance(parse({"messages": asked(**{name: None})}), Record)
 
 
-@pytest.mark.parametrize("name", ["system", "system_prompt"])
+@pytest.mark.parametrize("tag", ["img", "image", "video", "audio"])
+def test_paths_in_texts_are_refused(tag):
+    """ms-swift and Qwen-VL write `<img>a.png</img>`; it is no HTML."""
+    name = f"<{tag}>a/b 1.png</{tag}>".replace(" ", "")
+    for said in (asked(f"Picture 1: {name}\nWhat?"), [asked()[0], ANSWER | {"content": name}]):
+        bad = parse({"messages": said})
+        assert isinstance(bad, BadRecord) and bad.reason == "unread field" and name in bad.detail
+    assert isinstance(parse({"messages": asked(f'What is <{tag} src="a.png"></{tag}>?')}), Record)
+
+
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
 def test_prompts_of_the_system_are_refused(name):
     bad = parse({**UNDERSTANDING, name: "Be brief."})
     assert isinstance(bad, BadRecord) and bad.reason == "system turn"

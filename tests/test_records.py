@@ -22,7 +22,7 @@ def test_jsonl_pictures(tmp_path):
     source = JsonlSource(path, image_root=tmp_path / "pictures")
     assert source[0].pictures == (picture(1),)
     assert_bad(source[1], "missing file", f"{path}:2", "pictures/b.png")
-    assert_bad(source[2], "missing file", f"{path}:3")
+    assert_bad(source[2], "malformed", f"{path}:3", "needs one picture, got 0")
     assert_bad(source[3], "missing file", f"{path}:4")
     assert_bad(source[4], "unreadable file", f"{path}:5", "too long")
     assert_bad(source[5], "unreadable file", f"{path}:6", "null")
@@ -44,7 +44,7 @@ BAD_FIELDS = [
     ({"text": ""}, "empty text", ""),
     ({"text": "a", "image": "a.png"}, "malformed", "needs a caption or conversations, got text an"),
     ({"text": "a", "indices": [1, 2]}, "malformed", "got text and indices"),
-    ({"other": 1}, "malformed", "no conversations, caption or text in ['other']"),
+    ({"other": 1}, "malformed", "conversations, messages, caption and text, got the fields ['ot"),
     ({"conversations": [{"from": "system", "value": "Be brief."}, *SAID]}, "system turn", "same"),
     (
         {"messages": [{"role": "system", "content": [{"type": "text", "text": "a"}]}, *TOLD]},
@@ -53,7 +53,8 @@ BAD_FIELDS = [
     ),
     ({"conversations": "hello"}, "malformed", "must be a list of objects"),
     ({"conversations": []}, "malformed", "must alternate, got []"),
-    ({"conversations": [{"from": ["human"], "value": "a"}]}, "malformed", "must alternate"),
+    ({"conversations": [{"from": ["human"], "value": "a"}]}, "malformed", "a role must be user or"),
+    ({"messages": [TOLD[0] | {"role": "USER"}, TOLD[1]]}, "malformed", "gpt, got 'USER'"),
     ({"conversations": [{"from": "gpt", "value": "a"}]}, "malformed", "must alternate"),
     (
         {"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]},

@@ -165,7 +165,7 @@ def test_bad_parquet_rows_and_null_columns(tmp_path):
     assert_bad(source[1], "malformed", f"{tmp_path}/a.parquet:1", "needs one picture, got 0")
     assert_same(source[2], Record("understanding", (("?", "!"),), pictures=(picture(1),)))
     assert_same(source[3], Record("text", text="b"))
-    assert_bad(source[4], "malformed", f"{tmp_path}/a.parquet:4", "no conversations")
+    assert_bad(source[4], "malformed", f"{tmp_path}/a.parquet:4", "must have one of")
 
 
 def test_a_parquet_row_group_is_decoded_once(tmp_path, monkeypatch):

@@ -21,6 +21,7 @@ writers.py writes.
 """
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,7 @@ _CONVERSATIONS = ("conversations", "messages")
 _SAYING = (*_CONVERSATIONS, "caption", "text")  # one of them says what kind of record it is
 _OF_TURN = ("from", "role", "value", "content", "image", "images")
 _LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
+_ONE_OF = "a record must have one of conversations, messages, caption and text"
 _SYSTEM_IS_FIXED = "the prompt of the system is the same for all records"
 
 ReadPicture = Callable[[Any], bytes]
@@ -102,9 +104,11 @@ def parse_record(fields: Mapping[str, Any], read_picture: ReadPicture) -> Record
         record = _generation(fields, read_picture)
     else:
         record = _text(fields)
-    if not record.pictures and record.indices is None:
-        for part in (fields, *(fields[name] if is_conversation else ())):
-            _refuse(unread.unread_media(part, (*FIELDS, *_OF_TURN)))
+    has_image = bool(record.pictures) or record.indices is not None
+    for part in (fields, *(fields[name] if is_conversation else ())):
+        _refuse(unread.unread_media(part, (*FIELDS, *_OF_TURN), has_image))
+    for said in itertools.chain.from_iterable(record.turns):
+        _refuse(unread.unread_media_in_text(said))
     return record
 
 
@@ -113,11 +117,9 @@ def _saying(fields: Mapping[str, Any]) -> str:
     given = [name for name in _SAYING if fields.get(name) is not None]
     held = [name for name in given if messages.holds(fields[name])]
     if not given:
-        got = shorten(list(fields))
-        raise BadRecord("malformed", f"no conversations, caption or text in {got}")
+        raise BadRecord("malformed", f"{_ONE_OF}, got the fields {shorten(list(fields))}")
     if len(held) > 1 and held[0] in _CONVERSATIONS:
-        rule = "a record must have one of conversations, messages, caption and text"
-        raise BadRecord("malformed", f"{rule}, got {' and '.join(held)}")
+        raise BadRecord("malformed", f"{_ONE_OF}, got {' and '.join(held)}")
     if any(messages.holds(fields.get(name)) for name in unread.SYSTEM):
         raise BadRecord("system turn", _SYSTEM_IS_FIXED)
     return (held or given)[0]
@@ -186,15 +188,16 @@ def _is_text(value: Any) -> bool:
 
 
 def _holds(value: Any) -> bool:
-    """Neither nothing nor an empty list, which tables hold in a column that a row does without."""
-    return value is not None and not (isinstance(value, (list, tuple)) and not value)
+    """Neither nothing nor an empty list or text, which rows hold in a field they do without."""
+    return value is not None and not (isinstance(value, (list, tuple, str)) and not value)
 
 
 def _pictures(fields: Mapping[str, Any], read_picture: ReadPicture) -> tuple[bytes, ...]:
     """Those beside what is said."""
     images = fields.get("images")
     if not _holds(images):
-        images = picture_list(fields.get("image"))
+        single = fields.get("image")
+        images = picture_list(single if _holds(single) else None)
     if not isinstance(images, (list, tuple)):
         raise BadRecord("malformed", f"images must be a list, got {type(images).__name__}")
     return _read_all(images, read_picture)
@@ -247,6 +250,9 @@ def _turns(said: Sequence[Mapping[str, Any]]) -> tuple[tuple[tuple[str, str], ..
     names = [_role(role) for role in roles]
     if "system" in names:
         raise BadRecord("system turn", _SYSTEM_IS_FIXED)
+    if None in names:
+        rule = "a role must be user or human, assistant or gpt"
+        raise BadRecord("malformed", f"{rule}, got {shorten(roles[names.index(None)])}")
     if not said or names != ["user", "assistant"] * (len(said) // 2):
         got = shorten(roles)
         raise BadRecord("malformed", f"questions and answers must alternate, got {got}")

@@ -8,10 +8,11 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from janus_jax.checks import shorten
+from janus_jax.checks import shorten, shorten_text
+from janus_jax.processing.image_sources import is_base64_image
 from janus_jax.processing.messages import holds, may_hold_image
 
-SYSTEM = ("system", "system_prompt")
+SYSTEM = ("system", "system_prompt", "system_message")
 _CHANGING = frozenset(
     ("answer", "chosen", "completion", "conversation", "dialog", "dialogue", "function_call",
      "functions", "history", "input", "input_prompt", "instruction", "kto_tag", "negative_messages",
@@ -21,6 +22,8 @@ _CHANGING = frozenset(
 _OF_CONVERSATIONS = frozenset(("label",))  # whether an answer is liked; elsewhere a class
 _OF_MESSAGES = frozenset(("loss", "loss_scale", "train", "weight"))  # what an answer counts
 _ORIGIN = frozenset(("id", "key", "link", "page", "source", "uri", "url", "urls"))
+_OF_OWN_IMAGE = re.compile(r"file|path|name|ur[il]|source|origin|link|page|key|id$", re.IGNORECASE)
+_IN_TAGS = re.compile(r"<(img|image|video|audio)>([^<]{1,4096})</\1>")
 _MEDIA_FILE = re.compile(
     r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|mp4|webm|mov|avi|mkv|wav|mp3|flac|ogg)"
     r"|data:(image|video|audio)/.*",
@@ -56,16 +59,28 @@ def unread_field_of_turn(fields: Mapping[str, Any]) -> str | None:
     return None
 
 
-def unread_media(fields: Mapping[str, Any], known: Collection[str]) -> str | None:
-    """The same, where the value is a media file or its path, whatever the field's name.
+def unread_media(
+    fields: Mapping[str, Any], known: Collection[str], has_image: bool = False
+) -> str | None:
+    """The same, where the value is or holds a media file or its path, whatever the field's name.
 
-    For records without an image: with one, such a value tells where the image comes from.
+    has_image: whether the record has an image of its own; a file name or a path then tells where
+        that image comes from.
     """
     for name, value in fields.items():
-        named = name in known or str(name).lower() in _ORIGIN
-        values = value[:8] if isinstance(value, (list, tuple)) else [value]
-        if not named and any(map(_is_media, values)):
+        if name in known or (has_image and _OF_OWN_IMAGE.search(str(name))):
+            continue
+        if _holds_media({name: value}):
             return _unread(name, "holds the file or the path of an image, video or audio")
+    return None
+
+
+def unread_media_in_text(text: str) -> str | None:
+    """The same for `<img>a.png</img>` and the like, as ms-swift and Qwen-VL write an image."""
+    for found in _IN_TAGS.finditer(text):
+        if _is_media(found[2].strip()):
+            where = "put its path into images and <image> in its place"
+            return f"{shorten_text(found[0])} is not read as an image, video or audio; {where}"
     return None
 
 
@@ -73,9 +88,18 @@ def _unread(name: Any, why: str) -> str:
     return f"{shorten(name)} is not read and {why}; remove the field or rename it"
 
 
+def _holds_media(value: Any, most_nested: int = 4) -> bool:
+    if isinstance(value, Mapping):  # as Hugging Face's data sets hold an image, among others
+        parts = [part for name, part in value.items() if str(name).lower() not in _ORIGIN]
+    elif isinstance(value, (list, tuple)):
+        parts = value[:8]
+    else:
+        return _is_media(value)
+    return most_nested > 0 and any(_holds_media(part, most_nested - 1) for part in parts)
+
+
 def _is_media(value: Any) -> bool:
-    if isinstance(value, Mapping):  # as Hugging Face's data sets hold an image
-        return _is_media(value.get("bytes")) or _is_media(value.get("path"))
     if isinstance(value, str):
-        return _MEDIA_FILE.fullmatch(value[:4096]) is not None
+        start = value[:4096]
+        return _MEDIA_FILE.fullmatch(start) is not None or is_base64_image(start)
     return isinstance(value, bytes) and len(value) > 0

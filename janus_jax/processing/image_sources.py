@@ -56,12 +56,17 @@ def resolve(source: ImageSource, allow_urls: bool = False) -> ImageSource:
         return _decode_data_url(source)
     if scheme == "file:":
         return _path_of_url(source)
-    return decode_base64(source) if _BASE64.fullmatch(source) else source
+    return decode_base64(source) if is_base64_image(source) else source
 
 
 def is_remote(source: ImageSource) -> bool:
     """Whether it is an http: or https: URL."""
     return isinstance(source, str) and _REMOTE.match(source) is not None
+
+
+def is_base64_image(text: str) -> bool:
+    """Whether it is the base64 text of an image file, and no path."""
+    return _BASE64.fullmatch(text) is not None
 
 
 def decode_base64(text: str | bytes) -> bytes:
