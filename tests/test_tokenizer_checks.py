@@ -57,6 +57,8 @@ def with_parts(spec, **parts):
         {"normalizer": {"type": "StripAccents"}},
         {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
         {"normalizer": {"type": "Prepend", "prepend": "▁"}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": "’"}, "content": "'"}},
+        {"normalizer": {"type": "Replace", "pattern": {"String": "—"}, "content": "-"}},
     ],
     ids=lambda parts: json.dumps(parts)[:60],
 )
@@ -72,6 +74,12 @@ def test_spaces_that_vanish_are_shown(spec, refused):
     normalizer = {"type": "Replace", "pattern": {"String": "  "}, "content": " "}
     said = refused(with_parts(spec, normalizer=normalizer))
     assert "but 's,  more' comes back as 's, more '" in said
+
+
+def test_random_tokens_are_refused(spec, refused):
+    """BPE dropout, which the library applies to every text."""
+    changed = with_parts(spec, model=spec["model"] | {"dropout": 0.5})
+    assert "tokenizer.json: model.dropout must be null, got 0.5" in refused(changed)
 
 
 def test_a_vocabulary_without_some_bytes_is_refused(spec, refused):

@@ -42,14 +42,15 @@ _BYTE_OF_CHARACTER = _byte_of_character()
 
 
 # Texts that a tokenizer must give back as they are: white space, capitals, composed and decomposed
-# accents, letters with a compatibility form, scripts, emoji of one and of several code points, all
-# of ASCII that can be seen, and characters that together have every leading and trailing byte of
+# accents, letters with a compatibility form, typographic signs, scripts, emoji of one and of
+# several code points, all of ASCII that can be seen, and characters that together have every leading and trailing byte of
 # UTF-8.
 _SURVIVORS = (
     " Two words,  more   spaces \n\tand\r\n lines ",
     "Café Ångström ÑANDÚ",
     "e\u0301 A\u030a n\u0303",
     "ﬁ ² Ａ Å ｶﾞ … \u00a0",
+    "“Quotes” ‘single’ it’s – — • € ™ → ½ × °",
     "你好 नमस्ते مرحبا שלום 한국어",
     "🦙 👩‍👩‍👧 😶‍🌫️ 🇫🇷",
     "".join(map(chr, range(32, 127))),
@@ -84,6 +85,11 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
         raise ValueError(f"{path} is not a tokenizer: {shorten_text(str(error))}") from None
+    if dropout := getattr(backend.model, "dropout", None):
+        raise ValueError(
+            f"{path}: model.dropout must be null, got {shorten(dropout)}: the tokens of a text "
+            "would be random; set it to null"
+        )
     # A file may carry the settings of the call that was made before it was saved.
     backend.no_truncation()
     backend.no_padding()
