@@ -201,6 +201,10 @@ def test_an_adapter_beside_full_weights(written, expected, tmp_path):
     convert(["export", str(both), str(target), "--layout", "deepseek", "--adapter", str(both)])
     assert not (target / "adapter_config.json").exists()
     open_folder(target)
+    (both / "adapter_config.json").unlink()
+    (both / "adapter_config.json").symlink_to("missing")  # as a hub cache that lost a file
+    with pytest.raises(ValueError, match=rule):
+        open_folder(both)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ and are not implemented are refused by name.
 
 import dataclasses
 import math
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -209,7 +210,8 @@ def check_adapter_beside(folder: Path, adapter: Path | None) -> None:
     adapter: the folder of the one to merge, which may be the model's own.
     """
     path = folder / ADAPTER_CONFIG
-    if not path.is_file() or (adapter is not None and _same(adapter, folder)):
+    # as a link, too, that leads to a missing file
+    if not os.path.lexists(path) or (adapter is not None and _same(adapter, folder)):
         return
     shown = str(folder)  # whole: it is part of a command to copy
     raise ValueError(
