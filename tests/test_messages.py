@@ -135,6 +135,8 @@ REFUSED = [
     (user([]), "a message of the user must say something, got ''"),
     (user("a", videos=["a.mp4"]), "a message must be a role, content and images; 'videos' is not"),
     (user("a", tool_calls=[{"id": 1}]), "'tool_calls' is not read, remove or rename it"),
+    (user("a", file="a.png"), "content, image or images; 'file' is not read, remove or rename it"),
+    (user("a", extra={"files": [base64_png(1)]}), "'extra' is not read, remove or rename it"),
     (user([at("%%", "base64")]), "damaged base64 image '%%'"),
     (user([at(f"{'x' * 999}", "base64")]), r"damaged base64 image 'x{30,}\.\.\.x+'"),
     (user([at("data:image/png;base64")]), "a data: URL must have a comma before its data"),

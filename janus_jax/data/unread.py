@@ -9,8 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.processing.image_sources import is_base64_image
-from janus_jax.processing.messages import holds, may_hold_image
+from janus_jax.processing.messages import holds, holds_media, is_media, may_hold_image
 
 SYSTEM = ("system", "system_prompt", "system_message")
 _CHANGING = frozenset(
@@ -21,14 +20,8 @@ _CHANGING = frozenset(
 )  # fmt: skip
 _OF_CONVERSATIONS = frozenset(("label",))  # whether an answer is liked; elsewhere a class
 _OF_MESSAGES = frozenset(("loss", "loss_scale", "train", "weight"))  # what an answer counts
-_ORIGIN = frozenset(("id", "key", "link", "page", "source", "uri", "url", "urls"))
 _OF_OWN_IMAGE = re.compile(r"file|path|name|ur[il]|source|origin|link|page|key|id$", re.IGNORECASE)
 _IN_TAGS = re.compile(r"<(img|image|video|audio)>([^<]{1,4096})</\1>")
-_MEDIA_FILE = re.compile(
-    r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|mp4|webm|mov|avi|mkv|wav|mp3|flac|ogg)"
-    r"|data:(image|video|audio)/.*",
-    re.IGNORECASE | re.DOTALL,
-)
 
 
 def is_kept(name: str) -> bool:
@@ -70,7 +63,7 @@ def unread_media(
     for name, value in fields.items():
         if name in known or (has_image and _OF_OWN_IMAGE.search(str(name))):
             continue
-        if _holds_media({name: value}):
+        if holds_media({name: value}):
             return _unread(name, "holds the file or the path of an image, video or audio")
     return None
 
@@ -78,7 +71,7 @@ def unread_media(
 def unread_media_in_text(text: str) -> str | None:
     """The same for `<img>a.png</img>` and the like, as ms-swift and Qwen-VL write an image."""
     for found in _IN_TAGS.finditer(text):
-        if _is_media(found[2].strip()):
+        if is_media(found[2].strip()):
             where = "put its path into images and <image> in its place"
             return f"{shorten_text(found[0])} is not read as an image, video or audio; {where}"
     return None
@@ -86,20 +79,3 @@ def unread_media_in_text(text: str) -> str | None:
 
 def _unread(name: Any, why: str) -> str:
     return f"{shorten(name)} is not read and {why}; remove the field or rename it"
-
-
-def _holds_media(value: Any, most_nested: int = 4) -> bool:
-    if isinstance(value, Mapping):  # as Hugging Face's data sets hold an image, among others
-        parts = [part for name, part in value.items() if str(name).lower() not in _ORIGIN]
-    elif isinstance(value, (list, tuple)):
-        parts = value[:8]
-    else:
-        return _is_media(value)
-    return most_nested > 0 and any(_holds_media(part, most_nested - 1) for part in parts)
-
-
-def _is_media(value: Any) -> bool:
-    if isinstance(value, str):
-        start = value[:4096]
-        return _MEDIA_FILE.fullmatch(start) is not None or is_base64_image(start)
-    return isinstance(value, bytes) and len(value) > 0

@@ -95,10 +95,14 @@ def generic_role(role: Any) -> str | None:
     return name if name in ("system", *_GENERIC) else None
 
 
+_FIELDS = ("role", "content", "images", "image")
+
+
 def _with_generic_role(message: Message, image_tag: str) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError(f"a message must be a dict, got {type(message).__name__}")
-    forms.check_fields(message, ("role", "content", "images", "image"))
+    forms.check_fields(message, _FIELDS)
+    forms.check_media(message, _FIELDS)
     content, images = forms.read_content(message, message.get("content"), image_tag)
     role = generic_role(message.get("role"))
     if role is None:

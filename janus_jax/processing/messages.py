@@ -17,7 +17,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from janus_jax.checks import shorten
-from janus_jax.processing.image_sources import decode_base64
+from janus_jax.processing.image_sources import decode_base64, is_base64_image
 from janus_jax.processing.images import ImageSource, picture_list
 
 _SOURCES = ("image", "url", "path", "base64")
@@ -30,6 +30,12 @@ _CHANGING = frozenset(
     ("tools", "tool_calls", "tool_call_id", "function_call", "reasoning", "reasoning_content",
      "thinking")
 )  # fmt: skip
+_ORIGIN = frozenset(("id", "key", "link", "page", "source", "uri", "url", "urls"))
+_MEDIA_FILE = re.compile(
+    r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|mp4|webm|mov|avi|mkv|wav|mp3|flac|ogg)"
+    r"|data:(image|video|audio)/.*",
+    re.IGNORECASE | re.DOTALL,
+)
 
 
 def holds(value: Any) -> bool:
@@ -46,6 +52,25 @@ def may_hold_image(name: str, value: Any) -> bool:
     return named and holds(value) and not _only_numbers(value)
 
 
+def holds_media(value: Any, most_nested: int = 4) -> bool:
+    """Whether a value is or holds a media file or its path, but for what says where it is from."""
+    if isinstance(value, Mapping):  # as Hugging Face's data sets hold an image, among others
+        parts = [part for name, part in value.items() if str(name).lower() not in _ORIGIN]
+    elif isinstance(value, (list, tuple)):
+        parts = value[:8]
+    else:
+        return is_media(value)
+    return most_nested > 0 and any(holds_media(part, most_nested - 1) for part in parts)
+
+
+def is_media(value: Any) -> bool:
+    """Whether a value is a media file, its path or its base64 text."""
+    if isinstance(value, str):
+        start = value[:4096]
+        return _MEDIA_FILE.fullmatch(start) is not None or is_base64_image(start)
+    return isinstance(value, bytes) and len(value) > 0
+
+
 def _only_numbers(value: Any, most_nested: int = 4) -> bool:
     if isinstance(value, (list, tuple)):
         return most_nested > 0 and all(_only_numbers(part, most_nested - 1) for part in value)
@@ -59,6 +84,14 @@ def check_fields(fields: Mapping[str, Any], known: Collection[str]) -> None:
             continue
         if name in _CHANGING or may_hold_image(str(name), value):
             rule = "a message must be a role, content and images"
+            raise ValueError(f"{rule}; {shorten(name)} is not read, remove or rename it")
+
+
+def check_media(fields: Mapping[str, Any], known: Collection[str]) -> None:
+    """Raises ValueError for another field of a message that holds a media file or its path."""
+    for name, value in fields.items():
+        if name not in known and holds_media({name: value}):
+            rule = "images of a message must be in its content, image or images"
             raise ValueError(f"{rule}; {shorten(name)} is not read, remove or rename it")
 
 

@@ -43,8 +43,8 @@ _BYTE_OF_CHARACTER = _byte_of_character()
 
 # Texts that a tokenizer must give back as they are: white space, capitals, composed and decomposed
 # accents, letters with a compatibility form, typographic signs, scripts, emoji of one and of
-# several code points, all of ASCII that can be seen, and characters that together have every leading and trailing byte of
-# UTF-8.
+# several code points, all of ASCII that can be seen, and characters that together have every
+# leading and trailing byte of UTF-8.
 _SURVIVORS = (
     " Two words,  more   spaces \n\tand\r\n lines ",
     "Café Ångström ÑANDÚ",
