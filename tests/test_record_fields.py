@@ -308,6 +308,7 @@ def test_metadata_of_img2dataset_is_harmless():
     metadata = {"url": "https://a.org/1.jpg", "key": "0001", "status": "success", "width": 8,
                 "error_message": None, "exif": "{}", "sha256": "ab", "original_width": 9,
                 "NSFW": "no", "similarity": 0.3}  # fmt: skip
+    metadata["info"] = {"file_name": "coco/1.jpg", "src": "1.png"}
     assert parse({**GENERATION, **metadata}).pictures == (b"read a.png",)
     assert parse({**TEXT, "meta": {"name": "a"}, "url": "https://a.org/b.jpg", "label": 1})
 

@@ -20,7 +20,7 @@ _CHANGING = frozenset(
 )  # fmt: skip
 _OF_CONVERSATIONS = frozenset(("label",))  # whether an answer is liked; elsewhere a class
 _OF_MESSAGES = frozenset(("loss", "loss_scale", "train", "weight"))  # what an answer counts
-_OF_OWN_IMAGE = re.compile(r"file|path|name|ur[il]|source|origin|link|page|key|id$", re.IGNORECASE)
+_OF_OWN_IMAGE = re.compile(r"file|path|name|ur[il]|source|src|origin|link|page|key|id$", re.I)
 _IN_TAGS = re.compile(r"<(img|image|video|audio)>([^<]{1,4096})</\1>")
 
 
@@ -60,10 +60,9 @@ def unread_media(
     has_image: whether the record has an image of its own; a file name or a path then tells where
         that image comes from.
     """
+    origin = {"origin": _OF_OWN_IMAGE} if has_image else {}
     for name, value in fields.items():
-        if name in known or (has_image and _OF_OWN_IMAGE.search(str(name))):
-            continue
-        if holds_media({name: value}):
+        if name not in known and holds_media({name: value}, **origin):
             return _unread(name, "holds the file or the path of an image, video or audio")
     return None
 

@@ -30,7 +30,7 @@ _CHANGING = frozenset(
     ("tools", "tool_calls", "tool_call_id", "function_call", "reasoning", "reasoning_content",
      "thinking")
 )  # fmt: skip
-_ORIGIN = frozenset(("id", "key", "link", "page", "source", "uri", "url", "urls"))
+_ORIGIN = re.compile(r"^(id|key|link|page|source|uri|urls?)$", re.IGNORECASE)
 _MEDIA_FILE = re.compile(
     r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|mp4|webm|mov|avi|mkv|wav|mp3|flac|ogg)"
     r"|data:(image|video|audio)/.*",
@@ -52,15 +52,18 @@ def may_hold_image(name: str, value: Any) -> bool:
     return named and holds(value) and not _only_numbers(value)
 
 
-def holds_media(value: Any, most_nested: int = 4) -> bool:
-    """Whether a value is or holds a media file or its path, but for what says where it is from."""
+def holds_media(value: Any, origin: re.Pattern = _ORIGIN, most_nested: int = 4) -> bool:
+    """Whether a value is or holds a media file or its path.
+
+    origin: names of fields, at any depth, that only say where something is from.
+    """
     if isinstance(value, Mapping):  # as Hugging Face's data sets hold an image, among others
-        parts = [part for name, part in value.items() if str(name).lower() not in _ORIGIN]
+        parts = [part for name, part in value.items() if not origin.search(str(name))]
     elif isinstance(value, (list, tuple)):
         parts = value[:8]
     else:
         return is_media(value)
-    return most_nested > 0 and any(holds_media(part, most_nested - 1) for part in parts)
+    return most_nested > 0 and any(holds_media(part, origin, most_nested - 1) for part in parts)
 
 
 def is_media(value: Any) -> bool:
