@@ -23,7 +23,8 @@ def not_finite(what: str, modules: Mapping[str, nnx.Module], advice: str = "") -
     """
     found = f"{what} must be finite, got NaN or infinite values"
     if damaged := _damaged(modules):
-        more = f" (and {len(damaged) - 1} more tensors)" * (len(damaged) > 1)
+        others = len(damaged) - 1
+        more = f" (and {others} more tensor{'s' * (others > 1)})" * (others > 0)
         which = f"the weights in {damaged[0]}{more} are not finite"
         return ValueError(f"{found}: {which}; use an undamaged copy of the checkpoint")
     which = f"all weights of {', '.join(modules)} are finite, so a value overflowed"
