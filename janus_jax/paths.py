@@ -117,17 +117,30 @@ def write_all(file: io.RawIOBase, data: bytes) -> None:
         data = data[file.write(data) :]
 
 
+def open_lock(path: Path) -> BinaryIO:
+    """A file to lock, which is made where there is none.
+
+    Raises OSError if it is no regular file: a link may lead to any other file, and opening a FIFO
+    waits for a reader.
+    """
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+
+    return open(path, "ab", opener=opener)
+
+
 @contextlib.contextmanager
 def locked(folder: Path, name: str) -> Iterator[None]:
     """Keeps other processes that ask for the same lock from writing to a folder.
 
     The lock is a file in the folder, `name` its path from there, and is not removed; a process
     that ends releases it, however it ends.
-    Raises ValueError if another process holds the lock.
+    Raises ValueError if another process holds the lock, and what open_lock does.
     """
     lock = folder / name
     lock.parent.mkdir(parents=True, exist_ok=True)
-    with lock.open("w") as file:
+    with open_lock(lock) as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

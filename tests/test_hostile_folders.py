@@ -13,7 +13,9 @@ import safetensors
 import safetensors.numpy
 
 from janus_jax.interop.load import open_folder, plan_folder
+from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.readers import MAX_HEADER, open_checkpoint, read_safetensors
+from janus_jax.paths import locked
 from janus_jax.processing.json_files import MAX_JSON_BYTES, read_json
 
 
@@ -216,3 +218,18 @@ def test_mutated_folders_are_refused_by_name_or_read_as_they_were(golden, tmp_pa
             assert str(folder) in str(error) and "\n" not in str(error)
         path.write_bytes(whole[path])
     assert refused > count / 3
+
+
+@pytest.mark.parametrize("kind", ["link", "FIFO", "folder"])
+def test_a_lock_that_is_no_regular_file_is_not_opened(tmp_path, kind):
+    other, lock = tmp_path / "other", tmp_path / "run" / "lock"
+    other.write_text("what somebody needs")
+    lock.parent.mkdir()
+    make = {"link": lambda: lock.symlink_to(other), "FIFO": lambda: os.mkfifo(lock)}
+    make.get(kind, lock.mkdir)()
+    with pytest.raises(OSError, match=f"'{lock}'"), locked(lock.parent, "lock"):
+        pass
+    lock.rename(tmp_path / ".model.lock")
+    with pytest.raises(OSError, match=r"\.model\.lock'"), new_folder(tmp_path / "model"):
+        pass
+    assert other.read_text() == "what somebody needs"

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -79,6 +80,18 @@ def test_a_chain_of_headers(tmp_path):
     path = write(tmp_path / "a.tar", longname * 2000, member("0.json"))
     with pytest.raises(ValueError, match="must be a plain tar file: maximum recursion depth"):
         TarSource(path)
+
+
+def test_a_long_name_is_kept_once(tmp_path):
+    long = tarfile.TarInfo(f"{'x' * 30_000}.txt").tobuf(tarfile.GNU_FORMAT)
+    path = write(tmp_path / "a.tar", long, *(member(f"{i}.json") for i in range(1000)))
+    tracemalloc.start()
+    source = TarSource(path)
+    kept, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(source) == 1001 and source[1].where == f"{path}:0"
+    assert source[0].where == f"{path}:{'x' * 30_000}"
+    assert kept < 500_000 and most < 5_000_000  # 30 MB if all names had the room of the longest
 
 
 def test_a_member_longer_than_the_file(tmp_path):

@@ -258,6 +258,22 @@ def test_a_run_killed_before_it_noted_anything_begins_anew(left, run, refused, t
     ]
 
 
+@pytest.mark.parametrize(
+    "wrong", [{}, {"copied": "x"}, {"encoded": None}, {"skipped": {"a": 1}}, {"skipped": [{}]}]
+)
+def test_a_report_with_other_content_is_named(wrong, run, refused, tmp_path):
+    write_records("tar", tmp_path / "train.tar", captioned(3))
+    args = f"tar:{tmp_path / 'train.tar'}", f"tar:{tmp_path / 'tokens'}"
+    assert run(*args)[0] == 0
+    report = tmp_path / "tokens/.tokenize_images/00000.json"
+    report.write_text(json.dumps(wrong and json.loads(report.read_text()) | wrong))
+    told = refused(*args)
+    rule = "must state the integers encoded and copied, and the list skipped; delete it to"
+    assert told == f"tokenize_images: {report} {rule} write its shard again\n"
+    report.unlink()
+    assert "3 pictures tokenized" in run(*args)[1]
+
+
 def test_one_run_at_a_time(run, refused, tmp_path, monkeypatch):
     write_records("tar", tmp_path / "train.tar", captioned(3))
     args = f"tar:{tmp_path / 'train.tar'}", f"tar:{tmp_path / 'tokens'}"

@@ -49,16 +49,6 @@ def with_parts(spec, **parts):
         {"pre_tokenizer": {"type": "Whitespace"}},
         {"pre_tokenizer": {"type": "WhitespaceSplit"}},
         {"pre_tokenizer": BYTE_LEVEL | {"add_prefix_space": True, "use_regex": True}},
-        {"normalizer": {"type": "Lowercase"}},
-        {"normalizer": {"type": "NFC"}},
-        {"normalizer": {"type": "NFD"}},
-        {"normalizer": {"type": "NFKC"}},
-        {"normalizer": {"type": "NFKD"}},
-        {"normalizer": {"type": "StripAccents"}},
-        {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
-        {"normalizer": {"type": "Prepend", "prepend": "▁"}},
-        {"normalizer": {"type": "Replace", "pattern": {"String": "’"}, "content": "'"}},
-        {"normalizer": {"type": "Replace", "pattern": {"String": "—"}, "content": "-"}},
     ],
     ids=lambda parts: json.dumps(parts)[:60],
 )
@@ -71,9 +61,43 @@ def test_parts_that_change_texts_are_refused(spec, refused, parts):
 def test_spaces_that_vanish_are_shown(spec, refused):
     said = refused(with_parts(spec, pre_tokenizer=METASPACE))
     assert "but ' Two wor' comes back as 'Twowords'" in said
-    normalizer = {"type": "Replace", "pattern": {"String": "  "}, "content": " "}
-    said = refused(with_parts(spec, normalizer=normalizer))
-    assert "but 's,  more' comes back as 's, more '" in said
+
+
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        {"type": "Lowercase"},
+        {"type": "NFC"},
+        {"type": "NFKD"},
+        {"type": "StripAccents"},
+        {"type": "Strip", "strip_left": True, "strip_right": True},
+        {"type": "Prepend", "prepend": "▁"},
+        {"type": "Replace", "pattern": {"String": "  "}, "content": " "},
+    ],
+    ids=lambda normalizer: normalizer["type"],
+)
+def test_normalizers_are_refused(spec, refused, normalizer):
+    rule = "must keep texts as they are, got the normalizer"
+    for one in (normalizer, {"type": "Sequence", "normalizers": [normalizer]}):
+        assert f"{rule} {normalizer['type']}; use" in refused(with_parts(spec, normalizer=one))
+
+
+def test_parts_that_double_a_text_again_and_again_take_no_time(spec, refused):
+    double = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
+    normalizer = {"type": "Sequence", "normalizers": [double] * 60}
+    assert "the normalizer Replace" in refused(with_parts(spec, normalizer=normalizer))
+    letters = {"type": "Sequence", "pretokenizers": [BYTE_LEVEL] * 60}
+    for one in (letters, {"type": "Sequence", "pretokenizers": [letters]}):
+        said = refused(with_parts(spec, pre_tokenizer=one))
+        assert "must have one ByteLevel pre_tokenizer, got more; use the tokenizer.json" in said
+
+
+def test_an_expression_that_takes_too_long_is_refused(spec, refused):
+    split = {"type": "Split", "behavior": "Isolated", "invert": False}
+    split["pattern"] = {"Regex": "(\\w|.)*Q"}
+    parts = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
+    said = refused(with_parts(spec, pre_tokenizer=parts))
+    assert " cannot encode ' " in said and "library fails: Onig: Regex search" in said
 
 
 def test_random_tokens_are_refused(spec, refused):

@@ -2,7 +2,6 @@
 
 import abc
 import io
-import json
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,6 +15,7 @@ from janus_jax.checks import error_text, shorten, shorten_text
 from janus_jax.data.records import BadRecord, Record, check_object
 from janus_jax.paths import MAX_FILE_BYTES, MAX_TEXT_BYTES, os_errors_of, read_bounded
 from janus_jax.processing.images import load_image
+from janus_jax.processing.json_files import parse
 
 Paths = str | Path | Sequence[str | Path]
 PICTURE_SUFFIXES = (
@@ -134,8 +134,8 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     """The object in a JSON text. Raises BadRecord."""
     check_text_size(len(raw))
     try:
-        value = json.loads(raw.strip(), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        value = parse(raw.strip(), object_pairs_hook=_unique)
+    except ValueError as error:
         raise BadRecord("malformed", f"not JSON: {error}") from None
     check_object(value)
     return value

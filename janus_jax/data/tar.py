@@ -53,10 +53,12 @@ class TarSource(Source):
     def __init__(self, path: Paths):
         self._files = find_files(path, "*.tar")
         self._shards = [_index(file) for file in self._files]
-        super().__init__(path, [len(shard.keys) for shard in self._shards])
+        super().__init__(path, [len(shard.starts) - 1 for shard in self._shards])
 
     def _where(self, part: int, position: int) -> str:
-        return f"{self._files[part]}:{os.fsdecode(self._shards[part].keys[position])}"
+        shard = self._shards[part]
+        key = shard.keys[slice(*shard.key_starts[position : position + 2])]
+        return f"{self._files[part]}:{os.fsdecode(key)}"
 
     def _read(self, part: int, position: int) -> Record:
         shard = self._shards[part]
@@ -114,13 +116,15 @@ class _Shard:
     """Where the records of a tar file are.
 
     Attributes:
-        keys: bytes[N], their names up to the first dot.
+        keys: their names up to the first dot, joined: one of them may be thousands of bytes long.
+        key_starts: int64[N + 1], the first byte of each.
         starts: int64[N + 1], the first member of each.
         members: int64[M, 3], kind (of _KINDS), offset and size, record by record; the size of what
             is no plain file is -1.
     """
 
-    keys: np.ndarray
+    keys: bytes
+    key_starts: np.ndarray
     starts: np.ndarray
     members: np.ndarray
 
@@ -135,8 +139,10 @@ def _index(path: Path) -> _Shard:
             key = folder + slash + name.partition(".")[0]
             size = member.size if member.isreg() and not member.issparse() else -1
             records.setdefault(key, []).append((kind, member.offset_data, size))
+    keys = [os.fsencode(key) for key in records]
     return _Shard(
-        keys=np.array([os.fsencode(key) for key in records]),
+        keys=b"".join(keys),
+        key_starts=np.cumsum([0, *map(len, keys)]),
         starts=np.cumsum([0, *map(len, records.values())]),
         members=np.array([place for held in records.values() for place in held], np.int64),
     )

@@ -210,9 +210,18 @@ class Output:
         return early and set(self.folder.glob("*")) <= {reports}
 
     def report(self, shard: int) -> dict[str, Any] | None:
-        """What write was told of the shard, once it is whole."""
+        """What write was told of the shard, once it is whole.
+
+        Raises ValueError for a report that write did not write.
+        """
         path = self._report_path(shard)
-        return read_json(path) if path.is_file() else None
+        if not path.is_file():
+            return None
+        report = read_json(path)
+        if not _is_report(report):
+            rule = "must state the integers encoded and copied, and the list skipped"
+            raise ValueError(f"{path} {rule}; delete it to write its shard again")
+        return report
 
     def write(
         self, shard: int, records: Sequence[Record], encoded: int, skipped: Sequence[Skipped]
@@ -249,6 +258,15 @@ class Output:
 
     def _report_path(self, shard: int) -> Path:
         return self.folder / _REPORTS / f"{shard:05d}.json"
+
+
+def _is_report(report: Mapping[str, Any]) -> bool:
+    counts, skipped = [report.get("encoded"), report.get("copied")], report.get("skipped")
+    return (
+        all(type(count) is int for count in counts)
+        and isinstance(skipped, list)
+        and all(isinstance(one, dict) and isinstance(one.get("reason"), str) for one in skipped)
+    )
 
 
 def _write_json(path: Path, value: Mapping) -> None:

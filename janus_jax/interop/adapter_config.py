@@ -11,7 +11,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from janus_jax.checks import check_count, check_number, shorten
+from janus_jax.checks import check_count, check_number, shorten, shorten_text
 from janus_jax.interop.files import ADAPTER_CONFIG, CONFIG, PARAMS
 from janus_jax.interop.readers import SAFETENSORS, TORCH_BIN
 from janus_jax.paths import value_errors_of

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from janus_jax.interop.files import CONFIG, PARAMS
-from janus_jax.paths import check_local, sibling, size_text
+from janus_jax.paths import check_local, open_lock, sibling, size_text
 
 WEIGHTS = ("*.safetensors", "*.bin", PARAMS)
 PARTIAL, REPLACED = "partial", "replaced"
@@ -115,7 +115,7 @@ def _lock(folder: Path) -> Iterator[bool]:
 
 
 def _locked(path: Path, folder: Path) -> BinaryIO | None:
-    file = path.open("ab")
+    file = open_lock(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file

@@ -2,7 +2,6 @@
 
 import collections
 import dataclasses
-import json
 import math
 import os
 from collections.abc import Callable
@@ -16,7 +15,7 @@ from janus_jax.interop.quantised import ADVICE, GGUF, QUANTISED_DTYPES
 from janus_jax.interop.tensors import BFLOAT16, Tensor, TensorSource, is_shape
 from janus_jax.interop.torch_pickle import read_torch_file
 from janus_jax.paths import bounded_size
-from janus_jax.processing.json_files import read_json
+from janus_jax.processing.json_files import parse, read_json
 
 SAFETENSORS_DTYPES = {
     "BF16": BFLOAT16,
@@ -152,8 +151,8 @@ def _parse_header(path: Path, raw: bytes) -> tuple[dict, list[str]]:
         return dict(pairs)
 
     try:
-        header = json.loads(raw, object_pairs_hook=noted)
-    except (ValueError, RecursionError) as error:
+        header = parse(raw, object_pairs_hook=noted)
+    except ValueError as error:
         raise ValueError(f"{path} has a damaged safetensors header: {error}") from None
     if not isinstance(header, dict):
         raise ValueError(f"{path} has a damaged safetensors header: not a JSON object")

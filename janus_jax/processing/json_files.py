@@ -12,6 +12,14 @@ from janus_jax.paths import bounded_size, written_whole
 MAX_JSON_BYTES = 2**25  # Janus's tokenizer.json has 5 MB; parsed, JSON takes up to 25 times that
 
 
+def parse(text: str | bytes, **settings) -> Any:
+    """As json.loads, but raises ValueError for what is nested too deeply, too."""
+    try:
+        return json.loads(text, **settings)
+    except RecursionError:
+        raise ValueError("its values are nested too deeply") from None
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -21,8 +29,8 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     bounded_size(path, MAX_JSON_BYTES)
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
+        value = parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
         reason = shorten_text(str(error))
         raise ValueError(f"{path} is not valid JSON: {reason}") from None
     if not isinstance(value, dict):

@@ -28,6 +28,7 @@ IMAGE_START = "<begin_of_image>"
 IMAGE_END = "<end_of_image>"
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+_ADVICE = "use the tokenizer.json of the original checkpoint"
 _LETTERS = 32  # for each token that is allowed, of a text that is not tokenized whole at once
 
 
@@ -81,6 +82,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     kind = decoder.get("type") if isinstance(decoder, dict) else decoder
     if kind != "ByteLevel":
         raise ValueError(f"{path} must have a ByteLevel decoder, got {shorten_text(str(kind))}")
+    _check_growth(spec, path)
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception
@@ -96,6 +98,25 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     for token in spec.get("added_tokens") or ():
         _check_id(backend, token["content"], token["id"], path)
     return backend
+
+
+def _check_growth(spec: dict[str, Any], path: Path) -> None:
+    """Raises ValueError for parts that can make a text longer without end, a few bytes each."""
+    if changing := [kind for kind in _kinds(spec.get("normalizer")) if kind != "Sequence"]:
+        got = shorten_text(str(changing[0]))
+        raise ValueError(f"{path} must keep texts as they are, got the normalizer {got}; {_ADVICE}")
+    if _kinds(spec.get("pre_tokenizer")).count("ByteLevel") > 1:
+        raise ValueError(f"{path} must have one ByteLevel pre_tokenizer, got more; {_ADVICE}")
+
+
+def _kinds(part: Any) -> list[Any]:
+    """The types of a part of tokenizer.json and of all the parts that it consists of."""
+    kinds, waiting = [], [part]
+    while waiting:
+        if isinstance(part := waiting.pop(), dict):
+            kinds.append(part.get("type"))
+            waiting += [one for value in part.values() if isinstance(value, list) for one in value]
+    return kinds
 
 
 def _token_id(backend: tokenizers.Tokenizer, text: Any) -> int | None:
@@ -213,8 +234,7 @@ class Tokenizer:
                 before, after = (part[_around_change(text, decoded)] for part in (text, decoded))
                 raise ValueError(
                     f"{path} must keep texts as they are, but {before!r} comes back as {after!r}; "
-                    "its normalizer, pre_tokenizer, model and decoder do not fit together; use the "
-                    "tokenizer.json of the original checkpoint"
+                    f"its pre_tokenizer, model and decoder do not fit together; {_ADVICE}"
                 )
 
     @property
@@ -228,11 +248,21 @@ class Tokenizer:
         The file's own post-processor, which may or may not add BOS, is left out.
 
         Raises:
-            ValueError: the text holds lone surrogates, as from bytes that are not UTF-8.
+            ValueError: the text holds lone surrogates, as from bytes that are not UTF-8, or an
+                expression of the file takes too long to be searched for in it.
         """
         if lone := _LONE_SURROGATE.search(text):
             raise ValueError(f"a text must be valid Unicode, got {lone[0]!r} in it")
-        return [self.bos_id, *self.backend.encode(text, add_special_tokens=False).ids]
+        return [self.bos_id, *self._encoding(text).ids]
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        try:
+            return self.backend.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":  # of Rust, which is no Exception
+                raise
+            reason = shorten_text(str(error))
+            raise ValueError(f"the tokenizers library fails: {reason}") from None
 
     def is_longer(self, text: str, limit: int) -> bool:
         """Whether a text is certain to have more than `limit` tokens.
@@ -247,7 +277,7 @@ class Tokenizer:
             return True
         letters = limit * _LETTERS
         while letters < len(text):
-            words = self.backend.encode(text[:letters], add_special_tokens=False).word_ids
+            words = self._encoding(text[:letters]).word_ids
             # the last words may go on behind the cut, and so have other tokens
             if words and bisect.bisect_left(words, words[-1] - 1) > limit:
                 return True
