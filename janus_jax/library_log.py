@@ -37,7 +37,7 @@ class _LibraryLog:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._pending:
+        if not self._pending or self._path.is_fifo():  # which would wait for a reader
             return
         with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.writelines(self._pending)

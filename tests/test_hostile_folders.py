@@ -12,11 +12,13 @@ import pytest
 import safetensors
 import safetensors.numpy
 
+from janus_jax.data.skipped import Skipped
 from janus_jax.interop.load import open_folder, plan_folder
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.readers import MAX_HEADER, open_checkpoint, read_safetensors
 from janus_jax.paths import locked
 from janus_jax.processing.json_files import MAX_JSON_BYTES, read_json
+from janus_jax.training.metrics import Log
 
 
 def refusal(call, path, kind=ValueError):
@@ -233,3 +235,13 @@ def test_a_lock_that_is_no_regular_file_is_not_opened(tmp_path, kind):
     with pytest.raises(OSError, match=r"\.model\.lock'"), new_folder(tmp_path / "model"):
         pass
     assert other.read_text() == "what somebody needs"
+
+
+@pytest.mark.parametrize("kind", ["FIFO", "folder"])
+def test_logs_of_a_run_that_are_no_regular_files_are_not_opened(tmp_path, kind):
+    for name in ("metrics.jsonl", "skipped-000.jsonl"):
+        (os.mkfifo if kind == "FIFO" else os.mkdir)(tmp_path / name)
+    with pytest.raises(ValueError, match=r"metrics.jsonl must be a regular file, got a"):
+        Log(tmp_path, 9, 1, None, 0, dict)
+    with pytest.raises(ValueError, match=r"skipped-000.jsonl must be a regular file, got a"):
+        Skipped(tmp_path / "skipped-000.jsonl", 0.1, {"a": 3})

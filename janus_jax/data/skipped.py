@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_jax.data.records import BadRecord
-from janus_jax.paths import os_errors_of, write_all
+from janus_jax.paths import file_size, os_errors_of, write_all
 
 if TYPE_CHECKING:
     from janus_jax.data.mixture import Loaded  # with grain, which takes seconds to import
@@ -118,11 +118,12 @@ def _by_reason(bad: Mapping[str, str]) -> Counts:
 def _read(path: Path) -> dict[str, dict[str, str]]:
     """Reason by source and by record; a last line that was cut short is cut off the file.
 
-    Raises ValueError if another line is not one of this list.
+    Raises ValueError if another line is not one of this list, or if it is no regular file.
     """
     found: dict[str, dict[str, str]] = collections.defaultdict(dict)
-    if not path.is_file():
+    if not path.exists():
         return found
+    file_size(path)  # a FIFO would wait for ever to be opened
     whole, _, torn = path.read_bytes().rpartition(b"\n")
     if torn:
         os.truncate(path, len(whole) + bool(whole))

@@ -16,7 +16,7 @@ from absl import logging
 from tensorboardX import SummaryWriter
 
 from janus_jax.data.records import KINDS
-from janus_jax.paths import os_errors_of, write_all, write_file, written_whole
+from janus_jax.paths import file_size, os_errors_of, write_all, write_file, written_whole
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
@@ -230,10 +230,11 @@ class Log:
 def _cut(path: Path, first: int) -> None:
     """Leaves in the file what was logged up to step `first`; a line that was cut short goes too.
 
-    Raises ValueError if another line is not one of this log.
+    Raises ValueError if another line is not one of this log, or if it is no regular file.
     """
-    if not path.is_file():
+    if not path.exists():
         return
+    file_size(path)  # a FIFO would wait for ever to be opened
     lines = path.read_bytes().splitlines(keepends=True)
     whole = [line for line in lines if line.endswith(b"\n")]
     steps = [_step_of(line, f"{path}, line {number}") for number, line in enumerate(whole, 1)]
