@@ -1,6 +1,7 @@
 """Weights and JSON files that are damaged, too large or no regular files: one line names each."""
 
 import json
+import logging
 import os
 import random
 import shutil
@@ -16,6 +17,7 @@ from janus_jax.data.skipped import Skipped
 from janus_jax.interop.load import open_folder, plan_folder
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.readers import MAX_HEADER, open_checkpoint, read_safetensors
+from janus_jax.library_log import library_log
 from janus_jax.paths import locked
 from janus_jax.processing.json_files import MAX_JSON_BYTES, read_json
 from janus_jax.training.metrics import Log
@@ -245,3 +247,10 @@ def test_logs_of_a_run_that_are_no_regular_files_are_not_opened(tmp_path, kind):
         Log(tmp_path, 9, 1, None, 0, dict)
     with pytest.raises(ValueError, match=r"skipped-000.jsonl must be a regular file, got a"):
         Skipped(tmp_path / "skipped-000.jsonl", 0.1, {"a": 3})
+
+
+def test_a_log_of_libraries_that_is_no_regular_file_is_not_opened(tmp_path):
+    os.mkfifo(tmp_path / "libraries.log")
+    with library_log(tmp_path / "libraries.log"):
+        where = "absl", logging.ERROR, "/x/orbax/checkpoint/a.py", 1
+        logging.getLogger("absl").handle(logging.LogRecord(*where, "full", (), None))
