@@ -199,7 +199,7 @@ def test_folder_without_processor_config(folder, processor):
 
 
 def test_transformers_4_layout(folder, processor):
-    """preprocessor_config.json beside processor_config.json, which names no template."""
+    """preprocessor_config.json beside processor_config.json, and the template on its own."""
     edit(
         folder / "preprocessor_config.json",
         drop=("image_size", "processor_class"),
@@ -209,6 +209,7 @@ def test_transformers_4_layout(folder, processor):
     (folder / "processor_config.json").write_text(
         '{"num_image_tokens": 16, "processor_class": "JanusProcessor"}'
     )
+    (folder / "chat_template.jinja").write_text(janus_template(processor.sft_format), "utf-8")
     vision = {"image_size": 64, "patch_size": 16}
     (folder / "config.json").write_text(json.dumps({"vision_config": vision}))
     processor = dataclasses.replace(processor, system_prompt="")

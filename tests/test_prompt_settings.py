@@ -200,6 +200,10 @@ def test_templates_that_cannot_be_read(tmp_path):
     ],
 )
 def test_the_class_of_the_processor_decides_on_the_default_system_prompt(tmp_path, files, default):
+    if not default:
+        with pytest.raises(ValueError, match="has no chat template in chat_template"):
+            PromptSettings.from_dir(write(tmp_path, **files))
+    (tmp_path / "chat_template.jinja").write_text(janus_template("deepseek"), "utf-8")
     settings = PromptSettings.from_dir(write(tmp_path, **files))
     assert settings.system_prompt == (chat.DEFAULT_SYSTEM_PROMPT if default else "")
     for use in (True, False):

@@ -32,10 +32,10 @@ def check_folder(path: Path | str, fetches: bool = False) -> Path:
     path = Path(path)
     shown = shorten_text(str(path))
     if path.suffix.lower() == ".gguf" and not os.path.isdir(path):
-        raise FileNotFoundError(f"{shown} is not a folder; {GGUF}")
+        raise FileNotFoundError(f"{shown} is not a folder; {GGUF}, which needs {FILES}")
     if os.path.isfile(path):  # Path.is_file raises if the name is too long
         kind = "a weights file" if path.suffix.lower() in WEIGHT_SUFFIXES else "a file"
-        folder = shorten_text(str(path.absolute().parent))
+        folder = path.absolute().parent
         raise FileNotFoundError(
             f"{shown} is {kind}, not a folder; give the folder ({folder}), which needs {FILES}"
         )
@@ -70,7 +70,7 @@ def _inside(folder: Path) -> str:
     if any(folder.glob("*.gguf")):
         return f"; {GGUF}"
     if snapshots := sorted(folder.glob(f"snapshots/*/{CONFIG}")):
-        return f"; give the folder in its hub cache: {shorten_text(str(snapshots[-1].parent))}"
+        return f"; give the folder in its hub cache: {snapshots[-1].parent}"
     if (folder / "model" / CONFIG).is_file():
-        return f"; give {shorten_text(str(folder / 'model'))}"
+        return f"; give {folder / 'model'}"
     return f"; a checkpoint folder needs {FILES}"

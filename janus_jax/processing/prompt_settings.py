@@ -147,13 +147,15 @@ class PromptSettings:
     def from_dir(cls, folder: str | Path) -> "PromptSettings":
         """From the processor's files, in DeepSeek's or transformers' layout.
 
-        `sft_format` is the stated one, or that of the folder's chat template, or "deepseek",
-        the default of `VLChatProcessor`. The system prompt is the stated one (a key of ours,
-        "system_prompt"), or follows `use_default_system_prompt`; without either it is the default
-        of the processor class: DeepSeek's text in DeepSeek's layout, none in transformers'.
+        `sft_format` is the stated one, or that of the folder's chat template. Without both it is
+        "deepseek" in DeepSeek's layout, the default of `VLChatProcessor`. The system prompt is the
+        stated one (a key of ours, "system_prompt"), or follows `use_default_system_prompt`; without
+        either it is the default of the processor class: DeepSeek's text in DeepSeek's layout, none
+        in transformers'.
 
         Raises:
-            ValueError: a file is broken, the template is unknown, or two statements disagree.
+            ValueError: a file is broken, the template is unknown or, in transformers' layout,
+                missing, or two statements disagree.
         """
         folder = Path(folder)
         path = folder / PROCESSOR
@@ -176,6 +178,9 @@ def _sft_format(folder: Path, processor: dict[str, Any]) -> str:
             chat.check_sft_format(processor["sft_format"])
     stated, template = processor.get("sft_format"), stated_template(folder)
     if template is None:
+        if not stated and _is_transformers(folder, processor):  # where transformers raises, too
+            files = f"{TEMPLATE_FILE}, {LEGACY_TEMPLATE_FILE}, {PROCESSOR} or {TOKENIZER_CONFIG}"
+            raise ValueError(f"{folder} has no chat template in {files}; {_advice(path)}")
         return stated or "deepseek"
     where, text = template
     known = template_format(text)
