@@ -90,4 +90,5 @@ def test_logits_of_bfloat16_are_not_rounded_to_bfloat16():
     x = uniform(3, 5, 32)
     inner = gelu(head.proj(x)).astype(jnp.float32)
     kernel, bias = (w[...].astype(jnp.float32) for w in (head.out.kernel, head.out.bias))
-    assert_close("gen_head, bfloat16 logits", head(x), jnp.matmul(inner, kernel) + bias, 1e-5)
+    expected = jnp.matmul(inner, kernel) + bias[None, None]
+    assert_close("gen_head, bfloat16 logits", head(x), expected, 1e-5)

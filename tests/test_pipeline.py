@@ -178,7 +178,11 @@ def test_indices_that_cannot_be_decoded_are_refused(pipeline, indices, message):
 
 def test_bad_pixels_do_not_wrap_around(pipeline):
     """Decoded values far outside [-1, 1] are clipped before they become uint8."""
-    vq = type("VQ", (), {"decode": lambda self, x: jnp.full((len(x), 2, 2, 3), x[0, 0] - 4.0)})()
+
+    def decode(self, indices):
+        return jnp.full((len(indices), 2, 2, 3), indices[0, 0].astype(jnp.float32) - 4)
+
+    vq = type("VQ", (), {"decode": decode})()
     pixels, finite = codec.decode_pixels(vq, jnp.array([[0], [9]]))
     assert finite.all()
     assert np.unique(pixels[0]) == 0 and np.unique(pixels[1]) == 255

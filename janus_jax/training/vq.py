@@ -49,7 +49,8 @@ def vq_loss(
         latents=latents,
         indices=indices.reshape(-1),
     )
-    return l1 + l2 + locality + quantise * (codebook + COMMITMENT * commitment), aux
+    quantised = jnp.where(quantise, codebook + COMMITMENT * commitment, 0.0)
+    return l1 + l2 + locality + quantised, aux
 
 
 def variance_within(vectors: jax.Array, groups: jax.Array) -> jax.Array:
