@@ -67,7 +67,7 @@ def check_number(name: str, value) -> float:
     """The value as a Python number: a number, a NumPy scalar or a 0-d array.
 
     Raises:
-        ValueError: it is no number, or not finite in float32.
+        ValueError: it is not a number, or not finite in float32.
     """
     value = _to_python(value)
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)

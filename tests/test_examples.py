@@ -243,5 +243,5 @@ def test_a_long_text_is_not_tokenized_whole(make, encoded, long):
 
 def test_a_conversation_that_reads_differently_once_it_goes_on_is_refused(processor):
     plain = dataclasses.replace(processor, sft_format="plain")
-    with pytest.raises(BadRecord, match="reads differently once it goes on"):
+    with pytest.raises(BadRecord, match="tokenize differently once the next turn"):
         conversation_tokens(plain, TURNS[1:] * 2, 0, 200)

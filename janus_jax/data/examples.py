@@ -187,7 +187,7 @@ def conversation_tokens(
         if len(tokens) > max_length:
             raise _too_long(f"more than {max_length}", max_length)
     if len(turns) > 1 and tokens[:prompt_length] != processor.tokens(prompt, num_images):
-        raise BadRecord("malformed", "what was said before reads differently once it goes on")
+        raise BadRecord("malformed", "earlier turns tokenize differently once the next turn comes")
     return tokens, loss_mask
 
 

@@ -143,5 +143,5 @@ def _fields(line: bytes, where: str) -> tuple[str, str, str]:
         fields = (None,)
     if not all(isinstance(field, str) for field in fields):
         rule = "must be a JSON object with the texts source, record and reason"
-        raise ValueError(f"{where}: {rule}; remove this line, or delete the file to start it anew")
+        raise ValueError(f"{where}: {rule}; remove this line, or delete the file to begin anew")
     return fields

@@ -210,7 +210,7 @@ class Output:
         return early and set(self.folder.glob("*")) <= {reports}
 
     def report(self, shard: int) -> dict[str, Any] | None:
-        """What write was told of the shard, once it is whole.
+        """The arguments that `write` got for a finished shard.
 
         Raises ValueError for a report that write did not write.
         """
