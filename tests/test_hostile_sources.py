@@ -7,7 +7,10 @@ import tarfile
 import tracemalloc
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
+from limits import bounded
 from source_files import SAID, assert_bad, assert_same, picture, write_lines, write_tar
 
 from janus_jax.data import reading, sources
@@ -233,6 +236,26 @@ def test_a_parquet_file_whose_footer_is_damaged(tmp_path):
     with pytest.raises(ValueError, match=f"{path} must be a Parquet file: .+") as error:
         open_source("parquet", path)
     assert "\n" not in str(error.value)
+
+
+def test_small_parquet_files_that_unpack_to_a_lot(tmp_path):
+    """A text stored once for many rows stays one in memory; other groups are bad records."""
+    long, path = "a" * 10**6, tmp_path / "a.parquet"
+    said = [{"role": "user", "content": long}, {"role": "assistant", "content": "b"}]
+    for table in ({"text": [long] * 500}, {"messages": [said] * 500}):
+        pq.write_table(pa.table(table), path)
+        assert path.stat().st_size < 10**5
+        source = open_source("parquet", path)
+        with bounded(30, 2**28):
+            assert long in (source[400].text or source[400].turns[0][0])
+    indices = pa.array([[0] * 100_000] * 400, pa.list_(pa.int32()))
+    columns = {"caption": ["a"] * 400, "indices": indices}
+    for table, plain in ((columns, False), ({"text": [f"{i}{long}" for i in range(300)]}, True)):
+        pq.write_table(pa.table(table), path, compression="zstd", use_dictionary=not plain)
+        assert path.stat().st_size < 10**6
+        source = open_source("parquet", path)
+        with bounded(30, 2**28):
+            assert_bad(source[7], "malformed", f"{path}:7", "a damaged row group: it unpacks from")
 
 
 def test_class_folders_with_files_that_never_end(tmp_path, monkeypatch):

@@ -337,6 +337,11 @@ def test_columns_and_members_that_are_not_read_are_refused(tmp_path):
     first, second = ParquetSource(tmp_path / "a.parquet")
     assert_bad(first, "unread field", f"{tmp_path}/a.parquet:0", "'shown' is not read")
     assert_bad(second, "system turn", f"{tmp_path}/a.parquet:1")
+    texts = {"shown": ["a.png", None], "files": [None, [{"place": "b.png"}]]}
+    pq.write_table(pa.table({"text": ["a", "b"]} | numbers | texts), tmp_path / "a.parquet")
+    first, second = ParquetSource(tmp_path / "a.parquet")
+    assert_bad(first, "unread field", f"{tmp_path}/a.parquet:0", "'shown' is not read")
+    assert_bad(second, "unread field", f"{tmp_path}/a.parquet:1", "'files' is not read")
     fields = json.dumps({"conversations": SAID}).encode()
     members = {"1.json": fields, "1.mp4": b"video", "2.json": fields, "2.gif": picture(1, "GIF")}
     write_tar(tmp_path / "a.tar", members)

@@ -3,7 +3,7 @@
 import importlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from types import ModuleType
 from typing import Any
@@ -12,6 +12,9 @@ from janus_jax.checks import shorten, shorten_text
 from janus_jax.data.reading import Paths, Source, find_files, opened, picture_bytes
 from janus_jax.data.records import FIELDS, BadRecord, Record, parse_record
 from janus_jax.data.unread import is_kept
+
+MAX_SMALL_GROUP = 2**28  # bytes a row group may unpack to, however few it has in the file
+MAX_RATIO = 100  # of a larger one; texts compress about 10 times, images hardly
 
 
 def import_pyarrow(name: str) -> ModuleType:
@@ -26,9 +29,10 @@ def import_pyarrow(name: str) -> ModuleType:
 class ParquetSource(Source):
     """Rows of a Parquet file, of several, or of the *.parquet of a folder.
 
-    The columns are named as the fields. Of those of other names only the ones are read that a
-    record may not have, by their names or as they hold bytes (see unread.py). A picture is a struct
-    {bytes, path} whose bytes are there, or the bytes.
+    A column is named as its field. Columns of other names are read if their name is one that a
+    record may not have, or if they hold text or bytes, which may be an image or its path; then
+    unread.py decides. Numbers of other names are not read. A picture is a struct {bytes, path}
+    whose bytes are there, or the bytes.
 
     What a record costs: Parquet is read a row group at a time, so a record whose row group is not
     among the last ones takes the reading and decompressing of all the group, often a hundred
@@ -79,22 +83,51 @@ class ParquetSource(Source):
     def _read_group(self, part: int):
         parquet = import_pyarrow("pyarrow.parquet")
         number, group, _ = self._groups[part]
-        with parquet.ParquetFile(self._files[number], metadata=self._metadata[number]) as file:
-            return file.read_row_group(group, columns=self._columns[number])
+        file, metadata, names = self._files[number], self._metadata[number], self._columns[number]
+        leaves = _leaves(metadata.row_group(group), names)
+        _check_unpacked_size(leaves)
+        # A value that is stored once for many rows stays one in memory.
+        dictionaries = [leaf.path_in_schema for leaf in leaves if _has_dictionary(leaf)]
+        with parquet.ParquetFile(file, metadata=metadata, read_dictionary=dictionaries) as table:
+            return table.read_row_group(group, columns=names)
 
 
 def _is_read(field) -> bool:
     """Whether a column is a field of records, or may be one that they may not have."""
+    return field.name in FIELDS or is_kept(field.name) or _may_hold_media(field.type)
+
+
+def _may_hold_media(kind) -> bool:
+    """Whether values of a type of Arrow are or contain text or bytes."""
     types = import_pyarrow("pyarrow.types")
-    kind = field.type
-    while types.is_list(kind) or types.is_large_list(kind):
-        kind = kind.value_type
-    parts = list(kind) if types.is_struct(kind) else []
-    holds_bytes = any(
-        types.is_binary(part) or types.is_large_binary(part)
-        for part in (kind, *(part.type for part in parts))
-    )
-    return field.name in FIELDS or is_kept(field.name) or holds_bytes
+    if types.is_dictionary(kind):
+        return _may_hold_media(kind.value_type)
+    if types.is_nested(kind):
+        return any(_may_hold_media(kind.field(i).type) for i in range(kind.num_fields))
+    return not (types.is_primitive(kind) or types.is_null(kind) or types.is_decimal(kind))
+
+
+def _leaves(group, names: Sequence[str]) -> list:
+    """The metadata of the stored columns of a row group: of a struct, one for each part."""
+    leaves = map(group.column, range(group.num_columns))
+    starts = tuple(f"{name}." for name in names)
+    return [leaf for leaf in leaves if f"{leaf.path_in_schema}.".startswith(starts)]
+
+
+def _check_unpacked_size(leaves: Sequence) -> None:
+    """Raises ValueError for a row group that a small file would fill the memory with."""
+    stored = sum(leaf.total_compressed_size for leaf in leaves)
+    unpacked = sum(max(leaf.total_uncompressed_size, 8 * leaf.num_values) for leaf in leaves)
+    if unpacked > MAX_SMALL_GROUP and unpacked > MAX_RATIO * stored:
+        least = f"more than {MAX_SMALL_GROUP} and more than {MAX_RATIO} times as many"
+        raise ValueError(f"it unpacks from {stored} to {unpacked} bytes, {least}")
+
+
+def _has_dictionary(leaf) -> bool:
+    """Whether values are stored once for many rows, and Arrow can read them so."""
+    is_encoded = {"RLE_DICTIONARY", "PLAIN_DICTIONARY"} & set(leaf.encodings)
+    fits = leaf.total_uncompressed_size < 2**31  # Arrow's limit for a dictionary
+    return bool(is_encoded) and fits and leaf.physical_type == "BYTE_ARRAY"
 
 
 def _picture(value: Any) -> bytes:
