@@ -9,6 +9,7 @@ import pytest
 from safetensors.numpy import load_file
 from stage_configs import small_config
 
+from janus_jax import load
 from janus_jax.training.run import train_stage
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -51,7 +52,9 @@ def ask(pipeline):
     return image, pipeline.answer("What is it?", [image.pixels[0]], **sampling)
 
 
-def test_images_and_answers_are_the_same(small):
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_images_and_answers_are_the_same(golden, dtype):
+    small = load(golden / "janus_small", dtype=dtype)
     image, answer = ask(small)
     with other_settings():
         image_here, answer_here = ask(small)

@@ -11,7 +11,7 @@ from stage_configs import small_config
 from janus_jax.data.loading import open_rows
 from janus_jax.training.memory import row_shapes
 from janus_jax.training.setup import Setup, put_rows
-from janus_jax.training.state import make_optimizer
+from janus_jax.training.state import default_promotion, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -41,7 +41,8 @@ def gradients(cfg, batch):
     """Gradients by path and losses of a config on one batch, on the host."""
     setup = Setup.from_config(cfg)
     trained, frozen = setup.load_trained(), setup.load_frozen()
-    found = jax.jit(setup.objective().gradients)(trained, frozen, put_rows(batch, setup.mesh))
+    with default_promotion():  # as make_step has it
+        found = jax.jit(setup.objective().gradients)(trained, frozen, put_rows(batch, setup.mesh))
     return jax.device_get(found)
 
 
@@ -76,6 +77,7 @@ def test_a_step_is_one_of_the_optimizer_and_takes_the_state_over(config, batch, 
     optimizer = make_optimizer(cfg)
 
     @jax.jit
+    @default_promotion()
     def update(params, opt_state):
         updates, opt_state = optimizer.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
@@ -177,7 +179,9 @@ def test_what_is_frozen_has_no_gradient_no_optimizer_state_and_no_float32_copy(c
 
     def products(setup):
         step = jax.jit(setup.objective().gradients)
-        return step.lower(*setup.shapes, row_shapes(setup)).as_text().count("stablehlo.dot_general")
+        with default_promotion():
+            lowered = step.lower(*setup.shapes, row_shapes(setup))
+        return lowered.as_text().count("stablehlo.dot_general")
 
     kernels = sum(path.endswith("_proj.kernel") for path in frozen)
     assert products(Setup.from_config(config(dtype="bfloat16"))) - products(setup) >= kernels > 10

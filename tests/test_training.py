@@ -18,7 +18,12 @@ from janus_jax.models.llama import LlamaConfig
 from janus_jax.models.siglip import SiglipConfig
 from janus_jax.models.vq import VQConfig, l2_normalise
 from janus_jax.training.loop import drawn_batches, run_steps
-from janus_jax.training.state import init_state, make_optimizer, split_model
+from janus_jax.training.state import (
+    default_promotion,
+    init_state,
+    make_optimizer,
+    split_model,
+)
 from janus_jax.training.vq import USAGE_DECAY, make_vq_step
 from janus_jax.training.vq import move_spare_codes as move
 
@@ -207,7 +212,8 @@ def test_the_optimizer_is_torchs_adamw_with_clipping_and_schedule():
     theirs = {name: torch.nn.Parameter(torch.tensor(value)) for name, value in params.items()}
     adamw = torch.optim.AdamW(theirs.values(), lr=1.0, betas=(0.9, 0.95), weight_decay=0.1)
     optimizer = make_optimizer(cfg)
-    state, update = optimizer.init(params), jax.jit(optimizer.update)
+    state = optimizer.init(params)
+    update = jax.jit(default_promotion()(optimizer.update))
     for step in range(8):
         scale = 10.0 ** rng.uniform(-1, 1)
         grads = {k: (scale * rng.normal(size=v.shape)).astype("f") for k, v in params.items()}

@@ -14,7 +14,8 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
     q: float[B, T, N, H]; k, v: float[B, S, K, H] with N a multiple of K; mask: bool[B, T, S].
     Returns float[B, T, N, H] in q's dtype.
     """
-    with jax.named_scope("attention"):
+    # JAX itself mixes bfloat16 and float32 here, which strict promotion would refuse.
+    with jax.named_scope("attention"), jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(
             q, k, v, mask=None if mask is None else mask[:, None], implementation="xla"
         )

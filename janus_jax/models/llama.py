@@ -15,6 +15,7 @@ from jax.typing import DTypeLike
 from janus_jax.models.attention import attention
 from janus_jax.models.kv_cache import KVCache
 from janus_jax.models.linear import dot_of_rows, linear, looked_up
+from janus_jax.models.norms import RMSNorm
 from janus_jax.models.remat import block_call
 
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines
@@ -68,8 +69,8 @@ def _linear(cfg: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.
     return linear(inputs, outputs, use_bias=False, **types, rngs=rngs)
 
 
-def _norm(cfg: LlamaConfig, rngs: nnx.Rngs) -> nnx.RMSNorm:
-    return nnx.RMSNorm(
+def _norm(cfg: LlamaConfig, rngs: nnx.Rngs) -> RMSNorm:
+    return RMSNorm(
         cfg.hidden_size,
         epsilon=cfg.rms_norm_eps,
         dtype=cfg.dtype,

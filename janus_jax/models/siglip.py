@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
 from janus_jax.models.linear import gelu, in_float32, linear, with_bias
+from janus_jax.models.norms import LayerNorm
 from janus_jax.models.remat import block_call
 
 LAYER_NORM_EPS = 1e-6
@@ -52,8 +53,8 @@ def _linear(cfg: SiglipConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx
     return linear(inputs, outputs, dtype=cfg.dtype, param_dtype=cfg.param_dtype, rngs=rngs)
 
 
-def _norm(cfg: SiglipConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
-    return nnx.LayerNorm(
+def _norm(cfg: SiglipConfig, rngs: nnx.Rngs) -> LayerNorm:
+    return LayerNorm(
         cfg.width,
         epsilon=LAYER_NORM_EPS,
         dtype=cfg.dtype,

@@ -92,7 +92,7 @@ def default_promotion() -> Iterator[None]:
     """JAX's default rules for dtypes, for steps whose libraries rely on them.
 
     Under JAX_ENABLE_X64 Optax computes learning rates and bias corrections in float64; strict
-    promotion of dtypes refuses both, and Flax's norms and JAX's attention in bfloat16.
+    promotion of dtypes refuses both, and the gradients of JAX's attention in bfloat16.
     """
     with (
         jax.enable_x64(False),
