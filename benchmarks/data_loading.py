@@ -30,13 +30,13 @@ from janus_jax.processing.processor import Processor
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "data_loading.json"
 FORMATS = dict(jsonl="data.jsonl", tar="data.tar", arrayrecord="data.array_record")
-PICTURES = 200  # different ones; to make more would take longer than to read them
+IMAGES = 200  # different ones; to make more would take longer than to read them
 KINDS = dict(understanding=0.4, text=0.2, generation=0.4)
 WORDS = "a red fox in the snow looks at two old boats while clouds move over the quiet lake".split()
 PACKAGES = ("grain", "numpy", "pillow", "tokenizers")
 
 
-def make_pictures(rng: np.random.Generator, number: int) -> list[bytes]:
+def make_images(rng: np.random.Generator, number: int) -> list[bytes]:
     """JPEG files of 320 to 640 pixels a side: smooth colours with some grain, as photographs."""
     files = []
     for _ in range(number):
@@ -53,21 +53,21 @@ def make_pictures(rng: np.random.Generator, number: int) -> list[bytes]:
 def make_records(number: int) -> Iterator[Record]:
     """Records of KINDS, the same at every call."""
     rng = np.random.default_rng(0)
-    pictures = make_pictures(rng, PICTURES)
+    images = make_images(rng, IMAGES)
 
     def words(least: int, most: int) -> str:
         return " ".join(rng.choice(WORDS, int(rng.integers(least, most))))
 
     for _ in range(number):
         kind = rng.choice(list(KINDS), p=list(KINDS.values()))
-        picture = pictures[rng.integers(PICTURES)]
+        image = images[rng.integers(IMAGES)]
         if kind == "understanding":
             turns = tuple((words(5, 30), words(1, 120)) for _ in range(rng.integers(1, 4)))
-            yield Record(str(kind), turns, pictures=(picture,))
+            yield Record(str(kind), turns, images=(image,))
         elif kind == "text":
             yield Record(str(kind), text=words(20, 1500))
         else:
-            yield Record(str(kind), text=words(5, 90), pictures=(picture,))
+            yield Record(str(kind), text=words(5, 90), images=(image,))
 
 
 def measure(folder: Path, format: str, records: int, rows: int) -> dict[str, float | str]:
@@ -79,10 +79,10 @@ def measure(folder: Path, format: str, records: int, rows: int) -> dict[str, flo
     synthetic.write_small_files(small, synthetic.listing()["config"])
     cfg = RowsConfig(
         mixture=dict(all=dict(format=format, path=str(data))),
-        length=4096,
-        max_pictures=7,
-        max_drawn=7,
-        rows=1,
+        seq_len=4096,
+        max_input_images=7,
+        max_generated_images=7,
+        batch_size=1,
         streams=1,
         tokenized=False,
         max_bad=0.0,
@@ -93,19 +93,19 @@ def measure(folder: Path, format: str, records: int, rows: int) -> dict[str, flo
     batches = iter(opened)
     for _ in range(packing.OPEN_ROWS):  # the first rows wait until all open ones are filled
         next(batches)
-    start, filled, pictures, drawn = time.monotonic(), [], 0, 0
+    start, filled, images, drawn = time.monotonic(), [], 0, 0
     for _ in range(rows):
         batch = next(batches)
         filled.append(packing.efficiency(batch["segment_ids"]))
-        pictures += int(batch["image_mask"].sum()) // 576
+        images += int(batch["image_mask"].sum()) // 576
         drawn += int(batch["gen_mask"].sum()) // 576
     seconds = time.monotonic() - start
     return dict(
         format=format,
         records=records,
         rows=rows,
-        pictures_per_s=round((pictures + drawn) / seconds, 1),
-        tokens_per_s=round(sum(filled) * cfg.length / seconds),
+        images_per_s=round((images + drawn) / seconds, 1),
+        tokens_per_s=round(sum(filled) * cfg.seq_len / seconds),
         packing_efficiency=round(float(np.mean(filled)), 4),
     )
 

@@ -139,8 +139,8 @@ def compare(device: str) -> dict:
         jax=jax.__version__,
         layers=cfg.num_hidden_layers,
         width=cfg.hidden_size,
-        rows=ROWS,
-        length=LENGTH,
+        batch_size=ROWS,
+        seq_len=LENGTH,
         dtype=jnp.dtype(cfg.dtype).name,
         ways=ways,
     )

@@ -1,9 +1,9 @@
-"""Scores a model on drawn scenes: pictures of prompts, and questions about pictures.
+"""Scores a model on drawn scenes: images of prompts, and questions about images.
 
     python -m benchmarks.score_scenes --output benchmarks/results/janus_tiny.json
 
-Pictures are judged by janus_jax/data/checker.py, which reads pixels and shares no code with the
-drawing; four pictures a prompt, as in GenEval. Guidance and temperature are chosen on prompts that
+Images are judged by janus_jax/data/checker.py, which reads pixels and shares no code with the
+drawing; four images a prompt, as in GenEval. Guidance and temperature are chosen on prompts that
 do not count. Answers must equal the expected ones to the letter: those of the drawn scene, in which
 the checker must have read the same from the pixels. Questions are about scenes that neither the
 understanding encoder nor the decoder saw in training (the image tokenizer takes no part in
@@ -42,7 +42,7 @@ SCORED_PROMPTS = 60  # a kind at most
 QUESTIONS = 1200
 ANSWER_BATCH = 48
 READ_WITHIN = 1.0  # pixels
-SEED = 2026  # of prompts, questions and pictures; training has its own
+SEED = 2026  # of prompts, questions and images; training has its own
 
 
 def split_prompts(split: str, kind: str) -> tuple[list[scenes.Prompt], list[scenes.Prompt]]:
@@ -54,17 +54,17 @@ def split_prompts(split: str, kind: str) -> tuple[list[scenes.Prompt], list[scen
     return tuning, [prompts[i] for i in order[cut : cut + SCORED_PROMPTS]]
 
 
-def score_pictures(
+def score_images(
     pipeline: Pipeline, prompts: list[scenes.Prompt], seed: int, **drawing: float
 ) -> float:
-    """Part of the pictures of the prompts that show what is asked for, and nothing else.
+    """Part of the images of the prompts that show what is asked for, and nothing else.
 
     drawing: guidance_weight and temperature, if not the checkpoint's own.
     """
     texts = [p.text for p in prompts]
     drawn = pipeline.generate_images(texts, NUM_IMAGES, seed, **drawing, max_batch=64)
     wanted = [p.requirement for p in prompts for _ in range(NUM_IMAGES)]
-    found = [checker.detect(picture) for picture in drawn.pixels]
+    found = [checker.detect(image) for image in drawn.pixels]
     return float(np.mean([checker.satisfies(*pair) for pair in zip(wanted, found, strict=True)]))
 
 
@@ -72,7 +72,7 @@ def try_drawing(pipeline: Pipeline) -> dict[DrawingDefaults, float]:
     """Score of each way to draw on the tuning prompts of training compositions."""
     prompts = [p for kind in scenes.KINDS for p in split_prompts("train", kind)[0]]
     ways = itertools.starmap(DrawingDefaults, itertools.product(GUIDANCE, TEMPERATURES))
-    return {way: score_pictures(pipeline, prompts, SEED + 1, **way._asdict()) for way in ways}
+    return {way: score_images(pipeline, prompts, SEED + 1, **way._asdict()) for way in ways}
 
 
 def score_split(pipeline: Pipeline, split: str, drawing: DrawingDefaults) -> dict:
@@ -80,7 +80,7 @@ def score_split(pipeline: Pipeline, split: str, drawing: DrawingDefaults) -> dic
     by_kind = {}
     for kind in scenes.KINDS:
         if prompts := split_prompts(split, kind)[1]:
-            score = score_pictures(pipeline, prompts, SEED, **drawing._asdict())
+            score = score_images(pipeline, prompts, SEED, **drawing._asdict())
             by_kind[kind] = dict(prompts=len(prompts), score=round(score, 4))
     mean = np.mean([entry["score"] for entry in by_kind.values()])
     shared = [by_kind[kind]["score"] for kind in by_kind if scenes.prompts("held_out", kind)]
@@ -94,18 +94,18 @@ def score_split(pipeline: Pipeline, split: str, drawing: DrawingDefaults) -> dic
 def score_answers(pipeline: Pipeline, split: str, seen: set[bytes]) -> dict:
     """Exact matches on questions about scenes that are not among the seen ones."""
     rng = np.random.default_rng((SEED, scenes.SPLITS.index(split)))
-    pictures, questions, answers, skipped = [], [], [], 0
-    while len(pictures) < QUESTIONS:
+    images, questions, answers, skipped = [], [], [], 0
+    while len(images) < QUESTIONS:
         scene = scenes.sample_any(rng, split)
         question, answer = sample_question(rng, scene)
         if digest(scene) in seen:
             skipped += 1
             continue
-        pictures.append(scenes.draw(scene))
-        check_reading(scene, pictures[-1])
+        images.append(scenes.draw(scene))
+        check_reading(scene, images[-1])
         questions.append(question)
         answers.append(answer)
-    given = ask_all(pipeline, questions, pictures)
+    given = ask_all(pipeline, questions, images)
     right = [a == b for a, b in zip(given, answers, strict=True)]
     by_question = collections.defaultdict(list)
     for question, good in zip(questions, right, strict=True):
@@ -113,7 +113,7 @@ def score_answers(pipeline: Pipeline, split: str, seen: set[bytes]) -> dict:
     return dict(
         exact_match=round(float(np.mean(right)), 4),
         questions=len(right),
-        left_out_as_seen=skipped,
+        skipped_as_seen=skipped,
         by_question={
             start: dict(questions=len(good), score=round(float(np.mean(good)), 4))
             for start, good in sorted(by_question.items())
@@ -121,12 +121,12 @@ def score_answers(pipeline: Pipeline, split: str, seen: set[bytes]) -> dict:
     )
 
 
-def check_reading(scene: scenes.Scene, picture: np.ndarray) -> None:
+def check_reading(scene: scenes.Scene, image: np.ndarray) -> None:
     """Raises ValueError unless the checker reads in the pixels what answers are taken from.
 
     That is the background, and the objects by shape, color and place, to READ_WITHIN pixels.
     """
-    read = checker.detect(picture)
+    read = checker.detect(image)
     near = [
         any(
             (one.shape, one.color) == (item.shape, item.color)
@@ -135,23 +135,23 @@ def check_reading(scene: scenes.Scene, picture: np.ndarray) -> None:
         )
         for item in scene.objects
     ]
-    ground = checker.background(picture)
+    ground = checker.background(image)
     if not all(near) or len(read) != len(scene.objects) or ground != scene.background:
         raise ValueError(f"the checker must read {scene}, got {read} on {ground}")
 
 
-def ask_all(pipeline: Pipeline, questions: list[str], pictures: list[np.ndarray]) -> list[str]:
+def ask_all(pipeline: Pipeline, questions: list[str], images: list[np.ndarray]) -> list[str]:
     """Greedy answers, without the space before them."""
     given = []
     for start in range(0, len(questions), ANSWER_BATCH):
         part = slice(start, start + ANSWER_BATCH)
-        images = [[picture] for picture in pictures[part]]
-        given += pipeline.answer(questions[part], images, max_new_tokens=32)
+        one_each = [[image] for image in images[part]]
+        given += pipeline.answer(questions[part], one_each, max_new_tokens=32)
     return [answer.strip() for answer in given]
 
 
 def training_scenes() -> set[bytes]:
-    """Digests of every scene whose picture the encoder or the decoder may have seen in training,
+    """Digests of every scene whose image the encoder or the decoder may have seen in training,
     made anew. The stages read the same scenes, and not all of them."""
     cfg = janus_tiny_encoder.get_config()
     shown = [
@@ -161,13 +161,13 @@ def training_scenes() -> set[bytes]:
     ]
     sources = open_parts(janus_tiny_stage3.get_config().mixture.to_dict(), open_source)
     for part in sources.leaves():
-        if part.name != "text":  # which shows no pictures
+        if part.name != "text":  # which shows no images
             shown += map(part.source.scene, range(len(part.source)))
     return set(map(digest, shown))
 
 
 def digest(scene: scenes.Scene) -> bytes:
-    """Short name of a scene's picture: that of the scene, in whatever order it was drawn."""
+    """Short name of a scene's image: that of the scene, in whatever order it was drawn."""
     name = f"{scene.background} {sorted(map(repr, scene.objects))}"
     return hashlib.blake2b(name.encode(), digest_size=12).digest()
 

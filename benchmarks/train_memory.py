@@ -28,6 +28,8 @@ from janus_jax.sharding import make_mesh
 from janus_jax.training.memory import held, step_bytes
 from janus_jax.training.setup import Setup
 
+SETTINGS = ("batch_size", "accumulate", "seq_len", "remat", "lora_rank")
+
 
 def measure(config: str, device: str, changed: dict) -> dict:
     """Gigabytes on one chip: held, taken by a step, and both; and the seconds of compiling."""
@@ -42,7 +44,7 @@ def measure(config: str, device: str, changed: dict) -> dict:
         model=Path(cfg.init).name,
         device=device,
         jax=jax.__version__,
-        **{name: cfg[name] for name in ("rows", "accumulate", "length", "remat", "lora_rank")},
+        **{name: cfg[name] for name in SETTINGS},
         held_gb={name: round(size / 1e9, 3) for name, size in sizes.items()},
         step_gb=round(step / 1e9, 3),
         total_gb=round((sum(sizes.values()) + step) / 1e9, 3),

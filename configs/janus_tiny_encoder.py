@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
             b1=0.9,
             b2=0.95,
             weight_decay=0.0,
-            clip=1.0,
+            max_grad_norm=1.0,
             log_every=50,
             save_every=500,
         )

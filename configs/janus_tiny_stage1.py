@@ -3,7 +3,7 @@
     python train.py --config=configs/janus_tiny_stage1.py
 
 Goes on from runs/janus_tiny_encoder, a finished tokenizer and encoder. This stage and the next one
-read the pictures to be drawn as tokens from data/janus_tiny; docs/janus_tiny.md has the commands
+read the images to be drawn as tokens from data/janus_tiny; docs/janus_tiny.md has the commands
 that make them.
 """
 
@@ -27,10 +27,10 @@ def tiny_stage(number: int) -> ConfigDict:
     config.update(
         output=f"runs/janus_tiny_stage{number}",
         trained=stage.trained,
-        length=256,
-        max_pictures=2,
-        max_drawn=5,
-        rows=16,
+        seq_len=256,
+        max_input_images=2,
+        max_generated_images=5,
+        batch_size=16,
         streams=2,
         tokenized=False,
         threads=1,
@@ -64,7 +64,7 @@ def tiny_stage(number: int) -> ConfigDict:
 
 
 def read_tokens(config: ConfigDict) -> None:
-    """The same pictures to be drawn, turned to tokens before."""
+    """The same images to be drawn, turned to tokens before."""
     config.tokenized = True
     for kind, weight in CAPTIONS.items():
         tokens = dict(weight=weight, format="jsonl", path=f"data/janus_tiny/{kind}")
@@ -77,7 +77,7 @@ def get_config() -> ConfigDict:
     read_tokens(config)
     config.update(
         init="runs/janus_tiny_encoder",
-        fresh=config.trained,
+        reinit=config.trained,
         steps=300,
         learning_rate=1e-3,
         end_learning_rate=1e-3,

@@ -1,4 +1,4 @@
-"""Stage 3 of janus_tiny: all but the image tokenizer, with more questions than pictures.
+"""Stage 3 of janus_tiny: all but the image tokenizer, with more questions than images.
 
     python train.py --config=configs/janus_tiny_stage3.py --config.steps=20
 
@@ -21,7 +21,7 @@ def get_config(before: str = "") -> ConfigDict:
         learning_rate=3e-4,
         end_learning_rate=2e-5,
     )
-    # an answer has few tokens beside a picture's 36: counted alike, they are hardly heard
+    # an answer has few tokens beside an image's 36: counted alike, they are hardly heard
     config.loss_weights.understanding = 5.0
     if before == "stage2":
         read_tokens(config)

@@ -1,4 +1,4 @@
-"""Stage 3 of janus_tiny, second part: slower, and with as many more pictures as in stage 2.
+"""Stage 3 of janus_tiny, second part: slower, and with as many more images as in stage 2.
 
     python train.py --config=configs/janus_tiny_stage3_refine.py
 

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Two passes: an autoencoder that becomes a tokenizer on crops, then whole pictures."""
+    """Two passes: an autoencoder that becomes a tokenizer on crops, then whole images."""
     return ConfigDict(
         dict(
             task="tokenizer",
@@ -30,7 +30,7 @@ def get_config() -> ConfigDict:
             b1=0.9,
             b2=0.95,
             weight_decay=0.0,
-            clip=1.0,
+            max_grad_norm=1.0,
             log_every=100,
             save_every=500,
         )

@@ -1,4 +1,4 @@
-"""The image tokenizer of janus_tiny, once more on whole pictures: the colors come out right.
+"""The image tokenizer of janus_tiny, once more on whole images: the colors come out right.
 
     python train.py --config=configs/janus_tiny_vq_refine.py
 

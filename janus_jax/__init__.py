@@ -5,7 +5,7 @@
 >>> drawn = janus.generate_images("a red circle left of a blue square", num_images=4)
 >>> drawn.pixels.shape  # uint8
 (4, 96, 96, 3)
->>> janus.answer("What is in this picture?", images=drawn.pixels[0])
+>>> janus.answer("What is in this image?", images=drawn.pixels[0])
 """
 
 import importlib

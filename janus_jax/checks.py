@@ -96,7 +96,7 @@ def check_count(name: str, value) -> int:
     """
     value = _to_python(value)
     if not _is_int(value) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {_shown(value)}")
+        raise ValueError(f"{name} must be an integer of at least 1, got {_shown(value)}")
     if value >= 2**31:  # devices count in int32
         raise ValueError(f"{name} must be below 2**31, got {shorten(value)}")
     return int(value)
@@ -121,5 +121,5 @@ def check_seed(seed) -> int:
     """
     seed = _to_python(seed)
     if not _is_int(seed) or not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be a whole number in [0, 2**64), got {_shown(seed)}")
+        raise ValueError(f"seed must be an integer in [0, 2**64), got {_shown(seed)}")
     return int(seed)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from janus_jax import checks
 from janus_jax.flags import OneLineParser, device_memory, one_line, one_line_errors, place
-from janus_jax.paths import MAX_TEXT_BYTES, check_local, written_whole
+from janus_jax.paths import MAX_TEXT_BYTES, atomic_write, check_local
 from janus_jax.progress import Progress
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ _FLAGS = {
             type=float,
             metavar="X",
             help="0 takes the likeliest token "
-            "(default: for pictures the checkpoint's own, or 1; for text 0)",
+            "(default: for images the checkpoint's own, or 1; for text 0)",
         ),
         "--top_k": dict(
             type=int,
@@ -68,8 +68,8 @@ _FLAGS = {
             help="sample among the fewest tokens that reach probability X, likewise",
         ),
     },
-    "pictures to draw": {
-        "--num_images": dict(type=int, metavar="N", help="pictures of each prompt (default: 4)"),
+    "images to draw": {
+        "--num_images": dict(type=int, metavar="N", help="images of each prompt (default: 4)"),
         "--guidance_weight": dict(
             type=float,
             metavar="X",
@@ -84,14 +84,14 @@ _FLAGS = {
         "--max_batch": dict(
             type=int,
             metavar="N",
-            help="pictures drawn at once "
+            help="images drawn at once "
             "(default: as many as have their keys and values in 4 GiB a device)",
         ),
         "--save_indices": dict(type=place, metavar="FILE.npz", help="keep the image tokens too"),
     },
     "questions": {
         "--image": dict(
-            action="append", metavar="FILE", help="a picture to ask about; may be repeated"
+            action="append", metavar="FILE", help="an image to ask about; may be repeated"
         ),
         "--allow_urls": dict(
             action="store_true",
@@ -119,7 +119,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(
         "sample.py",
         prog="sample.py",
-        description="Draw pictures of a prompt, or ask about pictures, with a Janus model.",
+        description="Draw images of a prompt, or ask about images, with a Janus model.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -287,7 +287,7 @@ def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") ->
             print(path)
     if flags.save_indices:
         told = dict(prompt=np.repeat(prompts, flags.num_images), seed=flags.seed, **made)
-        with written_whole(flags.save_indices) as file:
+        with atomic_write(flags.save_indices) as file:
             np.savez(file, indices=np.concatenate(indices), **told)
         print(flags.save_indices)
 
@@ -310,7 +310,7 @@ def chat(flags: argparse.Namespace, pipeline: "Pipeline") -> None:
     """Reads turns from standard input until it ends."""
     from janus_jax.processing.image_sources import open_image
 
-    commands = "'/image FILE' shows a picture, '/new' forgets all that was said, '/quit' ends."
+    commands = "'/image FILE' shows an image, '/new' forgets all that was said, '/quit' ends."
     print(f"Ask away. {commands}", file=sys.stderr)
     messages, shown = [], flags.image
     while (line := _next_line()) is not None:

@@ -49,7 +49,7 @@ def set_up_program() -> None:
     """What a command asks of its process before it begins.
 
     SIGTERM, which schedulers and containers send, ends the program as an error does and not where
-    it stands: nothing half written stays behind. Pillow does not warn of pictures that are large
+    it stands: nothing half written stays behind. Pillow does not warn of images that are large
     and read all the same.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

@@ -1,4 +1,4 @@
-"""Pictures as PNG files that say how they were made, and a contact sheet of all of them."""
+"""Images as PNG files that say how they were made, and a contact sheet of all of them."""
 
 import dataclasses
 import hashlib
@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from janus_jax.paths import written_whole
+from janus_jax.paths import atomic_write
 
 _SHEET_SIDE = 4096  # the most pixels a contact sheet is wide
 _GAP = 4
@@ -35,7 +35,7 @@ def save_png(path: Path, pixels: np.ndarray, fields: Mapping[str, str]) -> Path:
     info = PngInfo()
     for name, value in fields.items():
         info.add_itxt(name, value)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         Image.fromarray(pixels).save(file, format="PNG", pnginfo=info)
     return path
 
@@ -45,30 +45,30 @@ def _cell_side(size: int, columns: int) -> int:
 
 
 def contact_sheet(pixels: np.ndarray, columns: int) -> np.ndarray:
-    """All pictures on one white sheet, row by row: uint8[N, S, S, 3] -> uint8[Y, X, 3].
+    """All images on one white sheet, row by row: uint8[N, S, S, 3] -> uint8[Y, X, 3].
 
-    Pictures are shrunk where the sheet would be more than 4096 pixels wide.
+    Images are shrunk where the sheet would be more than 4096 pixels wide.
     """
     number, size = pixels.shape[:2]
     cell = _cell_side(size, columns)
     rows = math.ceil(number / columns)
     height, width = (n * (cell + _GAP) + _GAP for n in (rows, columns))
     sheet = Image.new("RGB", (width, height), "white")
-    for i, picture in enumerate(pixels):
+    for i, image in enumerate(pixels):
         row, column = divmod(i, columns)
         place = (_GAP + column * (cell + _GAP), _GAP + row * (cell + _GAP))
-        image = Image.fromarray(picture)
-        sheet.paste(image if cell == size else image.resize((cell, cell)), place)
+        tile = Image.fromarray(image)
+        sheet.paste(tile if cell == size else tile.resize((cell, cell)), place)
     return np.asarray(sheet)
 
 
 @dataclasses.dataclass
 class Gallery:
-    """The pictures of some prompts as PNG files, each written as it comes, and contact sheets.
+    """The images of some prompts as PNG files, each written as it comes, and contact sheets.
 
     Files of the same names, which were made alike, are replaced.
 
-    num_images: pictures of each prompt. fields: text fields of (prompt, number of the picture
+    num_images: images of each prompt. fields: text fields of (prompt, number of the image
     within its prompt). paths: the files that are written.
     """
 
@@ -81,23 +81,23 @@ class Gallery:
     _shown: list[np.ndarray] = dataclasses.field(default_factory=list)
 
     def add(self, pixels: np.ndarray) -> None:
-        """Writes the next pictures, uint8[N, S, S, 3], prompt after prompt."""
+        """Writes the next images, uint8[N, S, S, 3], prompt after prompt."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for picture in pixels:
-            self._add_one(picture)
+        for image in pixels:
+            self._add_one(image)
 
-    def _add_one(self, picture: np.ndarray) -> None:
+    def _add_one(self, image: np.ndarray) -> None:
         i, j = divmod(len(self._shown), self.num_images)
-        self._shown.append(picture)
+        self._shown.append(image)
         prompt, number = self.prompts[i], f"{i:03d}-" if len(self.prompts) > 1 else ""
         stem = file_stem(prompt, self.seed, [self.fields(prompt, 0)])
         path = self.folder / f"{number}{stem}-{j:02d}.png"
-        self.paths.append(save_png(path, picture, self.fields(prompt, j)))
+        self.paths.append(save_png(path, image, self.fields(prompt, j)))
 
     def save_sheets(self) -> None:
         """A sheet with a row for each of several prompts, or several sheets rather than a tall one.
 
-        Image viewers refuse pictures of some 180 megapixels, which 553 prompts would make.
+        Image viewers refuse images of some 180 megapixels, which 553 prompts would make.
         """
         prompts, each = self.prompts, self.num_images
         columns = each if len(prompts) > 1 else math.ceil(math.sqrt(each))
@@ -111,6 +111,6 @@ class Gallery:
             first = start // each
             told = "\n".join(prompts[first : first + math.ceil(len(shown) / each)])
             shared = {**self.fields(prompts[first], 0), "prompt": told}
-            shared.pop("image", None)  # the number of one picture
+            shared.pop("image", None)  # the number of one image
             path = self.folder / f"{name}-sheet{number}.png"
             self.paths.append(save_png(path, contact_sheet(shown, columns), shared))

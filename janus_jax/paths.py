@@ -87,7 +87,7 @@ def value_errors_of(path: str | Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under `path` when it is complete, and leaves nothing otherwise.
 
     Raises OSError with the name of the file if, for example, the disk is full.
@@ -107,7 +107,7 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
 def write_file(path: Path, data: bytes) -> None:
     """Writes a file whole, and makes the folders above it."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(data)
 
 

@@ -94,7 +94,7 @@ def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a flag such as "data=1,fsdp=1,tensor=4"; an axis left out is 1.
 
     Raises:
-        ValueError: an unknown or repeated axis, a size that is no whole number; see make_mesh.
+        ValueError: an unknown or repeated axis, a size that is no integer; see make_mesh.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):

@@ -19,7 +19,7 @@ from janus_jax.training.metrics import Log
 
 def get_config(output: str) -> ConfigDict:
     """Eight rows of two streams."""
-    config = small_config(Path(output), rows=8, streams=2)
+    config = small_config(Path(output), batch_size=8, streams=2)
     config.eval_mixture = config.mixture
     return config
 

@@ -18,25 +18,25 @@ FILES = {
 SAID = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
 
 
-def picture(number: int, kind: str = "PNG") -> bytes:
+def image(number: int, kind: str = "PNG") -> bytes:
     file = io.BytesIO()
     Image.new("RGB", (4 + number, 5), (number, 100, 200)).save(file, kind)
     return file.getvalue()
 
 
 def some_records() -> list[Record]:
-    """All kinds, with none, one and two pictures."""
+    """All kinds, with none, one and two images."""
     return [
-        Record("generation", text="a red fox", pictures=(picture(1),)),
+        Record("generation", text="a red fox", images=(image(1),)),
         Record("text", text="two lines,\nwith \u201cquotes\u201d and \U0001f98a"),
-        Record("understanding", (("What?", "A fox."),), pictures=(picture(2, "JPEG"),)),
+        Record("understanding", (("What?", "A fox."),), images=(image(2, "JPEG"),)),
         Record(
             "understanding",
             (("<image>\n<image>\nDiffer?", "Yes."), ("How?", "Color.")),
-            pictures=(picture(3, "WEBP"), picture(4)),
+            images=(image(3, "WEBP"), image(4)),
         ),
         Record("understanding", (("Who are you?", "Janus."),)),
-        Record("generation", text=" spaces around ", pictures=(picture(5, "JPEG"),)),
+        Record("generation", text=" spaces around ", images=(image(5, "JPEG"),)),
         Record("generation", text="a blue square", indices=np.arange(9, dtype=np.int32) * 70000),
     ]
 
@@ -44,15 +44,15 @@ def some_records() -> list[Record]:
 def class_records() -> list[Record]:
     """In the order in which their folders and files are read."""
     return [
-        Record("generation", text="a cat", pictures=(picture(1, "JPEG"),)),
+        Record("generation", text="a cat", images=(image(1, "JPEG"),)),
         Record("generation", text="a cat", indices=np.arange(9, dtype=np.int32)),
-        Record("generation", text="\u732b", pictures=(picture(2),)),
+        Record("generation", text="\u732b", images=(image(2),)),
     ]
 
 
 def assert_same(found: Record, expected: Record) -> None:
     assert isinstance(found, Record), found
-    for field in ("kind", "turns", "text", "pictures"):
+    for field in ("kind", "turns", "text", "images"):
         assert getattr(found, field) == getattr(expected, field), field
     np.testing.assert_array_equal(found.indices, expected.indices)
     assert expected.indices is None or found.indices.dtype == np.int32

@@ -1,4 +1,4 @@
-"""The checker against freshly drawn, blurred and deliberately wrong pictures."""
+"""The checker against freshly drawn, blurred and deliberately wrong images."""
 
 import dataclasses
 
@@ -18,16 +18,16 @@ LEFT = checker.Requirement(
 
 @pytest.fixture(scope="module")
 def drawn():
-    """600 (picture, scene, requirement) over all kinds, one in six from held-out compositions."""
+    """600 (image, scene, requirement) over all kinds, one in six from held-out compositions."""
     rng = np.random.default_rng(7)
     samples = [scenes.sample_scene(rng, None, "held_out" if i % 6 == 5 else "train")
                for i in range(600)]
     return [(scenes.draw(scene), scene, prompt.requirement) for scene, prompt in samples]
 
 
-def blurred(picture: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    soft = Image.fromarray(picture).filter(ImageFilter.GaussianBlur(1.2))
-    noisy = np.asarray(soft, np.float32) + rng.normal(0, 8, picture.shape)
+def blurred(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    soft = Image.fromarray(image).filter(ImageFilter.GaussianBlur(1.2))
+    noisy = np.asarray(soft, np.float32) + rng.normal(0, 8, image.shape)
     return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
@@ -36,21 +36,21 @@ def judge(scene: scenes.Scene, requirement: checker.Requirement) -> bool:
 
 
 def test_clean_scenes_pass(drawn):
-    passed = [checker.satisfies(need, checker.detect(picture)) for picture, _, need in drawn]
+    passed = [checker.satisfies(need, checker.detect(image)) for image, _, need in drawn]
     assert np.mean(passed) >= 0.995
 
 
 def test_blurred_noisy_scenes_pass(drawn):
     rng = np.random.default_rng(8)
-    passed = [checker.satisfies(need, checker.detect(blurred(picture, rng)))
-              for picture, _, need in drawn]
+    passed = [checker.satisfies(need, checker.detect(blurred(image, rng)))
+              for image, _, need in drawn]
     assert np.mean(passed) >= 0.97
 
 
 def test_detections_are_the_objects(drawn):
-    for picture, scene, _ in drawn[:200]:
-        assert checker.background(picture) == scene.background
-        found = {(d.shape, d.color, d.x, d.y) for d in checker.detect(picture)}
+    for image, scene, _ in drawn[:200]:
+        assert checker.background(image) == scene.background
+        found = {(d.shape, d.color, d.x, d.y) for d in checker.detect(image)}
         assert len(found) == len(scene.objects)
         for item in scene.objects:
             assert any(d[:2] == (item.shape, item.color) and abs(d[2] - item.x) < 1.5
@@ -111,17 +111,17 @@ def test_wrong_count_fails(required):
 
 
 def test_colorless_and_two_colored_blobs_have_no_name():
-    picture = np.full((96, 96, 3), 255, np.uint8)
-    picture[20:44, 20:44] = 90
-    picture[60:84, 20:32] = (222, 32, 44)
-    picture[60:84, 32:44] = (36, 84, 224)
-    assert [d.color for d in checker.detect(picture)] == [checker.UNKNOWN] * 2
+    image = np.full((96, 96, 3), 255, np.uint8)
+    image[20:44, 20:44] = 90
+    image[60:84, 20:32] = (222, 32, 44)
+    image[60:84, 32:44] = (36, 84, 224)
+    assert [d.color for d in checker.detect(image)] == [checker.UNKNOWN] * 2
 
 
 def test_u_shaped_blob_is_one_component_without_a_shape_name():
-    picture = np.full((96, 96, 3), 255, np.uint8)
-    picture[20:60, 20:26] = picture[20:60, 54:60] = picture[54:60, 20:60] = (222, 32, 44)
-    (found,) = checker.detect(picture)
+    image = np.full((96, 96, 3), 255, np.uint8)
+    image[20:60, 20:26] = image[20:60, 54:60] = image[54:60, 20:60] = (222, 32, 44)
+    (found,) = checker.detect(image)
     assert (found.shape, found.color) == (checker.UNKNOWN, "red")
 
 

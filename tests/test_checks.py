@@ -45,10 +45,10 @@ def test_a_short_value_is_shown_whole(value):
 
 
 def test_a_shortened_text_keeps_its_start_and_end():
-    path = "/data/" + "folder/" * 100 + "picture-000123.png"
+    path = "/data/" + "folder/" * 100 + "image-000123.png"
     shown = checks.shorten_text(path)
     assert len(shown) == 80
-    assert shown.startswith("/data/folder/") and shown.endswith("older/picture-000123.png")
+    assert shown.startswith("/data/folder/") and shown.endswith("older/image-000123.png")
     assert checks.shorten_text("as it is") == "as it is"
     assert checks.shorten_text("two\nlines") == "two lines"
 
@@ -76,7 +76,7 @@ def test_numbers_of_64_bits_keep_all_bits():
 def test_truth_values_and_numbers_that_are_not_finite_are_refused(value):
     with pytest.raises(ValueError, match="size must be a finite number, got"):
         checks.check_number("size", value)
-    with pytest.raises(ValueError, match="size must be a whole number of at least 1, got"):
+    with pytest.raises(ValueError, match="size must be an integer of at least 1, got"):
         checks.check_count("size", value)
 
 

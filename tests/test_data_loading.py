@@ -34,15 +34,15 @@ def mixture(tmp_path_factory):
     asked, said, drawn = [], [], []
     for _ in range(60):
         scene, prompt = scenes.sample_scene(rng, None)
-        picture = encode_png(scenes.draw(scene))
+        image = encode_png(scenes.draw(scene))
         asked.append(
-            Record("understanding", (questions.sample_question(rng, scene),), pictures=(picture,))
+            Record("understanding", (questions.sample_question(rng, scene),), images=(image,))
         )
         said.append(Record("text", text=prompt.text))
-        drawn.append(Record("generation", text=prompt.text, pictures=(picture,)))
+        drawn.append(Record("generation", text=prompt.text, images=(image,)))
     thin = png_file(np.zeros((1, 1, 3), int), 8, RGB, size=(60_000, 1))  # huge once resized
-    asked[7] = dataclasses.replace(asked[7], pictures=(asked[7].pictures[0][:50],))
-    asked[8] = dataclasses.replace(asked[8], pictures=(thin,))
+    asked[7] = dataclasses.replace(asked[7], images=(asked[7].images[0][:50],))
+    asked[8] = dataclasses.replace(asked[8], images=(thin,))
     write_records("jsonl", folder / "asked.jsonl", asked)
     write_records("tar", folder / "said.tar", said)
     write_records("arrayrecord", folder / "drawn.array_record", drawn)
@@ -60,10 +60,10 @@ def mixture(tmp_path_factory):
 def settings(mixture):
     return RowsConfig(
         mixture=mixture,
-        length=256,
-        max_pictures=4,
-        max_drawn=5,
-        rows=4,
+        seq_len=256,
+        max_input_images=4,
+        max_generated_images=5,
+        batch_size=4,
         streams=2,
         tokenized=False,
         max_bad=0.1,
@@ -73,7 +73,7 @@ def settings(mixture):
 
 
 def test_files_become_rows(settings, processor, tmp_path):
-    rows, left_out = open_rows(settings, processor, MODEL, tmp_path)
+    rows, skipped = open_rows(settings, processor, MODEL, tmp_path)
     rows = iter(rows)
     batches = [next(rows) for _ in range(30)]
     for batch in batches:
@@ -88,7 +88,7 @@ def test_files_become_rows(settings, processor, tmp_path):
     shown = sum(batch["image_mask"].sum() for batch in batches) // MODEL.num_image_tokens
     assert 1.8 < drawn / shown < 2.2
     assert packing.efficiency(np.stack([batch["segment_ids"] for batch in batches])) > 0.85
-    assert left_out.counts == {"understanding": {"unreadable picture": 2}}
+    assert skipped.counts == {"understanding": {"unreadable image": 2}}
     lines = map(json.loads, (tmp_path / "skipped-000.jsonl").read_text().splitlines())
     torn, thin = sorted(lines, key=lambda line: line["record"])
     assert torn["record"].endswith("asked.jsonl:8") and "truncated" in torn["detail"]
@@ -132,19 +132,19 @@ def test_bad_records_that_happen_to_come_first_do_not_stop_a_run(settings, proce
     mixture = text_lines(tmp_path / "said.jsonl", bad=())
     unlucky = in_order(mixture, seed=0)[:100:10]
     mixture = text_lines(tmp_path / "said.jsonl", unlucky)
-    cfg = dataclasses.replace(settings, mixture=mixture, streams=1, rows=1, max_bad=0.01)
-    rows, left_out = open_rows(cfg, processor, MODEL, tmp_path)
+    cfg = dataclasses.replace(settings, mixture=mixture, streams=1, batch_size=1, max_bad=0.01)
+    rows, skipped = open_rows(cfg, processor, MODEL, tmp_path)
     rows = iter(rows)
     seen = sum(len(next(rows)["records"][0]) for _ in range(200))
     assert seen > 3 * 1000  # each of the bad ones came by several times
-    assert left_out.counts == {"text": {"malformed": 10}}
-    resumed, left_out = open_rows(cfg, processor, MODEL, tmp_path)
-    assert next(iter(resumed))["records"] and left_out.counts == {"text": {"malformed": 10}}
+    assert skipped.counts == {"text": {"malformed": 10}}
+    resumed, skipped = open_rows(cfg, processor, MODEL, tmp_path)
+    assert next(iter(resumed))["records"] and skipped.counts == {"text": {"malformed": 10}}
 
 
 def test_more_bad_records_than_a_source_may_have_stop_a_run(settings, processor, tmp_path):
     mixture = text_lines(tmp_path / "said.jsonl", bad=range(40, 51))
-    cfg = dataclasses.replace(settings, mixture=mixture, streams=1, rows=1, max_bad=0.01)
+    cfg = dataclasses.replace(settings, mixture=mixture, streams=1, batch_size=1, max_bad=0.01)
     rows = iter(open_rows(cfg, processor, MODEL, tmp_path)[0])
     rule = r"at most 0\.01 of a source's records may be bad \(max_bad\)"
     told = rf"{rule}, got 11 of the 1000 of text \(11 malformed\), listed in .*skipped-000\.jsonl"
@@ -154,9 +154,9 @@ def test_more_bad_records_than_a_source_may_have_stop_a_run(settings, processor,
 
 
 def test_the_benchmark_measures_what_it_writes(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark, "PICTURES", 4)
+    monkeypatch.setattr(benchmark, "IMAGES", 4)
     found = benchmark.measure(tmp_path, "jsonl", records=40, rows=3)
-    assert found["pictures_per_s"] > 1 and found["tokens_per_s"] > 1000
+    assert found["images_per_s"] > 1 and found["tokens_per_s"] > 1000
     assert 0.5 < found["packing_efficiency"] <= 1
 
 
@@ -165,17 +165,17 @@ def test_what_is_longer_than_the_decoder_s_positions_is_left_out(settings, proce
     texts = [Record("text", text="red " * number) for number in (longest + 1, longest // 2)]
     write_records("jsonl", tmp_path / "long.jsonl", texts * 5)
     source = dict(format="jsonl", path=str(tmp_path / "long.jsonl"))
-    settings = dataclasses.replace(settings, mixture=source, length=2 * longest, max_bad=0.5)
+    settings = dataclasses.replace(settings, mixture=source, seq_len=2 * longest, max_bad=0.5)
     rows, skipped = open_rows(settings, processor, MODEL, tmp_path)
     next(iter(rows))
     assert skipped.counts[""]["too long"] > 0
 
 
 def test_rows_streams_and_hosts_must_divide(settings):
-    with pytest.raises(ValueError, match="got rows=4 streams=2 hosts=4"):
+    with pytest.raises(ValueError, match="got batch_size=4 streams=2 hosts=4"):
         settings.own_streams(0, 4)
-    with pytest.raises(ValueError, match="got rows=3 streams=2 hosts=1"):
-        dataclasses.replace(settings, rows=3).own_streams(0, 1)
+    with pytest.raises(ValueError, match="got batch_size=3 streams=2 hosts=1"):
+        dataclasses.replace(settings, batch_size=3).own_streams(0, 1)
     with pytest.raises(ValueError, match=r"host must be in \[0, 2\), got 2"):
         settings.own_streams(2, 2)
     assert list(settings.own_streams(1, 2)) == [1]
@@ -184,9 +184,9 @@ def test_rows_streams_and_hosts_must_divide(settings):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(streams=0), "streams must be a whole number of at least 1, got 0"),
-        (dict(length=1.5), "length must be a whole number of at least 1, got 1.5"),
-        (dict(max_drawn=-1), "max_drawn must be a whole number of at least 0, got -1"),
+        (dict(streams=0), "streams must be an integer of at least 1, got 0"),
+        (dict(seq_len=1.5), "seq_len must be an integer of at least 1, got 1.5"),
+        (dict(max_input_images=-1), "max_input_images must be an integer of at least 0, got -1"),
         (dict(max_bad=1.0), "max_bad must be at least 0 and below 1, got 1.0"),
     ],
 )
@@ -203,7 +203,7 @@ def test_a_run_does_not_go_on_with_other_data(settings, processor, tmp_path):
 
     state = opened().get_state()
     with pytest.raises(ValueError, match=r"got length 256 -> 300, streams 2 -> 4$"):
-        opened(streams=4, length=300).set_state(state)
+        opened(streams=4, seq_len=300).set_state(state)
     tree = settings.mixture | dict(text=settings.mixture["text"] | dict(weight=9))
     with pytest.raises(ValueError, match="weight of text 1 -> 9"):
         opened(mixture=tree).set_state(state)

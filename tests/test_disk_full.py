@@ -14,12 +14,12 @@ from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import Skipped
 from janus_jax.data.writers import write_records
 from janus_jax.interop.files import write_safetensors_file
-from janus_jax.paths import os_errors_of, written_whole
+from janus_jax.paths import atomic_write, os_errors_of
 from janus_jax.processing.json_files import write_json
 
 RECORDS = [
-    Record("generation", text="a", pictures=(os.urandom(5000),)),
-    Record("generation", text="b", pictures=(os.urandom(5000),)),
+    Record("generation", text="a", images=(os.urandom(5000),)),
+    Record("generation", text="b", images=(os.urandom(5000),)),
 ]
 PIXELS = np.zeros((8, 8, 3), np.uint8)
 
@@ -29,7 +29,7 @@ def files(folder) -> list[str]:
 
 
 def save_indices(path) -> None:
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         np.savez(file, indices=np.arange(10_000))
 
 

@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def files_of_a_run_before(folder: Path) -> Path:
-    """Writes what a dry run leaves, of more rows and pictures; returns a file that is none of it.
+    """Writes what a dry run leaves, of more rows and images; returns a file that is none of it.
 
     Its list names a record that was mended meanwhile.
     """
@@ -36,7 +36,7 @@ def files_of_a_run_before(folder: Path) -> Path:
 
 
 def test_a_dry_run_tells_what_the_run_would_do_and_trains_nothing(tmp_path):
-    config = small_config(tmp_path, trained=r"gen_head\.", mesh="fsdp=2", rows=4)
+    config = small_config(tmp_path, trained=r"gen_head\.", mesh="fsdp=2", batch_size=4)
     del config.mixture["text"]
     kept = files_of_a_run_before(tmp_path / "dry_run" / "host-0")
     lines = list(dry_run(config))
@@ -56,12 +56,12 @@ def test_a_dry_run_tells_what_the_run_would_do_and_trains_nothing(tmp_path):
     text = "".join((folder / "examples.txt").read_text() for folder in folders)
     assert "<begin_of_image>[[<drawn>]]" in text
     assert re.search(r"<seen>.*<\|Assistant\|>:\[\[ .*<｜end▁of▁sentence｜>\]\]", text, re.DOTALL)
-    pictures = [path for folder in folders for path in sorted(folder.glob("*.png"))]
-    assert {path.name[:5] for path in pictures} == {"seen-", "drawn"}
-    assert len(pictures) == text.count("<seen>") + text.count("<drawn>")
-    for path in pictures:
-        picture = np.asarray(Image.open(path))
-        assert picture.shape == (64, 64, 3) and len(np.unique(picture)) > 2
+    images = [path for folder in folders for path in sorted(folder.glob("*.png"))]
+    assert {path.name[:5] for path in images} == {"seen-", "drawn"}
+    assert len(images) == text.count("<seen>") + text.count("<drawn>")
+    for path in images:
+        image = np.asarray(Image.open(path))
+        assert image.shape == (64, 64, 3) and len(np.unique(image)) > 2
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,9 @@ def processor(tmp_path_factory):
 def make(processor):
     """Makes an example of a record; the seed decides whether a caption is dropped."""
 
-    def make(record, tokenized=False, seed=0, max_length=200, max_drawn=1):
-        maker = ExampleMaker(processor, SIDE, DRAWN, 1024, max_length, 2, max_drawn, tokenized)
+    def make(record, tokenized=False, seed=0, max_length=200, max_generated_images=1):
+        limits = (max_length, 2, max_generated_images)
+        maker = ExampleMaker(processor, SIDE, DRAWN, 1024, *limits, tokenized)
         return maker(record, np.random.default_rng(seed))
 
     return make
@@ -50,7 +51,7 @@ def words(processor, tokens) -> str:
 
 
 def test_answers_are_predicted_and_nothing_else(processor, make):
-    example = make(Record("understanding", TURNS, pictures=(png(0),)))
+    example = make(Record("understanding", TURNS, images=(png(0),)))
     tokens, loss_mask = example["tokens"], example["loss_mask"]
     eos = processor.tokenizer.decode([processor.tokenizer.eos_id], skip_special=False)
     assert words(processor, tokens[loss_mask]) == f" a circle{eos} red{eos}"
@@ -68,9 +69,9 @@ def test_answers_are_predicted_and_nothing_else(processor, make):
     assert example["drawn"].shape == (0, SIDE, SIDE, 3)
 
 
-def test_pictures_without_a_place_come_first(processor, make):
+def test_images_without_a_place_come_first(processor, make):
     turns = (("What is it?", "a circle"),)
-    example = make(Record("understanding", turns, pictures=(png(0), png(1))))
+    example = make(Record("understanding", turns, images=(png(0), png(1))))
     text = "<image_placeholder>\n<image_placeholder>\nWhat is it?"
     expected, _ = conversation_tokens(processor, ((text, "a circle"),), 2, 200)
     assert example["tokens"].tolist() == expected
@@ -87,9 +88,9 @@ def test_all_of_a_text_is_predicted(processor, make):
 
 
 @pytest.mark.parametrize("tokenized", [False, True])
-def test_a_drawn_picture_follows_its_caption(processor, make, tokenized):
+def test_a_drawn_image_follows_its_caption(processor, make, tokenized):
     indices = np.arange(DRAWN, dtype=np.int32)
-    record = Record("generation", text="a red circle", pictures=(png(3),), indices=indices)
+    record = Record("generation", text="a red circle", images=(png(3),), indices=indices)
     seed = next(s for s in range(9) if np.random.default_rng(s).random() > 0.1)
     example = make(record, tokenized, seed)
     prompt = processor.image_prompt("a red circle")
@@ -118,16 +119,16 @@ def test_one_caption_in_ten_is_dropped(processor, make):
 @pytest.mark.parametrize(
     ("record", "tokenized", "reason"),
     [
-        (Record("generation", text="a", pictures=(b"no picture",)), False, "unreadable picture"),
-        (Record("generation", text="a", pictures=(png(0)[:60],)), False, "unreadable picture"),
-        (Record("generation", text="a", pictures=(LONG,)), False, "unreadable picture"),
-        (Record("understanding", TURNS, pictures=(LONG,)), False, "unreadable picture"),
-        (Record("generation", text="a", indices=np.zeros(36, int)), False, "no picture"),
-        (Record("generation", text="a", pictures=(png(0),)), True, "no indices"),
+        (Record("generation", text="a", images=(b"no image",)), False, "unreadable image"),
+        (Record("generation", text="a", images=(png(0)[:60],)), False, "unreadable image"),
+        (Record("generation", text="a", images=(LONG,)), False, "unreadable image"),
+        (Record("understanding", TURNS, images=(LONG,)), False, "unreadable image"),
+        (Record("generation", text="a", indices=np.zeros(36, int)), False, "no image"),
+        (Record("generation", text="a", images=(png(0),)), True, "no indices"),
         (Record("generation", text="a", indices=np.zeros(35, int)), True, "malformed"),
         (Record("generation", text="a", indices=np.full(36, 1024)), True, "malformed"),
         (
-            Record("understanding", (("Hi", "a <image_placeholder>"),), pictures=(png(0),)),
+            Record("understanding", (("Hi", "a <image_placeholder>"),), images=(png(0),)),
             False,
             "malformed",
         ),
@@ -136,15 +137,15 @@ def test_one_caption_in_ten_is_dropped(processor, make):
             False,
             "malformed",
         ),
-        (Record("generation", text="<image_placeholder>", pictures=(png(0),)), False, "malformed"),
+        (Record("generation", text="<image_placeholder>", images=(png(0),)), False, "malformed"),
         (Record("text", text="a <image_placeholder>"), False, "malformed"),
         (Record("text", text="red " * 300), False, "too long"),
         (Record("understanding", TURNS), False, "malformed"),
-        (Record("understanding", TURNS, pictures=(png(0), png(1))), False, "malformed"),
+        (Record("understanding", TURNS, images=(png(0), png(1))), False, "malformed"),
         (
-            Record("understanding", TURNS[1:], pictures=(png(0),) * 3),
+            Record("understanding", TURNS[1:], images=(png(0),) * 3),
             False,
-            "too many pictures",
+            "too many images",
         ),
         (BadRecord("missing file", "a.jpg"), False, "missing file"),
     ],
@@ -154,9 +155,9 @@ def test_what_cannot_be_trained_on_is_named(make, record, tokenized, reason):
     assert isinstance(bad, BadRecord) and bad.reason == reason
 
 
-def test_rows_without_drawn_places_take_no_drawn_picture(make):
-    bad = make(Record("generation", text="a", pictures=(png(0),)), max_drawn=0)
-    assert bad.reason == "too many pictures"
+def test_rows_without_drawn_places_take_no_drawn_image(make):
+    bad = make(Record("generation", text="a", images=(png(0),)), max_generated_images=0)
+    assert bad.reason == "too many images"
 
 
 def test_whatever_a_record_does_is_its_own_fault(make, processor, monkeypatch):
@@ -164,18 +165,18 @@ def test_whatever_a_record_does_is_its_own_fault(make, processor, monkeypatch):
         raise MemoryError
 
     monkeypatch.setattr(examples, "crop_square", exhausted)
-    bad = make(Record("generation", text="a", pictures=(png(0),), where="a.tar:7"))
-    assert str(bad) == "a.tar:7: unreadable picture: MemoryError"
+    bad = make(Record("generation", text="a", images=(png(0),), where="a.tar:7"))
+    assert str(bad) == "a.tar:7: unreadable image: MemoryError"
     monkeypatch.setattr(type(processor), "image_prompt", exhausted)
-    bad = make(Record("generation", text="a", pictures=(png(0),), where="a.tar:7"))
+    bad = make(Record("generation", text="a", images=(png(0),), where="a.tar:7"))
     assert str(bad) == "a.tar:7: malformed: MemoryError"
 
 
-def test_too_many_pictures_are_not_decoded(make, monkeypatch):
+def test_too_many_images_are_not_decoded(make, monkeypatch):
     monkeypatch.setattr(examples, "prepared_image", lambda *_: pytest.fail("one was decoded"))
-    assert make(Record("understanding", TURNS, pictures=(b"",) * 99)).reason == "malformed"
+    assert make(Record("understanding", TURNS, images=(b"",) * 99)).reason == "malformed"
     turns = (("<image>" * 3, "a"),)
-    assert make(Record("understanding", turns, pictures=(b"",) * 3)).reason == "too many pictures"
+    assert make(Record("understanding", turns, images=(b"",) * 3)).reason == "too many images"
 
 
 def test_a_bad_record_says_where_it_is(make):
@@ -231,7 +232,7 @@ def test_a_dialogue_is_tokenized_until_it_is_too_long(make, encoded):
 def test_a_long_text_is_not_tokenized_whole(make, encoded, long):
     records = [
         Record("text", text=long),
-        Record("generation", text=long, pictures=(png(0),)),
+        Record("generation", text=long, images=(png(0),)),
         Record("understanding", ((long, "a"),)),
         Record("understanding", (("Hi", "Ho"), ("a", long), ("b", "c"))),
     ]

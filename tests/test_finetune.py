@@ -1,7 +1,7 @@
 """The shipped model learns to tell of a shape that it never saw, from a JSONL file: slow.
 
 Drawing the shape is not asked: the image tokenizer is never trained, and makes a cross or a circle
-of a diamond. What the model knew is mixed in, pictures too, and must stay: both old scores may drop
+of a diamond. What the model knew is mixed in, images too, and must stay: both old scores may drop
 by less than 0.03.
 """
 
@@ -12,7 +12,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
-from benchmarks.score_scenes import SEED, ask_all, score_pictures, split_prompts
+from benchmarks.score_scenes import SEED, ask_all, score_images, split_prompts
 from configs.janus_tiny_stage1 import tiny_stage
 from janus_jax import load
 from janus_jax.data import scenes
@@ -24,7 +24,7 @@ from janus_jax.processing.images import encode_png
 from janus_jax.training.run import train_stage
 from janus_jax.training.stages import ALL_BUT_TOKENIZER
 
-LEARNED, TRIED = 400, 60  # pictures of the new shape
+LEARNED, TRIED = 400, 60  # images of the new shape
 OLD_QUESTIONS = 600
 MOST_LOST = 0.03
 LORA = dict(
@@ -41,11 +41,11 @@ def diamond(color: str, background: str, size: int, x: int, y: int) -> np.ndarra
     """A square on its corner, uint8[96, 96, 3]; size, x and y in pixels, as scenes.Object."""
     scale = scenes.SUPERSAMPLE
     side, half = scenes.IMAGE_SIZE * scale, size * scale // 2
-    picture = Image.new("RGB", (side, side), scenes.BACKGROUNDS[background])
+    image = Image.new("RGB", (side, side), scenes.BACKGROUNDS[background])
     x, y = x * scale, y * scale
     corners = ((x, y - half), (x + half, y), (x, y + half), (x - half, y))
-    ImageDraw.Draw(picture).polygon(corners, fill=scenes.COLORS[color])
-    small = picture.resize((scenes.IMAGE_SIZE,) * 2, Image.Resampling.BOX)
+    ImageDraw.Draw(image).polygon(corners, fill=scenes.COLORS[color])
+    small = image.resize((scenes.IMAGE_SIZE,) * 2, Image.Resampling.BOX)
     return np.asarray(small)
 
 
@@ -70,9 +70,9 @@ def questions_about(rng: np.random.Generator, color: str) -> tuple[tuple[str, st
 
 @pytest.fixture(scope="module")
 def diamonds():
-    """(color, picture, questions), those to learn from and those to be tried with."""
+    """(color, image, questions), those to learn from and those to be tried with."""
     rng = np.random.default_rng(0)
-    every = [(color, picture) for color in scenes.COLORS for picture in all_diamonds(color)]
+    every = [(color, image) for color in scenes.COLORS for image in all_diamonds(color)]
     chosen = rng.permutation(len(every))[: LEARNED + TRIED]
     told = [(*every[i], questions_about(rng, every[i][0])) for i in chosen]
     return told[:LEARNED], told[LEARNED:]
@@ -83,8 +83,8 @@ def new_records(diamonds, tmp_path_factory):
     """A JSONL file of questions about diamonds."""
     folder, (learned, _) = tmp_path_factory.mktemp("new"), diamonds
     asked = [
-        Record("understanding", questions, pictures=(encode_png(picture),))
-        for _, picture, questions in learned
+        Record("understanding", questions, images=(encode_png(image),))
+        for _, image, questions in learned
     ]
     write_records("jsonl", folder / "asked.jsonl", asked)
     return folder / "asked.jsonl"
@@ -92,20 +92,20 @@ def new_records(diamonds, tmp_path_factory):
 
 def new_answers(pipeline, tried) -> float:
     """Part of the questions about new diamonds that are answered right."""
-    asked = [(q, a, picture) for _, picture, questions in tried for q, a in questions]
-    given = ask_all(pipeline, [q for q, _, _ in asked], [picture for _, _, picture in asked])
+    asked = [(q, a, image) for _, image, questions in tried for q, a in questions]
+    given = ask_all(pipeline, [q for q, _, _ in asked], [image for _, _, image in asked])
     return float(np.mean([a == b for a, (_, b, _) in zip(given, asked, strict=True)]))
 
 
 def old_scores(pipeline) -> tuple[float, float]:
-    """Pictures of all kinds of prompts right, and answers to questions about seen compositions."""
+    """Images of all kinds of prompts right, and answers to questions about seen compositions."""
     prompts = [p for kind in scenes.KINDS for p in split_prompts("train", kind)[1][:20]]
     rng = np.random.default_rng(SEED)
     asked = [(s := scenes.sample_any(rng), *sample_question(rng, s)) for _ in range(OLD_QUESTIONS)]
-    pictures = [scenes.draw(scene) for scene, _, _ in asked]
-    given = ask_all(pipeline, [question for _, question, _ in asked], pictures)
+    images = [scenes.draw(scene) for scene, _, _ in asked]
+    given = ask_all(pipeline, [question for _, question, _ in asked], images)
     answers = float(np.mean([a == b for a, (_, _, b) in zip(given, asked, strict=True)]))
-    return score_pictures(pipeline, prompts, SEED), answers
+    return score_images(pipeline, prompts, SEED), answers
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +141,7 @@ def test_a_new_shape_is_learned_and_the_old_ones_are_kept(
     answers, after = new_answers(pipeline, diamonds[1]), old_scores(pipeline)
     (drawn, answered), answers_before = before
     print(f"\nnew answers {answers_before:.3f} -> {answers:.3f}")
-    print(f"old pictures {drawn:.3f} -> {after[0]:.3f}")
+    print(f"old images {drawn:.3f} -> {after[0]:.3f}")
     print(f"old answers {answered:.3f} -> {after[1]:.3f}")
     assert answers > 0.9 > answers_before + 0.3
     assert after[0] > drawn - MOST_LOST and after[1] > answered - MOST_LOST

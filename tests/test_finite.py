@@ -18,7 +18,7 @@ NEW = 12
 
 
 @pytest.fixture
-def picture(golden):
+def photo(golden):
     return golden / "preprocess" / "img0_50x120.png"
 
 
@@ -69,13 +69,13 @@ def test_a_damaged_token_ends_a_drawing_where_it_is_met(small):
         (NORM, "text logits"),
     ],
 )
-def test_the_part_that_failed_first_is_named(small, picture, path, what):
+def test_the_part_that_failed_first_is_named(small, photo, path, what):
     message = rf"{what} must be finite, .*: the weights in {path} are not finite"
     with damaged(small.model, path):
         with pytest.raises(ValueError, match=message):
-            small.answer("What is it?", picture, max_new_tokens=NEW)
+            small.answer("What is it?", photo, max_new_tokens=NEW)
         with pytest.raises(ValueError, match=message):
-            next(small.stream("What is it?", picture, max_new_tokens=NEW))
+            next(small.stream("What is it?", photo, max_new_tokens=NEW))
 
 
 def test_damage_that_an_answer_does_not_meet_changes_nothing(small):
@@ -85,26 +85,26 @@ def test_damage_that_an_answer_does_not_meet_changes_nothing(small):
         assert small.answer("Hello", max_new_tokens=NEW) == expected
 
 
-def test_a_damaged_decoder_of_pixels_ends_decoding(small, picture):
-    indices, path = small.encode_images(picture), "gen_vq.decoder.conv_out.bias"
+def test_a_damaged_decoder_of_pixels_ends_decoding(small, photo):
+    indices, path = small.encode_images(photo), "gen_vq.decoder.conv_out.bias"
     message = rf"decoded pixels must be finite, .*: the weights in {path} are not finite"
     with damaged(small.model, path, np.inf):  # which would be clipped to white
         with pytest.raises(ValueError, match=message):
             small.decode_indices(np.repeat(indices, 2, axis=0))
         with pytest.raises(ValueError, match=message):
             generate(small)
-        np.testing.assert_array_equal(small.encode_images(picture), indices)
+        np.testing.assert_array_equal(small.encode_images(photo), indices)
 
 
 @pytest.mark.parametrize("path", ["gen_vq.encoder.conv_in.bias", "gen_vq.codebook"])
-def test_a_damaged_encoder_of_pixels_ends_encoding(small, picture, path):
+def test_a_damaged_encoder_of_pixels_ends_encoding(small, photo, path):
     message = rf"VQ encoder latents must be finite, .*: the weights in {path} are not finite"
     encoder = Encoder(small.model.gen_vq, 64, 1)  # of tokenize_images
     encoder.add(np.zeros((64, 64, 3), np.float32))
     encoder.finish()
     with damaged(small.model, path):
         with pytest.raises(ValueError, match=message):
-            small.encode_images(picture)
+            small.encode_images(photo)
         encoder.add(np.zeros((64, 64, 3), np.float32))
         with pytest.raises(ValueError, match=message):
             encoder.finish()

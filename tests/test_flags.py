@@ -36,7 +36,7 @@ def python(program: str, *args) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("command", ["sample", "convert", "janus_jax.data.tokenize_images"])
-def test_sigterm_and_large_pictures(command):
+def test_sigterm_and_large_images(command):
     done = python(ASK, command)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("\n") == 1 and "required" in done.stderr

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from janus_jax import gallery
-from janus_jax.paths import written_whole
+from janus_jax.paths import atomic_write
 
 
 def test_what_is_made_otherwise_has_another_name():
@@ -23,7 +23,7 @@ def test_what_is_made_otherwise_has_another_name():
     assert gallery.file_stem("a" * 50, 0, made) == stems[0]
 
 
-def test_a_sheet_of_many_pictures_is_at_most_4096_pixels_wide():
+def test_a_sheet_of_many_images_is_at_most_4096_pixels_wide():
     pixels = np.random.default_rng(0).integers(0, 256, (100, 50, 50, 3), np.uint8)
     sheet = gallery.contact_sheet(pixels, 100)
     assert sheet.shape == (4 + 40, 100 * 40 + 4, 3)
@@ -49,7 +49,7 @@ def test_many_prompts_take_several_sheets(tmp_path):
 
 def test_a_file_that_fails_leaves_nothing_behind(tmp_path):
     (tmp_path / "a.png").write_text("old")
-    with pytest.raises(ZeroDivisionError), written_whole(tmp_path / "a.png") as file:
+    with pytest.raises(ZeroDivisionError), atomic_write(tmp_path / "a.png") as file:
         file.write(b"half")
         _ = 1 / 0
     assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
@@ -59,7 +59,7 @@ def test_a_file_that_fails_leaves_nothing_behind(tmp_path):
 def test_who_may_read_a_file_is_as_the_user_has_it(tmp_path):
     before = os.umask(0o077)
     try:
-        with written_whole(tmp_path / "a.png") as file:
+        with atomic_write(tmp_path / "a.png") as file:
             file.write(b"mine")
     finally:
         os.umask(before)

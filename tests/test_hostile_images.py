@@ -74,7 +74,7 @@ def test_whatever_a_record_does_is_its_own_fault(error):
 
     with pytest.raises(BadRecord) as bad:
         prepared_image(png_file(PIXEL, 8, RGB), prepare)
-    assert bad.value.reason == "unreadable picture"
+    assert bad.value.reason == "unreadable image"
     assert bad.value.detail in ("MemoryError", "of a bug", "a")
 
 

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from limits import bounded
-from source_files import SAID, assert_bad, assert_same, picture, write_lines, write_tar
+from source_files import SAID, assert_bad, assert_same, image, write_lines, write_tar
 
 from janus_jax.data import reading, sources
 from janus_jax.data import tar as tar_files
@@ -113,8 +113,8 @@ def test_sparse_members_and_links_are_bad_records(tmp_path):
     said = json.dumps({"conversations": SAID}).encode()
     path = write(
         tmp_path / "a.tar",
-        *(member("0.json"), member("1.json", said), sparse + content(picture(1))),
-        *(member("2.jpg", picture(2)), member("2.txt", b"a fox")),
+        *(member("0.json"), member("1.json", said), sparse + content(image(1))),
+        *(member("2.jpg", image(2)), member("2.txt", b"a fox")),
         *(member("3.json", said), header("3.jpg", 0, tarfile.LNKTYPE, linkname="2.jpg")),
         *(member("4.json", said), header("4.jpg", 0, tarfile.SYMTYPE, linkname="/etc/passwd")),
         *(header("5.jpg", 0, tarfile.DIRTYPE), member("5.json")),
@@ -122,7 +122,7 @@ def test_sparse_members_and_links_are_bad_records(tmp_path):
     )
     found = list(TarSource(path))
     assert_same(found[0], Record("text", text="a"))
-    assert_same(found[2], Record("generation", text="a fox", pictures=(picture(2),)))
+    assert_same(found[2], Record("generation", text="a fox", images=(image(2),)))
     assert_same(found[5], Record("text", text="a"))
     for number in (1, 3, 4, 6):
         detail = "a member must be a plain file, not a link or a sparse file"
@@ -204,8 +204,8 @@ def test_images_at_paths_that_never_end(tmp_path):
         f"{tmp_path}/pipe.png {regular} {kind}",
         f"/dev/zero {regular} {kind}",
         f"{tmp_path}/sparse.png must have at most",
-        f"no picture at {tmp_path}/none.png",
-        f"no picture at {tmp_path}/a.jsonl/a.png",
+        f"no image at {tmp_path}/none.png",
+        f"no image at {tmp_path}/a.jsonl/a.png",
         f"{tmp_path} {regular} folder",
         "null",
     ]
@@ -271,7 +271,7 @@ def test_class_folders_with_files_that_never_end(tmp_path, monkeypatch):
 
 
 def test_a_record_that_exhausts_the_memory_is_a_bad_one(tmp_path, monkeypatch):
-    def exhausted(fields, read_picture):
+    def exhausted(fields, read_image):
         raise MemoryError
 
     source = JsonlSource(write_lines(tmp_path / "a.jsonl", {"text": "a"}))

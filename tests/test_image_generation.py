@@ -1,4 +1,4 @@
-"""Drawing images: against the recordings of the original, and what must not change a picture."""
+"""Drawing images: against the recordings of the original, and what must not change an image."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def recorded(golden):
 
 @pytest.fixture(scope="module")
 def requests(pipeline, golden):
-    """Two pictures of the recorded prompt, greedy."""
+    """Two images of the recorded prompt, greedy."""
     settings = json.loads((golden / "t2i.json").read_text())
     return _requests(pipeline, [PROMPT], settings["parallel_size"], settings["cfg_weight"])
 
@@ -87,11 +87,11 @@ def test_sampling_with_the_recorded_noise_gives_the_recorded_tokens(pipeline, re
 
 @pytest.fixture(scope="module")
 def five(small):
-    """Five sampled pictures of the recorded prompt, drawn at once."""
+    """Five sampled images of the recorded prompt, drawn at once."""
     return small.generate_images(PROMPT, num_images=5, seed=3)
 
 
-def test_pictures_of_one_prompt_differ_and_repeat(small, five):
+def test_images_of_one_prompt_differ_and_repeat(small, five):
     assert len({row.tobytes() for row in five.indices}) == 5
     other = small.generate_images(PROMPT, num_images=5, seed=4)
     assert (other.indices != five.indices).mean() > 0.5
@@ -103,7 +103,7 @@ def test_chunks_change_nothing_and_share_one_program(small, five):
     small.generate_images(PROMPT, num_images=2)
     before = image.draw._cache_size()
     chunked = small.generate_images(PROMPT, num_images=5, seed=3, max_batch=2)
-    assert image.draw._cache_size() == before  # 2 + 2 + 1 pictures
+    assert image.draw._cache_size() == before  # 2 + 2 + 1 images
     np.testing.assert_array_equal(chunked.indices, five.indices)
     np.testing.assert_array_equal(chunked.pixels, five.pixels)
 

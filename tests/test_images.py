@@ -1,4 +1,4 @@
-"""Reading pictures of every kind, and the reference's exact preprocessing."""
+"""Reading images of every kind, and the reference's exact preprocessing."""
 
 import dataclasses
 import io
@@ -62,7 +62,7 @@ def test_config_of_both_layouts_is_the_same():
         ({"size": {"height": 64, "width": 32}}, "must be square.*64.*32"),
         ({}, "integer image size, got None"),
         ({"image_size": 8}, "min_size=14 image_size=8"),
-        ({"image_size": 64, "min_size": "14"}, "min_size must be a whole number .*, got '14'"),
+        ({"image_size": 64, "min_size": "14"}, "min_size must be an integer .*, got '14'"),
         ({"image_size": 64, "image_mean": 0.5}, "image_mean must be three numbers, got 0.5"),
         ({"image_size": 64, "image_std": [1, 2]}, "image_std must be three numbers"),
         ({"image_size": 64, "image_std": [1, 0, 1]}, "image_std must be .* from 1e-06 .* 0"),
@@ -136,7 +136,7 @@ def test_colour_key_of_a_16_bit_png(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
-def test_exif_that_nobody_can_read_does_not_cost_the_picture(tmp_path, suffix):
+def test_exif_that_nobody_can_read_does_not_cost_the_image(tmp_path, suffix):
     image = Image.new("RGB", (16, 8), (0, 128, 0))
     got = images.load_image(save(tmp_path / f"a.{suffix}", image, exif=b"Exif\0\0garbage of some"))
     assert got.size == (16, 8) and np.abs(np.subtract(colour(got), (0, 128, 0))).max() <= 2
@@ -167,7 +167,7 @@ def test_16_bit_greyscale_is_scaled_not_clipped(tmp_path, suffix):
         (np.array([[0.0, np.nan, 1.0]], np.float32), [0, 0, 255]),
     ],
 )
-def test_integer_and_float_pictures_are_scaled_to_what_holds_them(tmp_path, values, want):
+def test_integer_and_float_images_are_scaled_to_what_holds_them(tmp_path, values, want):
     got = images.load_image(save(tmp_path / "a.tif", Image.fromarray(values)))
     assert np.asarray(got)[0, :, 0].tolist() == want
 
@@ -191,7 +191,7 @@ def test_exif_orientation_is_applied(tmp_path):
     assert images.load_image(got).size == (2, 4)
 
 
-def test_a_picture_of_too_many_pixels(tmp_path, monkeypatch):
+def test_a_image_of_too_many_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # Pillow refuses twice as many
     Image.new("RGB", (10, 10), "red").save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="exceeds limit of 80 pixels"):
@@ -208,7 +208,7 @@ def test_a_folder_is_no_image_file(tmp_path):
         images.load_image(tmp_path)
 
 
-def test_a_broken_picture_opened_by_the_caller(tmp_path):
+def test_a_broken_image_opened_by_the_caller(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     path = save(tmp_path / "a.png", Image.fromarray(noise))
     path.write_bytes(path.read_bytes()[:5000])

@@ -33,7 +33,7 @@ def test_it_is_a_small_folder_in_deepseeks_layout():
 
 
 def test_it_draws_what_the_readme_says(janus):
-    """The pictures of the README's first line, and more of them."""
+    """The images of the README's first line, and more of them."""
     text = "a red circle left of a blue square"
     (prompt,) = (p for p in scenes.prompts("train", "position") if p.text == text)
     drawn = janus.generate_images(text, num_images=8)
@@ -42,7 +42,7 @@ def test_it_draws_what_the_readme_says(janus):
 
 
 def test_it_draws_every_kind(janus):
-    """Few pictures, so with room for chance below what the record says."""
+    """Few images, so with room for chance below what the record says."""
     rng = np.random.default_rng(5)
     for kind, scored in record()["generation"]["train"]["kinds"].items():
         prompts = scenes.prompts("train", kind)
@@ -59,8 +59,8 @@ def test_it_answers_questions(janus):
     rng = np.random.default_rng(2)
     drawn = [scenes.sample_any(rng) for _ in range(60)]
     asked = [sample_question(rng, scene) for scene in drawn]
-    pictures = [[scenes.draw(scene)] for scene in drawn]
-    given = janus.answer([question for question, _ in asked], pictures, max_new_tokens=32)
+    images = [[scenes.draw(scene)] for scene in drawn]
+    given = janus.answer([question for question, _ in asked], images, max_new_tokens=32)
     right = [a.strip() == b for a, (_, b) in zip(given, asked, strict=True)]
     assert np.mean(right) >= 0.9
 

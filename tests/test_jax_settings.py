@@ -29,7 +29,7 @@ def other_settings():
 def train(output):
     """Metrics and weights of three steps; the last two change the weights."""
     settings = dict(trained=r"gen_head\.", steps=3, warmup_steps=1, end_learning_rate=1e-4)
-    train_stage(small_config(output, average_decay=0.5, **settings))
+    train_stage(small_config(output, ema_decay=0.5, **settings))
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
     kept = [{k: v for k, v in line.items() if not k.endswith(("_s", "_left"))} for line in lines]
     return kept, load_file(output / "model" / "model.safetensors")

@@ -23,7 +23,7 @@ COMMAND = [
     f"--config.steps={STEPS}",
     "--config.save_every=3",
     "--config.mesh=data=2,fsdp=2",
-    "--config.rows=4",
+    "--config.batch_size=4",
 ]
 ENVIRONMENT = os.environ | {
     "JAX_PLATFORMS": "cpu",

@@ -209,9 +209,9 @@ def test_a_model_of_shapes_alone_is_adapted(new):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(rank=0), "rank must be a whole number of at least 1, got 0"),
-        (dict(rank=2.0), "rank must be a whole number of at least 1, got 2.0"),
-        (dict(rank=True), "rank must be a whole number of at least 1, got True"),
+        (dict(rank=0), "rank must be an integer of at least 1, got 0"),
+        (dict(rank=2.0), "rank must be an integer of at least 1, got 2.0"),
+        (dict(rank=True), "rank must be an integer of at least 1, got True"),
         (dict(alpha=0), "alpha must be a number above 0, got 0"),
         (dict(alpha=float("nan")), "alpha must be a number above 0, got nan"),
         (dict(alpha="8"), "alpha must be a number above 0, got '8'"),

@@ -176,21 +176,21 @@ def test_what_is_left_out_is_told_when_it_has_changed(tmp_path, caplog):
         counts["a/b"] = {"missing file": 12, "empty text": 1}
         for step in (2, 3, 4):  # no more at 4, and nothing is told at 3
             log.step(step, _metrics(), [], 0.0)
-        log.left_out(4, {}, "eval/left_out")
+        log.skipped(4, {}, "eval/skipped")
         counts["c"] = {"malformed": 1}
         for step in (5, 6):
             log.step(step, _metrics(), [], 0.0)
-        log.left_out(6, {"": {"malformed": 2}}, "eval/left_out")
-    first = {"left_out/a/b/missing_file": 12, "left_out/a/b/empty_text": 1}
+        log.skipped(6, {"": {"malformed": 2}}, "eval/skipped")
+    first = {"skipped/a/b/missing_file": 12, "skipped/a/b/empty_text": 1}
     assert [line for line in _lines(tmp_path) if "loss" not in line] == [
         {"step": 2, **first},
-        {"step": 6, **first, "left_out/c/malformed": 1},
-        {"step": 6, "eval/left_out/malformed": 2},
+        {"step": 6, **first, "skipped/c/malformed": 1},
+        {"step": 6, "eval/skipped/malformed": 2},
     ]
-    told = "step 2/9  left_out/a/b/missing_file 12  left_out/a/b/empty_text 1"
+    told = "step 2/9  skipped/a/b/missing_file 12  skipped/a/b/empty_text 1"
     assert caplog.messages.count(told) == 1
     logged = {name for _, name, _ in _logged(tmp_path)}
-    assert {*first, "left_out/c/malformed", "eval/left_out/malformed"} <= logged
+    assert {*first, "skipped/c/malformed", "eval/skipped/malformed"} <= logged
 
 
 def test_a_resumed_run_takes_out_what_came_after_its_checkpoint(tmp_path, clock):

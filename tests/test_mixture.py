@@ -99,7 +99,7 @@ def test_randomness_of_examples_depends_on_the_seed_and_the_epoch():
 def test_a_caption_becomes_an_answer_where_a_question_is_given():
     class Captions(Source):
         def __getitem__(self, index):
-            return Record("generation", text="a cat", pictures=(b"x",))
+            return Record("generation", text="a cat", images=(b"x",))
 
     part = open_parts(dict(a=leaf("a", question="What is it?")), Captions)
     record = stream(part, 0, 1, keep, 0)[0].example
@@ -180,7 +180,7 @@ def test_packing_loses_no_example_and_repeats_none():
 
 
 def dialogue(rng):
-    """Lengths as in stage II: pictures and answers, plain text, and drawn pictures."""
+    """Lengths as in stage II: images and answers, plain text, and drawn images."""
     kind = rng.choice(3, p=[0.2, 0.3, 0.5])
     if kind == 0:
         return 578 + int(rng.integers(20, 400)), 1, 0

@@ -39,11 +39,11 @@ ANSWERED = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "
         ({"prompts": "\udcff"}, "a text must be valid Unicode"),
         ({"temperature": 1e39}, "temperature must be a finite number, got 1e\\+39"),
         ({"prompts": "a " * 5000}, r"must fit the trained context of 512 tokens, got \d+ \+ 16"),
-        ({"num_images": 0}, "num_images must be a whole number of at least 1, got 0"),
+        ({"num_images": 0}, "num_images must be an integer of at least 1, got 0"),
         ({"num_images": 10**30}, r"num_images must be below 2\*\*31, got 10{30}$"),
-        ({"num_images": 1.5}, "num_images must be a whole number of at least 1, got 1.5"),
-        ({"max_batch": 0}, "max_batch must be a whole number of at least 1, got 0"),
-        ({"seed": 0.5}, r"seed must be a whole number in \[0, 2\*\*64\), got 0.5"),
+        ({"num_images": 1.5}, "num_images must be an integer of at least 1, got 1.5"),
+        ({"max_batch": 0}, "max_batch must be an integer of at least 1, got 0"),
+        ({"seed": 0.5}, r"seed must be an integer in \[0, 2\*\*64\), got 0.5"),
         ({"guidance_weight": float("inf")}, "guidance_weight must be a finite number, got inf"),
         ({"temperature": -1}, r"temperature must be at least 0 \(0 is greedy\), got -1"),
         ({"top_k": 129}, "top_k must be at most 128, got 129"),
@@ -67,16 +67,16 @@ def test_drawing_refuses_arguments_out_of_range(pipeline, settings, message):
         ({"conversation": [{"role": [], "content": "a"}]}, r"role must be .*, got \[\]"),
         ({"conversation": [{"role": "bot", "content": "a"}]}, "role must be .*, got 'bot'"),
         ({"conversation": ANSWERED}, "must end with the user, got 'It is red'"),
-        ({"max_batch": 0}, "max_batch must be a whole number of at least 1, got 0"),
+        ({"max_batch": 0}, "max_batch must be an integer of at least 1, got 0"),
         ({"images": [[1]]}, "an image array must be uint8"),
         ({"images": io.BytesIO()}, "an image must be a path, .* or an array, got BytesIO"),
         ({"conversation": ["a", "b"], "images": [[]]}, "one list for each conversation: 2, got 1"),
         ({"conversation": "<image_placeholder> a"}, "got 0 images for 1 placeholders"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got 0"),
         ({"max_new_tokens": 4096}, r"must fit the trained context of 512 tokens, got \d+ \+ 4096"),
         ({"temperature": -1}, r"temperature must be at least 0 \(0 is greedy\), got -1"),
         ({"top_k": 449}, "top_k must be at most 448, got 449"),
-        ({"seed": "1"}, "seed must be a whole number"),
+        ({"seed": "1"}, "seed must be an integer"),
     ],
 )
 def test_answering_refuses_arguments_out_of_range(pipeline, settings, message):
@@ -105,7 +105,7 @@ def test_arrays_of_several_numbers_are_refused_by_name(pipeline, name):
         pipeline.generate_images("a cat", **{name: np.ones(2)})
 
 
-def test_pictures_come_chunk_by_chunk(small):
+def test_images_come_chunk_by_chunk(small):
     parts = list(small.stream_images("a cat", num_images=5, max_batch=2))
     assert [len(part.pixels) for part in parts] == [2, 2, 1]
     whole = small.generate_images("a cat", num_images=5)
@@ -137,7 +137,7 @@ def test_streaming_checks_its_arguments_when_called(pipeline):
         pipeline.stream("a", "nowhere.png")
 
 
-def test_a_picture_survives_decoding_and_encoding_as_the_tokenizer_has_it(pipeline, golden):
+def test_a_image_survives_decoding_and_encoding_as_the_tokenizer_has_it(pipeline, golden):
     recorded = np.load(golden / "janus_vq.npz")
     pixels = pipeline.decode_indices(recorded["codes"])
     assert np.abs(pixels.astype(int) - recorded["decoded_uint8"]).max() <= 1
@@ -146,7 +146,7 @@ def test_a_picture_survives_decoding_and_encoding_as_the_tokenizer_has_it(pipeli
     np.testing.assert_array_equal(pipeline.encode_images(list(pixels)), expected)
 
 
-def test_pictures_of_any_kind_are_encoded(small, golden):
+def test_images_of_any_kind_are_encoded(small, golden):
     path = golden / "preprocess" / "img0_50x120.png"
     expected = small.encode_images(path)
     assert expected.shape == (1, 16) and expected.dtype == np.int32
@@ -167,8 +167,8 @@ def test_pictures_of_any_kind_are_encoded(small, golden):
         (np.zeros((0, 16), int), r"indices must be int\[N, 16\], got \[0, 16\]"),
         (np.full((1, 16), 128), r"indices must be in \[0, 128\), got 128 to 128"),
         (np.full((1, 16), -1), r"indices must be in \[0, 128\), got -1 to -1"),
-        (np.zeros((1, 16)), "indices must be whole numbers, got float64"),
-        (np.full((1, 16), None), "indices must be whole numbers, got object"),
+        (np.zeros((1, 16)), "indices must be integers, got float64"),
+        (np.full((1, 16), None), "indices must be integers, got object"),
     ],
 )
 def test_indices_that_cannot_be_decoded_are_refused(pipeline, indices, message):

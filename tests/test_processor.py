@@ -147,15 +147,15 @@ def test_images_in_the_messages_and_beside_them_are_the_same(processor):
         processor.conversation(messages, [first])
 
 
-def test_a_picture_is_shown_in_the_message_that_carries_it(processor):
-    picture = np.full((8, 8, 3), 128, np.uint8)
+def test_a_image_is_shown_in_the_message_that_carries_it(processor):
+    image = np.full((8, 8, 3), 128, np.uint8)
     roles, tag = ("user", "assistant", "user"), processor.image_tag
 
     def tokens(*texts, **numbers):
-        """numbers: of pictures that the first and the last message carry."""
+        """numbers: of images that the first and the last message carry."""
         messages = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=True)]
         for i, name in ((0, "first"), (2, "last")):
-            messages[i]["images"] = [picture] * numbers.get(name, 0)
+            messages[i]["images"] = [image] * numbers.get(name, 0)
         return processor.conversation(messages)[0]
 
     both = tokens(f"{tag}\nA?", "yes", f"{tag}\nB?", first=1, last=1)

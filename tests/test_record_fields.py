@@ -9,10 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from source_files import SAID, assert_bad, assert_same, picture, write_lines, write_tar
+from source_files import SAID, assert_bad, assert_same, image, write_lines, write_tar
 
 from janus_jax.data.examples import ExampleMaker
-from janus_jax.data.reading import picture_file
+from janus_jax.data.reading import image_file
 from janus_jax.data.records import BadRecord, Record, parse_record
 from janus_jax.data.sources import JsonlSource, ParquetSource, TarSource, open_source
 from janus_jax.processing.processor import Processor
@@ -37,7 +37,7 @@ def words(text) -> dict:
     return {"type": "text", "text": text}
 
 
-DATA = "data:image/png;base64," + base64.b64encode(picture(1)).decode()
+DATA = "data:image/png;base64," + base64.b64encode(image(1)).decode()
 ONE = ("<image>\nWhat color?", "blue")
 READ = {
     "images of a message": ({"messages": asked(images=["s.png"])}, ONE),
@@ -92,7 +92,7 @@ READ = {
 @pytest.mark.parametrize("fields, turn", READ.values(), ids=READ)
 def test_images_are_read(fields, turn):
     record = parse(fields)
-    assert_same(record, Record("understanding", (turn,), pictures=(b"read s.png",)))
+    assert_same(record, Record("understanding", (turn,), images=(b"read s.png",)))
 
 
 def test_an_empty_image_is_none():
@@ -103,7 +103,7 @@ def test_an_empty_image_is_none():
 
 def test_images_of_several_messages_are_in_the_order_of_their_places(tmp_path):
     for i in range(3):
-        (tmp_path / f"{i} a.png").write_bytes(picture(i))
+        (tmp_path / f"{i} a.png").write_bytes(image(i))
     messages = [
         *asked([words("What?"), {"type": "image", "path": "0 a.png"}]),
         *asked("Here?", images=[f"file://{tmp_path}/1%20a.png", DATA]),
@@ -112,9 +112,9 @@ def test_images_of_several_messages_are_in_the_order_of_their_places(tmp_path):
     ]
     (record,) = JsonlSource(write_lines(tmp_path / "a.jsonl", {"messages": messages}))
     questions = ("What?\n<image>", "<image>\n<image>\nHere?", "Sure?", "Last <image> <image>")
-    pictures = tuple(map(picture, (0, 1, 1, 2, 0)))
+    images = tuple(map(image, (0, 1, 1, 2, 0)))
     turns = tuple((question, "blue") for question in questions)
-    assert_same(record, Record("understanding", turns, pictures=pictures))
+    assert_same(record, Record("understanding", turns, images=images))
 
 
 def test_data_urls_are_read_in_every_format(tmp_path):
@@ -125,20 +125,20 @@ def test_data_urls_are_read_in_every_format(tmp_path):
     write_lines(tmp_path / "a.jsonl", fields, {"caption": "a", "image": DATA})
     write_tar(tmp_path / "a.tar", {"1.json": json.dumps(fields).encode()})
     pq.write_table(pa.table({"messages": [fields["messages"]]}), tmp_path / "a.parquet")
-    expected = Record("understanding", (ONE,), pictures=(picture(1),))
+    expected = Record("understanding", (ONE,), images=(image(1),))
     for format, suffix in (("arrayrecord", "array_record"), ("tar", "tar"), ("parquet", "parquet")):
         (record,) = open_source(format, tmp_path / f"a.{suffix}")
         assert_same(record, expected)
     first, second = JsonlSource(tmp_path / "a.jsonl")
     assert_same(first, expected)
-    assert_same(second, Record("generation", text="a", pictures=(picture(1),)))
+    assert_same(second, Record("generation", text="a", images=(image(1),)))
 
 
 def test_training_sees_what_answering_sees(golden, tmp_path):
     processor = Processor.from_dir(golden / "janus")
     size = processor.image_config.image_size
     maker = ExampleMaker(processor, size, 16, 64, 500, 4, 1, False)
-    (tmp_path / "s.png").write_bytes(picture(1))
+    (tmp_path / "s.png").write_bytes(image(1))
     path = str(tmp_path / "s.png")
     part = {"type": "image", "path": path}
     conversations = [
@@ -166,7 +166,7 @@ UNREAD = {
         {"messages": asked(images=["a"]) + asked("<image> Here?")}, "0 images for 1 places",
     ),
     "fewer than places": ({"messages": asked("<image><image>", images=["a"])}, "1 images for 2"),
-    "picture in an answer": (
+    "image in an answer": (
         {"messages": [asked()[0], ANSWER | {"images": ["a"]}]}, "got one in an answer",
     ),
     "drawn in an answer": (
@@ -230,7 +230,7 @@ FIELDS = [
     (TEXT, "input", "a.png"),
     # others
     (UNDERSTANDING, "pixel_values", b"a"),
-    (TEXT, "picture", {"bytes": b"a"}),
+    (TEXT, "image", {"bytes": b"a"}),
     (GENERATION, "Image", "b.png"),
     (GENERATION, "condition_image_path", "b.png"),
     # by their values
@@ -267,7 +267,7 @@ def test_fields_of_messages_are_refused_by_name(name, value):
 def test_paths_in_texts_are_refused(tag):
     """ms-swift and Qwen-VL write `<img>a.png</img>`; it is no HTML."""
     name = f"<{tag}>a/b 1.png</{tag}>".replace(" ", "")
-    for said in (asked(f"Picture 1: {name}\nWhat?"), [asked()[0], ANSWER | {"content": name}]):
+    for said in (asked(f"Image 1: {name}\nWhat?"), [asked()[0], ANSWER | {"content": name}]):
         bad = parse({"messages": said})
         assert isinstance(bad, BadRecord) and bad.reason == "unread field" and name in bad.detail
     assert isinstance(parse({"messages": asked(f'What is <{tag} src="a.png"></{tag}>?')}), Record)
@@ -277,7 +277,7 @@ def test_paths_in_texts_are_refused(tag):
 def test_prompts_of_the_system_are_refused(name):
     bad = parse({**UNDERSTANDING, name: "Be brief."})
     assert isinstance(bad, BadRecord) and bad.reason == "system turn"
-    assert parse({**UNDERSTANDING, name: ""}).pictures
+    assert parse({**UNDERSTANDING, name: ""}).images
 
 
 @pytest.mark.parametrize(("name", "value"), [("loss", False), ("weight", 0), ("loss_scale", 0.5)])
@@ -309,7 +309,7 @@ def test_metadata_of_img2dataset_is_harmless():
                 "error_message": None, "exif": "{}", "sha256": "ab", "original_width": 9,
                 "NSFW": "no", "similarity": 0.3}  # fmt: skip
     metadata["info"] = {"file_name": "coco/1.jpg", "src": "1.png"}
-    assert parse({**GENERATION, **metadata}).pictures == (b"read a.png",)
+    assert parse({**GENERATION, **metadata}).images == (b"read a.png",)
     assert parse({**TEXT, "meta": {"name": "a"}, "url": "https://a.org/b.jpg", "label": 1})
 
 
@@ -343,13 +343,13 @@ def test_columns_and_members_that_are_not_read_are_refused(tmp_path):
     assert_bad(first, "unread field", f"{tmp_path}/a.parquet:0", "'shown' is not read")
     assert_bad(second, "unread field", f"{tmp_path}/a.parquet:1", "'files' is not read")
     fields = json.dumps({"conversations": SAID}).encode()
-    members = {"1.json": fields, "1.mp4": b"video", "2.json": fields, "2.gif": picture(1, "GIF")}
+    members = {"1.json": fields, "1.mp4": b"video", "2.json": fields, "2.gif": image(1, "GIF")}
     write_tar(tmp_path / "a.tar", members)
     first, second = TarSource(tmp_path / "a.tar")
     assert_bad(first, "unread field", f"{tmp_path}/a.tar:1", "a video or audio")
-    assert second.pictures == (picture(1, "GIF"),)
+    assert second.images == (image(1, "GIF"),)
     both = {"caption": "a", "image": "a.png", "images": ["b.png"]}
-    write_tar(tmp_path / "b.tar", {"1.json": json.dumps(both).encode(), "1.png": picture(1)})
+    write_tar(tmp_path / "b.tar", {"1.json": json.dumps(both).encode(), "1.png": image(1)})
     assert_bad(TarSource(tmp_path / "b.tar")[0], "malformed", f"{tmp_path}/b.tar:1", "got both")
 
 
@@ -384,12 +384,12 @@ def mutated(value, rng: np.random.Generator):
 def test_random_records_and_messages_are_read_or_refused(golden, tmp_path):
     processor = Processor.from_dir(golden / "janus")
     forms = [fields for fields, _ in (*READ.values(), *UNREAD.values())] + [GENERATION, TEXT]
-    (tmp_path / "s.png").write_bytes(picture(1))
+    (tmp_path / "s.png").write_bytes(image(1))
     rng = np.random.default_rng(0)
     read = 0
     for number in range(3000):
         fields = mutated(forms[number % len(forms)], rng)
-        found = parse(fields, lambda value: picture_file(tmp_path, value))
+        found = parse(fields, lambda value: image_file(tmp_path, value))
         read += isinstance(found, Record)
         assert isinstance(found, Record) or (found.reason and len(found.detail) < 400), fields
         messages = fields.get("messages") if isinstance(fields, dict) else fields

@@ -1,4 +1,4 @@
-"""The fields of records: pictures, conversations, captions; those that are refused."""
+"""The fields of records: images, conversations, captions; those that are refused."""
 
 import io
 import pickle
@@ -7,22 +7,22 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_files import SAID, assert_bad, assert_same, picture, write_lines, write_tar
+from source_files import SAID, assert_bad, assert_same, image, write_lines, write_tar
 
 from janus_jax.data.records import Record
 from janus_jax.data.sources import JsonlSource, ParquetSource, TarSource
 
 
-def test_jsonl_pictures(tmp_path):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.png").write_bytes(picture(1))
+def test_jsonl_images(tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(image(1))
     path = tmp_path / "a.jsonl"
     names = ["a.png", "b.png", "", "a.png/b", "x" * 300, "a\0b", 7]
     write_lines(path, *[{"caption": "a", "image": name} for name in names])
-    source = JsonlSource(path, image_root=tmp_path / "pictures")
-    assert source[0].pictures == (picture(1),)
-    assert_bad(source[1], "missing file", f"{path}:2", "pictures/b.png")
-    assert_bad(source[2], "malformed", f"{path}:3", "needs one picture, got 0")
+    source = JsonlSource(path, image_root=tmp_path / "images")
+    assert source[0].images == (image(1),)
+    assert_bad(source[1], "missing file", f"{path}:2", "images/b.png")
+    assert_bad(source[2], "malformed", f"{path}:3", "needs one image, got 0")
     assert_bad(source[3], "missing file", f"{path}:4")
     assert_bad(source[4], "unreadable file", f"{path}:5", "too long")
     assert_bad(source[5], "unreadable file", f"{path}:6", "null")
@@ -34,10 +34,10 @@ TOLD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 BAD_FIELDS = [
     ({"caption": " ", "indices": [1]}, "empty caption", "say something"),
     ({"caption": 1, "indices": [1]}, "malformed", "must be text, got a int"),
-    ({"caption": "a"}, "malformed", "needs one picture, got 0"),
-    ({"caption": "a", "indices": [1, [2]]}, "malformed", "one list of whole numbers"),
+    ({"caption": "a"}, "malformed", "needs one image, got 0"),
+    ({"caption": "a", "indices": [1, [2]]}, "malformed", "one list of integers"),
     ({"caption": "a", "indices": [1.5]}, "malformed", "of one or more, got float64[1]"),
-    ({"caption": "a", "indices": []}, "malformed", "list of whole numbers"),
+    ({"caption": "a", "indices": []}, "malformed", "list of integers"),
     ({"caption": "a", "indices": [-1]}, "malformed", "at least 0 and fit 32 bits, got -1"),
     ({"caption": "a", "indices": [2**31]}, "malformed", "fit 32 bits"),
     ({"caption": "a", "images": "x"}, "malformed", "images must be a list, got str"),
@@ -100,7 +100,7 @@ def test_indices_of_no_length(type, tmp_path):
     file = io.BytesIO()
     np.save(file, np.zeros(0, type))
     path = write_tar(tmp_path / "a.tar", {"1.txt": b"a", "1.npy": file.getvalue()})
-    detail = f"whole numbers, of one or more, got {np.dtype(type)}[0]"
+    detail = f"integers, of one or more, got {np.dtype(type)}[0]"
     assert_bad(TarSource(path)[0], "malformed", f"{path}:1", detail)
 
 
@@ -118,7 +118,7 @@ PLACE = {"type": "image"}
 def test_messages_in_parts_are_joined(tmp_path):
     names = [f"{i}.png" for i in range(3)]
     for i, name in enumerate(names):
-        (tmp_path / name).write_bytes(picture(i))
+        (tmp_path / name).write_bytes(image(i))
     answer = {"role": "assistant", "content": [words("Red"), words(".")]}
     more = [{"role": "user", "content": [words("And this? "), PLACE]}, TOLD[1]]
     messages = [{"role": "user", "content": [PLACE, PLACE, words("Color?")]}, answer, *more]
@@ -127,13 +127,13 @@ def test_messages_in_parts_are_joined(tmp_path):
     )
     several, alone = JsonlSource(path)
     turns = ("<image>\n\n<image>\nColor?", "Red ."), ("And this? \n<image>", "!")
-    pictures = tuple(picture(i) for i in range(3))
-    assert_same(several, Record("understanding", turns, pictures=pictures))
+    images = tuple(image(i) for i in range(3))
+    assert_same(several, Record("understanding", turns, images=images))
     assert_same(alone, Record("understanding", (("Hi", "!"),)))
 
 
 def test_parquet_messages_in_parts(tmp_path):
-    # all parts have all fields there, as Hugging Face's data sets number their pictures
+    # all parts have all fields there, as Hugging Face's data sets number their images
     content = [
         [{"index": None, "text": "Color? ", "type": "text"}, {"index": 0, "text": None} | PLACE],
         [{"index": None, "text": "Red.", "type": "text"}],
@@ -142,11 +142,11 @@ def test_parquet_messages_in_parts(tmp_path):
         {"role": role, "content": parts}
         for role, parts in zip(("user", "assistant"), content, strict=True)
     ]
-    images = [{"bytes": picture(1), "path": None}]
+    images = [{"bytes": image(1), "path": None}]
     pq.write_table(pa.table({"messages": [messages], "images": [images]}), tmp_path / "a.parquet")
     (found,) = ParquetSource(tmp_path)
     turns = (("Color? \n<image>", "Red."),)
-    assert_same(found, Record("understanding", turns, pictures=(picture(1),)))
+    assert_same(found, Record("understanding", turns, images=(image(1),)))
 
 
 RULE = "a part must hold its type (text, image or image_url) and a text or image"

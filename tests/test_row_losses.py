@@ -15,7 +15,7 @@ from janus_jax.data import packing, scenes
 from janus_jax.data.examples import ExampleMaker
 from janus_jax.data.records import KINDS, Record
 from janus_jax.processing.images import encode_png
-from janus_jax.training.row_losses import cross_entropies, drawn_indices, normalise, row_losses
+from janus_jax.training.row_losses import cross_entropies, generated_indices, normalise, row_losses
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -90,9 +90,9 @@ def examples(janus):
     """Two of each kind, with indices for what is to be drawn."""
     rng = np.random.default_rng(0)
     make = ExampleMaker(janus.processor, 96, 36, 1024, 128, 2, 1, tokenized=True)
-    pictures = (encode_png(scenes.draw(scenes.sample_mixed(rng))),)
+    images = (encode_png(scenes.draw(scenes.sample_mixed(rng))),)
     records = [
-        Record("understanding", (("How many objects are there?", "2"),), pictures=pictures),
+        Record("understanding", (("How many objects are there?", "2"),), images=images),
         Record("text", text="a red circle left of a blue square"),
         Record("generation", text="two red circles", indices=rng.integers(0, 1024, 36)),
         Record("text", text="three green crosses"),
@@ -102,9 +102,9 @@ def examples(janus):
     return [make(record, np.random.default_rng(3)) for record in records]
 
 
-def in_rows(examples, length, pad_id, max_pictures=2, max_drawn=2):
+def in_rows(examples, length, pad_id, max_input=2, max_generated=2):
     dataset = grain.MapDataset.source(examples).to_iter_dataset()
-    rows = list(packing.packed(dataset, length, max_pictures, max_drawn, pad_id, seed=0))
+    rows = list(packing.packed(dataset, length, max_input, max_generated, pad_id, seed=0))
     return {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "records"}
 
 
@@ -140,14 +140,14 @@ def test_packed_equals_alone(janus, examples):
         np.testing.assert_allclose(one / scale, other / scale, atol=1e-4)
 
 
-def test_pictures_and_their_indices_give_the_same_loss(janus):
+def test_images_and_their_indices_give_the_same_loss(janus):
     rng = np.random.default_rng(0)
     scene, prompt = scenes.sample_scene(rng, None)
     pixels = scenes.draw(scene)
     record = Record(
         "generation",
         text=prompt.text,
-        pictures=(encode_png(pixels),),
+        images=(encode_png(pixels),),
         indices=np.asarray(janus.encode_images(pixels))[0],
     )
     images, found = janus.processor.image_config, []
@@ -160,7 +160,7 @@ def test_pictures_and_their_indices_give_the_same_loss(janus):
 
 
 @pytest.mark.parametrize("tokenized", [False, True])
-def test_rows_may_have_no_place_for_pictures(janus, tokenized):
+def test_rows_may_have_no_place_for_images(janus, tokenized):
     make = ExampleMaker(janus.processor, 96, 36, 1024, 64, 0, 0, tokenized)
     example = make(Record("text", text="a red circle"), np.random.default_rng(0))
     rows = in_rows([example], 64, 0, 0, 0)
@@ -172,11 +172,11 @@ def test_codes_are_chosen_in_full_precision(janus):
     """As tokenize_images does, whatever the step's own precision."""
     pixels = jnp.zeros((1, 1, 96, 96, 3), jnp.uint8)
     with jax.default_matmul_precision("bfloat16"):
-        text = str(jax.make_jaxpr(lambda x: drawn_indices(janus.model, x))(pixels))
+        text = str(jax.make_jaxpr(lambda x: generated_indices(janus.model, x))(pixels))
     assert "HIGHEST" in text and "BF16" not in text and "Precision.DEFAULT" not in text
 
 
-def test_pictures_are_normalised_as_the_processor_does(janus):
+def test_images_are_normalised_as_the_processor_does(janus):
     pixels = np.random.default_rng(0).integers(0, 256, (1, 96, 96, 3), np.uint8)
     want = janus.processor.pixels([pixels[0]])
     found = normalise(jnp.asarray(pixels), janus.processor.image_config)

@@ -145,19 +145,19 @@ def test_no_memory_takes_one_line(run, loaded, monkeypatch):
 
 
 def test_a_question_is_answered(run, loaded, small, golden):
-    pictures = [golden / "preprocess" / name for name in ("img0_50x120.png", "img2_64x64.png")]
-    flags = [word for picture in pictures for word in ("--image", picture)]
+    images = [golden / "preprocess" / name for name in ("img0_50x120.png", "img2_64x64.png")]
+    flags = [word for image in images for word in ("--image", image)]
     status, lines, err = run(*flags, "--question", "Which?", "--max_new_tokens", 6)
     assert (status, err) == (0, "")
-    assert "\n".join(lines) == small.answer("Which?", pictures, max_new_tokens=6)
+    assert "\n".join(lines) == small.answer("Which?", images, max_new_tokens=6)
 
 
 def test_a_chat_remembers_its_turns(run, loaded, small, golden, monkeypatch):
-    picture = golden / "preprocess" / "img0_50x120.png"
+    image = golden / "preprocess" / "img0_50x120.png"
     monkeypatch.setenv("HOME", str(golden))
     said = "Hi\n/image ~/preprocess/img0_50x120.png\n/img x\n/new\n"
     said += "Hello\n\n/image nowhere.png\n/image\n/image ~no_such_user/a.png\n"
-    said += f"/image {picture}\nWhat is it?\n/quit\nnever\n"
+    said += f"/image {image}\nWhat is it?\n/quit\nnever\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(said))
     asked = []
     stream = small.stream
@@ -171,7 +171,7 @@ def test_a_chat_remembers_its_turns(run, loaded, small, golden, monkeypatch):
     assert status == 0
     assert "sample.py: no image file at nowhere.png" in err.splitlines()
     assert "sample.py: no image file at ''" in err.splitlines()
-    assert "sample.py: no command /img; '/image FILE' shows a picture" in err
+    assert "sample.py: no command /img; '/image FILE' shows an image" in err
     assert "sample.py: no image file at ~no_such_user/a.png" in err.splitlines()
     assert len(err.splitlines()) == 5
     assert len(asked) == 3
@@ -247,13 +247,13 @@ def test_a_platform_without_devices_takes_one_line(run, monkeypatch, requested, 
         (["--image-size", "512"], ONE_SIZE),
         (["--prompt", "a", "--width=512"], ONE_SIZE),
         (["--prompt", "a", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
-        (["--prompt", "a", "--seed", "-1"], "seed must be a whole number in [0, 2**64), got -1"),
+        (["--prompt", "a", "--seed", "-1"], "seed must be an integer in [0, 2**64), got -1"),
         (["--prompt", "a", "--image", "b"], "--image has no use with --prompt and --prompts_file"),
         (["--chat", "--num_images", "2"], "--num_images has no use with --question and --chat"),
         (["--question", "a", "--top_k", "3"], "--top_k has no use with --temperature 0"),
         (["--prompt", "a", "--temperature", "0", "--top_p", "0.5"], "--top_p has no use with"),
         (["--prompt", ""], "--prompt must say something, got ''"),
-        (["--prompt", "a", "--num_images", "0"], "num_images must be a whole number of at least 1"),
+        (["--prompt", "a", "--num_images", "0"], "num_images must be an integer of at least 1"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
         (["--prompt", "a", "--top_k", "1000"], "top_k must be at most 128, got 1000"),
         (["--prompt", "a", "--dtype", "float16"], "dtype must be one of float32, bfloat16"),
@@ -278,7 +278,7 @@ def test_a_platform_without_devices_takes_one_line(run, monkeypatch, requested, 
         (["--question", "a", "--image", "/dev/zero"], "/dev/zero must be a regular file"),
         (["--question", "a", "--image", "thin.png"], "at most 1000 times the other, got 60000 x 1"),
         (["--prompts_file", "/dev/zero"], "--prompts_file /dev/zero must have at most 1000 char"),
-        (["--question", "a", "--max_new_tokens", "0"], "max_new_tokens must be a whole number"),
+        (["--question", "a", "--max_new_tokens", "0"], "max_new_tokens must be an integer"),
         (["--question", "a", "--max_new_tokens", "5000"], "trained context of 512 tokens"),
         (["--prompt", "a", "--model", "nowhere"], "nowhere is not a folder"),
     ],

@@ -1,20 +1,20 @@
-"""Pictures for the image tokenizer and the encoder: what they show, what labels say, crops."""
+"""Images for the image tokenizer and the encoder: what they show, what labels say, crops."""
 
 import numpy as np
 
 from janus_jax.data import checker, scenes
-from janus_jax.data.scene_batches import NUM_PATCH_LABELS, labelled_pictures, scene_pictures
+from janus_jax.data.scene_batches import NUM_PATCH_LABELS, labelled_images, scene_images
 from janus_jax.training.tokenizer import random_crops
 
 
 def test_nothing_held_out_is_shown():
-    for image in scene_pictures(np.random.default_rng(2), 200):
+    for image in scene_images(np.random.default_rng(2), 200):
         found = checker.detect(image)
         assert found and not scenes.is_held_out([(d.shape, d.color) for d in found])
 
 
 def test_labels_say_what_has_its_centre_where():
-    images, labels = labelled_pictures(np.random.default_rng(0), 200, patch=16)
+    images, labels = labelled_images(np.random.default_rng(0), 200, patch=16)
     assert (images.shape, images.dtype) == ((200, 96, 96, 3), np.uint8)
     assert (labels.shape, labels.dtype) == ((200, 36), np.int32)
     assert set(labels.ravel()) == set(range(NUM_PATCH_LABELS)) - held_out_labels()
@@ -44,6 +44,6 @@ def test_crops_lie_between_patches():
         np.testing.assert_array_equal(crop, images[i, row : row + 48, column : column + 48])
 
 
-def test_a_crop_of_the_whole_picture_is_the_picture():
-    images = scene_pictures(np.random.default_rng(0), 2)
+def test_a_crop_of_the_whole_image_is_the_image():
+    images = scene_images(np.random.default_rng(0), 2)
     np.testing.assert_array_equal(random_crops(np.random.default_rng(1), images, 96, 16), images)

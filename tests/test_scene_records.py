@@ -28,8 +28,8 @@ PROMPTS = {p.text: p for kind in scenes.KINDS for p in scenes.prompts("train", k
 
 
 def decoded(record: Record) -> np.ndarray:
-    (picture,) = record.pictures
-    return np.asarray(Image.open(io.BytesIO(picture)))
+    (image,) = record.images
+    return np.asarray(Image.open(io.BytesIO(image)))
 
 
 def held_out_named(text: str) -> bool:
@@ -65,7 +65,7 @@ def test_kinds_do_not_share_their_scenes():
 
 
 @pytest.mark.parametrize("kind", ["generation", "understanding"])
-def test_pictures_are_the_drawn_pixels(kind):
+def test_images_are_the_drawn_pixels(kind):
     source = open_source("scenes", kind, count=50)
     for number, record in enumerate(source):
         pixels = decoded(record)
@@ -73,7 +73,7 @@ def test_pictures_are_the_drawn_pixels(kind):
         np.testing.assert_array_equal(pixels, scenes.draw(source.scene(number)))
 
 
-def test_captions_are_true_of_their_pictures():
+def test_captions_are_true_of_their_images():
     for record in open_source("scenes", "generation", count=200):
         found = checker.detect(decoded(record))
         assert checker.satisfies(PROMPTS[record.text].requirement, found), record.text
@@ -97,7 +97,7 @@ def test_captions_are_of_all_kinds_equally_unless_the_path_names_one():
 def test_sentences_are_captions_and_descriptions():
     source = open_source("scenes", "text", count=300)
     records = list(source)
-    assert all(one.pictures == one.turns == () for one in records)
+    assert all(one.images == one.turns == () for one in records)
     described = [i for i, one in enumerate(records) if one.text not in PROMPTS]
     # captions are half; descriptions of two objects and of equal ones read as captions do
     assert 60 < len(described) < 150
@@ -178,10 +178,10 @@ def test_answers_about_relations_are_right():
         ("drawing", {}, "path of scenes must be one of .*generation/position, .*got 'drawing'"),
         ("generation/dogs", {}, "path of scenes must be one of .*, got 'generation/dogs'"),
         ("text/position", {}, "path of scenes must be one of .*, got 'text/position'"),
-        ("text", dict(count=0), "count must be a whole number of at least 1, got 0"),
-        ("text", dict(count=1e3), r"count must be a whole number of at least 1, got 1000\.0"),
-        ("text", dict(seed=-1), "seed must be a whole number in .*, got -1"),
-        ("text", dict(seed=2**32), "seed must be a whole number in .*, got 4294967296"),
+        ("text", dict(count=0), "count must be an integer of at least 1, got 0"),
+        ("text", dict(count=1e3), r"count must be an integer of at least 1, got 1000\.0"),
+        ("text", dict(seed=-1), "seed must be an integer in .*, got -1"),
+        ("text", dict(seed=2**32), "seed must be an integer in .*, got 4294967296"),
         ("generation", dict(relations=0.5), "left to understanding, got it for generation"),
         ("understanding", dict(relations=1.5), "relations must be a number from 0 to 1, got 1.5"),
         ("understanding", dict(relations="all"), "relations must be .*, got 'all'"),
@@ -218,10 +218,10 @@ def test_scenes_become_rows_of_the_shipped_model(processor, tmp_path):
     )
     cfg = RowsConfig(
         mixture=ConfigDict(mixture),
-        length=256,
-        max_pictures=3,
-        max_drawn=4,
-        rows=2,
+        seq_len=256,
+        max_input_images=3,
+        max_generated_images=4,
+        batch_size=2,
         streams=1,
         tokenized=False,
         max_bad=0,
@@ -237,5 +237,5 @@ def test_scenes_become_rows_of_the_shipped_model(processor, tmp_path):
         assert abs(found[kind] / len(places) - node["weight"] / 6) < 0.1
     first = next(p for p in batches[0]["records"][0] if p.startswith("scenes:generation/"))
     _, path, number = first.split(":")
-    picture = scenes.draw(open_source("scenes", path).scene(int(number)))
-    np.testing.assert_array_equal(batches[0]["drawn"][0, 0], picture)
+    image = scenes.draw(open_source("scenes", path).scene(int(number)))
+    np.testing.assert_array_equal(batches[0]["drawn"][0, 0], image)

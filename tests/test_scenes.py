@@ -24,7 +24,7 @@ def test_scene_matches_caption_and_split(split):
         assert len(pairs) == sum(item.count for item in prompt.requirement.items)
 
 
-def test_no_training_picture_shows_a_held_out_pair():
+def test_no_training_image_shows_a_held_out_pair():
     rng = np.random.default_rng(4)
     seen = {(o.shape, o.color) for _ in range(2000) for o in scenes.sample_mixed(rng).objects}
     everything = {(s, c) for s in scenes.SHAPES for c in scenes.COLORS}
@@ -61,13 +61,13 @@ def test_default_prompt_is_seen_in_training():
     assert text in {p.text for p in scenes.prompts("train", "position")}
 
 
-def test_same_seed_same_pictures():
-    def pictures(seed):
+def test_same_seed_same_images():
+    def images(seed):
         rng = np.random.default_rng(seed)
         return np.stack([scenes.draw(scenes.sample_scene(rng, None)[0]) for _ in range(20)])
 
-    assert np.array_equal(pictures(1), pictures(1))
-    assert not np.array_equal(pictures(1), pictures(2))
+    assert np.array_equal(images(1), images(1))
+    assert not np.array_equal(images(1), images(2))
 
 
 def test_unknown_names_are_refused():
@@ -88,11 +88,11 @@ def found_by(detections, name):
             if (shape is None or d.shape == shape) and (not color or d.color == color[0])]
 
 
-def answer_from_pixels(question, picture):
+def answer_from_pixels(question, image):
     """The answer by the checker's eyes; None for descriptions."""
-    seen = checker.detect(picture)
+    seen = checker.detect(image)
     if question == "What is the background color?":
-        return checker.background(picture)
+        return checker.background(image)
     if match := re.fullmatch(r"How many (.*) are there\?", question):
         return str(len(found_by(seen, match[1])))
     if match := re.fullmatch(r"What (shape|color) is the (.*)\?", question):

@@ -9,7 +9,7 @@ import pytest
 from benchmarks import score_scenes
 from configs import janus_tiny_encoder, janus_tiny_stage3
 from janus_jax.data import questions, scenes
-from janus_jax.data.scene_batches import labelled_pictures
+from janus_jax.data.scene_batches import labelled_images
 from janus_jax.data.sources import open_source
 
 
@@ -18,10 +18,10 @@ class Oracle:
 
     def __init__(self, upside_down=False, honest=True):
         self.upside_down, self.honest = upside_down, honest
-        self.pictures, self.answers = {}, {}
+        self.images, self.answers = {}, {}
 
     def generate_images(self, prompts, num_images, seed, max_batch):
-        drawn = [self.pictures[text] for text in prompts for _ in range(num_images)]
+        drawn = [self.images[text] for text in prompts for _ in range(num_images)]
         return SimpleNamespace(pixels=[x[::-1] if self.upside_down else x for x in drawn])
 
     def answer(self, asked, images, max_new_tokens):
@@ -36,15 +36,15 @@ def painter(**kind) -> tuple[Oracle, list[scenes.Prompt]]:
         scene, prompt = scenes.sample_scene(rng, "position")
         if prompt.requirement.relation in ("above", "below"):
             prompts.append(prompt)
-            oracle.pictures[prompt.text] = scenes.draw(scene)
+            oracle.images[prompt.text] = scenes.draw(scene)
     return oracle, prompts
 
 
-def test_pictures_of_the_prompt_count_and_others_do_not():
+def test_images_of_the_prompt_count_and_others_do_not():
     oracle, prompts = painter()
-    assert score_scenes.score_pictures(oracle, prompts, 0) == 1
+    assert score_scenes.score_images(oracle, prompts, 0) == 1
     oracle, prompts = painter(upside_down=True)
-    assert score_scenes.score_pictures(oracle, prompts, 0) == 0
+    assert score_scenes.score_images(oracle, prompts, 0) == 0
 
 
 def test_prompts_that_choose_how_to_draw_do_not_count():
@@ -70,7 +70,7 @@ def taught(monkeypatch, **kind) -> Oracle:
 
 def test_answers_must_equal_the_expected_ones(monkeypatch):
     record = score_scenes.score_answers(taught(monkeypatch), "train", set())
-    assert (record["exact_match"], record["questions"], record["left_out_as_seen"]) == (1, 60, 0)
+    assert (record["exact_match"], record["questions"], record["skipped_as_seen"]) == (1, 60, 0)
     assert sum(entry["questions"] for entry in record["by_question"].values()) == 60
     record = score_scenes.score_answers(taught(monkeypatch, honest=False), "train", set())
     assert 0 < record["exact_match"] < 0.3
@@ -80,12 +80,12 @@ def test_answers_must_equal_the_expected_ones(monkeypatch):
 def test_answers_are_those_of_what_the_checker_reads(change):
     item = scenes.Object("square", "red", size=30, x=40, y=40)
     scene = scenes.Scene("white", (item,))
-    picture = scenes.draw(scene)
-    score_scenes.check_reading(scene, picture)
+    image = scenes.draw(scene)
+    score_scenes.check_reading(scene, image)
     other = scenes.Scene("white", (dataclasses.replace(item, **change),))
     for wrong in (other, scenes.Scene("black", (item,)), scenes.Scene("white", (item, item))):
         with pytest.raises(ValueError, match="the checker must read Scene"):
-            score_scenes.check_reading(wrong, picture)
+            score_scenes.check_reading(wrong, image)
 
 
 def test_scenes_of_the_training_are_left_out(monkeypatch):
@@ -93,11 +93,11 @@ def test_scenes_of_the_training_are_left_out(monkeypatch):
     first = scenes.sample_any(rng, "train")
     seen = {score_scenes.digest(first)}
     record = score_scenes.score_answers(taught(monkeypatch), "train", seen)
-    assert record["left_out_as_seen"] >= 1 and record["questions"] == 60
+    assert record["skipped_as_seen"] >= 1 and record["questions"] == 60
 
 
 def test_scenes_of_the_training_are_those_that_it_draws(monkeypatch):
-    """Those of the encoder's steps, and those of the records of the stages that have pictures."""
+    """Those of the encoder's steps, and those of the records of the stages that have images."""
     encoder, stage = janus_tiny_encoder.get_config(), janus_tiny_stage3.get_config()
     encoder.steps = 2
     parts = [stage.mixture.understanding, stage.mixture.text]
@@ -110,7 +110,7 @@ def test_scenes_of_the_training_are_those_that_it_draws(monkeypatch):
     monkeypatch.setattr(scenes, "draw", lambda scene: drawn.append(scene) or draw(scene))
     for step in range(2):
         rng = np.random.default_rng((encoder.seed, step))
-        labelled_pictures(rng, encoder.batch_size, patch=16)
+        labelled_images(rng, encoder.batch_size, patch=16)
     for part in parts:
         options = {name: part[name] for name in part if name not in ("weight", "format", "path")}
         source = open_source(part.format, part.path, **options)
@@ -119,7 +119,7 @@ def test_scenes_of_the_training_are_those_that_it_draws(monkeypatch):
     assert score_scenes.training_scenes() == set(map(score_scenes.digest, drawn))
 
 
-def test_a_scene_s_name_is_that_of_its_picture():
+def test_a_scene_s_name_is_that_of_its_image():
     rng = np.random.default_rng(0)
     for _ in range(50):
         scene, other = (scenes.sample_mixed(rng) for _ in range(2))

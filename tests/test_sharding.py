@@ -102,7 +102,7 @@ def test_meshes_are_read_from_text():
         ("data=-1", "got 'data=-1'"),
         ("data=1.5", "got 'data=1.5'"),
         ("", "got ''"),
-        ("data=0", "mesh axis data must be a whole number of at least 1, got 0"),
+        ("data=0", "mesh axis data must be an integer of at least 1, got 0"),
         ("data=3,tensor=3", "data=3,fsdp=1,tensor=3 needs 9 devices, there are 8"),
     ],
 )
@@ -206,32 +206,32 @@ def test_tokens_and_pixels_are_whole_on_every_device(golden, sharded, small, mon
     codes = np.resize(codes, (5, codes.shape[1]))
     pixels = sharded.decode_indices(codes)
     encoded = sharded.encode_images(pixels[0])
-    assert len(seen) == 2 * 3 + 1  # four pictures at once, then one
+    assert len(seen) == 2 * 3 + 1  # four images at once, then one
     assert all(len(s.device_set) == 8 and s.is_fully_replicated for s in seen)
     np.testing.assert_array_equal(encoded, small.encode_images(pixels[0]))
 
 
 def test_eight_devices_answer_what_one_answers(golden, sharded, small):
-    picture = golden / "preprocess" / "img0_50x120.png"
-    asked = (["What is it?", "Hello"], [[picture], []])
+    image = golden / "preprocess" / "img0_50x120.png"
+    asked = (["What is it?", "Hello"], [[image], []])
     expected = small.answer(*asked, max_new_tokens=6)
     assert sharded.answer(*asked, max_new_tokens=6) == expected
-    assert "".join(sharded.stream("What is it?", picture, max_new_tokens=6)) == expected[0]
+    assert "".join(sharded.stream("What is it?", image, max_new_tokens=6)) == expected[0]
 
 
 def test_eight_devices_find_what_is_not_finite(golden, sharded):
-    picture = golden / "preprocess" / "img0_50x120.png"
-    asked = (["What is it?", "Hello"], [[picture], []])
+    image = golden / "preprocess" / "img0_50x120.png"
+    asked = (["What is it?", "Hello"], [[image], []])
     with damaged(sharded.model, "und_encoder.norm.scale"):
         with pytest.raises(ValueError, match="SigLIP features must be finite"):
             sharded.answer(*asked, max_new_tokens=6)
     with damaged(sharded.model, "language_model.norm.scale"):
         with pytest.raises(ValueError, match="text logits must be finite"):
-            next(sharded.stream("What is it?", picture, max_new_tokens=6))
+            next(sharded.stream("What is it?", image, max_new_tokens=6))
         with pytest.raises(ValueError, match="image-token logits must be finite"):
             sharded.generate_images(PROMPTS, num_images=4, seed=11)
     with damaged(sharded.model, "gen_vq.codebook"):
         with pytest.raises(ValueError, match="VQ encoder latents must be finite"):
-            sharded.encode_images(picture)
+            sharded.encode_images(image)
         with pytest.raises(ValueError, match="decoded pixels must be finite"):
             sharded.decode_indices(np.zeros((5, 16), int))

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from source_files import SAID, assert_bad, assert_same, picture, write_tar
+from source_files import SAID, assert_bad, assert_same, image, write_tar
 
 from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.sources import JsonlSource, ParquetSource, TarSource, open_source
@@ -48,11 +48,11 @@ def test_tar_members_are_grouped_by_the_name_up_to_the_first_dot(tmp_path):
     write_tar(
         tmp_path / "a.tar",
         {
-            "dir.x/1.jpg": picture(1),
+            "dir.x/1.jpg": image(1),
             "README": b"nothing",
-            "2.1.png": picture(2),
+            "2.1.png": image(2),
             "dir.x/1.txt": b" a fox\n",
-            "2.0.JPEG": picture(3),
+            "2.0.JPEG": image(3),
             "2.json": json.dumps(
                 {"images": ["elsewhere/p.png", "q.jpg"], "conversations": SAID}
             ).encode(),
@@ -63,9 +63,9 @@ def test_tar_members_are_grouped_by_the_name_up_to_the_first_dot(tmp_path):
     )
     first, second, third = TarSource(tmp_path / "a.tar")
     assert first.where == f"{tmp_path}/a.tar:dir.x/1"
-    assert_same(first, Record("generation", text="a fox", pictures=(picture(1),)))
-    pictures = (picture(2), picture(3))
-    assert_same(second, Record("understanding", (("?", "!"),), pictures=pictures))
+    assert_same(first, Record("generation", text="a fox", images=(image(1),)))
+    images = (image(2), image(3))
+    assert_same(second, Record("understanding", (("?", "!"),), images=images))
     indices = np.arange(4, dtype=np.int32)
     assert_same(third, Record("generation", text="a hare", indices=indices))
 
@@ -91,22 +91,22 @@ def test_bad_tar_records(tmp_path, monkeypatch):
         "6.json": b'{"text": "a"}',
         "6.b.json": b'{"text": "b"}',
         "7.json": json.dumps({"images": ["a", "b"], "conversations": SAID}).encode(),
-        "7.jpg": picture(1),
+        "7.jpg": image(1),
         "8.json": b'{"caption": "a", "image": "x.jpg"}',
         "9.txt": b" ",
     }
     members |= {"4.txt": b"a", "5.txt": b"a"}
     bad = list(TarSource(write_tar(tmp_path / "a.tar", members)))
     expected = [
-        ("malformed", "needs one picture, got 0"),
+        ("malformed", "needs one image, got 0"),
         ("malformed", "not JSON"),
         ("malformed", "must be an object, got list"),
         ("malformed", "UTF-8"),
         ("malformed", "not a .npy file"),
         ("malformed", "not a .npy file: Object arrays cannot be loaded"),
         ("malformed", "one .json at most, got 2"),
-        ("missing file", "2 pictures named, 1 are there"),
-        ("missing file", "1 pictures named, 0 are there"),
+        ("missing file", "2 images named, 1 are there"),
+        ("missing file", "1 images named, 0 are there"),
         ("empty caption", ""),
     ]
     for i, (found, (reason, detail)) in enumerate(zip(bad, expected, strict=True)):
@@ -153,7 +153,7 @@ def test_bad_parquet_rows_and_null_columns(tmp_path):
     rows = [
         {"caption": "a", "image": {"bytes": None, "path": "x.png"}, "id": 1},
         {"caption": "a", "image": None, "id": 2},
-        {"messages": said, "image": {"bytes": picture(1), "path": None}, "conversations": None},
+        {"messages": said, "image": {"bytes": image(1), "path": None}, "conversations": None},
         {"text": "b"},
         {"id": 5, "text": None},
     ]
@@ -162,8 +162,8 @@ def test_bad_parquet_rows_and_null_columns(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     source = ParquetSource(tmp_path)
     assert_bad(source[0], "missing file", f"{tmp_path}/a.parquet:0", "x.png")
-    assert_bad(source[1], "malformed", f"{tmp_path}/a.parquet:1", "needs one picture, got 0")
-    assert_same(source[2], Record("understanding", (("?", "!"),), pictures=(picture(1),)))
+    assert_bad(source[1], "malformed", f"{tmp_path}/a.parquet:1", "needs one image, got 0")
+    assert_same(source[2], Record("understanding", (("?", "!"),), images=(image(1),)))
     assert_same(source[3], Record("text", text="b"))
     assert_bad(source[4], "malformed", f"{tmp_path}/a.parquet:4", "must have one of")
 
@@ -222,7 +222,7 @@ def test_class_names_and_indices(tmp_path):
     root, names = tmp_path / "train", tmp_path / "names.txt"
     for name in ("n02/b.JPEG", "n02/a.png", "n02/notes.txt", "n02/.c.png", "n01/x.jpg", ".n/x.jpg"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(picture(1))
+        (root / name).write_bytes(image(1))
     np.save(root / "n01" / "x.npy", np.arange(4))
     (root / "n02" / "bad.npy").write_bytes(b"x")
     (root / "readme.jpg").write_bytes(b"in no class")
@@ -230,7 +230,7 @@ def test_class_names_and_indices(tmp_path):
     source = open_source("class_folder", root, class_names=names)
     places = ["n01/x.npy", "n02/a.png", "n02/b.JPEG", "n02/bad.npy"]
     assert [record.where for record in source] == [f"{root}/{place}" for place in places]
-    shark = Record("generation", text="great white shark", pictures=(picture(1),))
+    shark = Record("generation", text="great white shark", images=(image(1),))
     indices = np.arange(4, dtype=np.int32)
     assert_same(source[0], Record("generation", text="tench", indices=indices))
     assert_same(source[1], shark)
@@ -243,7 +243,7 @@ def test_class_names_and_indices(tmp_path):
 
 def test_wrong_class_names(tmp_path):
     (tmp_path / "train" / "n1").mkdir(parents=True)
-    (tmp_path / "train" / "n1" / "a.png").write_bytes(picture(1))
+    (tmp_path / "train" / "n1" / "a.png").write_bytes(image(1))
     names = tmp_path / "names.txt"
     with pytest.raises(FileNotFoundError, match=f"class_names .* none at {names}"):
         open_source("class_folder", tmp_path / "train", class_names=names)

@@ -16,7 +16,7 @@ from source_files import (
     FILES,
     assert_same,
     class_records,
-    picture,
+    image,
     some_records,
     write_tar,
 )
@@ -231,16 +231,16 @@ def test_parquet_without_a_known_column(tmp_path):
 
 @pytest.mark.parametrize("caption", ["a_b", "a/b", ".a", "a" * 300, "a\0b"])
 def test_captions_that_are_no_folder(caption, tmp_path):
-    record = Record("generation", text=caption, pictures=(picture(1),))
+    record = Record("generation", text=caption, images=(image(1),))
     with pytest.raises(ValueError, match="must do as a folder's name"):
         write_records("class_folder", tmp_path / "x", [record])
-    with pytest.raises(ValueError, match="holds captions and pictures alone, got text"):
+    with pytest.raises(ValueError, match="holds captions and images alone, got text"):
         write_records("class_folder", tmp_path / "x", [Record("text", text="a")])
     assert not (tmp_path / "x").exists()
 
 
 def test_class_folders_are_added_to(tmp_path):
-    cat = Record("generation", text="a cat", pictures=(picture(1),))
+    cat = Record("generation", text="a cat", images=(image(1),))
     write_records("class_folder", tmp_path / "x", [cat, cat])
     write_records("class_folder", tmp_path / "x", [cat], first=2)
     write_records("class_folder", tmp_path / "x", [cat], first=1)
@@ -258,17 +258,17 @@ def test_an_interrupted_file_leaves_the_one_before(format, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_records(format, path, interrupted())
-    if format != "jsonl":  # whose pictures of the same names were replaced
+    if format != "jsonl":  # whose images of the same names were replaced
         for found, expected in zip(open_source(format, path), some_records(), strict=True):
             assert_same(found, expected)
     assert set(os.listdir(tmp_path)) <= {path.name, "train.images"}
 
 
-def test_indices_are_written_in_place_of_a_picture(tmp_path):
+def test_indices_are_written_in_place_of_a_image(tmp_path):
     indices = np.arange(4, dtype=np.int32)
-    both = Record("generation", text="a", pictures=(picture(1),), indices=indices)
+    both = Record("generation", text="a", images=(image(1),), indices=indices)
     for format in (*FILES, "class_folder"):
         path = tmp_path / FILES.get(format, "classes")
         write_records(format, path, [both])
         (found,) = open_source(format, path)
-        assert_same(found, dataclasses.replace(both, pictures=()))
+        assert_same(found, dataclasses.replace(both, images=()))

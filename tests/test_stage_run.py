@@ -15,7 +15,7 @@ import janus_jax
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.interop.load import open_folder, stored_params
 from janus_jax.training.checkpoints import Checkpoints
-from janus_jax.training.evaluation import asked_pictures
+from janus_jax.training.evaluation import prompt_images
 from janus_jax.training.metrics import Log
 from janus_jax.training.run import alone_in, train_stage
 from janus_jax.training.setup import Setup
@@ -144,7 +144,7 @@ def test_what_is_asked_comes_after_what_is_saved(tmp_path, monkeypatch):
         assert checkpoints.newest == 2
 
 
-def test_a_picture_that_cannot_be_read_is_told_of_before_the_first_step(tmp_path):
+def test_a_image_that_cannot_be_read_is_told_of_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read image README\.md"):
         asked = dict(sample_every=2, questions=(("README.md", "What is it?"),))
         train_stage(small_config(tmp_path, **asked))
@@ -162,12 +162,12 @@ def test_a_picture_that_cannot_be_read_is_told_of_before_the_first_step(tmp_path
 def test_what_cannot_be_asked_is_told_of_before_the_first_step(tmp_path, asked, message):
     setup = Setup.from_config(small_config(tmp_path, sample_every=2, **asked))
     with pytest.raises(ValueError, match=message):
-        asked_pictures(setup)
+        prompt_images(setup)
 
 
 def test_settings_may_be_mended_until_something_is_saved(tmp_path):
-    missing = dict(sample_every=1, questions=(("no/picture.png", "What is it?"),))
-    with pytest.raises(FileNotFoundError, match=r"no/picture\.png"):
+    missing = dict(sample_every=1, questions=(("no/image.png", "What is it?"),))
+    with pytest.raises(FileNotFoundError, match=r"no/image\.png"):
         train_stage(small_config(tmp_path, **missing))
     assert json.loads((tmp_path / "run.json").read_text())["seed"] == 0  # it had begun
     train_stage(small_config(tmp_path, seed=1))
@@ -201,7 +201,7 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
 
 def test_a_moving_average_is_what_is_written(tmp_path):
     trained = r"language_model\.layers\.0\."
-    config = small_config(tmp_path, average_decay=0.75, trained=trained, steps=2, save_every=1)
+    config = small_config(tmp_path, ema_decay=0.75, trained=trained, steps=2, save_every=1)
     setup, path = Setup.from_config(config), "language_model.layers.0.mlp.up_proj.kernel"
 
     def newest():
@@ -224,14 +224,14 @@ def test_a_moving_average_is_what_is_written(tmp_path):
     np.testing.assert_array_equal(newest(), (param, average))
 
 
-def test_held_out_losses_pictures_and_answers_at_intervals(tmp_path):
+def test_held_out_losses_images_and_answers_at_intervals(tmp_path):
     config = small_config(
         tmp_path,
         steps=2,
         trained=r"language_model\.layers\.0\.",
         accumulate=2,
         remat="dots",
-        average_decay=0.5,
+        ema_decay=0.5,
         eval_every=2,
         eval_batches=2,
         sample_every=2,
@@ -245,13 +245,13 @@ def test_held_out_losses_pictures_and_answers_at_intervals(tmp_path):
     (held_out,) = (line for line in lines(tmp_path) if "eval/generation" in line)
     assert held_out["step"] == 2 and held_out.keys() == {"step", "eval/generation"}
     folder = tmp_path / "samples" / "0000002"
-    pictures = [np.asarray(Image.open(folder / f"prompt-{number}.png")) for number in (0, 1)]
-    assert pictures[0].shape == (64, 64, 3) and not np.array_equal(*pictures)
+    images = [np.asarray(Image.open(folder / f"prompt-{number}.png")) for number in (0, 1)]
+    assert images[0].shape == (64, 64, 3) and not np.array_equal(*images)
     assert (folder / "answers.txt").read_text().startswith("docs/scene.png: What is it? -> ")
     # as the model that was written draws
     janus = janus_jax.load(tmp_path / "model", dtype="float32")
     drawn = janus.generate_images(list(config.prompts), seed=config.seed).pixels
-    np.testing.assert_array_equal(drawn, pictures)
+    np.testing.assert_array_equal(drawn, images)
 
 
 def test_the_held_out_loss_is_that_of_the_same_rows_each_time(tmp_path):
@@ -278,7 +278,7 @@ def test_what_was_left_out_is_reported_and_forgotten_by_a_run_that_begins_anew(t
     train_stage(config)
     first, *others = lines(tmp_path / "run")
     assert 0.5 < first["packing_efficiency"] <= 1
-    found = {"left_out/text/malformed": 1, "left_out/text/empty_text": 1}
+    found = {"skipped/text/malformed": 1, "skipped/text/empty_text": 1}
     assert {"step": 1, **found} in others
     assert {"step": 1, **{f"eval/{name}": number for name, number in found.items()}} in others
     records = [json.loads(line)["record"] for line in listed.read_text().splitlines()]

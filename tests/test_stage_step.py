@@ -21,7 +21,7 @@ ROWS = 8
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     return lambda **changed: small_config(
-        tmp_path_factory.getbasetemp() / "step", **dict(rows=ROWS, max_bad=0.9) | changed
+        tmp_path_factory.getbasetemp() / "step", **dict(batch_size=ROWS, max_bad=0.9) | changed
     )
 
 
@@ -70,7 +70,7 @@ def assert_close(found, plain):
 
 
 def test_a_step_is_one_of_the_optimizer_and_takes_the_state_over(config, batch, plain):
-    cfg = config(clip=0.1, weight_decay=0.1, warmup_steps=1, end_learning_rate=1e-4)
+    cfg = config(max_grad_norm=0.1, weight_decay=0.1, warmup_steps=1, end_learning_rate=1e-4)
     setup = Setup.from_config(cfg)
     trained, frozen = setup.load_trained(), setup.load_frozen()
     grads, _ = plain
@@ -83,7 +83,7 @@ def test_a_step_is_one_of_the_optimizer_and_takes_the_state_over(config, batch, 
         return optax.apply_updates(params, updates), opt_state
 
     norm = norm_of(grads)
-    assert norm > 1.5 * cfg.clip
+    assert norm > 1.5 * cfg.max_grad_norm
     params, opt_state = dict(trained), jax.jit(optimizer.init)(trained)
     state, step = setup.first_state(setup.load_trained()), setup.step()
     for number in range(2):  # the first has the learning rate 0, where the warm-up begins
@@ -187,7 +187,7 @@ def test_what_is_frozen_has_no_gradient_no_optimizer_state_and_no_float32_copy(c
     assert products(Setup.from_config(config(dtype="bfloat16"))) - products(setup) >= kernels > 10
 
 
-def test_no_step_reads_the_tokenizer_where_pictures_come_as_indices(config):
+def test_no_step_reads_the_tokenizer_where_images_come_as_indices(config):
     trained, frozen = Setup.from_config(config(tokenized=True)).shapes
     assert not any(path.startswith("gen_vq.") for path in trained | frozen)
 
@@ -196,16 +196,16 @@ def test_no_step_reads_the_tokenizer_where_pictures_come_as_indices(config):
     ("changed", "message"),
     [
         (dict(init="no/folder"), "init must be a checkpoint folder: no/folder is not a folder"),
-        (dict(rows=6, accumulate=4), "rows must be a multiple of data * fsdp * accumulate = 4, "),
+        (dict(batch_size=6, accumulate=4), "batch_size must be a multiple of data * fsdp *"),
         (dict(trained="nothing"), "no parameter path matches trained='nothing'"),
-        (dict(fresh="nothing"), "no parameter path that trains matches fresh='nothing'"),
+        (dict(reinit="nothing"), "no parameter path that trains matches reinit='nothing'"),
         (dict(remat="some"), "remat must be one of none, dots, full, got 'some'"),
         (dict(dtype="float16"), "dtype must be one of float32, bfloat16, got 'float16'"),
-        (dict(average_decay=1.0), "average_decay must be at least 0 and below 1, got 1.0"),
+        (dict(ema_decay=1.0), "ema_decay must be at least 0 and below 1, got 1.0"),
         (dict(accumulate=0), "accumulate must be at least 1, got 0"),
         (dict(trained=".*"), "trained must match no parameter of the image tokenizer, gen_vq, got"),
         (dict(eval_batches=0), "eval_batches must be at least 1, got 0"),
-        (dict(clip=0.0), "clip must be a number above 0, got 0.0"),
+        (dict(max_grad_norm=0.0), "max_grad_norm must be a number above 0, got 0.0"),
         (dict(learning_rate=float("nan")), "learning_rate must be a number of at least 0, got nan"),
         (dict(end_learning_rate=-3.0), "end_learning_rate must be a number of at least 0, got -3"),
         (dict(weight_decay=-1.0), "weight_decay must be a number of at least 0, got -1.0"),
@@ -214,8 +214,8 @@ def test_no_step_reads_the_tokenizer_where_pictures_come_as_indices(config):
         (dict(learning_rate=1e-4), "end_learning_rate must be at most learning_rate (give both), "),
         (dict(sample_every=5, prompts=()), "sample_every=5 needs prompts or questions, got none"),
         (
-            dict(trained=r"gen_head\.out", fresh=r"gen_head\."),
-            r"fresh must match nothing that is frozen, got 'gen_head\\.', which matches gen_head.",
+            dict(trained=r"gen_head\.out", reinit=r"gen_head\."),
+            r"reinit must match nothing that is frozen, got 'gen_head\\.', which matches gen_head.",
         ),
         (dict(eval_every=5), "eval_every=5 needs an eval_mixture, got none"),
         (dict(loss_weights=dict(understanding=1.0, text=1.0, generation=float("inf"))), "loss_w"),
@@ -247,8 +247,8 @@ def test_settings_that_a_config_may_lack_are_refused(config, name, value, messag
         Setup.from_config(cfg)
 
 
-def test_fresh_parameters_begin_anew_and_only_they(config):
-    cfg = config(fresh=r"gen_head\.", trained=r"(gen_head|und_aligner)\.")
+def test_only_parameters_of_reinit_are_initialised(config):
+    cfg = config(reinit=r"gen_head\.", trained=r"(gen_head|und_aligner)\.")
     before, after = (
         Setup.from_config(one).load_trained() for one in (config(trained=cfg.trained), cfg)
     )

@@ -21,7 +21,7 @@ def recorded(golden):
 
 @pytest.fixture(scope="module")
 def conversations(golden):
-    """The three recorded conversations and the paths of their pictures."""
+    """The three recorded conversations and the paths of their images."""
     stored = json.loads((golden / "processor.json").read_text())
     system = {"role": "system", "content": stored["system_prompt_short"]}
     messages = [[system, *turns] for turns in stored["conversations"]]
@@ -133,11 +133,11 @@ def test_chunks_of_conversations_give_the_same_answers(
 
 
 def test_two_images_in_one_row_and_none_in_the_other(small, golden):
-    pictures = [golden / "preprocess" / name for name in ("img0_50x120.png", "img2_64x64.png")]
+    images = [golden / "preprocess" / name for name in ("img0_50x120.png", "img2_64x64.png")]
     asked = ["Which is larger?", "Hello"]
-    batch = small.answer(asked, [pictures, []], max_new_tokens=NEW)
-    assert batch[0] == small.answer(asked[0], pictures, max_new_tokens=NEW)
-    assert batch[0] != small.answer(asked[0], pictures[::-1], max_new_tokens=NEW)
+    batch = small.answer(asked, [images, []], max_new_tokens=NEW)
+    assert batch[0] == small.answer(asked[0], images, max_new_tokens=NEW)
+    assert batch[0] != small.answer(asked[0], images[::-1], max_new_tokens=NEW)
     assert batch[1] == small.answer(asked[1], max_new_tokens=NEW)
 
 

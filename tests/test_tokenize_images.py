@@ -26,7 +26,7 @@ from janus_jax.interop.load import load_vq, open_folder
 ROOT = Path(__file__).parent.parent
 
 
-def picture(number: int) -> bytes:
+def image(number: int) -> bytes:
     rng = np.random.default_rng(number)
     colors = rng.integers(0, 256, (3, 3, 3), np.uint8)
     file = io.BytesIO()
@@ -37,7 +37,7 @@ def picture(number: int) -> bytes:
 def captioned(count: int) -> list[Record]:
     # in the order in which class folders are read
     return [
-        Record("generation", text=f"picture {i:02d}", pictures=(picture(i),)) for i in range(count)
+        Record("generation", text=f"image {i:02d}", images=(image(i),)) for i in range(count)
     ]
 
 
@@ -81,17 +81,17 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("format", [*SUFFIXES, "class_folder"])
-def test_pictures_of_every_format_become_tokens(format, run, small, tmp_path):
+def test_images_of_every_format_become_tokens(format, run, small, tmp_path):
     records, out = captioned(5), tmp_path / "tokens"
     source = tmp_path / f"train{SUFFIXES.get(format, '')}"
     write_records(format, source, records)
     status, said, err = run(f"{format}:{source}", f"{format}:{out}", "--shard_size", 3)
     assert (status, err) == (0, "")
-    assert said == f"{out}: 5 pictures tokenized, 0 records copied, 0 skipped\n"
-    expected = small.encode_images([record.pictures[0] for record in records])
+    assert said == f"{out}: 5 images tokenized, 0 records copied, 0 skipped\n"
+    expected = small.encode_images([record.images[0] for record in records])
     found = list(open_source(format, out))
     assert [record.text for record in found] == [record.text for record in records]
-    assert all(record.pictures == () for record in found)
+    assert all(record.images == () for record in found)
     np.testing.assert_array_equal([record.indices for record in found], expected)
     if format in SUFFIXES:
         shards = sorted(path.name for path in out.iterdir() if path.name.startswith("shard"))
@@ -101,14 +101,14 @@ def test_pictures_of_every_format_become_tokens(format, run, small, tmp_path):
 def test_other_records_are_copied_and_bad_ones_listed(run, small, tmp_path):
     indices = np.arange(4, dtype=np.int32)
     good = [
-        Record("understanding", (("What?", "Noise."),), pictures=(picture(7), picture(8))),
-        Record("generation", text="a", pictures=(picture(1),)),
+        Record("understanding", (("What?", "Noise."),), images=(image(7), image(8))),
+        Record("generation", text="a", images=(image(1),)),
         Record("text", text="words"),
-        Record("generation", text="b", pictures=(picture(2),)),
+        Record("generation", text="b", images=(image(2),)),
         Record("generation", text="c", indices=indices),
     ]
     source, out = tmp_path / "train.jsonl", tmp_path / "tokens"
-    broken = Record("generation", text="d", pictures=(picture(3)[:50],))
+    broken = Record("generation", text="d", images=(image(3)[:50],))
     write_records("jsonl", source, [good[0], broken, *good[1:]])
     with source.open("a") as file:
         file.write('{"caption": "e", "image": "none.png"}\n{"text": ""}\n{"caption"\n{"text": "\n')
@@ -117,26 +117,26 @@ def test_other_records_are_copied_and_bad_ones_listed(run, small, tmp_path):
     assert (status, err) == (0, "")
     listed = out / ".tokenize_images" / "skipped.jsonl"
     assert said == (
-        f"{out}: 2 pictures tokenized, 3 records copied, 5 skipped "
-        f"(2 malformed, 1 unreadable picture, 1 missing file, 1 empty text), listed in {listed}\n"
+        f"{out}: 2 images tokenized, 3 records copied, 5 skipped "
+        f"(2 malformed, 1 unreadable image, 1 missing file, 1 empty text), listed in {listed}\n"
     )
     lines = [json.loads(line) for line in listed.read_text().splitlines()]
     assert [(line["record"], line["reason"]) for line in lines] == [
-        (f"{source}:2", "unreadable picture"),
+        (f"{source}:2", "unreadable image"),
         (f"{source}:7", "missing file"),
         (f"{source}:8", "empty text"),
         (f"{source}:9", "malformed"),
         (f"{source}:10", "malformed"),
     ]
     assert "none.png" in lines[1]["detail"]
-    expected = iter(small.encode_images([picture(1), picture(2)]))
+    expected = iter(small.encode_images([image(1), image(2)]))
     for found, record in zip(open_source("tar", out), good, strict=True):
         assert (found.kind, found.turns, found.text) == (record.kind, record.turns, record.text)
         if record.kind == "generation":
             tokens = next(expected) if record.indices is None else record.indices
             np.testing.assert_array_equal(found.indices, tokens)
         else:
-            assert found.pictures == record.pictures
+            assert found.images == record.images
 
 
 def text_lines(path: Path, count: int, bad: dict[int, str]) -> Path:
@@ -157,7 +157,7 @@ def test_a_wrong_image_root_stops_the_run_and_a_right_one_begins_anew(run, refus
     assert len(listed.read_text().splitlines()) == 3
     assert os.listdir(out) == [".tokenize_images"]
     assert run(*args, tmp_path)[:2] == (
-        0, f"{out}: 7 pictures tokenized, 0 records copied, 0 skipped\n"
+        0, f"{out}: 7 images tokenized, 0 records copied, 0 skipped\n"
     )
     assert not listed.exists() and len(open_source("jsonl", out)) == 7
 
@@ -227,7 +227,7 @@ def test_an_interrupted_run_goes_on(format, run, tmp_path, monkeypatch):
         codec, "encode_pixels", lambda vq, pixels: encoded.append(1) or encode(vq, pixels)
     )
     status, said, err = run(*args)
-    assert (status, err, said.count("7 pictures tokenized")) == (0, "", 1)
+    assert (status, err, said.count("7 images tokenized")) == (0, "", 1)
     assert len(encoded) == 3  # two batches of the second shard, one of the third
     found, expected = contents(tmp_path / "tokens"), contents(tmp_path / "whole")
     assert found.keys() == expected.keys()
@@ -271,7 +271,7 @@ def test_a_report_with_other_content_is_named(wrong, run, refused, tmp_path):
     rule = "must state the integers encoded and copied, and the list skipped; delete it to"
     assert told == f"tokenize_images: {report} {rule} write its shard again\n"
     report.unlink()
-    assert "3 pictures tokenized" in run(*args)[1]
+    assert "3 images tokenized" in run(*args)[1]
 
 
 def test_one_run_at_a_time(run, refused, tmp_path, monkeypatch):
@@ -287,7 +287,7 @@ def test_one_run_at_a_time(run, refused, tmp_path, monkeypatch):
     status, said, _ = run(*args)
     rule = "a folder must be written to by one run at a time, another one has"
     assert told == [f"tokenize_images: {rule} {tmp_path / 'tokens'}\n"]
-    assert status == 0 and "3 pictures tokenized" in said
+    assert status == 0 and "3 images tokenized" in said
     assert len(open_source("tar", tmp_path / "tokens")) == 3
 
 
@@ -334,12 +334,12 @@ def test_it_goes_on_only_with_the_same(golden, run, refused, tmp_path):
 
 
 def test_options_of_the_source(run, refused, tmp_path):
-    (tmp_path / "pictures").mkdir()
-    (tmp_path / "pictures" / "a.png").write_bytes(picture(1))
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "a.png").write_bytes(image(1))
     (tmp_path / "train.jsonl").write_text('{"caption": "a", "image": "a.png"}\n')
     args = f"jsonl:{tmp_path / 'train.jsonl'}", f"jsonl:{tmp_path / 'tokens'}"
-    rooted = (*args, "--image_root", tmp_path / "pictures")
-    assert "1 pictures tokenized" in run(*rooted)[1]
+    rooted = (*args, "--image_root", tmp_path / "images")
+    assert "1 images tokenized" in run(*rooted)[1]
     assert "begun with image_root" in refused(*args)
     assert "jsonl takes other options" in refused(*rooted, "--class_names", "names.txt")
 
@@ -353,19 +353,19 @@ def test_what_is_refused_leaves_nothing(golden, refused, tmp_path):
         assert rule in refused(wrong, output)
     assert "there is none at" in refused("jsonl:missing.jsonl", output)
     assert "is not a folder" in refused(source, output, model="missing")
-    assert "--batch_size must be a whole number" in refused(source, output, "--batch_size", 0)
+    assert "--batch_size must be an integer" in refused(source, output, "--batch_size", 0)
     for wrong in (-0.1, 1, "nan"):
         told = f"--max_bad must be at least 0 and below 1, got {float(wrong)}"
         assert told in refused(source, output, "--max_bad", wrong)
     assert "--max_bad: invalid float value: 'x'" in refused(source, output, "--max_bad", "x")
-    assert "--shard_size must be a whole number" in refused(source, output, "--shard_size", -1)
+    assert "--shard_size must be an integer" in refused(source, output, "--shard_size", -1)
     assert "unrecognized arguments: --batch" in refused(source, output, "--batch", 3)
     assert "on a disk of this machine, got s3:/" in refused(source, "tar:s3://bucket/a")
     assert "is a file" in refused(source, f"tar:{tmp_path / 'a.jsonl'}")
     assert "must be a new folder or one to go on with" in refused(source, f"tar:{tmp_path}")
     assert contents(tmp_path) == before and os.listdir(tmp_path) == ["a.jsonl"]
     told = refused(source, f"class_folder:{tmp_path / 'tokens'}")
-    assert f"holds captions and pictures alone, got text {tmp_path / 'a.jsonl'}:1" in told
+    assert f"holds captions and images alone, got text {tmp_path / 'a.jsonl'}:1" in told
 
 
 def test_out_of_device_memory(refused, tmp_path, monkeypatch):

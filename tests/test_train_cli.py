@@ -80,7 +80,7 @@ def trained(tmp_path_factory, quick_compiles) -> Path:
     small = dict(batch_size=2, init=folder / "refined", output=folder / "encoder")
     done = run(ENCODER, **SHORT, **small)
     assert done.returncode == 0, done.stderr
-    assert "step 2/2" in done.stderr and "pictures_right" in done.stderr
+    assert "step 2/2" in done.stderr and "images_right" in done.stderr
     source, tokens = "scenes:generation/colors", f"jsonl:{folder / 'tokens'}"
     paths = ["--model", str(folder / "encoder"), "--source", source, "--output", tokens]
     tokenize_images.main([*paths, "--count", "8"])
@@ -91,7 +91,7 @@ def trained(tmp_path_factory, quick_compiles) -> Path:
         stage3=janus_tiny_stage3.get_config("stage2"),
         stage3_refined=janus_tiny_stage3_refine.get_config(),
     ).items():
-        cfg.update(init=str(before), output=str(folder / name), mesh="data=1", rows=2)
+        cfg.update(init=str(before), output=str(folder / name), mesh="data=1", batch_size=2)
         cfg.update(steps=1, warmup_steps=0, sample_every=0)
         cfg.update(learning_rate=1e-3, end_learning_rate=1e-3)  # both parts of stage 3: one program
         for kind in scenes.KINDS:

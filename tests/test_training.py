@@ -17,7 +17,7 @@ from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.llama import LlamaConfig
 from janus_jax.models.siglip import SiglipConfig
 from janus_jax.models.vq import VQConfig, l2_normalise
-from janus_jax.training.loop import drawn_batches, run_steps
+from janus_jax.training.loop import generated_batches, run_steps
 from janus_jax.training.state import (
     default_promotion,
     init_state,
@@ -44,7 +44,7 @@ def config(**changes) -> ConfigDict:
         b1=0.9,
         b2=0.95,
         weight_decay=0.0,
-        clip=1.0,
+        max_grad_norm=1.0,
         quantise_from=0,
         dead_code_usage=0.02,
     )
@@ -52,7 +52,7 @@ def config(**changes) -> ConfigDict:
 
 
 def tiny_config() -> JanusConfig:
-    """4-pixel pictures of 4 tokens to draw and 4 to read, one block a tower."""
+    """4-pixel images of 4 tokens to draw and 4 to read, one block a tower."""
     return JanusConfig(
         und_encoder=SiglipConfig(4, 2, width=8, num_layers=1, num_heads=2, mlp_dim=16),
         und_aligner_depth=1,
@@ -221,7 +221,7 @@ def test_the_optimizer_is_torchs_adamw_with_clipping_and_schedule():
         params = {name: params[name] + updates[name] for name in params}
         for name, parameter in theirs.items():
             parameter.grad = torch.tensor(grads[name])
-        torch.nn.utils.clip_grad_norm_(theirs.values(), cfg.clip)
+        torch.nn.utils.clip_grad_norm_(theirs.values(), cfg.max_grad_norm)
         adamw.param_groups[0]["lr"] = learning_rate(cfg, step)
         adamw.step()
         for name, parameter in theirs.items():
@@ -270,4 +270,4 @@ def test_every_step_draws_from_seed_and_step_alone():
         return step, int(rng.integers(10**9))
 
     expected = [(s, int(np.random.default_rng((7, s)).integers(10**9))) for s in range(5)]
-    assert list(drawn_batches(make, config(seed=7, steps=5))) == expected
+    assert list(generated_batches(make, config(seed=7, steps=5))) == expected

@@ -1,8 +1,8 @@
-"""Reads a picture of coloured shapes and judges it against a requirement, from pixels alone.
+"""Reads an image of coloured shapes and judges it against a requirement, from pixels alone.
 
 It shares no code and no numbers with the drawing in `scenes.py`, which only states what a prompt
 asks for in the words of this file, `Item` and `Requirement`: foreground is what differs from
-the picture's own border, colours are told apart by hue angle, shapes by overlap with masks built
+the image's own border, colours are told apart by hue angle, shapes by overlap with masks built
 from each blob's measured area and centroid. Judgement is strict, as in GenEval: every counted
 object must be there, nothing else may be, and a relation must hold clearly.
 """
@@ -39,7 +39,7 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Requirement:
-    """What a picture must show, and nothing besides.
+    """What an image must show, and nothing besides.
 
     `relation` ("left of", "right of", "above", "below") says where items[0] is seen from items[1];
     both then have count 1.

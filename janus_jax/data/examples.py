@@ -1,7 +1,7 @@
 """Records -> what a step trains on: tokens, what goes where, and what is to be predicted.
 
-T tokens of an example, n pictures looked at, m pictures drawn (0 or 1), S pixels a side, N tokens
-of a drawn picture.
+T tokens of an example, n images looked at, m images drawn (0 or 1), S pixels a side, N tokens
+of a drawn image.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import numpy as np
 
 from janus_jax.checks import error_text
 from janus_jax.data.reading import prepared_image
-from janus_jax.data.records import KINDS, PICTURE_TAG, BadRecord, Record
+from janus_jax.data.records import IMAGE_TAG, KINDS, BadRecord, Record
 from janus_jax.processing.chat import with_placeholders
 from janus_jax.processing.images import crop_square, resize_and_pad
 from janus_jax.processing.processor import Processor
@@ -27,31 +27,31 @@ class ExampleMaker:
     """Makes examples as a checkpoint's processor writes prompts.
 
     An example is a dict of
-        tokens: int32[T]; pad where a drawn picture's token goes.
-        image_mask: bool[T], True where a feature of a picture that is looked at goes.
-        gen_mask: bool[T], True where a token of a drawn picture goes; all are to be predicted.
+        tokens: int32[T]; pad where a drawn image's token goes.
+        image_mask: bool[T], True where a feature of an image that is looked at goes.
+        gen_mask: bool[T], True where a token of a drawn image goes; all are to be predicted.
         loss_mask: bool[T], True on the text that is to be predicted.
         kind: int8[T], the record's place in KINDS.
         records: str, where the record is.
-        pixels: uint8[n, S, S, 3], pictures to be looked at.
-        drawn: the picture to be drawn, uint8[m, S, S, 3], or its indices, int32[m, N].
+        pixels: uint8[n, S, S, 3], images to be looked at.
+        drawn: the image to be drawn, uint8[m, S, S, 3], or its indices, int32[m, N].
 
     Attributes:
         image_size: S.
-        num_drawn: N.
+        num_generated_tokens: N.
         codebook_size: indices are below it.
         max_length: the most tokens of an example.
-        max_pictures, max_drawn: the most pictures looked at, and drawn, in an example.
-        tokenized: whether drawn pictures come as indices.
+        max_input_images, max_generated_images: the most images looked at, and drawn, in an example.
+        tokenized: whether drawn images come as indices.
     """
 
     processor: Processor
     image_size: int
-    num_drawn: int
+    num_generated_tokens: int
     codebook_size: int
     max_length: int
-    max_pictures: int
-    max_drawn: int
+    max_input_images: int
+    max_generated_images: int
     tokenized: bool
 
     def __call__(self, record: Record | BadRecord, rng: np.random.Generator) -> Example | BadRecord:
@@ -74,11 +74,11 @@ class ExampleMaker:
 
     def _understanding(self, record: Record, rng: np.random.Generator) -> Example:
         tokens, loss_mask = conversation_tokens(
-            self.processor, record.turns, len(record.pictures), self.max_length
+            self.processor, record.turns, len(record.images), self.max_length
         )
-        self._check_number(len(record.pictures))  # before they are decoded
+        self._check_number(len(record.images))  # before they are decoded
         prepare = functools.partial(resize_and_pad, cfg=self.processor.image_config)
-        pixels = [prepared_image(picture, prepare) for picture in record.pictures]
+        pixels = [prepared_image(image, prepare) for image in record.images]
         return self._example(tokens, loss_mask, pixels=pixels)
 
     def _text(self, record: Record, rng: np.random.Generator) -> Example:
@@ -99,15 +99,15 @@ class ExampleMaker:
     def _drawn(self, record: Record) -> np.ndarray:
         """uint8[S, S, 3] or int32[N]."""
         if not self.tokenized:
-            if not record.pictures:
-                raise BadRecord("no picture", "it has indices, and the run wants pictures")
+            if not record.images:
+                raise BadRecord("no image", "it has indices, and the run wants images")
             crop = functools.partial(crop_square, size=self.image_size)
-            return prepared_image(record.pictures[0], crop)
+            return prepared_image(record.images[0], crop)
         if record.indices is None:
-            raise BadRecord("no indices", "there is only a picture, and the run wants indices")
-        if len(record.indices) != self.num_drawn:
+            raise BadRecord("no indices", "there is only an image, and the run wants indices")
+        if len(record.indices) != self.num_generated_tokens:
             got = f"{len(record.indices)} for {self.num_drawn}"
-            raise BadRecord("malformed", f"a picture must have the model's number of tokens, {got}")
+            raise BadRecord("malformed", f"an image must have the model's number of tokens, {got}")
         if not (0 <= record.indices.min() and record.indices.max() < self.codebook_size):
             got = f"got up to {record.indices.max()}"
             raise BadRecord("malformed", f"indices must be below {self.codebook_size}, {got}")
@@ -115,9 +115,9 @@ class ExampleMaker:
 
     def _example(self, tokens, loss_mask, pixels=(), drawn=None) -> Example:
         side = self.image_size
-        shape = (self.num_drawn,) if self.tokenized else (side, side, 3)
+        shape = (self.num_generated_tokens,) if self.tokenized else (side, side, 3)
         drawn = [] if drawn is None else [drawn]
-        slots = self.num_drawn * len(drawn)
+        slots = self.num_generated_tokens * len(drawn)
         tokens = np.array([*tokens, *[self.processor.tokenizer.pad_id] * slots], np.int32)
         gen_mask = np.arange(len(tokens)) >= len(tokens) - slots
         return dict(
@@ -129,20 +129,20 @@ class ExampleMaker:
             drawn=np.array(drawn, np.int32 if self.tokenized else np.uint8).reshape(-1, *shape),
         )
 
-    def _check_number(self, pictures: int) -> None:
-        if pictures > self.max_pictures:
-            most = f"at most {self.max_pictures} fit a row"
-            raise BadRecord("too many pictures", f"{pictures}, {most}")
+    def _check_number(self, images: int) -> None:
+        if images > self.max_input_images:
+            most = f"at most {self.max_images} fit a row"
+            raise BadRecord("too many images", f"{images}, {most}")
 
     def _check(self, example: Example) -> None:
-        length, pictures = len(example["tokens"]), len(example["pixels"])
+        length, images = len(example["tokens"]), len(example["pixels"])
         if length > self.max_length:
             raise _too_long(str(length), self.max_length)
-        if len(example["drawn"]) > self.max_drawn:
-            raise BadRecord("too many pictures", "rows have no place for a drawn picture")
+        if len(example["drawn"]) > self.max_generated_images:
+            raise BadRecord("too many images", "rows have no place for a drawn image")
         places = int(example["image_mask"].sum())
-        if places != pictures * self.processor.num_image_tokens:
-            raise BadRecord("malformed", f"{places} places for features of {pictures} pictures")
+        if places != images * self.processor.num_image_tokens:
+            raise BadRecord("malformed", f"{places} places for features of {images} images")
 
 
 def _too_long(tokens: str, max_length: int) -> BadRecord:
@@ -163,14 +163,14 @@ def conversation_tokens(
     Each question is tokenized as it is when it waits for its answer, so that training meets what
     answering meets; of each answer the words and the end of sentence are to be predicted. Turns are
     tokenized one by one, which takes linear time, and all at once to see that this is the same.
-    Raises BadRecord if the pictures do not match the places that the questions leave for them, and
+    Raises BadRecord if the images do not match the places that the questions leave for them, and
     as soon as there are more than max_length tokens.
     """
     messages = _messages(processor, turns, num_images)
     prompt = [*messages[:-1], dict(role="assistant", content="")]  # what the last answer follows
     placed = [message["content"].count(processor.image_tag) for message in prompt]
     if sum(placed) != num_images:
-        raise BadRecord("malformed", f"{num_images} pictures for {sum(placed)} places in the text")
+        raise BadRecord("malformed", f"{num_images} images for {sum(placed)} places in the text")
     tokenizer = processor.tokenizer
     later = dataclasses.replace(processor, system_prompt="")  # it stands before the first turn
     tokens, loss_mask = [], []
@@ -194,10 +194,10 @@ def conversation_tokens(
 def _messages(
     processor: Processor, turns: tuple[tuple[str, str], ...], num_images: int
 ) -> list[dict[str, str]]:
-    """Questions and answers with a placeholder for each picture."""
+    """Questions and answers with a placeholder for each image."""
     messages = []
     for question, answer in turns:
-        asked = question.replace(PICTURE_TAG, processor.image_tag)
+        asked = question.replace(IMAGE_TAG, processor.image_tag)
         messages += [dict(role="user", content=asked), dict(role="assistant", content=answer)]
     shown = [num_images, *[0] * (len(messages) - 1)]
     return with_placeholders(messages, shown, processor.image_tag)

@@ -29,7 +29,7 @@ class Part:
         name: where it stands in the tree ("generation/real").
         source: its records, or None for a node with parts.
         parts: what is mixed here.
-        question: turns captioned pictures into answers to this question.
+        question: turns captioned images into answers to this question.
     """
 
     name: str
@@ -109,11 +109,11 @@ def stream(
 
 
 def as_answer(record: Record | BadRecord, question: str | None) -> Record | BadRecord:
-    """A captioned picture as an answer to the question, if there is one."""
+    """A captioned image as an answer to the question, if there is one."""
     if question is None or isinstance(record, BadRecord) or record.kind != "generation":
         return record
-    if not record.pictures:
-        return BadRecord("no picture", "a question needs the picture, not indices", record.where)
+    if not record.images:
+        return BadRecord("no image", "a question needs the image, not indices", record.where)
     turns = ((question, record.text),)
     return dataclasses.replace(record, kind="understanding", turns=turns, text="")
 

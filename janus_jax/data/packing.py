@@ -1,6 +1,6 @@
 """Examples of unequal length -> rows of one length, several examples to a row.
 
-T tokens of a row, n and m pictures looked at and drawn.
+T tokens of a row, n and m images looked at and drawn.
 """
 
 import grain
@@ -8,14 +8,14 @@ import numpy as np
 from grain.experimental import BestFitPackIterDataset
 
 BY_TOKEN = ("tokens", "image_mask", "gen_mask", "loss_mask", "kind")
-OPEN_ROWS = 16  # rows that are filled at once: more waste less, and hold more pictures in memory
+OPEN_ROWS = 16  # rows that are filled at once: more waste less, and hold more images in memory
 
 
 def packed(
     examples: grain.IterDataset,
     length: int,
-    max_pictures: int,
-    max_drawn: int,
+    max_input_images: int,
+    max_generated_images: int,
     pad_id: int,
     seed: int,
 ) -> grain.IterDataset:
@@ -25,13 +25,15 @@ def packed(
         tokens, segment_ids, positions: int32[T]. Examples of a row are numbered from 1, and 0 is
             padding; positions begin at 0 in each example.
         image_mask, gen_mask, loss_mask: bool[T]; kind: int8[T].
-        pixels: uint8[n, S, S, 3], n = max_pictures; drawn: [m, ...], m = max_drawn. In the order
-            of their places in the row, then zeros.
+        pixels: uint8[n, S, S, 3], n = max_input_images.
+        drawn: [m, ...], m = max_generated_images. Both in the order of their places in the row,
+            then zeros.
         records: list of str, the places of its examples' records.
     seed: of the order in which the open rows come out; the first of them are filled best, and by
         the longest examples.
     """
-    lengths = {**dict.fromkeys(BY_TOKEN, length), "pixels": max_pictures, "drawn": max_drawn}
+    lengths = dict.fromkeys(BY_TOKEN, length)
+    lengths |= dict(pixels=max_input_images, drawn=max_generated_images)
     padding = {**dict.fromkeys(lengths, 0), "tokens": pad_id}
     rows = BestFitPackIterDataset(
         examples,

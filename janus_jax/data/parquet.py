@@ -9,7 +9,7 @@ from types import ModuleType
 from typing import Any
 
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.data.reading import Paths, Source, find_files, opened, picture_bytes
+from janus_jax.data.reading import Paths, Source, find_files, image_bytes, opened
 from janus_jax.data.records import FIELDS, BadRecord, Record, parse_record
 from janus_jax.data.unread import is_kept
 
@@ -31,12 +31,12 @@ class ParquetSource(Source):
 
     A column is named as its field. Columns of other names are read if their name is one that a
     record may not have, or if they hold text or bytes, which may be an image or its path; then
-    unread.py decides. Numbers of other names are not read. A picture is a struct {bytes, path}
+    unread.py decides. Numbers of other names are not read. An image is a struct {bytes, path}
     whose bytes are there, or the bytes.
 
     What a record costs: Parquet is read a row group at a time, so a record whose row group is not
     among the last ones takes the reading and decompressing of all the group, often a hundred
-    pictures or more. In order it is as cheap as any format; for shuffled reading write small row
+    images or more. In order it is as cheap as any format; for shuffled reading write small row
     groups (writers.py: 16 rows), or write the records as ArrayRecord or tar shards.
 
     Place: "data/train.parquet:5", the row counted from 0.
@@ -78,7 +78,7 @@ class ParquetSource(Source):
                 raise
             reason = shorten_text(str(error))
             raise BadRecord("malformed", f"a damaged row group: {reason}") from None
-        return parse_record(table.slice(position, 1).to_pylist()[0], _picture)
+        return parse_record(table.slice(position, 1).to_pylist()[0], _image)
 
     def _read_group(self, part: int):
         parquet = import_pyarrow("pyarrow.parquet")
@@ -130,12 +130,12 @@ def _has_dictionary(leaf) -> bool:
     return bool(is_encoded) and fits and leaf.physical_type == "BYTE_ARRAY"
 
 
-def _picture(value: Any) -> bytes:
+def _image(value: Any) -> bytes:
     if not isinstance(value, Mapping):
-        return picture_bytes(value)
+        return image_bytes(value)
     if value.get("bytes") is None:
-        raise BadRecord("missing file", f"no bytes of the picture {shorten(value.get('path'))}")
-    return picture_bytes(value["bytes"])
+        raise BadRecord("missing file", f"no bytes of the image {shorten(value.get('path'))}")
+    return image_bytes(value["bytes"])
 
 
 class _Recent:

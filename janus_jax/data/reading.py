@@ -18,7 +18,7 @@ from janus_jax.processing.images import load_image
 from janus_jax.processing.json_files import parse
 
 Paths = str | Path | Sequence[str | Path]
-PICTURE_SUFFIXES = (
+IMAGE_SUFFIXES = (
     ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif", ".jp2", ".ppm"
 )  # fmt: skip
 UNREAD_SUFFIXES = (
@@ -159,23 +159,23 @@ def parse_npy(raw: bytes) -> np.ndarray:
         raise BadRecord("malformed", f"not a .npy file: {shorten_text(str(error))}") from None
 
 
-def picture_bytes(value: Any) -> bytes:
-    """A picture that must be bytes already. Raises BadRecord."""
+def image_bytes(value: Any) -> bytes:
+    """An image that must be bytes already. Raises BadRecord."""
     if not isinstance(value, bytes):
         got = type(value).__name__
-        raise BadRecord("malformed", f"a picture must be the bytes of its file, got {got}")
+        raise BadRecord("malformed", f"an image must be the bytes of its file, got {got}")
     return value
 
 
-def picture_file(root: Path, value: Any) -> bytes:
-    """A picture that must be a path from root. Raises BadRecord."""
+def image_file(root: Path, value: Any) -> bytes:
+    """An image that must be a path from root. Raises BadRecord."""
     if not isinstance(value, str):
-        raise BadRecord("malformed", f"a picture must be a path, got {type(value).__name__}")
+        raise BadRecord("malformed", f"an image must be a path, got {type(value).__name__}")
     path = root / value
     try:
         return read_bounded(path, MAX_FILE_BYTES)
     except FileNotFoundError:
-        raise BadRecord("missing file", f"no picture at {root / shorten_text(value)}") from None
+        raise BadRecord("missing file", f"no image at {root / shorten_text(value)}") from None
     except ValueError as error:  # no regular file, or no path at all
         reason = "missing file" if path.is_dir() else "unreadable file"
         raise BadRecord(reason, str(error)) from None
@@ -192,4 +192,4 @@ def prepared_image(encoded: bytes, prepare: Callable[[Image.Image], np.ndarray])
     try:
         return prepare(load_image(encoded))
     except Exception as error:
-        raise BadRecord("unreadable picture", error_text(error)) from None
+        raise BadRecord("unreadable image", error_text(error)) from None

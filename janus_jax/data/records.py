@@ -3,19 +3,19 @@
 On disk a record is a JSON object (a line of a JSONL file, the .json of a tar shard, the columns of
 a Parquet row, the msgpack map of an ArrayRecord entry) with these fields:
 
-* understanding: `image` or `images` (none, one or more pictures) and `conversations`, LLaVA's list
+* understanding: `image` or `images` (none, one or more images) and `conversations`, LLaVA's list
   of {"from": "human" or "gpt", "value": text}; or `messages`, a list of {"role": "user" or
   "assistant", "content": text}, with DeepSeek's names of roles or these; a list of parts may stand
-  for the text (see processing/messages.py). A picture stands where a question says <image> or has
+  for the text (see processing/messages.py). An image stands where a question says <image> or has
   an image part; where no question has a place, all stand before the first. A question may hold its
-  pictures itself, in `images` or in its parts. There is no turn of the system.
+  images itself, in `images` or in its parts. There is no turn of the system.
 * text only: `text`.
-* generation: `caption` and `image`, or in place of the picture its VQ `indices` (row-major).
+* generation: `caption` and `image`, or in place of the image its VQ `indices` (row-major).
 
 A record with another field that may hold an image, or that changes what is to be learned, is bad
 (see unread.py).
 
-A picture is a path (JSONL), the bytes of a picture file (ArrayRecord), {"bytes": ...} (Parquet), or
+An image is a path (JSONL), the bytes of an image file (ArrayRecord), {"bytes": ...} (Parquet), or
 a member of the tar shard; or a data: URL, and in JSONL a file: URL. What sources.py reads,
 writers.py writes.
 """
@@ -32,11 +32,11 @@ from janus_jax.data import unread
 from janus_jax.processing import messages
 from janus_jax.processing.chat import generic_role
 from janus_jax.processing.image_sources import is_remote, resolve
-from janus_jax.processing.images import picture_list
+from janus_jax.processing.images import image_list
 from janus_jax.processing.tokenizer import IMAGE
 
 KINDS = ("understanding", "text", "generation")
-PICTURE_TAG = "<image>"
+IMAGE_TAG = "<image>"
 FIELDS = ("image", "images", "conversations", "messages", "text", "caption", "indices")
 _CONVERSATIONS = ("conversations", "messages")
 _SAYING = (*_CONVERSATIONS, "caption", "text")  # one of them says what kind of record it is
@@ -45,7 +45,7 @@ _LLAVA_ROLES = {"human": "user", "gpt": "assistant"}
 _ONE_OF = "a record must have one of conversations, messages, caption and text"
 _SYSTEM_IS_FIXED = "the prompt of the system is the same for all records"
 
-ReadPicture = Callable[[Any], bytes]
+ReadImage = Callable[[Any], bytes]
 
 
 class BadRecord(Exception):
@@ -67,29 +67,29 @@ class BadRecord(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One record, pictures still encoded.
+    """One record, images still encoded.
 
     Attributes:
         kind: one of KINDS.
         turns: (question, answer) of an understanding record.
         text: of a text record; the caption of a generation record.
-        pictures: the bytes of picture files, to be looked at or to be drawn.
-        indices: int32[N] of the picture to be drawn, where they were computed before.
+        images: the bytes of image files, to be looked at or to be drawn.
+        indices: int32[N] of the image to be drawn, where they were computed before.
         where: the record's file and place in it, filled in by the source.
     """
 
     kind: str
     turns: tuple[tuple[str, str], ...] = ()
     text: str = ""
-    pictures: tuple[bytes, ...] = ()
+    images: tuple[bytes, ...] = ()
     indices: np.ndarray | None = None
     where: str = ""
 
 
-def parse_record(fields: Mapping[str, Any], read_picture: ReadPicture) -> Record:
+def parse_record(fields: Mapping[str, Any], read_image: ReadImage) -> Record:
     """A record from its fields (module docstring).
 
-    read_picture: what `image` or an item of `images` holds -> the bytes of the picture's file.
+    read_image: what `image` or an item of `images` holds -> the bytes of the image's file.
     Raises BadRecord.
     """
     check_object(fields)
@@ -99,12 +99,12 @@ def parse_record(fields: Mapping[str, Any], read_picture: ReadPicture) -> Record
     if _holds(fields.get("image")) and _holds(fields.get("images")):
         raise BadRecord("malformed", "expected image or images, got both")
     if is_conversation:
-        record = _understanding(fields, fields[name], read_picture)
+        record = _understanding(fields, fields[name], read_image)
     elif name == "caption":
-        record = _generation(fields, read_picture)
+        record = _generation(fields, read_image)
     else:
         record = _text(fields)
-    has_image = bool(record.pictures) or record.indices is not None
+    has_image = bool(record.images) or record.indices is not None
     for part in (fields, *(fields[name] if is_conversation else ())):
         _refuse(unread.unread_media(part, (*FIELDS, *_OF_TURN), has_image))
     for said in itertools.chain.from_iterable(record.turns):
@@ -139,7 +139,7 @@ def _text(fields: Mapping[str, Any]) -> Record:
         raise BadRecord("empty text", "a text record must say something")
     beside = [name for name in ("image", "images", "indices") if _holds(fields.get(name))]
     if beside:  # most likely a caption: learned as plain text, nobody would know
-        rule = "a picture needs a caption or conversations"
+        rule = "an image needs a caption or conversations"
         raise BadRecord("malformed", f"{rule}, got text and {beside[0]}")
     return Record("text", text=text)
 
@@ -150,7 +150,7 @@ def check_object(fields: Any) -> None:
         raise BadRecord("malformed", f"a record must be an object, got {type(fields).__name__}")
 
 
-def _generation(fields: Mapping[str, Any], read_picture: ReadPicture) -> Record:
+def _generation(fields: Mapping[str, Any], read_image: ReadImage) -> Record:
     caption, indices = fields["caption"], fields.get("indices")
     if not _is_text(caption):
         raise BadRecord("malformed", f"a caption must be text, got a {type(caption).__name__}")
@@ -158,20 +158,20 @@ def _generation(fields: Mapping[str, Any], read_picture: ReadPicture) -> Record:
         raise BadRecord("empty caption", f"a caption must say something, got {shorten(caption)}")
     if indices is not None:
         return Record("generation", text=caption, indices=_indices(indices))
-    pictures = _pictures(fields, read_picture)
-    if len(pictures) != 1:
-        raise BadRecord("malformed", f"a caption needs one picture, got {len(pictures)}")
-    return Record("generation", text=caption, pictures=pictures)
+    images = _images(fields, read_image)
+    if len(images) != 1:
+        raise BadRecord("malformed", f"a caption needs one image, got {len(images)}")
+    return Record("generation", text=caption, images=images)
 
 
 def _indices(values: Any) -> np.ndarray:
     try:
         indices = np.asarray(values)
     except ValueError:  # lists of several lengths
-        raise BadRecord("malformed", "indices must be one list of whole numbers") from None
+        raise BadRecord("malformed", "indices must be one list of integers") from None
     if indices.ndim != 1 or not indices.size or indices.dtype.kind not in "iu":
         got = f"{indices.dtype}{list(indices.shape)}"
-        rule = "indices must be a list of whole numbers, of one or more"
+        rule = "indices must be a list of integers, of one or more"
         raise BadRecord("malformed", f"{rule}, got {got}")
     if indices.min() < 0 or indices.max() > np.iinfo(np.int32).max:
         got = f"{indices.min()} to {indices.max()}"
@@ -192,22 +192,22 @@ def _holds(value: Any) -> bool:
     return value is not None and not (isinstance(value, (list, tuple, str)) and not value)
 
 
-def _pictures(fields: Mapping[str, Any], read_picture: ReadPicture) -> tuple[bytes, ...]:
+def _images(fields: Mapping[str, Any], read_image: ReadImage) -> tuple[bytes, ...]:
     """Those beside what is said."""
     images = fields.get("images")
     if not _holds(images):
         single = fields.get("image")
-        images = picture_list(single if _holds(single) else None)
+        images = image_list(single if _holds(single) else None)
     if not isinstance(images, (list, tuple)):
         raise BadRecord("malformed", f"images must be a list, got {type(images).__name__}")
-    return _read_all(images, read_picture)
+    return _read_all(images, read_image)
 
 
-def _read_all(values: Sequence[Any], read_picture: ReadPicture) -> tuple[bytes, ...]:
-    return tuple(_read(value, read_picture) for value in values)
+def _read_all(values: Sequence[Any], read_image: ReadImage) -> tuple[bytes, ...]:
+    return tuple(_read(value, read_image) for value in values)
 
 
-def _read(value: Any, read_picture: ReadPicture) -> bytes:
+def _read(value: Any, read_image: ReadImage) -> bytes:
     """The bytes of an image file, also from a data: or file: URL."""
     if is_remote(value):
         rule = "training does not fetch images; download it and give its path"
@@ -217,10 +217,10 @@ def _read(value: Any, read_picture: ReadPicture) -> bytes:
     except ValueError as error:
         raise BadRecord("malformed", str(error)) from None
     is_read = isinstance(value, str) and isinstance(source, bytes)
-    return source if is_read else read_picture(source)
+    return source if is_read else read_image(source)
 
 
-def _understanding(fields: Mapping[str, Any], said: Any, read_picture: ReadPicture) -> Record:
+def _understanding(fields: Mapping[str, Any], said: Any, read_image: ReadImage) -> Record:
     """Questions and answers in pairs, and their images."""
     if not isinstance(said, (list, tuple)) or not all(isinstance(turn, Mapping) for turn in said):
         raise BadRecord("malformed", "a conversation must be a list of objects")
@@ -230,15 +230,15 @@ def _understanding(fields: Mapping[str, Any], said: Any, read_picture: ReadPictu
         turns, own = _turns(said)
     except ValueError as error:
         raise BadRecord("malformed", str(error)) from None
-    beside = _pictures(fields, read_picture)
+    beside = _images(fields, read_image)
     if own and beside:
         got = f"{len(own)} in the messages and {len(beside)} beside them"
         rule = "images must be in the messages or beside them, not both"
         raise BadRecord("malformed", f"{rule}, got {got}")
-    pictures = beside or _read_all(own, read_picture)
-    if pictures and any(PICTURE_TAG in answer for _, answer in turns):
-        raise BadRecord("malformed", f"an answer cannot hold an image, got {PICTURE_TAG} in it")
-    return Record("understanding", turns, pictures=pictures)
+    images = beside or _read_all(own, read_image)
+    if images and any(IMAGE_TAG in answer for _, answer in turns):
+        raise BadRecord("malformed", f"an answer cannot hold an image, got {IMAGE_TAG} in it")
+    return Record("understanding", turns, images=images)
 
 
 def _turns(said: Sequence[Mapping[str, Any]]) -> tuple[tuple[tuple[str, str], ...], list[Any]]:
@@ -260,8 +260,8 @@ def _turns(said: Sequence[Mapping[str, Any]]) -> tuple[tuple[tuple[str, str], ..
     messages.check_indices(messages.either(turn, "value", "content") for turn in said)
     texts, own = [text for text, _ in read], [image for _, images in read for image in images]
     for text, images in read[::2] if own else ():
-        if text.count(PICTURE_TAG) != len(images):
-            got = f"{len(images)} images for {text.count(PICTURE_TAG)} places"
+        if text.count(IMAGE_TAG) != len(images):
+            got = f"{len(images)} images for {text.count(IMAGE_TAG)} places"
             rule = "a question needs one place for each of its images"
             raise BadRecord("malformed", f"{rule}, got {got}")
     if not all(map(_is_text, texts)):
@@ -276,32 +276,32 @@ def _role(role: Any) -> str | None:
 
 
 def _turn(turn: Mapping[str, Any], asks: bool) -> tuple[str, list[Any]]:
-    """The text of a turn, with PICTURE_TAG at the place of each image, and its own images."""
+    """The text of a turn, with IMAGE_TAG at the place of each image, and its own images."""
     messages.check_fields(turn, _OF_TURN)
     _refuse(unread.unread_field_of_turn(turn))
     content = messages.either(turn, "value", "content")
     if asks and isinstance(content, str):
-        content = content.replace(IMAGE, PICTURE_TAG)  # as DeepSeek writes it
-    text, images = messages.read_content(turn, content, PICTURE_TAG)
-    in_parts = isinstance(content, (list, tuple)) and PICTURE_TAG in text
+        content = content.replace(IMAGE, IMAGE_TAG)  # as DeepSeek writes it
+    text, images = messages.read_content(turn, content, IMAGE_TAG)
+    in_parts = isinstance(content, (list, tuple)) and IMAGE_TAG in text
     if not asks and (images or in_parts):
         raise BadRecord("malformed", "only a question can hold an image, got one in an answer")
     return text, images
 
 
-def record_fields(record: Record, put_picture: Callable[[bytes], Any]) -> dict[str, Any]:
+def record_fields(record: Record, put_image: Callable[[bytes], Any]) -> dict[str, Any]:
     """The fields of a record (module docstring), the inverse of parse_record.
 
-    put_picture: the bytes of a picture's file -> what `image` or an item of `images` holds.
+    put_image: the bytes of an image's file -> what `image` or an item of `images` holds.
     """
     if record.kind == "text":
         return {"text": record.text}
     if record.kind == "generation":
         if record.indices is not None:
             return {"caption": record.text, "indices": record.indices.tolist()}
-        return {"caption": record.text, "image": put_picture(record.pictures[0])}
+        return {"caption": record.text, "image": put_image(record.images[0])}
     said = [pair for turn in record.turns for pair in zip(("human", "gpt"), turn, strict=True)]
     fields = {"conversations": [{"from": role, "value": text} for role, text in said]}
-    if record.pictures:
-        fields["images"] = list(map(put_picture, record.pictures))
+    if record.images:
+        fields["images"] = list(map(put_image, record.images))
     return fields

@@ -15,15 +15,15 @@ def sample_scenes(rng: np.random.Generator, batch_size: int) -> list[scenes.Scen
     return [scenes.sample_any(rng) for _ in range(batch_size)]
 
 
-def scene_pictures(rng: np.random.Generator, batch_size: int) -> np.ndarray:
-    """Pictures of training scenes, uint8[B, S, S, 3]."""
+def scene_images(rng: np.random.Generator, batch_size: int) -> np.ndarray:
+    """Images of training scenes, uint8[B, S, S, 3]."""
     return np.stack([scenes.draw(scene) for scene in sample_scenes(rng, batch_size)])
 
 
-def labelled_pictures(
+def labelled_images(
     rng: np.random.Generator, batch_size: int, patch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Pictures uint8[B, S, S, 3] and what has its centre in each patch, int32[B, T], row-major.
+    """Images uint8[B, S, S, 3] and what has its centre in each patch, int32[B, T], row-major.
 
     patch: pixels a side. Label 0 is nothing, the others below NUM_PATCH_LABELS a shape and color.
     """

@@ -16,17 +16,17 @@ from janus_jax.data.reading import Source
 from janus_jax.data.records import KINDS, Record
 from janus_jax.processing.images import encode_png
 
-TURNS = 3  # questions about one picture
+TURNS = 3  # questions about one image
 DESCRIBED = 0.5  # part of the sentences that describe a scene; the others are captions
 
 
 class ScenesSource(Source):
     """What the path names:
 
-    generation: a caption of one of scenes.KINDS, all as often, and its picture.
+    generation: a caption of one of scenes.KINDS, all as often, and its image.
     generation/position, and so on: the same with captions of one kind.
-    understanding: a picture and TURNS questions about it, with their answers.
-    text: a sentence that is true of a scene, without the picture.
+    understanding: an image and TURNS questions about it, with their answers.
+    text: a sentence that is true of a scene, without the image.
 
     Place: "scenes:generation:17", counted from 0.
     """
@@ -56,9 +56,9 @@ class ScenesSource(Source):
             got = shorten(self._name)
             raise ValueError(f"the path of scenes must be one of {known}, got {got}")
         if type(count) is not int or count < 1:
-            raise ValueError(f"count must be a whole number of at least 1, got {shorten(count)}")
+            raise ValueError(f"count must be an integer of at least 1, got {shorten(count)}")
         if type(seed) is not int or not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be a whole number in [0, 2**32), got {shorten(seed)}")
+            raise ValueError(f"seed must be an integer in [0, 2**32), got {shorten(seed)}")
         if type(relations) not in (int, float) or not 0 <= relations <= 1:
             raise ValueError(f"relations must be a number from 0 to 1, got {shorten(relations)}")
         if relations and self._kind != "understanding":
@@ -68,7 +68,7 @@ class ScenesSource(Source):
         super().__init__(path, [count])
 
     def scene(self, index: int) -> scenes.Scene:
-        """What the picture of a record shows, or its sentence tells of. index: from 0."""
+        """What the image of a record shows, or its sentence tells of. index: from 0."""
         return self._drawn(self._rng(index))[0]
 
     def _rng(self, index: int) -> np.random.Generator:
@@ -97,11 +97,11 @@ class ScenesSource(Source):
         scene, text = self._drawn(rng)
         if self._kind == "text":
             return Record("text", text=text)
-        pictures = (encode_png(scenes.draw(scene)),)
+        images = (encode_png(scenes.draw(scene)),)
         if self._kind == "generation":
-            return Record("generation", text=text, pictures=pictures)
+            return Record("generation", text=text, images=images)
         turns = tuple(self._question(rng, scene) for _ in range(TURNS))
-        return Record("understanding", turns, pictures=pictures)
+        return Record("understanding", turns, images=images)
 
 
 def _told(rng: np.random.Generator) -> tuple[scenes.Scene, str]:

@@ -2,7 +2,7 @@
 
 Held-out rule (one place, used by captions and by the scenes themselves):
 * A composition is either one object's (shape, color) pair, or an unordered combination of two
-  different pairs that stand in one picture.
+  different pairs that stand in one image.
 * 3 of the 24 pairs (1 in 8) are held out: the first three in the order of their SHA-256 digests
   that share neither shape nor colour, so every shape and every colour is still trained on.
 * Of the combinations of two remaining pairs, those whose digest is 0 modulo 8 are held out.
@@ -42,7 +42,7 @@ COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 SIZES = (24, 32)  # pixels, side of the bounding square
 SNAP = 8  # pixels between possible centres: few variants of a patch make codes easy to learn
 GAP = 6  # pixels kept free between bounding squares
-MARGIN = 2  # pixels kept free at the picture's rim
+MARGIN = 2  # pixels kept free at the image's rim
 SUPERSAMPLE = 4
 MAX_SLANT = 0.5  # offset across a stated relation, in parts of the offset along it
 HELD_OUT_ONE_IN = 8
@@ -71,7 +71,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A caption of one of KINDS with what a picture of it must show."""
+    """A caption of one of KINDS with what an image of it must show."""
 
     kind: str
     text: str
@@ -80,14 +80,14 @@ class Prompt:
 
 def draw(scene: Scene) -> np.ndarray:
     """The scene as uint8[96, 96, 3], edges anti-aliased."""
-    picture = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
-    picture[:] = BACKGROUNDS[scene.background]
+    image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
+    image[:] = BACKGROUNDS[scene.background]
     for item in scene.objects:
         top, left = item.y - item.size // 2, item.x - item.size // 2
-        window = picture[top : top + item.size, left : left + item.size]
+        window = image[top : top + item.size, left : left + item.size]
         coverage = _sprite(item.shape, item.size)
         window += coverage * (np.asarray(COLORS[item.color], np.float32) - window)
-    return (picture + 0.5).astype(np.uint8)
+    return (image + 0.5).astype(np.uint8)
 
 
 def sample_scene(

@@ -86,7 +86,7 @@ class Skipped:
 
 def too_many(bad: int, records: int, most: float) -> bool:
     """Whether more than the part `most` of a source's records are bad."""
-    return bad / records > most  # most * records may be a rounding less than a whole number
+    return bad / records > most  # most * records may be a rounding less than an integer
 
 
 def refusal(most: float, bad: Counts, of: str, listed: str | Path) -> ValueError:

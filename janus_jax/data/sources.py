@@ -2,7 +2,7 @@
 format.
 
 Every source gives Records, or BadRecords where there is nothing to train on, both with the place
-they come from; pictures stay encoded. Only the index of the files is kept in memory; what a record
+they come from; images stay encoded. Only the index of the files is kept in memory; what a record
 holds is read when it is asked for, from a file opened for that, so that a source may be pickled
 and shared by threads. What is in a record: records.py.
 """
@@ -18,16 +18,16 @@ import numpy as np
 from janus_jax.checks import shorten
 from janus_jax.data.parquet import ParquetSource
 from janus_jax.data.reading import (
+    IMAGE_SUFFIXES,
     INDICES_SUFFIX,
-    PICTURE_SUFFIXES,
     Paths,
     Source,
     find_files,
+    image_bytes,
+    image_file,
     opened,
     parse_json,
     parse_npy,
-    picture_bytes,
-    picture_file,
     read_span,
 )
 from janus_jax.data.records import BadRecord, Record, parse_record
@@ -45,7 +45,7 @@ class JsonlSource(Source):
     """
 
     def __init__(self, path: Paths, image_root: str | Path | None = None):
-        """image_root: what the paths of pictures start from; None is the folder of their file."""
+        """image_root: what the paths of images start from; None is the folder of their file."""
         self._files = find_files(path, "*.jsonl")
         self._image_root = image_root
         indices = [_line_index(file) for file in self._files]
@@ -61,7 +61,7 @@ class JsonlSource(Source):
         span = read_span(file, start, min(end - start, MAX_TEXT_BYTES + 1))
         line = span.partition(b"\n")[0]  # blank lines may follow
         root = Path(file.parent if self._image_root is None else self._image_root)
-        return parse_record(parse_json(line), lambda value: picture_file(root, value))
+        return parse_record(parse_json(line), lambda value: image_file(root, value))
 
 
 def _line_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -85,7 +85,7 @@ def _line_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 class ArrayRecordSource(Source):
-    """msgpack maps with the bytes of pictures, in a file, several, or the *.array_record of a
+    """msgpack maps with the bytes of images, in a file, several, or the *.array_record of a
     folder (as *.arrayrecord, and with a number of the shard after it).
 
     Place: "data/train.array_record:5", counted from 0.
@@ -111,15 +111,15 @@ class ArrayRecordSource(Source):
             fields = msgpack.unpackb(self._readers[part][position])
         except (ValueError, RuntimeError) as error:  # RuntimeError: a checksum does not match
             raise BadRecord("malformed", f"not a msgpack map: {error}") from None
-        return parse_record(fields, picture_bytes)
+        return parse_record(fields, image_bytes)
 
 
 class ClassFolderSource(Source):
-    """Pictures of root/CLASS/PICTURE, as ImageNet has them; the caption is the name of the class.
+    """Images of root/CLASS/IMAGE, as ImageNet has them; the caption is the name of the class.
 
     The name is that of the folder with spaces for underscores, or as class_names says. A file
-    PICTURE.npy holds the picture's indices, beside the picture or instead of it. Classes and
-    pictures are sorted by name; names that begin with a dot are left out.
+    IMAGE.npy holds the image's indices, beside the image or instead of it. Classes and
+    images are sorted by name; names that begin with a dot are left out.
 
     Place: "data/cats/a.jpg".
     """
@@ -152,10 +152,10 @@ class ClassFolderSource(Source):
         fields = {"caption": self._captions[part]}
         name = self._name(part, position)
         if name.endswith(INDICES_SUFFIX):
-            fields["indices"] = parse_npy(picture_file(self._root, name))
+            fields["indices"] = parse_npy(image_file(self._root, name))
         else:
             fields["image"] = name
-        return parse_record(fields, lambda value: picture_file(self._root, value))
+        return parse_record(fields, lambda value: image_file(self._root, value))
 
 
 def _is_folder(path: Path) -> bool:
@@ -163,7 +163,7 @@ def _is_folder(path: Path) -> bool:
 
 
 def _class_files(folder: Path) -> np.ndarray:
-    """Names of pictures, or of their indices where there are such: bytes[N], sorted.
+    """Names of images, or of their indices where there are such: bytes[N], sorted.
 
     As one array, they take a tenth of the memory that a list of str does.
     """
@@ -174,7 +174,7 @@ def _class_files(folder: Path) -> np.ndarray:
             os.fsencode(name)
             for name in visible
             if name.endswith(INDICES_SUFFIX)
-            or (Path(name).suffix.lower() in PICTURE_SUFFIXES and Path(name).stem not in indexed)
+            or (Path(name).suffix.lower() in IMAGE_SUFFIXES and Path(name).stem not in indexed)
         ]
     )
 

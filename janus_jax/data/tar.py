@@ -10,26 +10,26 @@ import numpy as np
 
 from janus_jax.checks import error_text
 from janus_jax.data.reading import (
+    IMAGE_SUFFIXES,
     INDICES_SUFFIX,
-    PICTURE_SUFFIXES,
     UNREAD_SUFFIXES,
     Paths,
     Source,
     check_text_size,
     find_files,
+    image_bytes,
     opened,
     parse_json,
     parse_npy,
-    picture_bytes,
 )
 from janus_jax.data.records import BadRecord, Record, parse_record
 from janus_jax.paths import MAX_FILE_BYTES, os_errors_of
-from janus_jax.processing.images import picture_list
+from janus_jax.processing.images import image_list
 
-# What a member is, by the end of its name; of all but pictures a record has one at most.
+# What a member is, by the end of its name; of all but images a record has one at most.
 _SINGLE = (".json", ".txt", INDICES_SUFFIX)
 _KINDS = {suffix: kind for kind, suffix in enumerate(_SINGLE)}
-_KINDS |= dict.fromkeys(PICTURE_SUFFIXES, len(_SINGLE))
+_KINDS |= dict.fromkeys(IMAGE_SUFFIXES, len(_SINGLE))
 _UNREAD = len(_SINGLE) + 1
 _KINDS |= dict.fromkeys(UNREAD_SUFFIXES, _UNREAD)
 
@@ -42,9 +42,9 @@ class TarSource(Source):
     """webdataset shards: a tar file, several, or the *.tar of a folder. None may be compressed.
 
     Members whose names are equal up to the first dot after the last slash are one record: those
-    with one of PICTURE_SUFFIXES its pictures, in their order in the shard (000123.0.jpg,
+    with one of IMAGE_SUFFIXES its images, in their order in the shard (000123.0.jpg,
     000123.1.jpg); `.txt` its caption, without white space around it; `.npy` its indices; `.json`
-    all other fields, where `image` or `images` only tell how many pictures there must be. A record
+    all other fields, where `image` or `images` only tell how many images there must be. A record
     with one of UNREAD_SUFFIXES is bad; members with other names are not looked at.
 
     Place: "data/shard-0001.tar:000123".
@@ -64,10 +64,10 @@ class TarSource(Source):
         shard = self._shards[part]
         members = shard.members[slice(*shard.starts[position : position + 2])]
         if (members[:, 0] == _UNREAD).any():
-            rule = f"images must be {', '.join(PICTURE_SUFFIXES)}"
+            rule = f"images must be {', '.join(IMAGE_SUFFIXES)}"
             raise BadRecord("unread field", f"{rule}, got another format, a video or audio")
         _check_sizes(members[:, 2])
-        held = [[] for _ in (*_SINGLE, "pictures")]
+        held = [[] for _ in (*_SINGLE, "images")]
         with os_errors_of(self._files[part]), self._files[part].open("rb") as file:
             for kind, offset, size in members.tolist():
                 file.seek(offset)
@@ -87,7 +87,7 @@ def _check_sizes(sizes: np.ndarray) -> None:
         raise BadRecord("malformed", f"{rule}, got {sizes.sum()}")
 
 
-def _parse(jsons: list[bytes], texts: list[bytes], arrays: list[bytes], pictures) -> Record:
+def _parse(jsons: list[bytes], texts: list[bytes], arrays: list[bytes], images) -> Record:
     fields = parse_json(jsons[0]) if jsons else {}
     if texts:
         fields["caption"] = _decode(texts[0])
@@ -97,10 +97,10 @@ def _parse(jsons: list[bytes], texts: list[bytes], arrays: list[bytes], pictures
     if single and named:
         raise BadRecord("malformed", "expected image or images, got both")
     if not named:
-        named = picture_list(single)
-    if isinstance(named, list) and len(named) > len(pictures) and fields.get("indices") is None:
-        raise BadRecord("missing file", f"{len(named)} pictures named, {len(pictures)} are there")
-    return parse_record({**fields, "images": pictures}, picture_bytes)
+        named = image_list(single)
+    if isinstance(named, list) and len(named) > len(images) and fields.get("indices") is None:
+        raise BadRecord("missing file", f"{len(named)} images named, {len(images)} are there")
+    return parse_record({**fields, "images": images}, image_bytes)
 
 
 def _decode(raw: bytes) -> str:

@@ -68,7 +68,7 @@ CONFIGS = {
         "sft_format": "deepseek",
         "system_prompt": "",
     },
-    # the original's 5 breaks the pictures of a small model (benchmarks/results/janus_tiny.json)
+    # the original's 5 breaks the images of a small model (benchmarks/results/janus_tiny.json)
     "generation_config.json": {"guidance_scale": 1.5, "temperature": 0.8},
 }
 FILES = ("tokenizer.json", *CONFIGS)
@@ -115,7 +115,7 @@ def train() -> Tokenizer:
 def words() -> set[str]:
     """Every word of the closed set, as it stands after a space, and question openers also without.
 
-    An opener follows a line break when the picture's tag stands before the question.
+    An opener follows a line break when the image's tag stands before the question.
     """
     asked = list(_questions_and_answers())
     captions = [p.text for split in scenes.SPLITS for k in scenes.KINDS

@@ -1,7 +1,7 @@
-"""python -m janus_jax.data.tokenize_images: the tokens of pictures to be drawn, computed once.
+"""python -m janus_jax.data.tokenize_images: the tokens of images to be drawn, computed once.
 
 Training on them need not run the image tokenizer. Every generation record is written again with
-`indices` in place of its picture; records of other kinds, and those that have indices already, are
+`indices` in place of its image; records of other kinds, and those that have indices already, are
 copied.
 
 The output is a folder of shards, each of as many records of the source (class_folder: of files
@@ -29,7 +29,7 @@ from janus_jax.data.skipped import refusal, told, too_many
 from janus_jax.data.sources import FORMATS, open_source
 from janus_jax.data.writers import SUFFIXES, write_records
 from janus_jax.flags import OneLineParser, device_memory, one_line_errors, set_up_program
-from janus_jax.paths import check_local, locked, write_file, written_whole
+from janus_jax.paths import atomic_write, check_local, locked, write_file
 from janus_jax.processing.images import preprocess_generation
 from janus_jax.processing.json_files import read_json
 from janus_jax.progress import Progress
@@ -43,7 +43,7 @@ _REPORTS = ".tokenize_images"
 _MANIFEST = "manifest.json"
 _LOCK = "lock"
 _SKIPPED = "skipped.jsonl"  # with a dot in its path, or a source of JSONL files would read it
-_THREADS = 16  # that read and decode pictures while the device encodes others
+_THREADS = 16  # that read and decode images while the device encodes others
 
 _EXAMPLE = """example:
   python -m janus_jax.data.tokenize_images --model deepseek-ai/Janus-Pro-1B \\
@@ -55,7 +55,7 @@ def _parser() -> OneLineParser:
     parser = OneLineParser(
         "tokenize_images",
         prog="python -m janus_jax.data.tokenize_images",
-        description="Replace the pictures of generation records by their tokens. "
+        description="Replace the images of generation records by their tokens. "
         "The same command goes on where it was interrupted.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -66,11 +66,11 @@ def _parser() -> OneLineParser:
     add("--model", required=True, metavar="PATH", help="checkpoint folder or Hugging Face hub id")
     add("--source", **place, metavar="FORMAT:PATH", help=f"records; FORMAT is one of {formats}")
     add("--output", **place, metavar="FORMAT:FOLDER", help="where the records with tokens go")
-    add("--batch_size", type=int, default=64, metavar="N", help="pictures encoded at once (64)")
+    add("--batch_size", type=int, default=64, metavar="N", help="images encoded at once (64)")
     add("--shard_size", type=int, default=1000, metavar="N", help="records of a shard (1000)")
     most = "part of the records that may be skipped (0.05)"
     add("--max_bad", type=float, default=0.05, metavar="PART", help=most)
-    add("--image_root", metavar="FOLDER", help="what picture paths of jsonl start from")
+    add("--image_root", metavar="FOLDER", help="what image paths of jsonl start from")
     add("--class_names", metavar="FILE", help='lines "FOLDER NAME, ..." for class_folder')
     add("--count", type=int, metavar="N", help="records of scenes")
     add("--seed", type=int, metavar="N", help="of scenes")
@@ -86,7 +86,7 @@ def _format_and_path(text: str) -> tuple[str, Path]:
 
 
 class Encoder:
-    """Pictures in one after the other, their tokens out together, encoded in equal batches.
+    """Images in one after the other, their tokens out together, encoded in equal batches.
 
     While the device works on one batch the next is filled.
     """
@@ -104,7 +104,7 @@ class Encoder:
             self._encode()
 
     def finish(self) -> np.ndarray:
-        """int32[N, T] of all pictures since the last call, in their order.
+        """int32[N, T] of all images since the last call, in their order.
 
         Raises ValueError if the tokenizer's latents are not finite.
         """
@@ -139,10 +139,10 @@ def _read(
 
     def read(number: int) -> tuple[Record | BadRecord, np.ndarray | None]:
         record = source[number]
-        if isinstance(record, BadRecord) or record.kind != "generation" or not record.pictures:
+        if isinstance(record, BadRecord) or record.kind != "generation" or not record.images:
             return record, None
         try:
-            return record, prepared_image(record.pictures[0], prepare)
+            return record, prepared_image(record.images[0], prepare)
         except BadRecord as bad:
             return BadRecord(bad.reason, bad.detail, record.where), None
 
@@ -165,7 +165,7 @@ def tokenize(
             encoder.add(pixels)
         records.append(record)
     for place, indices in zip(places, encoder.finish(), strict=True):
-        records[place] = dataclasses.replace(records[place], pictures=(), indices=indices)
+        records[place] = dataclasses.replace(records[place], images=(), indices=indices)
     return records, len(places), bad
 
 
@@ -242,7 +242,7 @@ class Output:
         if not skipped:
             path.unlink(missing_ok=True)
             return path
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             file.writelines(json.dumps(one).encode() + b"\n" for one in skipped)
         return path
 
@@ -250,7 +250,7 @@ class Output:
         """Lists what was skipped; returns a line about all shards."""
         reports = [self.report(shard) for shard in range(shards)]
         encoded, copied = (sum(one[name] for one in reports) for name in ("encoded", "copied"))
-        line = f"{self.folder}: {encoded} pictures tokenized, {copied} records copied"
+        line = f"{self.folder}: {encoded} images tokenized, {copied} records copied"
         listed = self.list_skipped(skipped)
         if not skipped:
             return f"{line}, 0 skipped"
@@ -334,9 +334,9 @@ def _tokenize_all(
             continue
         with device_memory("while encoding; a smaller --batch_size needs less"):
             records, encoded, bad = tokenize(source, numbers, encoder)
-        skipped += (left_out := [_described(one) for one in bad])
+        skipped += (bad_lines := [_described(one) for one in bad])
         _check_skipped(output, skipped, len(source), max_bad)
-        output.write(shard, records, encoded, left_out)
+        output.write(shard, records, encoded, bad_lines)
         progress(numbers.stop, len(source))
     _check_skipped(output, skipped, len(source), max_bad)
     return output.conclude(len(starts), skipped)

@@ -14,7 +14,7 @@ from janus_jax.checks import shorten
 from janus_jax.data.parquet import import_pyarrow
 from janus_jax.data.reading import INDICES_SUFFIX
 from janus_jax.data.records import Record, record_fields
-from janus_jax.paths import write_file, written_whole
+from janus_jax.paths import atomic_write, write_file
 
 SUFFIXES = dict(jsonl=".jsonl", tar=".tar", arrayrecord=".array_record", parquet=".parquet")
 ROW_GROUP = 16  # rows: who reads them shuffled decodes a whole group for each
@@ -26,7 +26,7 @@ def write_records(
 ) -> None:
     """Writes one file, beside and then renamed, and replaces one that is there.
 
-    jsonl writes pictures first, into a folder NAME.images beside the file NAME.jsonl. For
+    jsonl writes images first, into a folder NAME.images beside the file NAME.jsonl. For
     class_folder the path is a folder, to which a file is added for each record; its records must
     be of the generation kind.
 
@@ -47,26 +47,26 @@ def write_records(
 
 def _write_jsonl(path: Path, records: Iterable[Record], first: int) -> None:
     folder = path.with_name(f"{path.stem}.images")
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         for number, record in enumerate(records, first):
             fields = record_fields(record, _put_beside(folder, number))
             file.write(_json(fields) + b"\n")
 
 
 def _put_beside(folder: Path, number: int) -> Callable[[bytes], str]:
-    """What writes the pictures of a record and gives their paths from the folder above."""
+    """What writes the images of a record and gives their paths from the folder above."""
     count = itertools.count()
 
-    def put(picture: bytes) -> str:
-        name = f"{number:09d}.{next(count)}{_suffix(picture)}"
-        write_file(folder / name, picture)
+    def put(image: bytes) -> str:
+        name = f"{number:09d}.{next(count)}{_suffix(image)}"
+        write_file(folder / name, image)
         return f"{folder.name}/{name}"
 
     return put
 
 
 def _write_tar(path: Path, records: Iterable[Record], first: int) -> None:
-    with written_whole(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
+    with atomic_write(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
         for number, record in enumerate(records, first):
             for suffix, data in _tar_members(record):
                 member = tarfile.TarInfo(f"{number:09d}{suffix}")
@@ -76,8 +76,8 @@ def _write_tar(path: Path, records: Iterable[Record], first: int) -> None:
 
 def _tar_members(record: Record) -> list[tuple[str, bytes]]:
     """What the names of a record's members end with, and what the members hold."""
-    fields = record_fields(record, lambda picture: None)
-    pictures = fields.pop("images", [None] if "image" in fields else [])
+    fields = record_fields(record, lambda image: None)
+    images = fields.pop("images", [None] if "image" in fields else [])
     fields.pop("image", None)
     members = []
     if fields.pop("indices", None) is not None:
@@ -87,8 +87,8 @@ def _tar_members(record: Record) -> list[tuple[str, bytes]]:
         members.append((".txt", fields.pop("caption").encode()))
     if fields:
         members.append((".json", _json(fields)))
-    for number, picture in enumerate(record.pictures[: len(pictures)]):
-        members.append((f".{number}{_suffix(picture)}", picture))
+    for number, image in enumerate(record.images[: len(images)]):
+        members.append((f".{number}{_suffix(image)}", image))
     return members
 
 
@@ -96,7 +96,7 @@ def _write_arrayrecord(path: Path, records: Iterable[Record], first: int) -> Non
     import msgpack
     from array_record.python.array_record_module import ArrayRecordWriter
 
-    with written_whole(path) as file, _os_errors(file.name):
+    with atomic_write(path) as file, _os_errors(file.name):
         # groups of one, so that a shuffled reader decodes nothing but what it asks for
         with contextlib.closing(ArrayRecordWriter(file.name, "group_size:1")) as writer:
             for record in records:
@@ -117,12 +117,12 @@ def _os_errors(name: str) -> Iterator[None]:
 
 def _write_parquet(path: Path, records: Iterable[Record], first: int) -> None:
     arrow, parquet = import_pyarrow("pyarrow"), import_pyarrow("pyarrow.parquet")
-    picture = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
+    image = arrow.struct([("bytes", arrow.binary()), ("path", arrow.string())])
     turn = arrow.struct([("from", arrow.string()), ("value", arrow.string())])
     schema = arrow.schema(
         [
-            ("image", picture),
-            ("images", arrow.list_(picture)),
+            ("image", image),
+            ("images", arrow.list_(image)),
             ("conversations", arrow.list_(turn)),
             ("text", arrow.string()),
             ("caption", arrow.string()),
@@ -130,7 +130,7 @@ def _write_parquet(path: Path, records: Iterable[Record], first: int) -> None:
         ]
     )
     records = iter(records)
-    with written_whole(path) as file, parquet.ParquetWriter(file, schema) as writer:
+    with atomic_write(path) as file, parquet.ParquetWriter(file, schema) as writer:
         while held := list(itertools.islice(records, ROW_GROUP)):
             rows = [record_fields(record, lambda data: {"bytes": data}) for record in held]
             writer.write_table(arrow.Table.from_pylist(rows, schema))
@@ -139,7 +139,7 @@ def _write_parquet(path: Path, records: Iterable[Record], first: int) -> None:
 def _write_class_folder(path: Path, records: Iterable[Record], first: int) -> None:
     for number, record in enumerate(records, first):
         if record.kind != "generation":
-            rule = "class_folder holds captions and pictures alone"
+            rule = "class_folder holds captions and images alone"
             raise ValueError(f"{rule}, got {record.kind} {record.where}".strip())
         folder = record.text.replace(" ", "_")
         fits = folder.replace("_", " ") == record.text and len(folder.encode()) <= _NAME_BYTES
@@ -147,7 +147,7 @@ def _write_class_folder(path: Path, records: Iterable[Record], first: int) -> No
             rule = "a caption for class_folder must do as a folder's name and have no / or _"
             raise ValueError(f"{rule}, got {shorten(record.text)} {record.where}".strip())
         if record.indices is None:
-            suffix, data = _suffix(record.pictures[0]), record.pictures[0]
+            suffix, data = _suffix(record.images[0]), record.images[0]
         else:
             suffix, data = INDICES_SUFFIX, _npy(record.indices)
         write_file(path / folder / f"{number:09d}{suffix}", data)
@@ -163,11 +163,11 @@ def _npy(indices: np.ndarray) -> bytes:
     return file.getvalue()
 
 
-def _suffix(picture: bytes) -> str:
-    """The end of a picture file's name, which sources go by to tell that it is a picture."""
-    if picture.startswith(b"\x89PNG"):
+def _suffix(image: bytes) -> str:
+    """The end of an image file's name, which sources go by to tell that it is an image."""
+    if image.startswith(b"\x89PNG"):
         return ".png"
-    return ".webp" if picture[:4] == b"RIFF" and picture[8:12] == b"WEBP" else ".jpg"
+    return ".webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else ".jpg"
 
 
 _WRITERS = {

@@ -1,4 +1,4 @@
-"""The image tokenizer at work: pictures -> image tokens -> pixels.
+"""The image tokenizer at work: images -> image tokens -> pixels.
 
 B or N images, T image tokens, S pixels a side. Always in float32: bands would show in bfloat16.
 """
@@ -19,8 +19,8 @@ from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.vq import VQ
 from janus_jax.processing.images import (
     ImageSource,
+    image_list,
     load_image,
-    picture_list,
     preprocess_generation,
 )
 
@@ -102,7 +102,7 @@ def to_indices(
     model: Janus, images: Sequence[ImageSource] | ImageSource, mesh: Mesh | None = None
 ) -> np.ndarray:
     """See Pipeline.encode_images; one at a time, so another number of images compiles nothing."""
-    sources = picture_list(images)
+    sources = image_list(images)
     checks.check_not_empty("images", sources)
     pixels = [preprocess_generation(load_image(x), model.cfg.image_size) for x in sources]
     rows = [sharding.put_batch(x[None], mesh) for x in pixels]
@@ -129,6 +129,6 @@ def _check_indices(indices: np.ndarray, cfg: JanusConfig) -> None:
     if indices.ndim != 2 or indices.shape[1] != length or not len(indices):
         raise ValueError(f"indices must be int[N, {length}], got {list(indices.shape)}")
     if indices.dtype.kind not in "iu":
-        raise ValueError(f"indices must be whole numbers, got {indices.dtype}")
+        raise ValueError(f"indices must be integers, got {indices.dtype}")
     if indices.min() < 0 or indices.max() >= size:
         raise ValueError(f"indices must be in [0, {size}), got {indices.min()} to {indices.max()}")

@@ -53,7 +53,7 @@ def chunk_size(total: int, most: int, shards: int) -> int:
 def in_full_float32(function: Callable) -> Callable:
     """Lets a function of a Janus multiply float32 as float32, where float32 is its compute type.
 
-    By default TPUs round the factors to bfloat16 and GPUs to 10 bits, and then a picture is not
+    By default TPUs round the factors to bfloat16 and GPUs to 10 bits, and then an image is not
     the same in another batch.
     """
 

@@ -32,7 +32,7 @@ class Requests:
     tokens: int32[B, R, P], left-padded.
     token_mask: bool[B, P], True but for the padding on the left; the pads that stand for words in
         a row without them are attended to, as in the reference.
-    index: uint32[B], which picture of its prompt this is; with the seed, the source of its noise.
+    index: uint32[B], which image of its prompt this is; with the seed, the source of its noise.
     seed: uint32[2], of samplers.seed_words.
     guidance_weight: float32 scalar; None (and R = 1) draws from the prompt alone.
     sampling: how tokens are chosen.
@@ -208,14 +208,14 @@ def _draw_chunk(
         drawn = draw(model, chunk, mesh)
     else:
         drawn = draw_reporting(model, chunk, mesh, report)
-    check_drawn(model, requests, drawn)
+    check_generated(model, requests, drawn)
     indices, pixels = (np.asarray(x)[:wanted] for x in (drawn.indices, drawn.pixels))
     if progress is not None:
         report(per_image)
     return indices, pixels
 
 
-def check_drawn(model: Janus, requests: Requests, drawn: codec.Decoded) -> None:
+def check_generated(model: Janus, requests: Requests, drawn: codec.Decoded) -> None:
     """Raises ValueError if logits or pixels were not finite."""
     if (np.asarray(drawn.indices) >= model.cfg.gen_vq.codebook_size).any():
         names, weight = ("language_model", "gen_embed", "gen_aligner", "gen_head"), ""
@@ -241,10 +241,10 @@ def make_requests(
     sampling: Sampling,
     pad_id: int,
 ) -> Requests:
-    """Requests for num_images pictures of each prompt, prompt after prompt.
+    """Requests for num_images images of each prompt, prompt after prompt.
 
-    Picture j of a prompt has the noise of j, whatever the other prompts: a prompt gives in a batch
-    what it gives alone, and the same prompt twice gives the same pictures twice.
+    Image j of a prompt has the noise of j, whatever the other prompts: a prompt gives in a batch
+    what it gives alone, and the same prompt twice gives the same images twice.
 
     Args:
         prompts: tokens of each prompt with and without its words, equally long.

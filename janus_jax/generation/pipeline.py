@@ -1,4 +1,4 @@
-"""A checkpoint folder as an object that draws pictures and answers questions about them."""
+"""A checkpoint folder as an object that draws images and answers questions about them."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from janus_jax.generation import codec, compile_cache, decoding, image, loading,
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.models.janus import Janus
 from janus_jax.processing import chat
-from janus_jax.processing.images import ImageSource, picture_list, picture_lists
+from janus_jax.processing.images import ImageSource, image_list, split_images
 from janus_jax.processing.processor import Example, Processor
 from janus_jax.processing.tokenizer import TextStream
 from janus_jax.progress import Report
@@ -22,7 +22,7 @@ Conversation = str | Sequence[chat.Message]
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """N pictures, prompt after prompt: S pixels a side and T tokens.
+    """N images, prompt after prompt: S pixels a side and T tokens.
 
     pixels: uint8[N, S, S, 3].
     indices: int32[N, T], the tokens they were decoded from, row-major.
@@ -62,14 +62,14 @@ class Pipeline:
         max_batch: int | None = None,
         progress: Report | None = None,
     ) -> Images:
-        """Draws num_images pictures of each prompt.
+        """Draws num_images images of each prompt.
 
-        Picture j of a prompt and a seed is the same whatever the other prompts, num_images,
+        Image j of a prompt and a seed is the same whatever the other prompts, num_images,
         max_batch and the mesh, in float32 and on one kind of machine (limits: docs/sampling.md).
 
         Args:
             prompts: a description, or P of them, without any template.
-            num_images: pictures of each prompt.
+            num_images: images of each prompt.
             seed: random seed in [0, 2**64).
             guidance_weight: w in uncond + w (cond - uncond); 1 turns guidance off. None is the
                 checkpoint's own: guidance_scale in its generation_config.json, or else 5.
@@ -77,11 +77,11 @@ class Pipeline:
                 temperature in its generation_config.json, or else 1.
             top_k, top_p: sample among the top_k likeliest, and of these the fewest whose
                 probabilities reach top_p, in (0, 1]; None is all.
-            max_batch: the most pictures drawn at once; by default as many as have their keys and
+            max_batch: the most images drawn at once; by default as many as have their keys and
                 values in 4 GiB on each device.
             progress: called with the image tokens drawn so far and in all.
         Returns:
-            P * num_images pictures uint8[N, S, S, 3] with their tokens, prompt after prompt.
+            P * num_images images uint8[N, S, S, 3] with their tokens, prompt after prompt.
         Raises:
             ValueError: an argument out of its range, or a prompt too long for the trained context.
         Source: generation_inference.py of the original code.
@@ -108,16 +108,16 @@ class Pipeline:
         progress: Report | None = None,
         **settings: float | None,
     ) -> Iterator[Images]:
-        """As generate_images, at most max_batch pictures at a time, as soon as they are drawn.
+        """As generate_images, at most max_batch images at a time, as soon as they are drawn.
 
         The arguments are checked at once; the parts, joined, are what generate_images gives. On a
-        mesh a part has at least one picture for each group of devices that shares out the batch.
+        mesh a part has at least one image for each group of devices that shares out the batch.
 
         Args:
             prompts and the rest: see generate_images.
             settings: guidance_weight, temperature, top_k and top_p.
         Returns:
-            An iterator of pictures; it draws when asked for the next ones.
+            An iterator of images; it draws when asked for the next ones.
         Raises:
             ValueError: as generate_images.
         Source: generation_inference.py of the original code, which draws one batch.
@@ -224,8 +224,8 @@ class Pipeline:
         many = not chat.is_conversation(conversation)
         conversations = conversation if many else [conversation]
         checks.check_not_empty("conversations", conversations)
-        pictures = picture_lists(images, len(conversations)) if many else [picture_list(images)]
-        examples = self.examples(conversations, pictures, max_new_tokens, allow_urls)
+        image_lists = split_images(images, len(conversations)) if many else [image_list(images)]
+        examples = self.examples(conversations, image_lists, max_new_tokens, allow_urls)
         answers = list(self._answers(examples, max_new_tokens, max_batch, sampling, seed))
         return answers if many else answers[0]
 
@@ -256,8 +256,8 @@ class Pipeline:
         sampling, seed = self._text_sampling(temperature, top_k, top_p), checks.check_seed(seed)
         if not chat.is_conversation(conversation):
             raise ValueError("stream takes one conversation, got a list of them")
-        pictures = [picture_list(images)]
-        examples = self.examples([conversation], pictures, max_new_tokens, allow_urls)
+        image_lists = [image_list(images)]
+        examples = self.examples([conversation], image_lists, max_new_tokens, allow_urls)
         requests = self._text_requests(examples, _prompt_length(examples), sampling, seed)
         tokens = text.stream(self.model, requests, max_new_tokens, self.mesh)
         return TextStream(self.processor.tokenizer).pieces(tokens)
@@ -274,11 +274,11 @@ class Pipeline:
     def examples(
         self,
         conversations: Sequence[Conversation],
-        pictures: Sequence[Sequence[ImageSource]],
+        images: Sequence[Sequence[ImageSource]],
         max_new_tokens: int,
         allow_urls: bool = False,
     ) -> list[Example]:
-        """Conversations and the pictures of each as tokens and pixels.
+        """Conversations and the images of each as tokens and pixels.
 
         Raises:
             ValueError, FileNotFoundError: as answer.
@@ -287,7 +287,7 @@ class Pipeline:
             chat.check_unanswered(messages)
         examples = [
             self.processor.conversation(messages, own, allow_urls)
-            for messages, own in zip(conversations, pictures, strict=True)
+            for messages, own in zip(conversations, images, strict=True)
         ]
         for tokens, _ in examples:
             self.processor.check_length(len(tokens), max_new_tokens)
@@ -318,7 +318,7 @@ class Pipeline:
             yield from map(self._decode, tokens[: len(chunk)])
 
     def encode_images(self, images: Sequence[ImageSource] | ImageSource) -> np.ndarray:
-        """The image tokenizer's tokens of N pictures, one picture at a time.
+        """The image tokenizer's tokens of N images, one image at a time.
 
         Args:
             images: paths, bytes, Pillow images or arrays uint8[H, W, 3], of any size, or one array
@@ -327,14 +327,14 @@ class Pipeline:
         Returns:
             int32[N, T], row-major, indices into the codebook.
         Raises:
-            ValueError: no picture, or one that cannot be read.
+            ValueError: no image, or one that cannot be read.
             FileNotFoundError: there is no such file.
         Source: VQModel.encode of the original code; report of Janus, section 3.1 (resizing).
         """
         return codec.to_indices(self.model, images, self.mesh)
 
     def decode_indices(self, indices: np.ndarray) -> np.ndarray:
-        """Pictures of image tokens, one at a time on each device.
+        """Images of image tokens, one at a time on each device.
 
         Args:
             indices: int[N, T], row-major, as encode_images and Images have them.

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from janus_jax.models.adapters import Aligner, GenHead
-from janus_jax.models.linear import looked_up
+from janus_jax.models.linear import embed_lookup
 from janus_jax.models.llama import Llama, LlamaConfig
 from janus_jax.models.siglip import Siglip, SiglipConfig
 from janus_jax.models.vq import VQ, VQConfig
@@ -77,7 +77,7 @@ class JanusConfig:
 
     @classmethod
     def janus_tiny(cls) -> "JanusConfig":
-        """The model that ships with this project: 96-pixel pictures of 36 tokens."""
+        """The model that ships with this project: 96-pixel images of 36 tokens."""
         return cls(
             und_encoder=SiglipConfig(96, 16, width=128, num_layers=4, num_heads=4, mlp_dim=512),
             und_aligner_depth=2,
@@ -171,4 +171,4 @@ class Janus(nnx.Module):
 
     def embed_image_tokens(self, indices: jax.Array) -> jax.Array:
         """Decoder inputs of drawn tokens: int32[...] -> float[..., D]. Codes not normalised."""
-        return self.gen_aligner(looked_up(self.gen_embed, indices))
+        return self.gen_aligner(embed_lookup(self.gen_embed, indices))

@@ -101,7 +101,7 @@ def dot_of_rows(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
-def looked_up(table: nnx.Embed, indices: jax.Array) -> jax.Array:
+def embed_lookup(table: nnx.Embed, indices: jax.Array) -> jax.Array:
     """Rows of a table, int32[...] -> float[..., D], in its compute type.
 
     Cast after they are looked up, unlike nnx.Embed does: so the gradients of a row are added up in

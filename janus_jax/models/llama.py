@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
 from janus_jax.models.kv_cache import KVCache
-from janus_jax.models.linear import dot_of_rows, linear, looked_up
+from janus_jax.models.linear import dot_of_rows, embed_lookup, linear
 from janus_jax.models.norms import RMSNorm
 from janus_jax.models.remat import block_call
 
@@ -168,7 +168,7 @@ class Llama(nnx.Module):
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """int32[B, T] -> float[B, T, D]."""
-        return looked_up(self.embed_tokens, tokens)
+        return embed_lookup(self.embed_tokens, tokens)
 
     def __call__(
         self,

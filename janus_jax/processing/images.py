@@ -1,4 +1,4 @@
-"""Pictures on disk <-> arrays: reading, and the resizing and scaling of both paths.
+"""Images on disk <-> arrays: reading, and the resizing and scaling of both paths.
 
 Channels last everywhere. `preprocess` gives the numbers of DeepSeek's `VLMImageProcessor`.
 """
@@ -78,7 +78,7 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """The picture as upright 8-bit RGB, as a person sees it.
+    """The image as upright 8-bit RGB, as a person sees it.
 
     EXIF orientation is applied and transparency is laid on white. 16-bit greyscale is scaled from
     65535; 32-bit integers and floats from the smallest of 1 (floats only), 255, 65535 and
@@ -86,7 +86,7 @@ def load_image(source: ImageSource) -> Image.Image:
     Pillow's own MAX_IMAGE_PIXELS limits the pixels to twice that number (178 956 970).
 
     Args:
-        source: a path, the bytes of a picture file, a Pillow image, or an array
+        source: a path, the bytes of an image file, a Pillow image, or an array
             uint8[H, W], uint8[H, W, 3] or uint8[H, W, 4] (the fourth channel is alpha).
     Raises:
         FileNotFoundError: there is no such file.
@@ -109,15 +109,15 @@ def load_image(source: ImageSource) -> Image.Image:
     return _decoded(_from_array(array))
 
 
-def picture_list(images: Sequence[ImageSource] | ImageSource | None) -> list[ImageSource]:
-    """Pictures as a list: given as a list, a tuple or an array [N, H, W, C], singly, or not."""
+def image_list(images: Sequence[ImageSource] | ImageSource | None) -> list[ImageSource]:
+    """Images as a list: given as a list, a tuple or an array [N, H, W, C], singly, or not."""
     if images is None:
         return []
     several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
     return list(images) if several else [images]
 
 
-def picture_lists(images: Sequence | None, number: int) -> list[list[ImageSource]]:
+def split_images(images: Sequence | None, number: int) -> list[list[ImageSource]]:
     """The images of each of several conversations; none of any where `images` is None.
 
     Raises:
@@ -128,7 +128,7 @@ def picture_lists(images: Sequence | None, number: int) -> list[list[ImageSource
     if not isinstance(images, (list, tuple)) or len(images) != number:
         given = len(images) if isinstance(images, (list, tuple)) else type(images).__name__
         raise ValueError(f"images must have one list for each conversation: {number}, got {given}")
-    return [picture_list(own) for own in images]
+    return [image_list(own) for own in images]
 
 
 # Keys of transformers' `JanusImageProcessor` that are not followed, and the only value each may
@@ -155,7 +155,7 @@ def _check_fixed(config: dict[str, Any]) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
-    """How a picture is prepared for the understanding encoder (preprocessor_config.json).
+    """How an image is prepared for the understanding encoder (preprocessor_config.json).
 
     The defaults are those of DeepSeek's `VLMImageProcessor` (CLIP's mean and deviation); every
     released checkpoint states its own (0.5).
@@ -232,7 +232,7 @@ def resize_and_pad(image: Image.Image, cfg: ImageConfig) -> np.ndarray:
 
 
 def preprocess(image: Image.Image, cfg: ImageConfig) -> np.ndarray:
-    """An RGB picture for the understanding encoder: float32[S, S, 3].
+    """An RGB image for the understanding encoder: float32[S, S, 3].
 
     Source: `VLMImageProcessor` of the original code.
     """
@@ -246,7 +246,7 @@ def preprocess(image: Image.Image, cfg: ImageConfig) -> np.ndarray:
 def crop_square(image: Image.Image, size: int) -> np.ndarray:
     """uint8[size, size, 3]: the short side becomes `size`, the long side is cropped in its centre.
 
-    In one step (bicubic), so that a very long picture needs no more memory than a square one.
+    In one step (bicubic), so that a very long image needs no more memory than a square one.
     Source: Janus report, section 3.1.
     """
     short_side = min(image.size)
@@ -256,12 +256,12 @@ def crop_square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def preprocess_generation(image: Image.Image, size: int) -> np.ndarray:
-    """An RGB picture as a target for the image tokenizer: float32[size, size, 3] in [-1, 1]."""
+    """An RGB image as a target for the image tokenizer: float32[size, size, 3] in [-1, 1]."""
     return crop_square(image, size).astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """A picture's file, quick to write rather than small. pixels: uint8[Y, X, 3]."""
+    """An image's file, quick to write rather than small. pixels: uint8[Y, X, 3]."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return file.getvalue()

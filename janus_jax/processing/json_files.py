@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from janus_jax.checks import shorten_text
-from janus_jax.paths import bounded_size, written_whole
+from janus_jax.paths import atomic_write, bounded_size
 
 MAX_JSON_BYTES = 2**25  # Janus's tokenizer.json has 5 MB; parsed, JSON takes up to 25 times that
 
@@ -49,5 +49,5 @@ def write_json(path: Path, value: Mapping) -> None:
         data = json.dumps(value, indent=2, ensure_ascii=False).encode()
     except UnicodeError:  # lone surrogates, which must be escaped
         data = json.dumps(value, indent=2).encode()
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(data + b"\n")

@@ -18,10 +18,10 @@ from typing import Any
 
 from janus_jax.checks import shorten
 from janus_jax.processing.image_sources import decode_base64, is_base64_image
-from janus_jax.processing.images import ImageSource, picture_list
+from janus_jax.processing.images import ImageSource, image_list
 
 _SOURCES = ("image", "url", "path", "base64")
-_MEDIA = ("image", "img", "picture", "photo", "pixel", "video", "audio", "attachment")
+_MEDIA = ("image", "img", "image", "photo", "pixel", "video", "audio", "attachment")
 _DESCRIBING = re.compile(
     r"(^|[\W_])(ids?|sizes?|width|height|resolutions?|shapes?|hash|md5|sha\d+|format|mode|license"
     r"|captions?|descriptions?|titles?|tags|categor(y|ies)|embeddings?|features?|scores?)$"
@@ -135,7 +135,7 @@ def read_content(message: Mapping[str, Any], content: Any, tag: str) -> tuple[st
         return text, images
     if images:
         raise ValueError("expected images in the content or beside it, got both")
-    images = picture_list(own)
+    images = image_list(own)
     return (text if tag in text else f"{tag}\n" * len(images) + text), images
 
 

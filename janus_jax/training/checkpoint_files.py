@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
 
-from janus_jax.paths import written_whole
+from janus_jax.paths import atomic_write
 from janus_jax.processing.json_files import read_json
 
 PARTS = STATE, DATA = "state", "data"  # subfolders of a checkpoint
@@ -50,7 +50,7 @@ def write_sums(folder: Path) -> None:
     names = sorted(path.relative_to(folder).as_posix() for path in files)
     lines = [f"{found}  {name}\n" for name, found in zip(names, _sums(folder, names), strict=True)]
     lines.append(f"# {len(lines)} files\n")  # so that a truncated list is detected
-    with written_whole(folder / SUMS) as file:
+    with atomic_write(folder / SUMS) as file:
         file.write("".join(lines).encode())
 
 

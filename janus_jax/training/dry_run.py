@@ -17,7 +17,7 @@ from janus_jax.paths import write_file
 from janus_jax.processing.images import encode_png
 from janus_jax.processing.processor import Processor
 from janus_jax.training.distributed import check_processes
-from janus_jax.training.evaluation import asked_pictures, held_out_rows
+from janus_jax.training.evaluation import held_out_rows, prompt_images
 from janus_jax.training.memory import held, step_bytes
 from janus_jax.training.setup import Setup, Shapes
 
@@ -27,10 +27,10 @@ Row = Mapping[str, np.ndarray]
 
 
 def dry_run(cfg) -> Iterator[str]:
-    """Lines to print; writes the first rows of the run to OUTPUT/dry_run, texts and pictures.
+    """Lines to print; writes the first rows of the run to OUTPUT/dry_run, texts and images.
 
     cfg: ConfigDict of stages.base_config. Nothing is trained, and no weights are read but the image
-    tokenizer's where pictures to be drawn come as indices.
+    tokenizer's where images to be drawn come as indices.
     Raises as train_stage does.
     """
     setup = Setup.from_config(cfg)
@@ -44,7 +44,7 @@ def dry_run(cfg) -> Iterator[str]:
     if cfg.eval_every:
         held_out_rows(setup, folder)
     if cfg.sample_every:
-        asked_pictures(setup)
+        prompt_images(setup)
     rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, folder, *hosts)
     with contextlib.closing(iter(rows)) as iterator:
         batch = next(iterator)
@@ -97,7 +97,7 @@ def _empty(folder: Path) -> None:
 
 
 def _write_row(setup: Setup, row: Row, vq: VQ | None, folder: Path) -> None:
-    """examples.txt, and pictures in the order of their places: seen-0.png, drawn-0.png ..."""
+    """examples.txt, and images in the order of their places: seen-0.png, drawn-0.png ..."""
     text = "\n\n".join(row_texts(row, setup.processor))
     write_file(folder / "examples.txt", f"{text}\n".encode())
     cfg = setup.source.cfg
@@ -106,14 +106,14 @@ def _write_row(setup: Setup, row: Row, vq: VQ | None, folder: Path) -> None:
     if vq is not None and len(drawn):
         pixels = np.asarray(vq.decode(drawn))
         drawn = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
-    for name, pictures in dict(seen=row["pixels"][:seen], drawn=drawn).items():
-        for number, picture in enumerate(pictures):
-            write_file(folder / f"{name}-{number}.png", encode_png(picture))
+    for name, images in dict(seen=row["pixels"][:seen], drawn=drawn).items():
+        for number, image in enumerate(images):
+            write_file(folder / f"{name}-{number}.png", encode_png(image))
 
 
 def row_texts(row: Row, processor: Processor) -> Iterator[str]:
     """The examples of a row as text: what is to be predicted in [[ ]], and <seen>, <drawn> where
-    pictures go."""
+    images go."""
     kinds = row["loss_mask"] + 2 * row["image_mask"] + 4 * row["gen_mask"]
     ways = {0: "{}", 1: "[[{}]]", 2: "<seen>", 4: "[[<drawn>]]"}
     for segment in range(1, int(row["segment_ids"].max()) + 1):

@@ -1,7 +1,7 @@
 """Trains the understanding encoder of a small Janus, as the released ones start from SigLIP.
 
-A question about a picture says little of its patches: from answers alone the encoder hardly learns
-(measured: 0.57 of the answers right after 1000 steps, and 0.98 of whole pictures named right after
+A question about an image says little of its patches: from answers alone the encoder hardly learns
+(measured: 0.57 of the answers right after 1000 steps, and 0.98 of whole images named right after
 1000 quicker steps of this).
 """
 
@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from janus_jax.data.scene_batches import NUM_PATCH_LABELS, labelled_pictures
+from janus_jax.data.scene_batches import NUM_PATCH_LABELS, labelled_images
 from janus_jax.models.siglip import Siglip
 from janus_jax.training.folders import Start, check_counts
-from janus_jax.training.loop import drawn_batches, run_steps
+from janus_jax.training.loop import generated_batches, run_steps
 from janus_jax.training.state import (
     TrainState,
     apply_gradients,
@@ -55,25 +55,25 @@ def train_encoder(cfg) -> None:
     graph, params = nnx.split(PatchClassifier(model.und_encoder, rngs=nnx.Rngs(cfg.seed)))
 
     def make_batch(rng: np.random.Generator, step: int) -> tuple[np.ndarray, np.ndarray]:
-        return labelled_pictures(rng, cfg.batch_size, patch)
+        return labelled_images(rng, cfg.batch_size, patch)
 
     def save(state: TrainState) -> None:
         model.und_encoder = nnx.merge(graph, state.params).encoder
         start.save(model)
 
     step_fn = make_encoder_step(graph, optimizer)
-    run_steps(init_state(params, optimizer), step_fn, drawn_batches(make_batch, cfg), cfg, save)
+    run_steps(init_state(params, optimizer), step_fn, generated_batches(make_batch, cfg), cfg, save)
 
 
 def make_encoder_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
-    """The jitted step (state, (images, labels) of labelled_pictures) -> (state, metrics)."""
+    """The jitted step (state, (images, labels) of labelled_images) -> (state, metrics)."""
 
     def loss_fn(params: nnx.State, images: jax.Array, labels: jax.Array):
         pixels = images.astype(jnp.float32) / 127.5 - 1.0
         logits = nnx.merge(graph, params)(pixels)
         loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
         right = jnp.all(jnp.argmax(logits, axis=-1) == labels, axis=-1)
-        return loss, dict(loss=loss, pictures_right=jnp.mean(right))
+        return loss, dict(loss=loss, images_right=jnp.mean(right))
 
     @default_promotion()
     def step(state: TrainState, batch: tuple[jax.Array, jax.Array]):

@@ -1,4 +1,4 @@
-"""What a run is asked at intervals: its losses on held-out records, pictures and answers."""
+"""What a run is asked at intervals: its losses on held-out records, images and answers."""
 
 import contextlib
 import dataclasses
@@ -56,35 +56,35 @@ def evaluation(
         sums = jax.tree.map(lambda *parts: sum(parts), *found)
         means = {kind: total / count for kind, (total, count) in sums.items() if count}
         log.scalars(step, means, "eval")
-        log.left_out(step, skipped.counts, "eval/left_out")
+        log.skipped(step, skipped.counts, "eval/skipped")
 
     return evaluate
 
 
-def asked_pictures(setup: Setup) -> list[list[Image.Image]]:
+def prompt_images(setup: Setup) -> list[list[Image.Image]]:
     """Those of each of cfg.questions.
 
-    Raises FileNotFoundError or ValueError for a picture that cannot be read, and for a prompt or a
+    Raises FileNotFoundError or ValueError for an image that cannot be read, and for a prompt or a
     question that the model could not take.
     """
     cfg = setup.cfg
-    pictures = [[load_image(picture)] for picture, _ in cfg.questions]
+    images = [[load_image(image)] for image, _ in cfg.questions]
     model = nnx.merge(*setup.model)  # without values
     janus = Pipeline(model, setup.processor, "", DrawingDefaults())
     for prompt in cfg.prompts:
         janus.image_prompt(prompt)
-    janus.examples([question for _, question in cfg.questions], pictures, LONGEST_ANSWER)
-    return pictures
+    janus.examples([question for _, question in cfg.questions], images, LONGEST_ANSWER)
+    return images
 
 
 def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
-    """Draws cfg.prompts and answers cfg.questions, pairs of a picture's path and a text.
+    """Draws cfg.prompts and answers cfg.questions, pairs of an image's path and a text.
 
     They go to OUTPUT/samples/STEP, prompt-0.png ... and answers.txt, and to TensorBoard. With the
     model as it is at that step, always with the seed of the config.
-    Raises FileNotFoundError or ValueError as asked_pictures.
+    Raises FileNotFoundError or ValueError as prompt_images.
     """
-    cfg, sharding, pictures = setup.cfg, sharding_for(setup.mesh), asked_pictures(setup)
+    cfg, sharding, images = setup.cfg, sharding_for(setup.mesh), prompt_images(setup)
     asked = [question for _, question in cfg.questions]
     # nothing is differentiated here, and remat writes to the model, which loops do not allow
     plain = dataclasses.replace(setup, model_cfg=setup.model_cfg.with_remat("none"))
@@ -102,11 +102,11 @@ def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
         folder = output / "samples" / f"{step:07d}"
         if cfg.prompts:
             pixels = janus.generate_images(list(cfg.prompts), seed=cfg.seed).pixels
-            for number, picture in enumerate(pixels):
-                write(folder / f"prompt-{number}.png", encode_png(picture))
+            for number, image in enumerate(pixels):
+                write(folder / f"prompt-{number}.png", encode_png(image))
             log.images(step, "prompts", pixels)
         if cfg.questions:
-            answers = janus.answer(asked, pictures, LONGEST_ANSWER)
+            answers = janus.answer(asked, images, LONGEST_ANSWER)
             pairs = zip(cfg.questions, answers, strict=True)
             text = "".join(f"{path}: {ask} -> {said}\n" for (path, ask), said in pairs)
             write(folder / "answers.txt", text.encode())

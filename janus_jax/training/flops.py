@@ -5,10 +5,10 @@ Counted, a multiplication and an addition as two:
 * each matrix of p parameters: 2 p for every place that goes through it; as much again for its own
   gradient where it is trained, and as much again for its input's where something before it is;
 * attention, in a layer of width D: 4 D for every pair of a query and a key that it may see, which
-  are n (n + 1) / 2 for an example of n tokens and n^2 for a picture of n patches; backward twice
+  are n (n + 1) / 2 for an example of n tokens and n^2 for an image of n patches; backward twice
   that.
-Places are tokens for the decoder, patches of the pictures looked at for SigLIP and its aligner,
-tokens of drawn pictures for theirs, and targets for the two heads. Not counted: padding, pictures'
+Places are tokens for the decoder, patches of the images looked at for SigLIP and its aligner,
+tokens of drawn images for theirs, and targets for the two heads. Not counted: padding, images'
 places that are empty, what is computed a second time to save memory, norms and activations, and the
 image tokenizer, whose work can be done before. So the figure errs on the low side.
 """
@@ -73,8 +73,8 @@ class StepFlops:
     Attributes:
         token: of the decoder, without attention.
         pair: a token and one that it attends to.
-        patch: of a picture looked at, SigLIP's attention included.
-        drawn: a token of a drawn picture, on its way into the decoder.
+        patch: of an image looked at, SigLIP's attention included.
+        drawn: a token of a drawn image, on its way into the decoder.
         text_target, image_target: of the two heads.
     """
 

@@ -9,7 +9,7 @@ import numpy as np
 from absl import logging
 
 
-def drawn_batches(make_batch: Callable, cfg):
+def generated_batches(make_batch: Callable, cfg):
     """Batches of all steps, each made from (seed, step) alone, a few steps ahead.
 
     make_batch: (np.random.Generator, step) -> batch. cfg: ConfigDict with seed and steps.

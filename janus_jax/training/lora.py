@@ -38,7 +38,7 @@ class LoRAConfig:
 
     def __post_init__(self):
         if type(self.rank) is not int or self.rank < 1:
-            raise ValueError(f"rank must be a whole number of at least 1, got {self.rank!r}")
+            raise ValueError(f"rank must be an integer of at least 1, got {self.rank!r}")
         number = type(self.alpha) in (int, float) and math.isfinite(self.alpha)
         if not number or self.alpha <= 0:
             raise ValueError(f"alpha must be a number above 0, got {self.alpha!r}")

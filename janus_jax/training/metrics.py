@@ -16,14 +16,14 @@ from absl import logging
 from tensorboardX import SummaryWriter
 
 from janus_jax.data.records import KINDS
-from janus_jax.paths import file_size, os_errors_of, write_all, write_file, written_whole
+from janus_jax.paths import atomic_write, file_size, os_errors_of, write_all, write_file
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
 FLUSH_SECONDS = 10  # what a killed run may lose of TensorBoard's files
 NAMED_RECORDS = 8
 
-LeftOut = Mapping[str, Mapping[str, int]]  # numbers of bad records by source and reason
+SkippedCounts = Mapping[str, Mapping[str, int]]  # numbers of bad records by source and reason
 
 
 @dataclasses.dataclass
@@ -75,7 +75,7 @@ class Log:
     compiled, tokens_per_s, mfu (see flops.py) and seconds_left. Tokens per second and MFU are of
     all the time since the last line, also where evaluation or a save took part of it; the time left
     goes by the whole run so far. After a line of progress follows, if it has changed, how many
-    records of process 0 were left out so far, left_out/SOURCE/REASON.
+    records of process 0 were left out so far, skipped/SOURCE/REASON.
 
     Process 0 writes; the others only check.
     """
@@ -87,19 +87,19 @@ class Log:
         log_every: int,
         peak_flops: float | None,
         first: int,
-        left_out: Callable[[], LeftOut],
+        skipped: Callable[[], SkippedCounts],
     ):
         """folder: of the run. steps: at which the run ends.
 
         peak_flops: of all devices together, in FLOP/s; None leaves out the MFU.
         first: the step that the run goes on from, 0 at its start. What a killed run logged of later
             steps, after its last checkpoint, is taken out.
-        left_out: gives the bad records so far.
+        skipped: gives the bad records so far.
         """
         self._steps, self._log_every, self._first = steps, log_every, first
         self._peak_flops, self._folder = peak_flops, Path(folder)
-        self._left_out = left_out
-        self._told_left_out: dict[str, LeftOut] = {}  # by prefix
+        self._left_out = skipped
+        self._skipped_text: dict[str, SkippedCounts] = {}  # by prefix
         self._started: float | None = None
         self._interval = _Interval(None)
         self._file = self._writer = None
@@ -141,7 +141,7 @@ class Log:
         last = step == self._steps
         if self._started is None or step % self._log_every == 0 or last:
             self._report(step, metrics["learning_rate"], now)
-            self.left_out(step, self._left_out(), "left_out")
+            self.skipped(step, self._left_out(), "skipped")
         if self._started is None:
             self._started = now
 
@@ -155,11 +155,11 @@ class Log:
             raise FloatingPointError(f"{prefix} must be finite, got {_text(values)} at step {step}")
         self._write(step, values, _text(values))
 
-    def left_out(self, step: int, counts: LeftOut, prefix: str) -> None:
+    def skipped(self, step: int, counts: SkippedCounts, prefix: str) -> None:
         """Reports the numbers of bad records as `prefix/source/reason`, if they have changed."""
-        if counts == self._told_left_out.get(prefix, {}):
+        if counts == self._skipped_text.get(prefix, {}):
             return
-        self._told_left_out[prefix] = counts
+        self._skipped_text[prefix] = counts
         values = {
             "/".join(filter(None, (source, reason.replace(" ", "_")))): number
             for source, reasons in counts.items()
@@ -168,7 +168,7 @@ class Log:
         self.scalars(step, values, prefix)
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Shows pictures, uint8[N, Y, X, 3], in TensorBoard."""
+        """Shows images, uint8[N, Y, X, 3], in TensorBoard."""
         if self._writer is not None:
             self._writer.add_images(name, images, step, dataformats="NHWC")
 
@@ -240,7 +240,7 @@ def _cut(path: Path, first: int) -> None:
     steps = [_step_of(line, f"{path}, line {number}") for number, line in enumerate(whole, 1)]
     kept = [line for line, step in zip(whole, steps, strict=True) if step <= first]
     if kept != lines:  # in one piece: this run may be killed as well
-        with written_whole(path) as file:
+        with atomic_write(path) as file:
             file.write(b"".join(kept))
 
 

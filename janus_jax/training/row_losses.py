@@ -1,8 +1,8 @@
 """The loss of packed rows: every target through its own head, and no head where no target is.
 
-B rows, T tokens of a row, D model width, V vocabulary or codebook; n and m pictures looked at and
-drawn, S pixels a side, N tokens of a drawn picture. Source: the Janus and Janus-Pro reports, next-
-token cross-entropy on answers, on all of plain text, and on the tokens of drawn pictures.
+B rows, T tokens of a row, D model width, V vocabulary or codebook; n and m images looked at and
+drawn, S pixels a side, N tokens of a drawn image. Source: the Janus and Janus-Pro reports, next-
+token cross-entropy on answers, on all of plain text, and on the tokens of drawn images.
 """
 
 import functools
@@ -27,12 +27,12 @@ def row_losses(
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
     """Summed cross-entropy and number of targets of each kind of record: float32 scalars.
 
-    rows: of data/packing.py. images: how pictures are normalised. chunk: positions of every row
+    rows: of data/packing.py. images: how images are normalised. chunk: positions of every row
     whose logits, float32[B, chunk, V], are there at a time. mesh: the devices that rows lie on.
     Returns e.g. dict(understanding=(sum, count), text=..., generation=...).
     """
     decoder = model.language_model
-    indices = drawn_indices(model, rows["drawn"])
+    indices = generated_indices(model, rows["drawn"])
     embeds = embed_rows(model, rows, indices, images)
     mask = segment_mask(rows["segment_ids"])
     # what the decoder takes and gives lies by rows, or XLA might lay it by the parameters' axes
@@ -53,7 +53,7 @@ def row_losses(
 
 
 def embed_rows(model: Janus, rows: Rows, indices: jax.Array, images: ImageConfig) -> jax.Array:
-    """The decoder's input, float[B, T, D]. indices: int32[B, m * N] of the drawn pictures."""
+    """The decoder's input, float[B, T, D]. indices: int32[B, m * N] of the drawn images."""
     embeds = model.language_model.embed(rows["tokens"])
     pixels = rows["pixels"]
     if pixels.shape[1]:
@@ -67,7 +67,7 @@ def embed_rows(model: Janus, rows: Rows, indices: jax.Array, images: ImageConfig
     return embeds
 
 
-def drawn_indices(model: Janus, drawn: jax.Array) -> jax.Array:
+def generated_indices(model: Janus, drawn: jax.Array) -> jax.Array:
     """uint8[B, m, S, S, 3] or int32[B, m, N] -> int32[B, m * N], without a gradient."""
     if not drawn.shape[1]:
         return jnp.zeros((len(drawn), 0), jnp.int32)

@@ -3,7 +3,7 @@
 OUTPUT/run.json             the settings that the run was begun with
 OUTPUT/checkpoints/STEP     what the run goes on from when it is started again
 OUTPUT/metrics.jsonl        what it logs; the same in OUTPUT/tensorboard
-OUTPUT/samples/STEP         pictures and answers
+OUTPUT/samples/STEP         images and answers
 OUTPUT/skipped-HOST.jsonl   records that were left out; those of evaluation in OUTPUT/eval
 OUTPUT/libraries.log        warnings and tracebacks of the storage libraries, if there were any
 OUTPUT/model                the trained model, once it has come to its end

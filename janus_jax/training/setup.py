@@ -101,8 +101,8 @@ class Setup:
         check_weights(source)  # before a model of the sizes in config.json is built
         setup = cls(cfg, source, processor, model_cfg, mesh, rows, lora)
         trained, frozen = setup.shapes
-        if cfg.fresh:
-            check_fresh(cfg.fresh, trained, frozen)
+        if cfg.reinit:
+            check_reinit(cfg.reinit, trained, frozen)
         return setup
 
     @property
@@ -169,8 +169,8 @@ class Setup:
             )
 
     def _begins_anew(self, path: str) -> bool:
-        fresh = self.cfg.fresh
-        return bool(re.match(ADAPTERS, path) or (fresh and re.match(fresh, path)))
+        reinit = self.cfg.reinit
+        return bool(re.match(ADAPTERS, path) or (reinit and re.match(reinit, path)))
 
     def _new(self, shapes: Shapes) -> Params:
         """Random parameters."""
@@ -214,7 +214,7 @@ class Setup:
     def abstract_state(self) -> TrainState:
         """The state with shapes, dtypes and shardings for arrays."""
         optimizer, trained = make_optimizer(self.cfg), self.shapes[0]
-        averaged = self.cfg.average_decay > 0
+        averaged = self.cfg.ema_decay > 0
         state = jax.eval_shape(lambda params: init_state(params, optimizer, averaged), trained)
         shardings = {path: leaf.sharding for path, leaf in trained.items()}
         whole = NamedSharding(self.mesh, PartitionSpec())
@@ -223,7 +223,7 @@ class Setup:
 
     def first_state(self, params: Params) -> TrainState:
         """The state at step 0; params are given away."""
-        optimizer, averaged = make_optimizer(self.cfg), self.cfg.average_decay > 0
+        optimizer, averaged = make_optimizer(self.cfg), self.cfg.ema_decay > 0
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         make = jax.jit(
             lambda params: init_state(params, optimizer, averaged),
@@ -238,7 +238,7 @@ class Setup:
             self.objective(),
             make_optimizer(self.cfg),
             learning_rates(self.cfg),
-            self.cfg.average_decay,
+            self.cfg.ema_decay,
             jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state()),
         )
 
@@ -264,21 +264,21 @@ def rows_config(cfg, mesh: Mesh) -> RowsConfig:
     settings = {field.name: cfg[field.name] for field in dataclasses.fields(RowsConfig)}
     rows = RowsConfig(**settings | dict(mixture=cfg.mixture.to_dict()))
     parts = num_batch_shards(mesh) * cfg.accumulate
-    if rows.rows % parts:
+    if rows.batch_size % parts:
         asked = f"of data * fsdp * accumulate = {parts}"
-        raise ValueError(f"rows must be a multiple {asked}, got {rows.rows}")
+        raise ValueError(f"batch_size must be a multiple {asked}, got {rows.batch_size}")
     rows.own_streams(jax.process_index(), jax.process_count())
     return rows
 
 
-def check_fresh(fresh: str, trained: Iterable[str], frozen: Iterable[str]) -> None:
-    """Raises ValueError unless, of these paths, fresh matches some that train and no other."""
-    if not any(re.match(fresh, path) for path in trained):
-        raise ValueError(f"no parameter path that trains matches {fresh=}")
-    kept = [path for path in frozen if re.match(fresh, path)]
+def check_reinit(reinit: str, trained: Iterable[str], frozen: Iterable[str]) -> None:
+    """Raises ValueError unless, of these paths, reinit matches some that train and no other."""
+    if not any(re.match(reinit, path) for path in trained):
+        raise ValueError(f"no parameter path that trains matches {reinit=}")
+    kept = [path for path in frozen if re.match(reinit, path)]
     if kept:
-        rule = "fresh must match nothing that is frozen"
-        raise ValueError(f"{rule}, got {fresh!r}, which matches {kept[0]}")
+        rule = "reinit must match nothing that is frozen"
+        raise ValueError(f"{rule}, got {reinit!r}, which matches {kept[0]}")
 
 
 def check_settings(cfg) -> None:
@@ -289,11 +289,11 @@ def check_settings(cfg) -> None:
     for name, value in least.items():
         if cfg[name] < value:
             raise ValueError(f"{name} must be at least {value}, got {cfg[name]}")
-    for name in ("average_decay", "b1", "b2"):
+    for name in ("ema_decay", "b1", "b2"):
         if not 0 <= cfg[name] < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {cfg[name]}")
-    if not 0 < cfg.clip < math.inf:
-        raise ValueError(f"clip must be a number above 0, got {cfg.clip}")
+    if not 0 < cfg.max_grad_norm < math.inf:
+        raise ValueError(f"max_grad_norm must be a number above 0, got {cfg.max_grad_norm}")
     for name in ("learning_rate", "end_learning_rate", "weight_decay"):
         if not 0 <= cfg[name] < math.inf:
             raise ValueError(f"{name} must be a number of at least 0, got {cfg[name]}")
@@ -314,8 +314,8 @@ def check_settings(cfg) -> None:
         raise ValueError(f"loss_weights must be at least 0 and one above, got {weights}")
     for pair in cfg.questions:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise ValueError(f"questions must be pairs (picture's path, text), got {pair!r}")
-    for name in ("trained", "fresh", "lora_targets"):
+            raise ValueError(f"questions must be pairs (image's path, text), got {pair!r}")
+    for name in ("trained", "reinit", "lora_targets"):
         try:
             re.compile(cfg[name])
         except re.error as error:

@@ -16,7 +16,7 @@ class Stage:
         learning_rate: constant after the warm-up.
         warmup_steps: in which it rises from 0.
         steps: and those of the 7B model where they are others.
-        rows: sequences of 4096 tokens in a step.
+        batch_size: sequences of 4096 tokens in a step.
         ratio: understanding, text and generation records.
     """
 
@@ -25,7 +25,7 @@ class Stage:
     warmup_steps: int
     steps: int
     steps_7b: int
-    rows: int
+    batch_size: int
     ratio: tuple[int, int, int]
 
 
@@ -40,7 +40,7 @@ STAGES = {
     3: Stage(ALL_BUT_TOKENIZER, 4e-5, 0, 80_000, 40_000, 128, (5, 1, 4)),
 }
 # What Janus-1.3B is known to have done otherwise: its last stage's ratio, and two thirds of the
-# pictures that it drew in its second stage, which were ImageNet's.
+# images that it drew in its second stage, which were ImageNet's.
 RATIO_OF_1_3B = (7, 3, 10)
 
 FOLDERS = {
@@ -58,7 +58,7 @@ def base_config() -> ConfigDict:
         dict(
             task="stage",
             init="",  # checkpoint folder to go on from
-            fresh="",  # parameters that begin anew, a regular expression on their paths
+            reinit="",  # parameters that begin anew, a regular expression on their paths
             output="",
             trained=ALL_BUT_TOKENIZER,
             lora_rank=0,  # 0: no LoRA
@@ -68,10 +68,10 @@ def base_config() -> ConfigDict:
             steps=1000,
             # data
             mixture={},
-            length=4096,
-            max_pictures=7,
-            max_drawn=7,
-            rows=128,
+            seq_len=4096,
+            max_input_images=7,
+            max_generated_images=7,
+            batch_size=128,
             streams=8,
             tokenized=True,
             max_bad=0.01,
@@ -90,8 +90,8 @@ def base_config() -> ConfigDict:
             b1=0.9,
             b2=0.95,
             weight_decay=0.0,
-            clip=1.0,
-            average_decay=0.0,  # 0: no moving average of the weights
+            max_grad_norm=1.0,
+            ema_decay=0.0,  # 0: no moving average of the weights
             # run
             log_every=10,
             save_every=500,
@@ -101,7 +101,7 @@ def base_config() -> ConfigDict:
             eval_mixture={},  # of held-out records, as mixture
             sample_every=0,
             prompts=("a red circle left of a blue square",),
-            questions=(),  # pairs of a picture's path and a question
+            questions=(),  # pairs of an image's path and a question
             model_dtype="bfloat16",  # of output/model
         )
     )
@@ -118,11 +118,11 @@ def stage_config(name: str, number: int) -> ConfigDict:
     before = FOLDERS[name] if number == 1 else f"runs/{name}_stage{number - 1}/model"
     config.update(
         init=before,
-        fresh=stage.trained if number == 1 else "",
+        reinit=stage.trained if number == 1 else "",
         output=f"runs/{name}_stage{number}",
         trained=stage.trained,
         steps=stage.steps_7b if name.endswith("7b") else stage.steps,
-        rows=stage.rows,
+        batch_size=stage.batch_size,
         learning_rate=stage.learning_rate,
         end_learning_rate=stage.learning_rate,
         warmup_steps=stage.warmup_steps,
@@ -134,7 +134,7 @@ def stage_config(name: str, number: int) -> ConfigDict:
 def mixture(name: str, number: int) -> dict[str, dict]:
     """Where a stage's records are looked for, and in which ratio.
 
-    Generation is ImageNet with class names as prompts in stage 1; then real and synthetic pictures
+    Generation is ImageNet with class names as prompts in stage 1; then real and synthetic images
     with their captions, 1 : 1.
     """
     stage, old = STAGES[number], name == "janus_1_3b"

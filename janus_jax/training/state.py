@@ -77,13 +77,13 @@ def apply_gradients(
     state: TrainState,
     grads: optax.Params,
     optimizer: optax.GradientTransformation,
-    average_decay: float = 0.0,
+    ema_decay: float = 0.0,
 ) -> TrainState:
-    """The state one step on. average_decay: of the moving average, where there is one."""
+    """The state one step on. ema_decay: of the moving average, where there is one."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params, average = optax.apply_updates(state.params, updates), state.average
     if average is not None:
-        average = optax.incremental_update(params, average, 1 - average_decay)
+        average = optax.incremental_update(params, average, 1 - ema_decay)
     return TrainState(state.step + 1, params, opt_state, average)
 
 
@@ -123,10 +123,10 @@ def learning_rates(cfg) -> optax.Schedule:
 def make_optimizer(cfg) -> optax.GradientTransformation:
     """AdamW after clipping by global norm, as in Janus-Pro's Table 2.
 
-    cfg: ConfigDict as of learning_rates, with b1, b2, weight_decay, clip.
+    cfg: ConfigDict as of learning_rates, with b1, b2, weight_decay, max_grad_norm.
     Raises ValueError as learning_rates.
     """
     return optax.chain(
-        optax.clip_by_global_norm(cfg.clip),
+        optax.clip_by_global_norm(cfg.max_grad_norm),
         optax.adamw(learning_rates(cfg), b1=cfg.b1, b2=cfg.b2, weight_decay=cfg.weight_decay),
     )

@@ -32,7 +32,7 @@ class Objective:
     Attributes:
         build: makes the model of its parameters.
         dtype: of the copies of the float32 masters that the model computes with.
-        images: how pictures to be looked at are normalised.
+        images: how images to be looked at are normalised.
         weights: of a target, by kind of record.
         chunk: positions of a row whose logits are there at a time.
         accumulate: A.
@@ -112,7 +112,7 @@ def make_step(
     objective: Objective,
     optimizer: optax.GradientTransformation,
     schedule: optax.Schedule,
-    average_decay: float,
+    ema_decay: float,
     shardings: TrainState,
 ) -> Callable[[TrainState, Params, Rows], tuple[TrainState, dict]]:
     """The jitted (state, frozen, rows) -> (state, metrics); the state is given away.
@@ -135,7 +135,7 @@ def make_step(
             places=jnp.float32(rows["segment_ids"].size),
             tokens=jnp.sum(rows["segment_ids"] > 0, dtype=jnp.float32),
         )
-        state = apply_gradients(state, grads, optimizer, average_decay)
+        state = apply_gradients(state, grads, optimizer, ema_decay)
         return state, metrics | dict(param_norm=optax.tree.norm(state.params))
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))

@@ -7,11 +7,11 @@ import numpy as np
 from flax import nnx
 
 from janus_jax.data import tiny_tokenizer
-from janus_jax.data.scene_batches import scene_pictures
+from janus_jax.data.scene_batches import scene_images
 from janus_jax.interop.save import save_deepseek
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.training.folders import Start, check_counts, check_output
-from janus_jax.training.loop import drawn_batches, run_steps
+from janus_jax.training.loop import generated_batches, run_steps
 from janus_jax.training.state import init_state, make_optimizer, split_model
 from janus_jax.training.vq import make_vq_step
 
@@ -36,9 +36,9 @@ def train_tokenizer(cfg) -> None:
 
     def make_batch(rng: np.random.Generator, step: int) -> tuple[np.ndarray, np.ndarray]:
         if step >= cfg.crop_steps:
-            images = scene_pictures(rng, cfg.batch_size)
+            images = scene_images(rng, cfg.batch_size)
         else:
-            images = scene_pictures(rng, cfg.crop_batch_size)
+            images = scene_images(rng, cfg.crop_batch_size)
             images = random_crops(rng, images, cfg.crop, patch)
         return images, patch_groups(images, patch)
 
@@ -52,7 +52,7 @@ def train_tokenizer(cfg) -> None:
     # codes that were trained count as used until it shows that they are not
     usage = jnp.full(sizes.gen_vq.codebook_size, 1.0 if cfg.init else 0.0, jnp.float32)
     state = (init_state(params, optimizer), usage)
-    run_steps(state, step_fn, drawn_batches(make_batch, cfg), cfg, save)
+    run_steps(state, step_fn, generated_batches(make_batch, cfg), cfg, save)
 
 
 def _start(cfg) -> tuple[JanusConfig, Callable[[], Janus], Callable[[Janus], None]]:
@@ -75,7 +75,7 @@ def random_crops(
     """One square crop an image, cut between patches of `patch` pixels.
 
     images: uint8[B, Y, X, 3]. Returns uint8[B, side, side, 3]. Early on a crop teaches a
-    convolution as much as the whole picture, for a part of the work.
+    convolution as much as the whole image, for a part of the work.
     """
     places = [(n - side) // patch + 1 for n in images.shape[1:3]]
     rows, columns = (patch * rng.integers(0, n, len(images)) for n in places)

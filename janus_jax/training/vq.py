@@ -26,7 +26,7 @@ def vq_loss(
     and `indices` (int32[B * y * x]).
 
     Locality is the part of the latents' variance that lies within patches of the same pixels.
-    The encoder sees the whole picture; left alone it writes news of far objects into the tokens of
+    The encoder sees the whole image; left alone it writes news of far objects into the tokens of
     plain background, at random for a decoder that has to guess them one by one.
     """
     z = l2_normalise(vq.latents(pixels))
