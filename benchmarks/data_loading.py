@@ -93,18 +93,18 @@ def measure(folder: Path, format: str, records: int, rows: int) -> dict[str, flo
     batches = iter(opened)
     for _ in range(packing.OPEN_ROWS):  # the first rows wait until all open ones are filled
         next(batches)
-    start, filled, images, drawn = time.monotonic(), [], 0, 0
+    start, filled, images, generated = time.monotonic(), [], 0, 0
     for _ in range(rows):
         batch = next(batches)
         filled.append(packing.efficiency(batch["segment_ids"]))
         images += int(batch["image_mask"].sum()) // 576
-        drawn += int(batch["gen_mask"].sum()) // 576
+        generated += int(batch["gen_mask"].sum()) // 576
     seconds = time.monotonic() - start
     return dict(
         format=format,
         records=records,
         rows=rows,
-        images_per_s=round((images + drawn) / seconds, 1),
+        images_per_s=round((images + generated) / seconds, 1),
         tokens_per_s=round(sum(filled) * cfg.seq_len / seconds),
         packing_efficiency=round(float(np.mean(filled)), 4),
     )

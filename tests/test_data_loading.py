@@ -79,7 +79,7 @@ def test_files_become_rows(settings, processor, tmp_path):
     for batch in batches:
         assert batch["tokens"].shape == (4, 256) and batch["tokens"].dtype == np.int32
         assert batch["pixels"].shape == (4, 4, 96, 96, 3) and batch["pixels"].dtype == np.uint8
-        assert batch["drawn"].shape == (4, 5, 96, 96, 3)
+        assert batch["generated"].shape == (4, 5, 96, 96, 3)
         shown = batch["image_mask"].sum(1) // MODEL.und_encoder.num_tokens
         for row in range(4):
             assert batch["pixels"][row, : shown[row]].any(axis=(1, 2, 3)).all()
@@ -202,7 +202,7 @@ def test_a_run_does_not_go_on_with_other_data(settings, processor, tmp_path):
         return iter(open_rows(cfg, processor, MODEL, tmp_path)[0])
 
     state = opened().get_state()
-    with pytest.raises(ValueError, match=r"got length 256 -> 300, streams 2 -> 4$"):
+    with pytest.raises(ValueError, match=r"got seq_len 256 -> 300, streams 2 -> 4$"):
         opened(streams=4, seq_len=300).set_state(state)
     tree = settings.mixture | dict(text=settings.mixture["text"] | dict(weight=9))
     with pytest.raises(ValueError, match="weight of text 1 -> 9"):

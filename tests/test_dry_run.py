@@ -27,7 +27,7 @@ def files_of_a_run_before(folder: Path) -> Path:
     """
     bad = dict(source="understanding", record="x:1", reason="malformed", detail="")
     files = {"skipped-000.jsonl": json.dumps(bad) + "\n", "row-0/note.txt": "mine"}
-    for name in ("row-0/seen-99.png", "row-7/drawn-0.png", "row-7/examples.txt"):
+    for name in ("row-0/seen-99.png", "row-7/generated-0.png", "row-7/examples.txt"):
         files[name] = "old"
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -54,11 +54,11 @@ def test_a_dry_run_tells_what_the_run_would_do_and_trains_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["dry_run"]
     folders = [tmp_path / "dry_run" / "host-0" / f"row-{row}" for row in range(4)]
     text = "".join((folder / "examples.txt").read_text() for folder in folders)
-    assert "<begin_of_image>[[<drawn>]]" in text
+    assert "<begin_of_image>[[<generated>]]" in text
     assert re.search(r"<seen>.*<\|Assistant\|>:\[\[ .*<｜end▁of▁sentence｜>\]\]", text, re.DOTALL)
     images = [path for folder in folders for path in sorted(folder.glob("*.png"))]
-    assert {path.name[:5] for path in images} == {"seen-", "drawn"}
-    assert len(images) == text.count("<seen>") + text.count("<drawn>")
+    assert {path.name.partition("-")[0] for path in images} == {"seen", "generated"}
+    assert len(images) == text.count("<seen>") + text.count("<generated>")
     for path in images:
         image = np.asarray(Image.open(path))
         assert image.shape == (64, 64, 3) and len(np.unique(image)) > 2

@@ -66,7 +66,7 @@ def test_answers_are_predicted_and_nothing_else(processor, make):
     assert example["image_mask"].sum() == 36 and not example["gen_mask"].any()
     scaled = example["pixels"].astype(np.float32) / 127.5 - 1
     np.testing.assert_allclose(scaled, pixels, atol=1e-6)
-    assert example["drawn"].shape == (0, SIDE, SIDE, 3)
+    assert example["generated"].shape == (0, SIDE, SIDE, 3)
 
 
 def test_images_without_a_place_come_first(processor, make):
@@ -84,7 +84,7 @@ def test_all_of_a_text_is_predicted(processor, make):
     assert example["loss_mask"].tolist() == [False, *[True] * (len(example["tokens"]) - 1)]
     assert example["tokens"][-1] == processor.tokenizer.eos_id
     assert words(processor, example["tokens"][1:-1]) == "a red circle"
-    assert len(example["pixels"]) == len(example["drawn"]) == 0
+    assert len(example["pixels"]) == len(example["generated"]) == 0
 
 
 @pytest.mark.parametrize("tokenized", [False, True])
@@ -98,10 +98,10 @@ def test_a_drawn_image_follows_its_caption(processor, make, tokenized):
     assert example["gen_mask"].tolist() == [False] * len(prompt) + [True] * DRAWN
     assert not example["loss_mask"].any() and not example["image_mask"].any()
     if tokenized:
-        np.testing.assert_array_equal(example["drawn"], [indices])
+        np.testing.assert_array_equal(example["generated"], [indices])
     else:
         want = preprocess_generation(load_image(png(3)), SIDE)
-        np.testing.assert_array_equal(example["drawn"][0].astype(np.float32) / 127.5 - 1, want)
+        np.testing.assert_array_equal(example["generated"][0].astype(np.float32) / 127.5 - 1, want)
 
 
 def test_one_caption_in_ten_is_dropped(processor, make):

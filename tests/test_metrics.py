@@ -312,7 +312,7 @@ def test_all_trained_costs_three_times_forward_but_for_the_first_input(small):
     assert cost.pair == 3 * 2 * 4 * 8
     towers = 3 * 2 * _BLOCK + 2 * 2 * _PATCH_EMBED + 3 * 4 * 8 * 4
     assert cost.patch == towers + 3 * 2 * _UND_ALIGNER
-    assert cost.drawn == 3 * 2 * (16 * 8 + 8 * 8)
+    assert cost.generated == 3 * 2 * (16 * 8 + 8 * 8)
     assert cost.text_target == 3 * 2 * 8 * 20
     assert cost.image_target == 3 * 2 * (8 * 10 + 10 * 1024)
 

@@ -137,7 +137,7 @@ def lengths_of(record, rng):
         kind=np.full(length, number % 3, np.int8),
         records=record.where,
         pixels=np.full((1, 2, 2, 3), number, np.uint8),
-        drawn=np.zeros((0, 4), np.int32),
+        generated=np.zeros((0, 4), np.int32),
     )
 
 
@@ -152,7 +152,7 @@ def test_rows_hold_whole_examples_one_after_the_other():
     rows = iter(rows_of(0, 1))
     for row in (next(rows) for _ in range(60)):
         assert row["tokens"].shape == row["segment_ids"].shape == (LENGTH,)
-        assert row["pixels"].shape == (6, 2, 2, 3) and row["drawn"].shape == (2, 4)
+        assert row["pixels"].shape == (6, 2, 2, 3) and row["generated"].shape == (2, 4)
         assert row["segment_ids"].max() <= 6
         shown = []
         for segment in range(1, row["segment_ids"].max() + 1):
@@ -207,7 +207,7 @@ def dialogue_rows(sizes, seed=0):
             tokens=np.ones(length, np.int32),
             **masks,
             pixels=pixels,
-            drawn=np.zeros((drawn, 1)),
+            generated=np.zeros((drawn, 1)),
             records="",
         )
 

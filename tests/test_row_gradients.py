@@ -50,7 +50,7 @@ def rows():
         ),
         kind=np.stack([np.where(column < n, i, 0) for i, n in enumerate(lengths)]).astype(np.int8),
         pixels=rng.integers(0, 256, (3, 1, 16, 16, 3), np.uint8),
-        drawn=rng.integers(0, 40, (3, 1, DRAWN)).astype(np.int32),
+        generated=rng.integers(0, 40, (3, 1, DRAWN)).astype(np.int32),
     )
 
 
@@ -63,7 +63,7 @@ def torch_losses(model, rows) -> dict[str, torch.Tensor]:
     pixels = channels_first((rows["pixels"][0].astype(np.float32) / 255 - 0.5) / 0.5)
     answered = model(input_ids=asked[None], pixel_values=pixels).logits[0]
     text = model(input_ids=said[None]).logits[0]
-    image = torch.tensor(rows["drawn"][2, 0], dtype=torch.long)
+    image = torch.tensor(rows["generated"][2, 0], dtype=torch.long)
     embeds = torch.cat(
         [model.get_input_embeddings()(prompt), model.prepare_embeddings_for_image_generation(image)]
     )

@@ -238,4 +238,4 @@ def test_scenes_become_rows_of_the_shipped_model(processor, tmp_path):
     first = next(p for p in batches[0]["records"][0] if p.startswith("scenes:generation/"))
     _, path, number = first.split(":")
     image = scenes.draw(open_source("scenes", path).scene(int(number)))
-    np.testing.assert_array_equal(batches[0]["drawn"][0, 0], image)
+    np.testing.assert_array_equal(batches[0]["generated"][0, 0], image)

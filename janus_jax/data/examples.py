@@ -1,7 +1,7 @@
 """Records -> what a step trains on: tokens, what goes where, and what is to be predicted.
 
-T tokens of an example, n images looked at, m images drawn (0 or 1), S pixels a side, N tokens
-of a drawn image.
+T tokens of an example, n images looked at, m images generated (0 or 1), S pixels a side, N tokens
+of a generated image.
 """
 
 import dataclasses
@@ -27,22 +27,23 @@ class ExampleMaker:
     """Makes examples as a checkpoint's processor writes prompts.
 
     An example is a dict of
-        tokens: int32[T]; pad where a drawn image's token goes.
+        tokens: int32[T]; pad where a generated image's token goes.
         image_mask: bool[T], True where a feature of an image that is looked at goes.
-        gen_mask: bool[T], True where a token of a drawn image goes; all are to be predicted.
+        gen_mask: bool[T], True where a token of a generated image goes; all are to be predicted.
         loss_mask: bool[T], True on the text that is to be predicted.
         kind: int8[T], the record's place in KINDS.
         records: str, where the record is.
         pixels: uint8[n, S, S, 3], images to be looked at.
-        drawn: the image to be drawn, uint8[m, S, S, 3], or its indices, int32[m, N].
+        generated: the image to be generated, uint8[m, S, S, 3], or its indices, int32[m, N].
 
     Attributes:
         image_size: S.
         num_generated_tokens: N.
         codebook_size: indices are below it.
         max_length: the most tokens of an example.
-        max_input_images, max_generated_images: the most images looked at, and drawn, in an example.
-        tokenized: whether drawn images come as indices.
+        max_input_images: at most this many images to understand in an example.
+        max_generated_images: at most this many images to generate in an example.
+        tokenized: whether generated images come as indices.
     """
 
     processor: Processor
@@ -94,9 +95,9 @@ class ExampleMaker:
         tokens = self.processor.image_prompt(record.text)
         if rng.random() < CAPTION_DROPPED:
             tokens = self.processor.unconditional(tokens)
-        return self._example(tokens, [False] * len(tokens), drawn=self._drawn(record))
+        return self._example(tokens, [False] * len(tokens), generated=self._generated_image(record))
 
-    def _drawn(self, record: Record) -> np.ndarray:
+    def _generated_image(self, record: Record) -> np.ndarray:
         """uint8[S, S, 3] or int32[N]."""
         if not self.tokenized:
             if not record.images:
@@ -106,19 +107,20 @@ class ExampleMaker:
         if record.indices is None:
             raise BadRecord("no indices", "there is only an image, and the run wants indices")
         if len(record.indices) != self.num_generated_tokens:
-            got = f"{len(record.indices)} for {self.num_drawn}"
+            got = f"{len(record.indices)} for {self.num_generated_tokens}"
             raise BadRecord("malformed", f"an image must have the model's number of tokens, {got}")
         if not (0 <= record.indices.min() and record.indices.max() < self.codebook_size):
             got = f"got up to {record.indices.max()}"
             raise BadRecord("malformed", f"indices must be below {self.codebook_size}, {got}")
         return record.indices
 
-    def _example(self, tokens, loss_mask, pixels=(), drawn=None) -> Example:
+    def _example(self, tokens, loss_mask, pixels=(), generated=None) -> Example:
         side = self.image_size
         shape = (self.num_generated_tokens,) if self.tokenized else (side, side, 3)
-        drawn = [] if drawn is None else [drawn]
-        slots = self.num_generated_tokens * len(drawn)
+        generated = [] if generated is None else [generated]
+        slots = self.num_generated_tokens * len(generated)
         tokens = np.array([*tokens, *[self.processor.tokenizer.pad_id] * slots], np.int32)
+        dtype = np.int32 if self.tokenized else np.uint8
         gen_mask = np.arange(len(tokens)) >= len(tokens) - slots
         return dict(
             tokens=tokens,
@@ -126,20 +128,20 @@ class ExampleMaker:
             gen_mask=gen_mask,
             loss_mask=np.pad(np.array(loss_mask, bool), (0, slots)),
             pixels=np.array(pixels, np.uint8).reshape(-1, side, side, 3),
-            drawn=np.array(drawn, np.int32 if self.tokenized else np.uint8).reshape(-1, *shape),
+            generated=np.array(generated, dtype).reshape(-1, *shape),
         )
 
     def _check_number(self, images: int) -> None:
         if images > self.max_input_images:
-            most = f"at most {self.max_images} fit a row"
+            most = f"at most {self.max_input_images} fit a row"
             raise BadRecord("too many images", f"{images}, {most}")
 
     def _check(self, example: Example) -> None:
         length, images = len(example["tokens"]), len(example["pixels"])
         if length > self.max_length:
             raise _too_long(str(length), self.max_length)
-        if len(example["drawn"]) > self.max_generated_images:
-            raise BadRecord("too many images", "rows have no place for a drawn image")
+        if len(example["generated"]) > self.max_generated_images:
+            raise BadRecord("too many images", "rows have no place for a generated image")
         places = int(example["image_mask"].sum())
         if places != images * self.processor.num_image_tokens:
             raise BadRecord("malformed", f"{places} places for features of {images} images")

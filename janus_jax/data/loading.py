@@ -30,7 +30,7 @@ class RowsConfig:
         batch_size: rows in a step, on all hosts together.
         streams: parts that the rows come from. All hosts must get the same number of streams, and
             all streams give the same number of rows, in this run and in those that go on from it.
-        tokenized: whether images to be drawn come as indices.
+        tokenized: whether images to be generated come as indices.
         max_bad: the part of a source's records that may be bad.
         threads: that read and prepare records, for each stream; the order does not depend on it.
         seed: of the order, and of which captions are dropped.

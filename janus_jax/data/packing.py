@@ -1,6 +1,6 @@
 """Examples of unequal length -> rows of one length, several examples to a row.
 
-T tokens of a row, n and m images looked at and drawn.
+T tokens of a row, n and m images looked at and generated.
 """
 
 import grain
@@ -26,14 +26,14 @@ def packed(
             padding; positions begin at 0 in each example.
         image_mask, gen_mask, loss_mask: bool[T]; kind: int8[T].
         pixels: uint8[n, S, S, 3], n = max_input_images.
-        drawn: [m, ...], m = max_generated_images. Both in the order of their places in the row,
+        generated: [m, ...], m = max_generated_images. Both in the order of their places in the row,
             then zeros.
         records: list of str, the places of its examples' records.
     seed: of the order in which the open rows come out; the first of them are filled best, and by
         the longest examples.
     """
     lengths = dict.fromkeys(BY_TOKEN, length)
-    lengths |= dict(pixels=max_input_images, drawn=max_generated_images)
+    lengths |= dict(pixels=max_input_images, generated=max_generated_images)
     padding = {**dict.fromkeys(lengths, 0), "tokens": pad_id}
     rows = BestFitPackIterDataset(
         examples,

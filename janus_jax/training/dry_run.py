@@ -30,7 +30,7 @@ def dry_run(cfg) -> Iterator[str]:
     """Lines to print; writes the first rows of the run to OUTPUT/dry_run, texts and images.
 
     cfg: ConfigDict of stages.base_config. Nothing is trained, and no weights are read but the image
-    tokenizer's where images to be drawn come as indices.
+    tokenizer's where images to be generated come as indices.
     Raises as train_stage does.
     """
     setup = Setup.from_config(cfg)
@@ -87,7 +87,7 @@ def _memory(setup: Setup) -> Iterator[str]:
 
 def _empty(folder: Path) -> None:
     """Removes what a dry run before wrote, and nothing else."""
-    rows = ("examples.txt", "seen-*.png", "drawn-*.png")
+    rows = ("examples.txt", "seen-*.png", "generated-*.png")
     for pattern in ("skipped-*.jsonl", *(f"row-*/{name}" for name in rows)):
         for path in folder.glob(pattern):
             path.unlink()
@@ -97,25 +97,25 @@ def _empty(folder: Path) -> None:
 
 
 def _write_row(setup: Setup, row: Row, vq: VQ | None, folder: Path) -> None:
-    """examples.txt, and images in the order of their places: seen-0.png, drawn-0.png ..."""
+    """examples.txt, and images in the order of their places: seen-0.png, generated-0.png ..."""
     text = "\n\n".join(row_texts(row, setup.processor))
     write_file(folder / "examples.txt", f"{text}\n".encode())
     cfg = setup.source.cfg
     seen = int(row["image_mask"].sum()) // cfg.und_encoder.num_tokens
-    drawn = row["drawn"][: int(row["gen_mask"].sum()) // cfg.num_image_tokens]
-    if vq is not None and len(drawn):
-        pixels = np.asarray(vq.decode(drawn))
-        drawn = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
-    for name, images in dict(seen=row["pixels"][:seen], drawn=drawn).items():
+    generated = row["generated"][: int(row["gen_mask"].sum()) // cfg.num_image_tokens]
+    if vq is not None and len(generated):
+        pixels = np.asarray(vq.decode(generated))
+        generated = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+    for name, images in dict(seen=row["pixels"][:seen], generated=generated).items():
         for number, image in enumerate(images):
             write_file(folder / f"{name}-{number}.png", encode_png(image))
 
 
 def row_texts(row: Row, processor: Processor) -> Iterator[str]:
-    """The examples of a row as text: what is to be predicted in [[ ]], and <seen>, <drawn> where
-    images go."""
+    """The examples of a row as text: what is to be predicted in [[ ]], and <seen> or
+    <generated> where images go."""
     kinds = row["loss_mask"] + 2 * row["image_mask"] + 4 * row["gen_mask"]
-    ways = {0: "{}", 1: "[[{}]]", 2: "<seen>", 4: "[[<drawn>]]"}
+    ways = {0: "{}", 1: "[[{}]]", 2: "<seen>", 4: "[[<generated>]]"}
     for segment in range(1, int(row["segment_ids"].max()) + 1):
         (own,) = np.nonzero(row["segment_ids"] == segment)
         runs = itertools.groupby(own, key=lambda place: int(kinds[place]))

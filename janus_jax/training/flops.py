@@ -8,7 +8,7 @@ Counted, a multiplication and an addition as two:
   are n (n + 1) / 2 for an example of n tokens and n^2 for an image of n patches; backward twice
   that.
 Places are tokens for the decoder, patches of the images looked at for SigLIP and its aligner,
-tokens of drawn images for theirs, and targets for the two heads. Not counted: padding, images'
+tokens of generated images for theirs, and targets for the two heads. Not counted: padding, images'
 places that are empty, what is computed a second time to save memory, norms and activations, and the
 image tokenizer, whose work can be done before. So the figure errs on the low side.
 """
@@ -49,8 +49,8 @@ _PARTS = (
     (r"und_encoder\.blocks\.(\d+)\.", "patch"),
     (r"und_encoder\.norm\.", "patch"),
     (r"und_aligner\.layers\.(\d+)\.", "patch"),
-    (r"gen_embed\.", "drawn"),
-    (r"gen_aligner\.layers\.(\d+)\.", "drawn"),
+    (r"gen_embed\.", "generated"),
+    (r"gen_aligner\.layers\.(\d+)\.", "generated"),
     (r"language_model\.embed_tokens\.", "token"),
     (r"language_model\.layers\.(\d+)\.", "token"),
     (r"language_model\.norm\.", "token"),
@@ -74,14 +74,14 @@ class StepFlops:
         token: of the decoder, without attention.
         pair: a token and one that it attends to.
         patch: of an image looked at, SigLIP's attention included.
-        drawn: a token of a drawn image, on its way into the decoder.
+        generated: a token of a generated image, on its way into the decoder.
         text_target, image_target: of the two heads.
     """
 
     token: float
     pair: float
     patch: float
-    drawn: float
+    generated: float
     text_target: float
     image_target: float
 
@@ -92,7 +92,7 @@ class StepFlops:
             token=real.sum(),
             pair=((rows["positions"] + 1) * real).sum(),  # positions begin at 0 in each example
             patch=rows["image_mask"].sum(),
-            drawn=rows["gen_mask"].sum(),
+            generated=rows["gen_mask"].sum(),
             text_target=rows["loss_mask"].sum(),
             image_target=rows["gen_mask"].sum(),
         )

@@ -12,17 +12,18 @@ from janus_jax.training.setup import Setup, Shapes
 def row_shapes(setup: Setup) -> Shapes:
     """The rows of a step, of all processes (data/packing.py)."""
     rows, size = setup.rows, setup.source.cfg.image_size
-    positions, drawn = (rows.batch_size, rows.seq_len), (rows.batch_size, rows.max_generated_images)
+    positions = rows.batch_size, rows.seq_len
+    generated = rows.batch_size, rows.max_generated_images
     image = (size, size, 3)
     kinds = dict.fromkeys(("tokens", "segment_ids", "positions"), (positions, jnp.int32))
     kinds |= dict.fromkeys(("image_mask", "gen_mask", "loss_mask"), (positions, jnp.bool))
     kinds |= dict(
         kind=(positions, jnp.int8),
         pixels=((rows.batch_size, rows.max_input_images, *image), jnp.uint8),
-        drawn=((*drawn, *image), jnp.uint8),
+        generated=((*generated, *image), jnp.uint8),
     )
     if rows.tokenized:
-        kinds["drawn"] = ((*drawn, setup.source.cfg.num_image_tokens), jnp.int32)
+        kinds["generated"] = ((*generated, setup.source.cfg.num_image_tokens), jnp.int32)
     sharding = batch_sharding(setup.mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)

@@ -1,8 +1,9 @@
 """The loss of packed rows: every target through its own head, and no head where no target is.
 
-B rows, T tokens of a row, D model width, V vocabulary or codebook; n and m images looked at and
-drawn, S pixels a side, N tokens of a drawn image. Source: the Janus and Janus-Pro reports, next-
-token cross-entropy on answers, on all of plain text, and on the tokens of drawn images.
+B rows, T tokens of a row, D model width, V vocabulary or codebook; n input images
+and m generated images, S pixels a side, N tokens of a generated image. Source: the Janus and
+Janus-Pro reports, next-token cross-entropy on answers, on all of plain text, and on the tokens of
+generated images.
 """
 
 import functools
@@ -32,28 +33,28 @@ def row_losses(
     Returns e.g. dict(understanding=(sum, count), text=..., generation=...).
     """
     decoder = model.language_model
-    indices = generated_indices(model, rows["drawn"])
+    indices = generated_indices(model, rows["generated"])
     embeds = embed_rows(model, rows, indices, images)
     mask = segment_mask(rows["segment_ids"])
     # what the decoder takes and gives lies by rows, or XLA might lay it by the parameters' axes
     hidden, _ = decoder(constrain_rows(embeds, mesh), rows["positions"], mask)
     hidden = constrain_rows(hidden, mesh)
     # a position predicts the token after it; the first of an example is never to be predicted
-    text, drawn = (_next(rows[name]) for name in ("loss_mask", "gen_mask"))
+    text, generated = (_next(rows[name]) for name in ("loss_mask", "gen_mask"))
     losses = cross_entropies(decoder.logits, hidden, _next(rows["tokens"]), text, chunk)
     if indices.shape[1]:
         order = jnp.clip(jnp.cumsum(rows["gen_mask"], axis=1) - 1, 0, indices.shape[1] - 1)
         image_targets = _next(jnp.take_along_axis(indices, order, axis=1))
-        losses += cross_entropies(model.gen_head, hidden, image_targets, drawn, chunk)
+        losses += cross_entropies(model.gen_head, hidden, image_targets, generated, chunk)
     found, kinds = {}, _next(rows["kind"])
     for number, kind in enumerate(KINDS):
-        own = (kinds == number) & (text | drawn)
+        own = (kinds == number) & (text | generated)
         found[kind] = jnp.sum(jnp.where(own, losses, 0.0)), jnp.sum(own, dtype=jnp.float32)
     return found
 
 
 def embed_rows(model: Janus, rows: Rows, indices: jax.Array, images: ImageConfig) -> jax.Array:
-    """The decoder's input, float[B, T, D]. indices: int32[B, m * N] of the drawn images."""
+    """The decoder's input, float[B, T, D]. indices: int32[B, m * N] of the generated images."""
     embeds = model.language_model.embed(rows["tokens"])
     pixels = rows["pixels"]
     if pixels.shape[1]:
@@ -62,22 +63,22 @@ def embed_rows(model: Janus, rows: Rows, indices: jax.Array, images: ImageConfig
         features = features.reshape(len(embeds), -1, features.shape[-1])
         embeds = merge_features(embeds, rows["image_mask"], features)
     if indices.shape[1]:
-        drawn = model.embed_image_tokens(indices)
-        embeds = merge_features(embeds, rows["gen_mask"], drawn)
+        generated = model.embed_image_tokens(indices)
+        embeds = merge_features(embeds, rows["gen_mask"], generated)
     return embeds
 
 
-def generated_indices(model: Janus, drawn: jax.Array) -> jax.Array:
+def generated_indices(model: Janus, generated: jax.Array) -> jax.Array:
     """uint8[B, m, S, S, 3] or int32[B, m, N] -> int32[B, m * N], without a gradient."""
-    if not drawn.shape[1]:
-        return jnp.zeros((len(drawn), 0), jnp.int32)
-    if drawn.ndim == 3:
-        return drawn.reshape(len(drawn), -1)
-    pixels = drawn.reshape(-1, *drawn.shape[2:]).astype(jnp.float32) / 127.5 - 1
+    if not generated.shape[1]:
+        return jnp.zeros((len(generated), 0), jnp.int32)
+    if generated.ndim == 3:
+        return generated.reshape(len(generated), -1)
+    pixels = generated.reshape(-1, *generated.shape[2:]).astype(jnp.float32) / 127.5 - 1
     # as data/tokenize_images.py: products of less precision choose other codes now and then
     with jax.default_matmul_precision("highest"):
         indices = model.gen_vq.encode(pixels)
-    return jax.lax.stop_gradient(indices).reshape(len(drawn), -1)
+    return jax.lax.stop_gradient(indices).reshape(len(generated), -1)
 
 
 def normalise(pixels: jax.Array, images: ImageConfig) -> jax.Array:
