@@ -230,7 +230,7 @@ FIELDS = [
     (TEXT, "input", "a.png"),
     # others
     (UNDERSTANDING, "pixel_values", b"a"),
-    (TEXT, "image", {"bytes": b"a"}),
+    (TEXT, "picture", {"bytes": b"a"}),
     (GENERATION, "Image", "b.png"),
     (GENERATION, "condition_image_path", "b.png"),
     # by their values

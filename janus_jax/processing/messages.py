@@ -21,7 +21,7 @@ from janus_jax.processing.image_sources import decode_base64, is_base64_image
 from janus_jax.processing.images import ImageSource, image_list
 
 _SOURCES = ("image", "url", "path", "base64")
-_MEDIA = ("image", "img", "image", "photo", "pixel", "video", "audio", "attachment")
+_MEDIA = ("image", "img", "picture", "photo", "pixel", "video", "audio", "attachment")
 _DESCRIBING = re.compile(
     r"(^|[\W_])(ids?|sizes?|width|height|resolutions?|shapes?|hash|md5|sha\d+|format|mode|license"
     r"|captions?|descriptions?|titles?|tags|categor(y|ies)|embeddings?|features?|scores?)$"
