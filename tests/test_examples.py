@@ -173,7 +173,7 @@ def test_whatever_a_record_does_is_its_own_fault(make, processor, monkeypatch):
 
 
 def test_too_many_images_are_not_decoded(make, monkeypatch):
-    monkeypatch.setattr(examples, "prepared_image", lambda *_: pytest.fail("one was decoded"))
+    monkeypatch.setattr(examples, "prepare_image", lambda *_: pytest.fail("one was decoded"))
     assert make(Record("understanding", TURNS, images=(b"",) * 99)).reason == "malformed"
     turns = (("<image>" * 3, "a"),)
     assert make(Record("understanding", turns, images=(b"",) * 3)).reason == "too many images"
@@ -238,11 +238,11 @@ def test_a_long_text_is_not_tokenized_whole(make, encoded, long):
     ]
     bad = [make(record) for record in records]
     assert [one.reason for one in bad] == ["too long"] * 4
-    assert "more than 200 tokens, at most 200 fit a row and the model" in bad[0].detail
+    assert "the row and the model hold at most 200 tokens, got more than 200" in bad[0].detail
     assert sum(encoded) < 100_000
 
 
 def test_a_conversation_that_reads_differently_once_it_goes_on_is_refused(processor):
     plain = dataclasses.replace(processor, sft_format="plain")
-    with pytest.raises(BadRecord, match="tokenize differently once the next turn"):
+    with pytest.raises(BadRecord, match="tokenize differently once a turn is added"):
         conversation_tokens(plain, TURNS[1:] * 2, 0, 200)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 from png_files import RGB, png_file
 
-from janus_jax.data.reading import prepared_image
+from janus_jax.data.reading import prepare_image
 from janus_jax.data.records import BadRecord
 from janus_jax.paths import MAX_FILE_BYTES
 from janus_jax.processing import images, rgb
@@ -73,7 +73,7 @@ def test_whatever_a_record_does_is_its_own_fault(error):
         raise error
 
     with pytest.raises(BadRecord) as bad:
-        prepared_image(png_file(PIXEL, 8, RGB), prepare)
+        prepare_image(png_file(PIXEL, 8, RGB), prepare)
     assert bad.value.reason == "unreadable image"
     assert bad.value.detail in ("MemoryError", "of a bug", "a")
 

@@ -51,7 +51,7 @@ def test_a_negative_size_ends(size, kind, tmp_path):
     """As it leads back to its own header or one before."""
     wrong = header("1.json", size, kind)
     path = write(tmp_path / "a.tar", member("0.json"), wrong, member("2.json"))
-    rule = "must be a plain tar file: the header at byte 1024 (states a size below 0|is damaged)"
+    rule = "uncompressed tar file: the header at byte 1024 (states a negative size|is damaged)"
     with pytest.raises(ValueError, match=rule):
         TarSource(path)
 
@@ -60,7 +60,7 @@ def test_a_negative_size_ends(size, kind, tmp_path):
 @pytest.mark.parametrize("size", [HUGE, 2**80, -5000])
 def test_a_name_or_header_of_a_huge_size(size, kind, tmp_path):
     path = write(tmp_path / "a.tar", member("0.json"), header("x", size, kind), member("1.json"))
-    with pytest.raises(ValueError, match=f"{path} must be a plain tar file: .+") as error:
+    with pytest.raises(ValueError, match=f"{path} is not a valid .* tar file: .+") as error:
         TarSource(path)
     assert "\n" not in str(error.value)
 
@@ -74,14 +74,14 @@ def test_sizes_in_pax_headers(size, tmp_path):
     try:
         assert all(isinstance(record, Record) for record in TarSource(path))  # it is not believed
     except ValueError as error:
-        assert str(error).startswith(f"{path} must be a plain tar file: ")
+        assert str(error).startswith(f"{path} is not a valid uncompressed tar file: ")
 
 
 def test_a_chain_of_headers(tmp_path):
     """Each belongs to the next one."""
     longname = header("x", 5, tarfile.GNUTYPE_LONGNAME) + content(b"name\0")
     path = write(tmp_path / "a.tar", longname * 2000, member("0.json"))
-    with pytest.raises(ValueError, match="must be a plain tar file: maximum recursion depth"):
+    with pytest.raises(ValueError, match="valid uncompressed tar file: maximum recursion depth"):
         TarSource(path)
 
 
@@ -101,7 +101,7 @@ def test_a_member_longer_than_the_file(tmp_path):
     for size in (513, HUGE, 2**70):
         path = write(tmp_path / "a.tar", member("0.json"), header("1.json", size))
         path.write_bytes(path.read_bytes()[: 1536 + 512])
-        with pytest.raises(ValueError, match=f"{path} must be a plain tar file: .+"):
+        with pytest.raises(ValueError, match=f"{path} is not a valid uncompressed tar file: .+"):
             TarSource(path)
 
 
@@ -125,7 +125,7 @@ def test_sparse_members_and_links_are_bad_records(tmp_path):
     assert_same(found[2], Record("generation", text="a fox", images=(image(2),)))
     assert_same(found[5], Record("text", text="a"))
     for number in (1, 3, 4, 6):
-        detail = "a member must be a plain file, not a link or a sparse file"
+        detail = "a member must be a regular file, got a link, a sparse file or a device"
         assert_bad(found[number], "malformed", f"{path}:{number}", detail)
 
 
@@ -156,7 +156,7 @@ def test_members_that_are_larger_than_any_image(tmp_path, monkeypatch):
     )
     found = list(TarSource(path))
     assert found[0].text == "a"
-    rule = "the members of a record must have at most 1000 bytes, got 1201"
+    rule = "the members of a record must have at most 1000 bytes in total, got 1201"
     assert_bad(found[1], "malformed", f"{path}:1", rule)
     for number in (2, 3):
         rule = "a text must have at most 500 bytes, got more"
@@ -169,7 +169,7 @@ def test_truncated_tars_are_refused(tmp_path):
     whole = path.read_bytes()
     for size in (1, 100, 511, 512, 520, 1023, 1024 + 100, 1024 + 512, 2048 + 600):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=f"{path} must be a plain tar file: .+"):
+        with pytest.raises(ValueError, match=f"{path} is not a valid uncompressed tar file: .+"):
             TarSource(path)
     path.write_bytes(whole[:2048])
     assert len(TarSource(path)) == 2
@@ -179,7 +179,7 @@ def test_truncated_tars_are_refused(tmp_path):
 
 
 def test_a_line_that_never_ends(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "_PIECE", 16)
+    monkeypatch.setattr(sources, "_CHUNK_BYTES", 16)
     monkeypatch.setattr(reading, "MAX_TEXT_BYTES", 100)
     monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 100)
     path = tmp_path / "a.jsonl"
@@ -219,9 +219,9 @@ def test_images_at_paths_that_never_end(tmp_path):
 def test_sources_that_are_no_regular_files(format, tmp_path):
     path = tmp_path / f"a.{dict(arrayrecord='array_record').get(format, format)}"
     os.mkfifo(path)
-    with pytest.raises(ValueError, match=f"must consist of regular files, {path} is none"):
+    with pytest.raises(ValueError, match=f"must consist of regular files, {path} is not one"):
         open_source(format, tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"there is none at {path}"):
+    with pytest.raises(FileNotFoundError, match=f"found neither at {path}"):
         open_source(format, path)
 
 
@@ -233,7 +233,7 @@ def test_a_parquet_file_whose_footer_is_damaged(tmp_path):
     start = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
     raw[start : start + 8] = b"\x0f" * 8
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match=f"{path} must be a Parquet file: .+") as error:
+    with pytest.raises(ValueError, match=f"{path} is not a valid Parquet file: .+") as error:
         open_source("parquet", path)
     assert "\n" not in str(error.value)
 
@@ -255,7 +255,7 @@ def test_small_parquet_files_that_unpack_to_a_lot(tmp_path):
         assert path.stat().st_size < 10**6
         source = open_source("parquet", path)
         with bounded(30, 2**28):
-            assert_bad(source[7], "malformed", f"{path}:7", "a damaged row group: it unpacks from")
+            assert_bad(source[7], "malformed", f"{path}:7", "cannot be read: it unpacks from")
 
 
 def test_class_folders_with_files_that_never_end(tmp_path, monkeypatch):
@@ -285,4 +285,4 @@ def test_a_npy_file_that_states_a_huge_shape(tmp_path):
         file, {"descr": "<i4", "fortran_order": False, "shape": (HUGE,)}
     )
     path = write_tar(tmp_path / "a.tar", {"0.npy": file.getvalue() + bytes(16), "0.txt": b"a"})
-    assert_bad(TarSource(path)[0], "malformed", f"{path}:0", "not a .npy file")
+    assert_bad(TarSource(path)[0], "malformed", f"{path}:0", "not a valid .npy file")

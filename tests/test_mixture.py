@@ -14,6 +14,7 @@ from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import Skipped
 
 LENGTH, PAD = 64, 9
+NODE = "must have either named parts, or a format and a path"
 
 
 class Source:
@@ -109,14 +110,14 @@ def test_a_caption_becomes_an_answer_where_a_question_is_given():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({}, "the mixture must hold parts, or a format and a path, got []"),
-        (dict(a=dict(weight=1)), "a must hold parts, or a format and a path, got []"),
-        (dict(a=dict(format="x")), "a must hold parts, or a format and a path, got ['format']"),
-        (dict(a=dict(path="x")), "a must hold parts, or a format and a path, got ['path']"),
-        (dict(a=leaf("x", 0)), "weight must be a number above 0, got 0 for a"),
-        (dict(a=leaf("x", float("inf"))), "weight must be a number above 0, got inf for a"),
-        (dict(a=leaf("x", question=" ")), "question must be a text, got ' ' for a"),
-        (dict(a=dict(b=leaf("x", "2"))), "weight must be a number above 0, got '2' for a/b"),
+        ({}, f"the mixture {NODE}, got []"),
+        (dict(a=dict(weight=1)), f"a {NODE}, got []"),
+        (dict(a=dict(format="x")), f"a {NODE}, got ['format']"),
+        (dict(a=dict(path="x")), f"a {NODE}, got ['path']"),
+        (dict(a=leaf("x", 0)), "weight must be a finite number above 0, got 0 for a"),
+        (dict(a=leaf("x", float("inf"))), "weight must be a finite number above 0, got inf for a"),
+        (dict(a=leaf("x", question=" ")), "question must be a non-empty string, got ' ' for a"),
+        (dict(a=dict(b=leaf("x", "2"))), "weight must be a finite number above 0, got '2' for a/b"),
     ],
 )
 def test_wrong_mixtures_are_refused(tree, message):
@@ -145,7 +146,7 @@ def rows_of(index, count, seed=0, skipped=lambda loaded: True):
     part = open_parts(dict(a=leaf("a", size=96)), Source)
     examples = stream(part, index, count, lengths_of, seed).to_iter_dataset()
     kept = examples.filter(skipped).map(lambda loaded: loaded.example)
-    return packing.packed(kept, LENGTH, 6, 2, PAD, seed=index)
+    return packing.pack_examples(kept, LENGTH, 6, 2, PAD, seed=index)
 
 
 def test_rows_hold_whole_examples_one_after_the_other():
@@ -212,7 +213,7 @@ def dialogue_rows(sizes, seed=0):
         )
 
     examples = grain.MapDataset.source(sizes).map(example).to_iter_dataset()
-    return packing.packed(examples, 4096, 7, 7, PAD, seed)
+    return packing.pack_examples(examples, 4096, 7, 7, PAD, seed)
 
 
 def test_the_mixture_holds_inside_each_step():
@@ -261,7 +262,7 @@ def test_a_run_resumed_on_other_hosts_goes_on_as_one_host_would():
 def test_a_state_of_other_data_is_refused():
     state = steps([0, 1], settings=dict(streams=2, length=64)).get_state()
     steps([0, 1], settings=dict(streams=2, length=64)).set_state(state)
-    with pytest.raises(ValueError, match=r"the data it began with, got streams 2 -> 4$"):
+    with pytest.raises(ValueError, match=r"settings that it started with, got streams 2 -> 4$"):
         steps([0, 1], settings=dict(streams=4, length=64)).set_state(state)
 
 
@@ -277,7 +278,7 @@ def test_workers_do_not_change_the_order():
 
 def test_bad_records_leave_no_gap(tmp_path):
     part = open_parts(dict(a=leaf("a", size=30, bad=(3, 7))), Source)
-    skipped = Skipped(tmp_path / "skipped.jsonl", most=0.5, records=dict(a=30))
+    skipped = Skipped(tmp_path / "skipped.jsonl", max_bad=0.5, num_records=dict(a=30))
     kept = iter(stream(part, 0, 1, keep, 0).to_iter_dataset().filter(skipped))
     found = [next(kept).example.where for _ in range(28)]
     assert sorted(found) == sorted(f"a:{i}" for i in range(30) if i not in (3, 7))

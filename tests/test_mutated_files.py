@@ -203,7 +203,8 @@ def test_tars(tmp_path):
         try:
             source = TarSource(path)
         except ValueError as error:
-            assert re.match(rf"{path} must be|a source must hold a record", str(error))
+            rule = rf"{path} is not a valid|a source must have at least one record"
+            assert re.match(rule, str(error))
             assert "\n" not in str(error) and len(str(error)) < 500, str(error)
             return "refused"
         records = list(source)

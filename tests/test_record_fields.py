@@ -160,18 +160,20 @@ UNREAD = {
     "image beside images": ({"messages": asked(), "images": ["a"], "image": "b"}, "got both"),
     "the same of a message": ({"messages": asked(images=["a"], image="b")}, "images or image, got"),
     "both places": (
-        {"messages": asked(images=["a"]), "images": ["b"]}, "1 in the messages and 1 beside them",
+        {"messages": asked(images=["a"]), "images": ["b"]}, "1 in the messages and 1 in the record",
     ),
     "one message without": (
-        {"messages": asked(images=["a"]) + asked("<image> Here?")}, "0 images for 1 places",
+        {"messages": asked(images=["a"]) + asked("<image> Here?")}, "0 images and 1 <image>",
     ),
-    "fewer than places": ({"messages": asked("<image><image>", images=["a"])}, "1 images for 2"),
+    "fewer than places": (
+        {"messages": asked("<image><image>", images=["a"])}, "1 images and 2 <image>",
+    ),
     "image in an answer": (
         {"messages": [asked()[0], ANSWER | {"images": ["a"]}]}, "got one in an answer",
     ),
     "drawn in an answer": (
         {"image": "a", "conversations": [SAID[0], {"from": "gpt", "value": "<image>"}]},
-        "an answer cannot hold an image, got <image>",
+        "an answer must not contain an image, got <image>",
     ),
     "messages beside conversations": (
         {"messages": asked(), "conversations": SAID}, "got conversations and messages",

@@ -22,7 +22,7 @@ def test_jsonl_images(tmp_path):
     source = JsonlSource(path, image_root=tmp_path / "images")
     assert source[0].images == (image(1),)
     assert_bad(source[1], "missing file", f"{path}:2", "images/b.png")
-    assert_bad(source[2], "malformed", f"{path}:3", "needs one image, got 0")
+    assert_bad(source[2], "malformed", f"{path}:3", "needs exactly one image, got 0")
     assert_bad(source[3], "missing file", f"{path}:4")
     assert_bad(source[4], "unreadable file", f"{path}:5", "too long")
     assert_bad(source[5], "unreadable file", f"{path}:6", "null")
@@ -32,30 +32,30 @@ def test_jsonl_images(tmp_path):
 
 TOLD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 BAD_FIELDS = [
-    ({"caption": " ", "indices": [1]}, "empty caption", "say something"),
-    ({"caption": 1, "indices": [1]}, "malformed", "must be text, got a int"),
-    ({"caption": "a"}, "malformed", "needs one image, got 0"),
-    ({"caption": "a", "indices": [1, [2]]}, "malformed", "one list of integers"),
-    ({"caption": "a", "indices": [1.5]}, "malformed", "of one or more, got float64[1]"),
-    ({"caption": "a", "indices": []}, "malformed", "list of integers"),
-    ({"caption": "a", "indices": [-1]}, "malformed", "at least 0 and fit 32 bits, got -1"),
-    ({"caption": "a", "indices": [2**31]}, "malformed", "fit 32 bits"),
+    ({"caption": " ", "indices": [1]}, "empty caption", "not be empty, got ' '"),
+    ({"caption": 1, "indices": [1]}, "malformed", "must be a string, got 1"),
+    ({"caption": "a"}, "malformed", "needs exactly one image, got 0"),
+    ({"caption": "a", "indices": [1, [2]]}, "malformed", "a flat list of integers"),
+    ({"caption": "a", "indices": [1.5]}, "malformed", "list of integers, got float64[1]"),
+    ({"caption": "a", "indices": []}, "malformed", "non-empty list of integers"),
+    ({"caption": "a", "indices": [-1]}, "malformed", "in [0, 2**31), got -1"),
+    ({"caption": "a", "indices": [2**31]}, "malformed", "in [0, 2**31), got 2147483648"),
     ({"caption": "a", "images": "x"}, "malformed", "images must be a list, got str"),
     ({"text": ""}, "empty text", ""),
     ({"text": "a", "image": "a.png"}, "malformed", "needs a caption or conversations, got text an"),
     ({"text": "a", "indices": [1, 2]}, "malformed", "got text and indices"),
     ({"other": 1}, "malformed", "conversations, messages, caption and text, got the fields ['ot"),
-    ({"conversations": [{"from": "system", "value": "Be brief."}, *SAID]}, "system turn", "same"),
+    ({"conversations": [{"from": "system", "value": "Be brief."}, *SAID]}, "system turn", "must"),
     (
         {"messages": [{"role": "system", "content": [{"type": "text", "text": "a"}]}, *TOLD]},
         "system turn",
-        "the prompt of the system is the same for all records",
+        "a record must not have a system prompt",
     ),
     ({"conversations": "hello"}, "malformed", "must be a list of objects"),
-    ({"conversations": []}, "malformed", "must alternate, got []"),
-    ({"conversations": [{"from": ["human"], "value": "a"}]}, "malformed", "a role must be user or"),
+    ({"conversations": []}, "malformed", "and end with an answer, got []"),
+    ({"conversations": [{"from": ["human"], "value": "a"}]}, "malformed", "a role must be one of"),
     ({"messages": [TOLD[0] | {"role": "USER"}, TOLD[1]]}, "malformed", "gpt, got 'USER'"),
-    ({"conversations": [{"from": "gpt", "value": "a"}]}, "malformed", "must alternate"),
+    ({"conversations": [{"from": "gpt", "value": "a"}]}, "malformed", "must alternate questions"),
     (
         {"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]},
         "malformed",
@@ -100,7 +100,7 @@ def test_indices_of_no_length(type, tmp_path):
     file = io.BytesIO()
     np.save(file, np.zeros(0, type))
     path = write_tar(tmp_path / "a.tar", {"1.txt": b"a", "1.npy": file.getvalue()})
-    detail = f"integers, of one or more, got {np.dtype(type)}[0]"
+    detail = f"a non-empty list of integers, got {np.dtype(type)}[0]"
     assert_bad(TarSource(path)[0], "malformed", f"{path}:1", detail)
 
 
@@ -154,7 +154,7 @@ BAD_PARTS = [
     (asked({"type": "video"}), RULE),
     (asked("a"), RULE),
     (asked(words(None)), RULE),
-    (asked(words("\ud800")), "what is said must be text"),
+    (asked(words("\ud800")), "must be a string that UTF-8 can encode"),
     ({"messages": [TOLD[0], {"role": "assistant", "content": [PLACE]}]}, "got one in an answer"),
     (asked(PLACE | {"video": "a.mp4"}), "an image part has fields that are not read: ['video']"),
     (asked(PLACE | {"index": 1}), "in the order of the images, got index 1 for image 0"),

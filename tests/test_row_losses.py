@@ -104,7 +104,7 @@ def examples(janus):
 
 def in_rows(examples, length, pad_id, max_input=2, max_generated=2):
     dataset = grain.MapDataset.source(examples).to_iter_dataset()
-    rows = list(packing.packed(dataset, length, max_input, max_generated, pad_id, seed=0))
+    rows = list(packing.pack_examples(dataset, length, max_input, max_generated, pad_id, seed=0))
     return {name: np.stack([row[name] for row in rows]) for name in rows[0] if name != "records"}
 
 

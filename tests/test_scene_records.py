@@ -185,7 +185,7 @@ def test_answers_about_relations_are_right():
         ("generation", dict(relations=0.5), "left to understanding, got it for generation"),
         ("understanding", dict(relations=1.5), "relations must be a number from 0 to 1, got 1.5"),
         ("understanding", dict(relations="all"), "relations must be .*, got 'all'"),
-        ("understanding", dict(question=1), "scenes takes other options: .*'question'"),
+        ("understanding", dict(question=1), "wrong options for .* scenes: .*'question'"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(path, options, rule):

@@ -22,8 +22,8 @@ def good(source="a"):
 def opened(tmp_path):
     """Makes a Skipped, or opens its list once more."""
 
-    def call(most, **records):
-        return Skipped(tmp_path / "run" / "skipped.jsonl", most, records)
+    def call(max_bad, **num_records):
+        return Skipped(tmp_path / "run" / "skipped.jsonl", max_bad, num_records)
 
     return call
 
@@ -74,9 +74,9 @@ def test_more_bad_records_than_a_source_may_have_stop_the_run(opened, tmp_path):
     with pytest.raises(ValueError) as error:
         skipped(bad(29))
     assert str(error.value) == (
-        "at most 0.29 of a source's records may be bad (max_bad), got 30 of the 100 of a "
-        f"(30 missing file), listed in {tmp_path / 'run' / 'skipped.jsonl'} "
-        "(delete it once they are mended)"
+        "30 of the 100 records of a are bad (30 missing file), more than the fraction max_bad=0.29 "
+        f"allows; they are listed in {tmp_path / 'run' / 'skipped.jsonl'}; repair them and delete "
+        "the list, or raise max_bad"
     )
 
 
@@ -84,26 +84,26 @@ def test_bad_records_count_through_all_starts_of_a_run(opened):
     for start in range(5):
         skipped = opened(0.25, a=20)
         assert not skipped(bad(start)) and not skipped(bad(0))
-    with pytest.raises(ValueError, match="got 6 of the 20 of a "):
+    with pytest.raises(ValueError, match="6 of the 20 records of a are bad"):
         opened(0.25, a=20)(bad(5))
-    with pytest.raises(ValueError, match="got 6 of the 20 of a "):
+    with pytest.raises(ValueError, match="6 of the 20 records of a are bad"):
         opened(0.25, a=20)(bad(0))  # nothing was mended
     assert not opened(0.3, a=20)(bad(0))
 
 
 def test_none_may_be_bad(opened):
-    with pytest.raises(ValueError, match=r"at most 0 of .*, got 1 of the 1000000 of a "):
+    with pytest.raises(ValueError, match=r"1 of the 1000000 records of a are .* max_bad=0 allows"):
         opened(0, a=1_000_000)(bad(0))
 
 
 def test_a_large_source_that_is_broken_stops_the_run_at_once(opened):
     for _ in range(2):  # started again, it is not given more
         skipped = opened(0.01, a=10**9)
-        with pytest.raises(ValueError, match="got 12 of 12 read of the 1000000000 of a "):
+        with pytest.raises(ValueError, match="12 of 12 read so far of the 1000000000 records"):
             for number in range(20):
                 skipped(bad(number))
     skipped = opened(0.01, a=10**9)
-    with pytest.raises(ValueError, match=r"got \d\d of \d\d\d read of the 1000000000"):
+    with pytest.raises(ValueError, match=r"\d\d of \d\d\d read so far of the 1000000000 "):
         for number in range(1000):  # one in ten
             skipped(bad(number) if number % 10 == 0 else good())
 

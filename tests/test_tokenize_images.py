@@ -151,8 +151,9 @@ def test_a_wrong_image_root_stops_the_run_and_a_right_one_begins_anew(run, refus
     args = f"jsonl:{tmp_path / 'train.jsonl'}", f"jsonl:{out}", "--shard_size", 3, "--image_root"
     listed = out / ".tokenize_images" / "skipped.jsonl"
     assert refused(*args, tmp_path / "none") == (
-        "tokenize_images: at most 0.05 of a source's records may be bad (max_bad), "
-        f"got 3 of the 7 of --source (3 missing file), listed in {listed}\n"
+        "tokenize_images: 3 of the 7 records of --source are bad (3 missing file), more than the "
+        f"fraction max_bad=0.05 allows; they are listed in {listed}; "
+        "repair them, or raise --max_bad\n"
     )
     assert len(listed.read_text().splitlines()) == 3
     assert os.listdir(out) == [".tokenize_images"]
@@ -166,7 +167,7 @@ def test_too_many_skipped_are_refused_also_when_all_shards_are_there(run, refuse
     bad = {2: "{", 5: '{"text": ""}', 11: "["}
     source = text_lines(tmp_path / "train.jsonl", 50, bad)
     args = f"jsonl:{source}", f"tar:{tmp_path / 'tokens'}", "--shard_size", 20
-    told = "got 3 of the 50 of --source (2 malformed, 1 empty text), listed in"
+    told = "3 of the 50 records of --source are bad (2 malformed, 1 empty text), more than"
     assert told in refused(*args)
     status, said, err = run(*args, "--max_bad", 0.06)
     assert (status, err) == (0, "") and "47 records copied, 3 skipped (2 malformed" in said
@@ -180,7 +181,7 @@ def test_an_error_has_a_line_of_its_own_on_a_terminal(run, tmp_path, monkeypatch
     status, _, err = run(f"jsonl:{source}", f"tar:{tmp_path / 'tokens'}", "--shard_size", 5)
     shown, blank, said = err.split("\r")[-3:]
     assert (status, blank.strip()) == (2, "") and shown.startswith("tokenizing:  50%|")
-    assert said.startswith("tokenize_images: at most 0.05 of a source's records")
+    assert said.startswith("tokenize_images: 1 of the 10 records of --source")
 
 
 def test_skipped_records_are_counted_through_all_shards(run, refused, tmp_path):
@@ -192,7 +193,7 @@ def test_skipped_records_are_counted_through_all_shards(run, refused, tmp_path):
     assert len(open_source("tar", tmp_path / "tokens")) == 228
     text_lines(tmp_path / "train.jsonl", 240, bad | {7: "{"})
     args = *args[:1], f"tar:{tmp_path / 'more'}", *args[2:]
-    assert "got 13 of the 240 of --source (13 malformed)" in refused(*args)
+    assert "13 of the 240 records of --source are bad (13 malformed)" in refused(*args)
 
 
 def test_the_list_is_no_source_of_records(run, tmp_path):
@@ -249,7 +250,7 @@ def test_a_run_killed_before_it_noted_anything_begins_anew(left, run, refused, t
         (reports / left).write_text('{"mod')
     args = f"tar:{tmp_path / 'train.tar'}", f"tar:{out}"
     (out / "other").touch()
-    assert "must be a new folder or one to go on with" in refused(*args)
+    assert "must be a new folder or that of an interrupted run" in refused(*args)
     (out / "other").unlink()
     assert run(*args)[0] == 0
     assert sorted(contents(out)) == [
@@ -268,7 +269,7 @@ def test_a_report_with_other_content_is_named(wrong, run, refused, tmp_path):
     report = tmp_path / "tokens/.tokenize_images/00000.json"
     report.write_text(json.dumps(wrong and json.loads(report.read_text()) | wrong))
     told = refused(*args)
-    rule = "must state the integers encoded and copied, and the list skipped; delete it to"
+    rule = "must contain the integers encoded and copied, and the list skipped; delete it to"
     assert told == f"tokenize_images: {report} {rule} write its shard again\n"
     report.unlink()
     assert "3 images tokenized" in run(*args)[1]
@@ -311,13 +312,13 @@ def test_it_goes_on_only_with_the_same(golden, run, refused, tmp_path):
     assert run(source, output)[0] == 0
     before = contents(tmp_path / "tokens")
     other = f"tar:{tmp_path / 'other.tar'}"
-    assert f"with source {source} and must be gone on with so, got {other}" in refused(
+    assert f"with source {source}, which must not change, got {other}" in refused(
         other, output
     )
-    assert "with shard_size 1000 and must be gone on with so, got 5" in refused(
+    assert "with shard_size 1000, which must not change, got 5" in refused(
         source, output, "--shard_size", 5
     )
-    assert "with format tar and must be gone on with so, got jsonl" in refused(
+    assert "with format tar, which must not change, got jsonl" in refused(
         source, f"jsonl:{tmp_path / 'tokens'}"
     )
     model = shutil.copytree(golden / "janus_small", tmp_path / "janus_small")
@@ -325,11 +326,11 @@ def test_it_goes_on_only_with_the_same(golden, run, refused, tmp_path):
     weights = safetensors.numpy.load_file(model / "model.safetensors")
     weights["gen_vision_model.quant_conv.bias"] += 1
     safetensors.numpy.save_file(weights, model / "model.safetensors")
-    assert "was begun with model janus_small with the image tokenizer" in refused(
+    assert "was started with model janus_small with the image tokenizer" in refused(
         source, output, model=model
     )
     write_records("tar", tmp_path / "train.tar", captioned(4))
-    assert "with records 3 and must be gone on with so, got 4" in refused(source, output)
+    assert "with records 3, which must not change, got 4" in refused(source, output)
     assert contents(tmp_path / "tokens") == before
 
 
@@ -340,18 +341,19 @@ def test_options_of_the_source(run, refused, tmp_path):
     args = f"jsonl:{tmp_path / 'train.jsonl'}", f"jsonl:{tmp_path / 'tokens'}"
     rooted = (*args, "--image_root", tmp_path / "images")
     assert "1 images tokenized" in run(*rooted)[1]
-    assert "begun with image_root" in refused(*args)
-    assert "jsonl takes other options" in refused(*rooted, "--class_names", "names.txt")
+    assert "started with image_root" in refused(*args)
+    told = refused(*rooted, "--class_names", "names.txt")
+    assert "wrong options for a source of the format jsonl" in told
 
 
 def test_what_is_refused_leaves_nothing(golden, refused, tmp_path):
     write_records("jsonl", tmp_path / "a.jsonl", [Record("text", text="a")])
     source, output = f"jsonl:{tmp_path / 'a.jsonl'}", f"tar:{tmp_path / 'tokens'}"
     before = contents(tmp_path)
-    rule = "argument --source: must be FORMAT:PATH with one of jsonl, tar, arrayrecord, parquet"
+    rule = "argument --source: must be FORMAT:PATH, with FORMAT one of jsonl, tar, arrayrecord"
     for wrong in ("csv:a", "jsonl", "jsonl:"):
         assert rule in refused(wrong, output)
-    assert "there is none at" in refused("jsonl:missing.jsonl", output)
+    assert "found neither at" in refused("jsonl:missing.jsonl", output)
     assert "is not a folder" in refused(source, output, model="missing")
     assert "--batch_size must be an integer" in refused(source, output, "--batch_size", 0)
     for wrong in (-0.1, 1, "nan"):
@@ -361,11 +363,11 @@ def test_what_is_refused_leaves_nothing(golden, refused, tmp_path):
     assert "--shard_size must be an integer" in refused(source, output, "--shard_size", -1)
     assert "unrecognized arguments: --batch" in refused(source, output, "--batch", 3)
     assert "on a disk of this machine, got s3:/" in refused(source, "tar:s3://bucket/a")
-    assert "is a file" in refused(source, f"tar:{tmp_path / 'a.jsonl'}")
-    assert "must be a new folder or one to go on with" in refused(source, f"tar:{tmp_path}")
+    assert "must be a folder, got the file" in refused(source, f"tar:{tmp_path / 'a.jsonl'}")
+    assert "that of an interrupted run, got" in refused(source, f"tar:{tmp_path}")
     assert contents(tmp_path) == before and os.listdir(tmp_path) == ["a.jsonl"]
     told = refused(source, f"class_folder:{tmp_path / 'tokens'}")
-    assert f"holds captions and images alone, got text {tmp_path / 'a.jsonl'}:1" in told
+    assert f"can only hold generation records, got text {tmp_path / 'a.jsonl'}:1" in told
 
 
 def test_out_of_device_memory(refused, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""From a config to the rows of every step: sources, examples, streams, packing, in one place."""
+"""Builds the input pipeline of a run: sources, examples, streams, packing, batches of rows."""
 
 import dataclasses
 from pathlib import Path
@@ -9,31 +9,33 @@ from grain.experimental import ThreadPrefetchIterDataset
 from janus_jax.checks import shorten
 from janus_jax.data.examples import ExampleMaker
 from janus_jax.data.mixture import Part, Streams, open_parts, stream
-from janus_jax.data.packing import OPEN_ROWS, packed
+from janus_jax.data.packing import OPEN_ROWS, pack_examples
 from janus_jax.data.skipped import Skipped
 from janus_jax.data.sources import open_source
 from janus_jax.models.janus import JanusConfig
 from janus_jax.processing.processor import Processor
 
-PREFETCHED = 2  # steps whose rows are made ahead
+PREFETCHED_STEPS = 2  # steps whose rows are prepared in advance
 
 
 @dataclasses.dataclass(frozen=True)
 class RowsConfig:
-    """What the rows of a run are made of.
+    """Settings of the rows that a run trains on.
 
     Attributes:
-        mixture: the tree of sources (mixture.open_parts).
+        mixture: the tree of sources (see mixture.open_parts).
         seq_len: tokens in a row.
-        max_input_images: most images to understand in a row.
-        max_generated_images: most images to generate in a row.
-        batch_size: rows in a step, on all hosts together.
-        streams: parts that the rows come from. All hosts must get the same number of streams, and
-            all streams give the same number of rows, in this run and in those that go on from it.
-        tokenized: whether images to be generated come as indices.
-        max_bad: the part of a source's records that may be bad.
-        threads: that read and prepare records, for each stream; the order does not depend on it.
-        seed: of the order, and of which captions are dropped.
+        max_input_images: maximum number of images to understand in a row.
+        max_generated_images: maximum number of images to generate in a row.
+        batch_size: rows in a step, over all hosts.
+        streams: number of independent streams of rows. Each host reads the same number of streams,
+            and each stream provides the same number of rows of a step. A resumed run must use the
+            same number.
+        tokenized: whether images to generate are given as indices.
+        max_bad: maximum fraction of a source's records that may be bad.
+        threads: threads per stream that read and prepare records; the order of the records does not
+            depend on it.
+        seed: random seed for the order of the records and for which captions are dropped.
     """
 
     mixture: dict
@@ -62,20 +64,23 @@ class RowsConfig:
             raise ValueError(f"max_bad must be at least 0 and below 1, got {shorten(self.max_bad)}")
 
     def own_streams(self, host: int, hosts: int) -> range:
-        """The streams of one of the hosts.
+        """Returns the numbers of the streams that a host reads.
 
+        Args:
+            host: number of the host, from 0.
+            hosts: number of hosts.
         Raises:
-            ValueError: batch_size, streams and hosts do not divide.
+            ValueError: batch_size is not a multiple of streams, or streams not of hosts.
         """
         if not 0 <= host < hosts:
             raise ValueError(f"host must be in [0, {hosts}), got {host}")
         if self.streams % hosts or self.batch_size % self.streams:
             raise ValueError(
-                "batch_size must be a multiple of streams and streams of hosts, "
+                "batch_size must be a multiple of streams, and streams a multiple of hosts, "
                 f"got batch_size={self.batch_size} streams={self.streams} {hosts=}"
             )
-        each = self.streams // hosts
-        return range(host * each, (host + 1) * each)
+        per_host = self.streams // hosts
+        return range(host * per_host, (host + 1) * per_host)
 
 
 def open_rows(
@@ -86,26 +91,31 @@ def open_rows(
     host: int = 0,
     hosts: int = 1,
 ) -> tuple[grain.IterDataset, Skipped]:
-    """The rows of every step that one host reads, and what it left out so far.
+    """Opens the rows that one host reads, and the filter that skips and counts bad records.
 
-    An element is a dict of stacked rows (packing.packed). The state of its iterator holds each of
-    its streams; a run on other hosts goes on from the states of all.
+    An element of the dataset is a dict of the stacked rows of one step (see
+    packing.pack_examples). The state of its iterator contains the state of each stream. A run on
+    another number of hosts resumes from the states of all hosts.
 
     Args:
+        cfg: settings of the rows.
+        processor: writes prompts and preprocesses images.
+        model: config of the model, for its image sizes, codebook and maximum length.
         folder: where bad records are listed, in skipped-HOST.jsonl.
-        host, hosts: which of how many.
+        host: number of this host, from 0.
+        hosts: number of hosts.
     Raises:
-        ValueError: settings that do not divide, or a wrong mixture. FileNotFoundError: a source
-        that is not there.
+        ValueError: the settings do not divide (see own_streams), or the mixture is invalid.
+        FileNotFoundError: a source does not exist.
     """
-    own = cfg.own_streams(host, hosts)
+    own_streams = cfg.own_streams(host, hosts)
     part = open_parts(cfg.mixture, open_source)
-    make = _example_maker(cfg, processor, model)
-    records = {leaf.name: len(leaf.source) for leaf in part.leaves()}
-    skipped = Skipped(Path(folder) / f"skipped-{host:03d}.jsonl", cfg.max_bad, records)
-    rows = {index: _rows(cfg, part, index, make, skipped) for index in own}
-    streams = Streams(rows, cfg.batch_size // cfg.streams, _settings(cfg, part))
-    return ThreadPrefetchIterDataset(streams, prefetch_buffer_size=PREFETCHED), skipped
+    make_example = _example_maker(cfg, processor, model)
+    num_records = {leaf.name: len(leaf.source) for leaf in part.leaves()}
+    skipped = Skipped(Path(folder) / f"skipped-{host:03d}.jsonl", cfg.max_bad, num_records)
+    rows = {index: _stream_rows(cfg, part, index, make_example, skipped) for index in own_streams}
+    streams = Streams(rows, cfg.batch_size // cfg.streams, _data_settings(cfg, part))
+    return ThreadPrefetchIterDataset(streams, prefetch_buffer_size=PREFETCHED_STEPS), skipped
 
 
 def _example_maker(cfg: RowsConfig, processor: Processor, model: JanusConfig) -> ExampleMaker:
@@ -114,7 +124,7 @@ def _example_maker(cfg: RowsConfig, processor: Processor, model: JanusConfig) ->
         image_size=model.image_size,
         num_generated_tokens=model.num_image_tokens,
         codebook_size=model.gen_vq.codebook_size,
-        # positions begin anew in each example, so it is these that the decoder must have
+        # Positions start at 0 in each example, so the decoder's limit applies to an example.
         max_length=min(cfg.seq_len, model.language_model.max_position_embeddings),
         max_input_images=cfg.max_input_images,
         max_generated_images=cfg.max_generated_images,
@@ -122,23 +132,29 @@ def _example_maker(cfg: RowsConfig, processor: Processor, model: JanusConfig) ->
     )
 
 
-def _rows(
-    cfg: RowsConfig, part: Part, index: int, make: ExampleMaker, skipped: Skipped
+def _stream_rows(
+    cfg: RowsConfig, part: Part, index: int, make_example: ExampleMaker, skipped: Skipped
 ) -> grain.IterDataset:
-    """The rows of one stream."""
+    """Returns the rows of one stream."""
     options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=2 * cfg.threads)
-    examples = stream(part, index, cfg.streams, make, cfg.seed).to_iter_dataset(options)
-    kept = examples.filter(skipped).map(lambda loaded: loaded.example)
-    pad_id = make.processor.tokenizer.pad_id
-    seed = (cfg.seed + index) % 2**32
-    filled = packed(kept, cfg.seq_len, cfg.max_input_images, cfg.max_generated_images, pad_id, seed)
-    # as many as come out at once, so that no step waits while the next ones are filled
-    return ThreadPrefetchIterDataset(filled, prefetch_buffer_size=OPEN_ROWS)
+    loaded = stream(part, index, cfg.streams, make_example, cfg.seed).to_iter_dataset(options)
+    examples = loaded.filter(skipped).map(lambda loaded: loaded.example)
+    rows = pack_examples(
+        examples,
+        cfg.seq_len,
+        cfg.max_input_images,
+        cfg.max_generated_images,
+        make_example.processor.tokenizer.pad_id,
+        (cfg.seed + index) % 2**32,
+    )
+    # The packer returns OPEN_ROWS rows at once; with as many in the buffer, no step has to wait
+    # while the next ones are filled.
+    return ThreadPrefetchIterDataset(rows, prefetch_buffer_size=OPEN_ROWS)
 
 
-def _settings(cfg: RowsConfig, part: Part) -> dict[str, int | bool | str]:
-    """What a run may not change when it goes on."""
+def _data_settings(cfg: RowsConfig, part: Part) -> dict[str, int | bool | str]:
+    """Returns the settings that a resumed run must not change."""
     names = ("seq_len", "max_input_images", "max_generated_images", "streams", "tokenized", "seed")
     sizes = {f"records of {leaf.name}": len(leaf.source) for leaf in part.leaves()}
-    weights = {f"weight of {one.name}": one.weight for one in part.nodes() if one.name}
+    weights = {f"weight of {node.name}": node.weight for node in part.nodes() if node.name}
     return {**{name: getattr(cfg, name) for name in names}, **sizes, **weights}

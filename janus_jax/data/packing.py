@@ -1,6 +1,6 @@
-"""Examples of unequal length -> rows of one length, several examples to a row.
+"""Packs examples of different lengths into rows of one length, several examples per row.
 
-T tokens of a row, n and m images looked at and generated.
+Shapes: T tokens of a row, n images to understand and m images to generate.
 """
 
 import grain
@@ -8,10 +8,11 @@ import numpy as np
 from grain.experimental import BestFitPackIterDataset
 
 BY_TOKEN = ("tokens", "image_mask", "gen_mask", "loss_mask", "kind")
-OPEN_ROWS = 16  # rows that are filled at once: more waste less, and hold more images in memory
+# Rows being filled at the same time. More rows waste fewer positions and use more memory.
+OPEN_ROWS = 16
 
 
-def packed(
+def pack_examples(
     examples: grain.IterDataset,
     length: int,
     max_input_images: int,
@@ -19,18 +20,26 @@ def packed(
     pad_id: int,
     seed: int,
 ) -> grain.IterDataset:
-    """Rows of the examples of ExampleMaker, each example whole and in one row.
+    """Packs the examples of ExampleMaker into rows, without splitting an example.
 
     A row is a dict of
-        tokens, segment_ids, positions: int32[T]. Examples of a row are numbered from 1, and 0 is
-            padding; positions begin at 0 in each example.
-        image_mask, gen_mask, loss_mask: bool[T]; kind: int8[T].
+        tokens, segment_ids, positions: int32[T]. The examples of a row are numbered from 1; segment
+            0 is padding. Positions start at 0 in each example.
+        image_mask, gen_mask, loss_mask: bool[T].
+        kind: int8[T].
         pixels: uint8[n, S, S, 3], n = max_input_images.
-        generated: [m, ...], m = max_generated_images. Both in the order of their places in the row,
-            then zeros.
-        records: list of str, the places of its examples' records.
-    seed: of the order in which the open rows come out; the first of them are filled best, and by
-        the longest examples.
+        generated: [m, ...], m = max_generated_images. Images of both arrays are in the order of
+            their tokens in the row; unused entries are zero.
+        records: list of str, the location of each example's record.
+
+    Args:
+        examples: a stream of examples.
+        length: T.
+        max_input_images: n.
+        max_generated_images: m.
+        pad_id: token id of padding.
+        seed: random seed for the order in which the open rows are returned. Without shuffling, the
+            first of them would be the fullest and hold the longest examples.
     """
     lengths = dict.fromkeys(BY_TOKEN, length)
     lengths |= dict(pixels=max_input_images, generated=max_generated_images)
@@ -44,16 +53,16 @@ def packed(
         shuffle_bins=True,
         seed=seed,
     )
-    return rows.map(_named)
+    return rows.map(_rename_fields)
 
 
 def efficiency(segment_ids: np.ndarray) -> float:
-    """Part of int32[..., T] that is no padding."""
+    """Returns the fraction of int32[..., T] that is not padding."""
     return float(np.mean(segment_ids > 0))
 
 
-def _named(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Grain's names to ours."""
+def _rename_fields(row: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Replaces Grain's field names by those of this project."""
     row["segment_ids"] = row.pop("tokens_segment_ids")
     row["positions"] = row.pop("tokens_positions")
     return row

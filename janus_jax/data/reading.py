@@ -1,4 +1,4 @@
-"""What all sources of records share: numbering, where a record is, and the reading of its parts."""
+"""Code that all sources of records share: numbering, locations, and reading parts of a record."""
 
 import abc
 import io
@@ -28,52 +28,65 @@ INDICES_SUFFIX = ".npy"
 
 
 class Source(abc.ABC):
-    """Records in parts (files, row groups, classes), numbered from 0 through all of them."""
+    """Random access to records in parts (files, row groups, classes), numbered from 0 overall."""
 
     def __init__(self, path: Paths, counts: Sequence[int]):
-        """counts: the records in each part. Raises ValueError if there are none."""
+        """Initializes the numbering of the records.
+
+        Args:
+            path: the files or the folder, for messages.
+            counts: number of records in each part.
+        Raises:
+            ValueError: there are no records.
+        """
         self._path = path
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)])
         if not len(self):
-            raise ValueError(f"a source must hold a record, there is none in {_named(path)}")
+            raise ValueError(
+                f"a source must have at least one record, got none in {_path_text(path)}"
+            )
 
     @abc.abstractmethod
     def _read(self, part: int, position: int) -> Record:
-        """Raises BadRecord."""
+        """Reads one record. Raises BadRecord if it cannot be used."""
 
     @abc.abstractmethod
     def _where(self, part: int, position: int) -> str:
-        """The part's file, as it was given, and the place in it, for a person to look up."""
+        """Returns a record's location for messages: the file as given, and the place in it."""
 
     def __len__(self) -> int:
         return int(self._starts[-1])
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({_named(self._path)})"
+        return f"{type(self).__name__}({_path_text(self._path)})"
 
     def __getitem__(self, index: int) -> Record | BadRecord:
-        """The record, or why it is none: a BadRecord is returned, not raised."""
+        """Returns a record. If it cannot be used, a BadRecord is returned, not raised."""
         index = operator.index(index)
         if not 0 <= index < len(self):
-            raise IndexError(f"a record of {self} must be in [0, {len(self)}), got {index}")
+            raise IndexError(f"an index of {self} must be in [0, {len(self)}), got {index}")
         part = int(np.searchsorted(self._starts, index, side="right")) - 1
         position = index - int(self._starts[part])
         where = self._where(part, position)
         try:
             return replace(self._read(part, position), where=where)
-        except BadRecord as error:  # a new one: the frames of this one would stay in memory
+        except BadRecord as error:  # a copy, as the traceback would keep its frames in memory
             return BadRecord(error.reason, error.detail, where)
-        except OSError:  # of the file that holds the records
+        except OSError:  # an error of the file that contains the records, not of one record
             raise
-        except Exception as error:  # as MemoryError, for a record that claims to be huge
+        except Exception as error:  # such as MemoryError, if a record states a huge size
             return BadRecord("malformed", error_text(error), where)
 
 
 def find_files(path: Paths, pattern: str) -> list[Path]:
-    """The files of a source: a file, several, or those of a folder that the pattern fits, sorted.
+    """Returns the files of a source.
 
-    Raises FileNotFoundError for one that is not there, ValueError for a folder without any and for
-    a file that is given twice.
+    Args:
+        path: a file, several files, or a folder.
+        pattern: glob pattern of the files of a folder, which are sorted by name.
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: a folder has no such file, or a file is given twice.
     """
     if isinstance(path, (str, Path)):
         return _files_at(Path(path), pattern)
@@ -81,7 +94,7 @@ def find_files(path: Paths, pattern: str) -> list[Path]:
     seen = set()
     for file in files:
         if (resolved := file.resolve()) in seen:
-            raise ValueError(f"a source must be given each file once, got {file} twice")
+            raise ValueError(f"each file of a source must be given once, got {file} twice")
         seen.add(resolved)
     return files
 
@@ -90,85 +103,94 @@ def _files_at(path: Path, pattern: str) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise FileNotFoundError(f"a source must be a file or a folder, there is none at {path}")
-    found = sorted(file for file in path.glob(pattern) if not file.name.startswith("."))
-    if not found:
-        raise ValueError(f"a source must hold a record, there is no {pattern} in {path}")
-    for file in found:
+        raise FileNotFoundError(f"a source must be a file or folder, found neither at {path}")
+    files = sorted(file for file in path.glob(pattern) if not file.name.startswith("."))
+    if not files:
+        raise ValueError(f"a source must have at least one record, found no {pattern} in {path}")
+    for file in files:
         if not file.is_file():
-            raise ValueError(f"a source must consist of regular files, {file} is none")
-    return found
+            raise ValueError(f"a source must consist of regular files, {file} is not one")
+    return files
 
 
-def _named(path: Paths) -> str:
+def _path_text(path: Paths) -> str:
     if isinstance(path, (str, Path)):
         return str(path)
     return f"{path[0]} and {len(path) - 1} more" if path else "no path"
 
 
-def opened(path: Path, kind: str, read: Callable[[Path], Any]) -> Any:
-    """What read makes of a file; what it raises about the contents, in one line."""
+def open_as(kind: str, path: Path, read: Callable[[Path], Any]) -> Any:
+    """Returns read(path).
+
+    Args:
+        kind: name of the file format, for the error message.
+        path: the file.
+        read: opens or parses the file.
+    Raises:
+        ValueError: the file is not of this format. The message is a single line.
+        OSError: the operating system cannot read the file.
+    """
     try:
         return read(path)
     except (ValueError, RuntimeError, MemoryError, OSError) as error:
-        if getattr(error, "errno", None):  # of the disk; pyarrow's own have none
+        if getattr(error, "errno", None):  # an error of the disk; pyarrow's own have no errno
             raise
         reason = " ".join(str(error).split()) or "it is truncated"
-        raise ValueError(f"{path} must be {kind} file: {reason}") from None
+        raise ValueError(f"{path} is not a valid {kind} file: {reason}") from None
 
 
 def read_span(path: Path, offset: int, size: int) -> bytes:
-    """A part of a file."""
+    """Reads `size` bytes of a file from a byte offset."""
     with os_errors_of(path), path.open("rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
 def check_text_size(size: int) -> None:
-    """Raises BadRecord for a text of more bytes than are read."""
+    """Raises BadRecord if a text has more than MAX_TEXT_BYTES bytes."""
     if size > MAX_TEXT_BYTES:
         raise BadRecord("malformed", f"a text must have at most {MAX_TEXT_BYTES} bytes, got more")
 
 
 def parse_json(raw: bytes) -> dict[str, Any]:
-    """The object in a JSON text. Raises BadRecord."""
+    """Parses a JSON object. Raises BadRecord."""
     check_text_size(len(raw))
     try:
-        value = parse(raw.strip(), object_pairs_hook=_unique)
+        value = parse(raw.strip(), object_pairs_hook=_unique_fields)
     except ValueError as error:
-        raise BadRecord("malformed", f"not JSON: {error}") from None
+        raise BadRecord("malformed", f"not valid JSON: {error}") from None
     check_object(value)
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The fields of an object; of two with one name, Python itself drops the first."""
+def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Makes a dict. Raises ValueError for a repeated field, of which Python would keep the last."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise ValueError(f"an object must have each field once, got {shorten(twice)} twice")
+        repeated = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"an object must have each field once, got {shorten(repeated)} twice")
     return fields
 
 
 def parse_npy(raw: bytes) -> np.ndarray:
-    """The array in a .npy file, never a pickle. Raises BadRecord."""
+    """Parses the array of a .npy file without unpickling. Raises BadRecord."""
     try:
         return np.lib.format.read_array(io.BytesIO(raw), allow_pickle=False)
-    except Exception as error:  # its header is Python source, which breaks in many ways
-        raise BadRecord("malformed", f"not a .npy file: {shorten_text(str(error))}") from None
+    except Exception as error:  # the header is Python source, so parsing can raise many errors
+        raise BadRecord("malformed", f"not a valid .npy file: {shorten_text(str(error))}") from None
 
 
 def image_bytes(value: Any) -> bytes:
-    """An image that must be bytes already. Raises BadRecord."""
+    """Returns an image that is given as bytes. Raises BadRecord for any other value."""
     if not isinstance(value, bytes):
         got = type(value).__name__
-        raise BadRecord("malformed", f"an image must be the bytes of its file, got {got}")
+        raise BadRecord("malformed", f"an image must be the bytes of an image file, got {got}")
     return value
 
 
 def image_file(root: Path, value: Any) -> bytes:
-    """An image that must be a path from root. Raises BadRecord."""
+    """Reads an image that is given as a path relative to root. Raises BadRecord."""
     if not isinstance(value, str):
         raise BadRecord("malformed", f"an image must be a path, got {type(value).__name__}")
     path = root / value
@@ -176,7 +198,7 @@ def image_file(root: Path, value: Any) -> bytes:
         return read_bounded(path, MAX_FILE_BYTES)
     except FileNotFoundError:
         raise BadRecord("missing file", f"no image at {root / shorten_text(value)}") from None
-    except ValueError as error:  # no regular file, or no path at all
+    except ValueError as error:  # not a regular file, too large, or not a valid path
         reason = "missing file" if path.is_dir() else "unreadable file"
         raise BadRecord(reason, str(error)) from None
     except OSError as error:
@@ -184,10 +206,11 @@ def image_file(root: Path, value: Any) -> bytes:
         raise BadRecord("unreadable file", detail) from None
 
 
-def prepared_image(encoded: bytes, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
-    """What `prepare` makes of an image, given as the bytes of its file.
+def prepare_image(encoded: bytes, prepare: Callable[[Image.Image], np.ndarray]) -> np.ndarray:
+    """Decodes an image file and returns prepare(image).
 
-    Raises BadRecord, whatever happens: an image that exhausts the memory concerns one record.
+    Raises:
+        BadRecord: for any error. Even if the memory is exhausted, only this record is affected.
     """
     try:
         return prepare(load_image(encoded))

@@ -1,4 +1,4 @@
-"""What becomes of records that cannot be trained on: counted, listed, and too many stop the run."""
+"""Skips, counts and lists bad records, and stops the run if there are too many."""
 
 import collections
 import json
@@ -13,135 +13,156 @@ from janus_jax.data.records import BadRecord
 from janus_jax.paths import file_size, os_errors_of, write_all
 
 if TYPE_CHECKING:
-    from janus_jax.data.mixture import Loaded  # with grain, which takes seconds to import
+    from janus_jax.data.mixture import Loaded  # imports Grain, which takes seconds
 
-Counts = Mapping[str, int]  # of bad records, by reason
+Counts = Mapping[str, int]  # number of bad records by reason
 
 
 class Skipped:
-    """Leaves out bad records; a filter for the elements of mixture.stream.
+    """A filter for the elements of mixture.stream that skips bad records.
 
-    Each bad record counts once and is one line of the list, however often it comes by: {"source",
-    "record", "reason", "detail"}. A list that is there already is gone on with.
+    A bad record is counted once and listed on one line, however often it is read. A line of the
+    list is a JSON object with the fields "source", "record", "reason" and "detail". If the list
+    already exists, it is continued.
 
-    Too many are bad once more than the part `most` of all records of a source are known to be. So
-    that a large source that is broken stops the run at once, they are also too many if records come
-    in random order and those met since this start are more than chance makes of that part
-    (_most_by_chance). Where several hosts read, each judges by what it met itself.
+    There are two limits for each source:
+
+    * At most the fraction max_bad of all its records may be listed as bad.
+    * Of the records read since this process started, at most the fraction max_bad plus a margin for
+      chance may be bad (see _max_by_chance). This limit stops the run early if a large source is
+      broken. It assumes that records come in random order.
+
+    If several hosts read a source, each applies the limits to the records that it has read itself.
     """
 
-    def __init__(self, path: str | Path, most: float, records: Mapping[str, int]):
-        """path: of the list, a JSONL file. most: the part of a source's records that may be bad.
+    def __init__(self, path: str | Path, max_bad: float, num_records: Mapping[str, int]):
+        """Reads the list if it exists.
 
-        records: how many each source has, by name.
+        Args:
+            path: the list of bad records, a JSONL file.
+            max_bad: maximum fraction of a source's records that may be bad.
+            num_records: number of records of each source, by its name.
         """
-        self._path, self._most, self._records = Path(path), most, records
-        self._seen: collections.Counter[str] = collections.Counter()  # since this start, as is met
-        self._met: dict[str, dict[str, str]] = collections.defaultdict(dict)  # reason by record
-        self._listed = _read(self._path)
-        self._lock = threading.Lock()  # every stream has a thread of its own
+        self._path, self._max_bad, self._num_records = Path(path), max_bad, num_records
+        # Records read since the process started, including repeated ones.
+        self._num_read: collections.Counter[str] = collections.Counter()
+        # For each source, the reason by bad record: those read by this process, and those listed.
+        self._read_bad: dict[str, dict[str, str]] = collections.defaultdict(dict)
+        self._listed = _read_list(self._path)
+        self._lock = threading.Lock()  # each stream calls the filter from its own thread
 
     def __call__(self, loaded: "Loaded") -> bool:
-        """Whether to keep it. Raises ValueError once too many of a source are bad."""
+        """Returns whether to keep an element. Raises ValueError if too many records are bad."""
         source, bad = loaded.source, loaded.example
         with self._lock:
-            self._seen[source] += 1
+            self._num_read[source] += 1
             if not isinstance(bad, BadRecord):
                 return True
-            self._met[source][bad.where] = bad.reason
+            self._read_bad[source][bad.where] = bad.reason
             if bad.where not in self._listed[source]:
                 self._listed[source][bad.where] = bad.reason
-                self._write(source, bad)
+                self._append(source, bad)
             self._check(source)
         return False
 
     @property
     def counts(self) -> dict[str, dict[str, int]]:
-        """Bad records by source and reason."""
+        """Numbers of bad records by source and reason."""
         with self._lock:
             return {source: dict(_by_reason(bad)) for source, bad in self._listed.items()}
 
     def forget(self) -> None:
-        """Begins the list anew, for a run that does so: what is still bad comes by again."""
+        """Deletes the list, for a run that starts from scratch and will find bad records again."""
         with self._lock:
             self._listed.clear()
             self._path.unlink(missing_ok=True)
 
-    def _write(self, source: str, bad: BadRecord) -> None:
+    def _append(self, source: str, bad: BadRecord) -> None:
         line = dict(source=source, record=bad.where, reason=bad.reason, detail=bad.detail)
         self._path.parent.mkdir(parents=True, exist_ok=True)
         with os_errors_of(self._path), self._path.open("ab", buffering=0) as file:
             write_all(file, json.dumps(line).encode() + b"\n")
 
     def _check(self, source: str) -> None:
-        seen, records = self._seen[source], self._records[source]
-        known, met = self._listed[source], self._met[source]
-        of = f"the {records} of {source or 'the mixture'}"
-        listed = f"{self._path} (delete it once they are mended)"
-        if too_many(len(known), records, self._most):
-            raise refusal(self._most, _by_reason(known), of, listed)
-        if len(met) > _most_by_chance(self._most * seen):
-            raise refusal(self._most, _by_reason(met), f"{seen} read of {of}", listed)
+        num_read, num_records = self._num_read[source], self._num_records[source]
+        listed, read_bad = self._listed[source], self._read_bad[source]
+        population = f"the {num_records} records of {source or 'the mixture'}"
+        where = f"{self._path}; repair them and delete the list, or raise max_bad"
+        if too_many(len(listed), num_records, self._max_bad):
+            raise too_many_error(self._max_bad, _by_reason(listed), population, where)
+        if len(read_bad) > _max_by_chance(self._max_bad * num_read):
+            population = f"{num_read} read so far of {population}"
+            raise too_many_error(self._max_bad, _by_reason(read_bad), population, where)
 
 
-def too_many(bad: int, records: int, most: float) -> bool:
-    """Whether more than the part `most` of a source's records are bad."""
-    return bad / records > most  # most * records may be a rounding less than an integer
+def too_many(num_bad: int, num_records: int, max_bad: float) -> bool:
+    """Returns whether more than the fraction max_bad of a source's records are bad."""
+    # Not num_bad > max_bad * num_records: the product may be rounded to less than an integer.
+    return num_bad / num_records > max_bad
 
 
-def refusal(most: float, bad: Counts, of: str, listed: str | Path) -> ValueError:
-    """The error for too many bad ones. of: which records there were. listed: where they are."""
-    rule = f"at most {most:g} of a source's records may be bad (max_bad)"
-    return ValueError(f"{rule}, got {sum(bad.values())} of {of} ({told(bad)}), listed in {listed}")
+def too_many_error(max_bad: float, bad: Counts, population: str, where: str | Path) -> ValueError:
+    """Returns the error for too many bad records.
+
+    Args:
+        max_bad: the maximum fraction.
+        bad: numbers of bad records by reason.
+        population: the records among which they were found, for the message.
+        where: the file that lists them and what to do, for the message.
+    """
+    number = f"{sum(bad.values())} of {population} are bad ({counts_text(bad)})"
+    rule = f"more than the fraction max_bad={max_bad:g} allows"
+    return ValueError(f"{number}, {rule}; they are listed in {where}")
 
 
-def told(bad: Counts) -> str:
-    """"2 malformed, 1 missing file"."""
-    most_first = sorted(bad.items(), key=lambda one: -one[1])
-    return ", ".join(f"{number} {reason}" for reason, number in most_first)
+def counts_text(bad: Counts) -> str:
+    """Formats numbers of bad records by reason, as "2 malformed, 1 missing file"."""
+    descending = sorted(bad.items(), key=lambda item: -item[1])
+    return ", ".join(f"{number} {reason}" for reason, number in descending)
 
 
-def _most_by_chance(expected: float) -> float:
-    """Five standard deviations above what is expected, and 10 so that it also holds for a few.
+def _max_by_chance(expected: float) -> float:
+    """Returns 5 standard deviations above the expected number, plus 10 for small numbers.
 
-    A source with just as many bad ones as it may have has more in fewer than one of ten thousand
-    runs. Where all are bad and 1 % may be, the 12th stops the run.
+    If exactly the fraction max_bad of the records is bad, fewer than 1 in 10 000 runs exceed this
+    number. If all records are bad and max_bad is 0.01, the 12th record stops the run.
     """
     return expected + 5 * math.sqrt(expected) + 10
 
 
 def _by_reason(bad: Mapping[str, str]) -> Counts:
-    """bad: reason by record."""
+    """Counts bad records by reason, given the reason by record."""
     return collections.Counter(bad.values())
 
 
-def _read(path: Path) -> dict[str, dict[str, str]]:
-    """Reason by source and by record; a last line that was cut short is cut off the file.
+def _read_list(path: Path) -> dict[str, dict[str, str]]:
+    """Reads the reasons by source and record. A truncated last line is removed from the file.
 
-    Raises ValueError if another line is not one of this list, or if it is no regular file.
+    Raises:
+        ValueError: another line is invalid, or the path is not a regular file.
     """
-    found: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    reasons: dict[str, dict[str, str]] = collections.defaultdict(dict)
     if not path.exists():
-        return found
-    file_size(path)  # a FIFO would wait for ever to be opened
-    whole, _, torn = path.read_bytes().rpartition(b"\n")
-    if torn:
-        os.truncate(path, len(whole) + bool(whole))
-    for number, line in enumerate(whole.split(b"\n"), 1):
+        return reasons
+    file_size(path)  # raises for a FIFO, as opening one would block forever
+    complete, _, truncated = path.read_bytes().rpartition(b"\n")
+    if truncated:
+        os.truncate(path, len(complete) + bool(complete))
+    for number, line in enumerate(complete.split(b"\n"), 1):
         if line:
-            source, record, reason = _fields(line, f"{path}, line {number}")
-            found[source][record] = reason
-    return found
+            source, record, reason = _parse_line(line, f"{path}, line {number}")
+            reasons[source][record] = reason
+    return reasons
 
 
-def _fields(line: bytes, where: str) -> tuple[str, str, str]:
-    """The source, record and reason of a line."""
+def _parse_line(line: bytes, where: str) -> tuple[str, str, str]:
+    """Returns the source, record and reason of a line. where: its location, for the message."""
     try:
         bad = json.loads(line)
         fields = bad["source"], bad["record"], bad["reason"]
     except (ValueError, TypeError, KeyError, RecursionError):
         fields = (None,)
     if not all(isinstance(field, str) for field in fields):
-        rule = "must be a JSON object with the texts source, record and reason"
-        raise ValueError(f"{where}: {rule}; remove this line, or delete the file to begin anew")
+        rule = "must be a JSON object with the strings source, record and reason"
+        raise ValueError(f"{where}: {rule}; remove the line, or delete the file to start a new one")
     return fields

@@ -1,10 +1,9 @@
-"""Folders and files of records, and drawn scenes, as random-access sources for Grain, a class a
-format.
+"""Random-access sources of records for Grain, one class per format.
 
-Every source gives Records, or BadRecords where there is nothing to train on, both with the place
-they come from; images stay encoded. Only the index of the files is kept in memory; what a record
-holds is read when it is asked for, from a file opened for that, so that a source may be pickled
-and shared by threads. What is in a record: records.py.
+The formats are files and folders of records, and generated scenes. Every source returns Records, or
+BadRecords for those that cannot be used, both with their location. Images stay encoded. Only
+the index of the files is kept in memory: a source opens the file anew for each record, so it can be
+pickled and shared by threads. records.py describes the fields of a record.
 """
 
 import inspect
@@ -25,7 +24,7 @@ from janus_jax.data.reading import (
     find_files,
     image_bytes,
     image_file,
-    opened,
+    open_as,
     parse_json,
     parse_npy,
     read_span,
@@ -35,17 +34,24 @@ from janus_jax.data.scene_records import ScenesSource
 from janus_jax.data.tar import TarSource
 from janus_jax.paths import MAX_TEXT_BYTES, os_errors_of, read_bounded
 
-_PIECE = 2**20  # bytes of a line that are read at once
+_CHUNK_BYTES = 2**20  # bytes of a line that are read at once
 
 
 class JsonlSource(Source):
-    """A record a line, in a file, several, or the *.jsonl of a folder. Blank lines do not count.
+    """Reads one record per line of a file, of several, or of the *.jsonl files of a folder.
 
-    Place: "data/train.jsonl:17", counted from 1 as editors do.
+    Blank lines are ignored.
+
+    Location of a record: "data/train.jsonl:17", with the line counted from 1, as in editors.
     """
 
     def __init__(self, path: Paths, image_root: str | Path | None = None):
-        """image_root: what the paths of images start from; None is the folder of their file."""
+        """Indexes the lines of the files.
+
+        Args:
+            path: a file, several files, or a folder.
+            image_root: folder that image paths are relative to; by default that of the JSONL file.
+        """
         self._files = find_files(path, "*.jsonl")
         self._image_root = image_root
         indices = [_line_index(file) for file in self._files]
@@ -59,36 +65,39 @@ class JsonlSource(Source):
     def _read(self, part: int, position: int) -> Record:
         file, (start, end) = self._files[part], self._offsets[part][position : position + 2]
         span = read_span(file, start, min(end - start, MAX_TEXT_BYTES + 1))
-        line = span.partition(b"\n")[0]  # blank lines may follow
+        line = span.partition(b"\n")[0]  # the span includes blank lines that follow
         root = Path(file.parent if self._image_root is None else self._image_root)
         return parse_record(parse_json(line), lambda value: image_file(root, value))
 
 
 def _line_index(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """int64[N + 1]: where each line begins, and the file's end. int64[N]: the numbers of the lines.
+    """Returns the offsets of the lines and of the file's end, and the numbers of the lines.
 
-    Read in pieces: the file may be larger than the memory, and be a single line.
+    They are int64[N + 1] and int64[N] for N lines that are not blank. The file is read in chunks,
+    as it may be larger than the memory, even if it is a single line.
     """
     offsets, numbers = array("q"), array("q")
     start, end, number, blank = 0, 0, 1, True
     with os_errors_of(path), path.open("rb") as file:
-        for piece in iter(partial(file.readline, _PIECE), b""):
-            if blank and not piece.isspace():
+        for chunk in iter(partial(file.readline, _CHUNK_BYTES), b""):
+            if blank and not chunk.isspace():
                 offsets.append(start)
                 numbers.append(number)
                 blank = False
-            end += len(piece)
-            if piece.endswith(b"\n"):
+            end += len(chunk)
+            if chunk.endswith(b"\n"):
                 start, number, blank = end, number + 1, True
     offsets.append(end)
     return np.array(offsets, np.int64), np.array(numbers, np.int64)
 
 
 class ArrayRecordSource(Source):
-    """msgpack maps with the bytes of images, in a file, several, or the *.array_record of a
-    folder (as *.arrayrecord, and with a number of the shard after it).
+    """Reads msgpack maps from ArrayRecord files: a file, several, or those of a folder.
 
-    Place: "data/train.array_record:5", counted from 0.
+    Images are bytes. The files of a folder are *.array_record or *.arrayrecord, optionally followed
+    by the number of the shard.
+
+    Location of a record: "data/train.array_record:5", with the record counted from 0.
     """
 
     def __init__(self, path: Paths):
@@ -96,7 +105,7 @@ class ArrayRecordSource(Source):
 
         self._files = find_files(path, "*.array*record*")
         self._readers = [
-            opened(file, "an ArrayRecord", lambda file: ArrayRecordDataSource(str(file)))
+            open_as("ArrayRecord", file, lambda file: ArrayRecordDataSource(str(file)))
             for file in self._files
         ]
         super().__init__(path, list(map(len, self._readers)))
@@ -110,32 +119,40 @@ class ArrayRecordSource(Source):
         try:
             fields = msgpack.unpackb(self._readers[part][position])
         except (ValueError, RuntimeError) as error:  # RuntimeError: a checksum does not match
-            raise BadRecord("malformed", f"not a msgpack map: {error}") from None
+            raise BadRecord("malformed", f"not a valid msgpack map: {error}") from None
         return parse_record(fields, image_bytes)
 
 
 class ClassFolderSource(Source):
-    """Images of root/CLASS/IMAGE, as ImageNet has them; the caption is the name of the class.
+    """Reads images at ROOT/CLASS/IMAGE, as in ImageNet, with the name of the class as caption.
 
-    The name is that of the folder with spaces for underscores, or as class_names says. A file
-    IMAGE.npy holds the image's indices, beside the image or instead of it. Classes and
-    images are sorted by name; names that begin with a dot are left out.
+    The name of a class is that of its folder with spaces in place of underscores, or comes from
+    class_names. The file IMAGE.npy contains the image's indices; it is read in place of the image,
+    which need not exist. Classes and images are sorted by name. Names that start with a dot are
+    ignored.
 
-    Place: "data/cats/a.jpg".
+    Location of a record: "data/cats/a.jpg".
     """
 
     def __init__(self, path: str | Path, class_names: str | Path | None = None):
-        """class_names: a text file of lines "FOLDER NAME, OTHER NAMES"; the first name is used.
+        """Lists the files of all classes.
 
-        Raises ValueError for a folder that it does not name.
+        Args:
+            path: the root folder.
+            class_names: a text file with lines "FOLDER NAME, OTHER NAMES"; the first name is used.
+        Raises:
+            FileNotFoundError: the root folder or the file does not exist.
+            ValueError: class_names lacks a folder, or has a line without a name.
         """
         self._root = Path(path)
         if not self._root.is_dir():
-            raise FileNotFoundError(f"a class folder must be a folder, there is none at {path}")
+            raise FileNotFoundError(f"class_folder needs a folder, found none at {path}")
         folders = sorted(name for name in os.listdir(self._root) if _is_folder(self._root / name))
         names = None if class_names is None else _read_class_names(Path(class_names))
-        if names is not None and (astray := sorted(set(folders) - set(names))):
-            raise ValueError(f"class_names {class_names} must name every class, not {astray[0]}")
+        if names is not None and (unnamed := sorted(set(folders) - set(names))):
+            raise ValueError(
+                f"class_names {class_names} must name every class, it lacks {unnamed[0]}"
+            )
         self._captions = [names[f] if names else f.replace("_", " ") for f in folders]
         self._folders = folders
         self._files = [_class_files(self._root / folder) for folder in folders]
@@ -145,7 +162,7 @@ class ClassFolderSource(Source):
         return str(self._root / self._name(part, position))
 
     def _name(self, part: int, position: int) -> str:
-        """The path from the root."""
+        """Returns the path relative to the root."""
         return f"{self._folders[part]}/{os.fsdecode(self._files[part][position])}"
 
     def _read(self, part: int, position: int) -> Record:
@@ -163,9 +180,9 @@ def _is_folder(path: Path) -> bool:
 
 
 def _class_files(folder: Path) -> np.ndarray:
-    """Names of images, or of their indices where there are such: bytes[N], sorted.
+    """Returns the sorted names of the images, or of their indices if there are any, as bytes[N].
 
-    As one array, they take a tenth of the memory that a list of str does.
+    An array takes a tenth of the memory of a list of str.
     """
     visible = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     indexed = {Path(name).stem for name in visible if name.endswith(INDICES_SUFFIX)}
@@ -180,17 +197,17 @@ def _class_files(folder: Path) -> np.ndarray:
 
 
 def _read_class_names(path: Path) -> dict[str, str]:
-    """The first name of each folder."""
+    """Returns the first name of each folder."""
     if not path.is_file():
-        raise FileNotFoundError(f"class_names must be a text file, there is none at {path}")
+        raise FileNotFoundError(f"class_names must be a text file, found none at {path}")
     names = {}
     raw = read_bounded(path, MAX_TEXT_BYTES)
-    text = opened(path, "a UTF-8 text", lambda _: raw.decode())
+    text = open_as("UTF-8 text", path, lambda _: raw.decode())
     for number, line in enumerate(text.splitlines(), 1):
         folder, _, rest = line.strip().partition(" ")
         name = rest.partition(",")[0].strip()
         if folder and not name:
-            rule = "a line must be a folder's name and, after a space, that of the class"
+            rule = "a line must be the name of a folder, a space and the name of the class"
             raise ValueError(f"{path}:{number}: {rule}, got {shorten(line)}")
         names[folder] = name
     return names
@@ -207,11 +224,16 @@ FORMATS = {
 
 
 def open_source(format: str, path: Paths, **options) -> Source:
-    """The source of a format, one of FORMATS; options: see its class.
+    """Opens a source.
 
+    Args:
+        format: one of FORMATS.
+        path: see the format's class.
+        options: other arguments of the format's class.
     Raises:
-        ValueError: another format or option, no record, or a file of another format.
-        FileNotFoundError: nothing is at the path.
+        ValueError: the format or an option is unknown, a file is not of this format, or there are
+            no records.
+        FileNotFoundError: the path does not exist.
     """
     if format not in FORMATS:
         raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {shorten(format)}")
@@ -219,5 +241,5 @@ def open_source(format: str, path: Paths, **options) -> Source:
     try:
         inspect.signature(kind).bind(path, **options)
     except TypeError as error:
-        raise ValueError(f"a source of the format {format} takes other options: {error}") from None
+        raise ValueError(f"wrong options for a source of the format {format}: {error}") from None
     return kind(path, **options)

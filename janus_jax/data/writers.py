@@ -1,4 +1,4 @@
-"""Records written as the sources of sources.py read them."""
+"""Writes records in the formats that sources.py reads."""
 
 import contextlib
 import io
@@ -17,26 +17,25 @@ from janus_jax.data.records import Record, record_fields
 from janus_jax.paths import atomic_write, write_file
 
 SUFFIXES = dict(jsonl=".jsonl", tar=".tar", arrayrecord=".array_record", parquet=".parquet")
-ROW_GROUP = 16  # rows: who reads them shuffled decodes a whole group for each
-_NAME_BYTES = 255  # of a file's name, on most file systems
+ROW_GROUP = 16  # rows per group; a shuffled reader decodes a whole group for each record
+_NAME_BYTES = 255  # maximum length of a file name on most file systems
 
 
-def write_records(
-    format: str, path: str | Path, records: Iterable[Record], first: int = 0
-) -> None:
-    """Writes one file, beside and then renamed, and replaces one that is there.
+def write_records(format: str, path: str | Path, records: Iterable[Record], first: int = 0) -> None:
+    """Writes records to one file, replacing an existing file atomically.
 
-    jsonl writes images first, into a folder NAME.images beside the file NAME.jsonl. For
-    class_folder the path is a folder, to which a file is added for each record; its records must
-    be of the generation kind.
+    jsonl writes the images of NAME.jsonl to the folder NAME.images first. For class_folder, the
+    path is a folder, to which one file per record is added; all records must be of the kind
+    generation.
 
     Args:
-        format: one of those of sources.open_source.
-        path: the file; folders above it are made.
-        first: number of the first record, after which files and members of tar shards are named;
-            a file of the same name is replaced.
+        format: one of jsonl, tar, arrayrecord, parquet and class_folder.
+        path: the file. Missing parent folders are created.
+        records: the records to write.
+        first: number of the first record. Numbers are the names of image files and of the members
+            of tar shards; existing files of the same name are replaced.
     Raises:
-        ValueError: another format, or a record that class_folder cannot hold.
+        ValueError: the format is unknown, or class_folder cannot represent a record.
     """
     if format not in _WRITERS:
         raise ValueError(f"the format must be one of {', '.join(_WRITERS)}, got {shorten(format)}")
@@ -49,12 +48,15 @@ def _write_jsonl(path: Path, records: Iterable[Record], first: int) -> None:
     folder = path.with_name(f"{path.stem}.images")
     with atomic_write(path) as file:
         for number, record in enumerate(records, first):
-            fields = record_fields(record, _put_beside(folder, number))
+            fields = record_fields(record, _image_writer(folder, number))
             file.write(_json(fields) + b"\n")
 
 
-def _put_beside(folder: Path, number: int) -> Callable[[bytes], str]:
-    """What writes the images of a record and gives their paths from the folder above."""
+def _image_writer(folder: Path, number: int) -> Callable[[bytes], str]:
+    """Returns a function that writes an image of a record and returns its path.
+
+    The path is relative to the parent of the folder.
+    """
     count = itertools.count()
 
     def put(image: bytes) -> str:
@@ -75,7 +77,7 @@ def _write_tar(path: Path, records: Iterable[Record], first: int) -> None:
 
 
 def _tar_members(record: Record) -> list[tuple[str, bytes]]:
-    """What the names of a record's members end with, and what the members hold."""
+    """Returns the suffix and the contents of each member of a record."""
     fields = record_fields(record, lambda image: None)
     images = fields.pop("images", [None] if "image" in fields else [])
     fields.pop("image", None)
@@ -83,7 +85,7 @@ def _tar_members(record: Record) -> list[tuple[str, bytes]]:
     if fields.pop("indices", None) is not None:
         members.append((INDICES_SUFFIX, _npy(record.indices)))
     caption = fields.get("caption", "")
-    if caption and caption == caption.strip():  # else .txt would lose the white space around it
+    if caption and caption == caption.strip():  # .txt would lose surrounding white space
         members.append((".txt", fields.pop("caption").encode()))
     if fields:
         members.append((".json", _json(fields)))
@@ -97,7 +99,7 @@ def _write_arrayrecord(path: Path, records: Iterable[Record], first: int) -> Non
     from array_record.python.array_record_module import ArrayRecordWriter
 
     with atomic_write(path) as file, _os_errors(file.name):
-        # groups of one, so that a shuffled reader decodes nothing but what it asks for
+        # With one record per group, a shuffled reader decodes only the records that it reads.
         with contextlib.closing(ArrayRecordWriter(file.name, "group_size:1")) as writer:
             for record in records:
                 writer.write(msgpack.packb(record_fields(record, bytes)))
@@ -105,7 +107,7 @@ def _write_arrayrecord(path: Path, records: Iterable[Record], first: int) -> Non
 
 @contextlib.contextmanager
 def _os_errors(name: str) -> Iterator[None]:
-    """Raises an ArrayRecordWriter's RuntimeError about the file that it writes as an OSError."""
+    """Converts the RuntimeError of an ArrayRecordWriter that cannot write its file to OSError."""
     try:
         yield
     except RuntimeError as error:
@@ -131,21 +133,22 @@ def _write_parquet(path: Path, records: Iterable[Record], first: int) -> None:
     )
     records = iter(records)
     with atomic_write(path) as file, parquet.ParquetWriter(file, schema) as writer:
-        while held := list(itertools.islice(records, ROW_GROUP)):
-            rows = [record_fields(record, lambda data: {"bytes": data}) for record in held]
+        while group := list(itertools.islice(records, ROW_GROUP)):
+            rows = [record_fields(record, lambda data: {"bytes": data}) for record in group]
             writer.write_table(arrow.Table.from_pylist(rows, schema))
 
 
 def _write_class_folder(path: Path, records: Iterable[Record], first: int) -> None:
     for number, record in enumerate(records, first):
         if record.kind != "generation":
-            rule = "class_folder holds captions and images alone"
+            rule = "class_folder can only hold generation records"
             raise ValueError(f"{rule}, got {record.kind} {record.where}".strip())
         folder = record.text.replace(" ", "_")
         fits = folder.replace("_", " ") == record.text and len(folder.encode()) <= _NAME_BYTES
         if not fits or folder.startswith(".") or "/" in folder or "\0" in folder:
-            rule = "a caption for class_folder must do as a folder's name and have no / or _"
-            raise ValueError(f"{rule}, got {shorten(record.text)} {record.where}".strip())
+            rule = f"captions must have at most {_NAME_BYTES} bytes and no _, / or leading dot"
+            got = f"{shorten(record.text)} {record.where}".strip()
+            raise ValueError(f"in a class_folder, {rule}, got {got}")
         if record.indices is None:
             suffix, data = _suffix(record.images[0]), record.images[0]
         else:
@@ -164,7 +167,7 @@ def _npy(indices: np.ndarray) -> bytes:
 
 
 def _suffix(image: bytes) -> str:
-    """The end of an image file's name, which sources go by to tell that it is an image."""
+    """Returns the suffix for an image file, by which sources recognize images."""
     if image.startswith(b"\x89PNG"):
         return ".png"
     return ".webp" if image[:4] == b"RIFF" and image[8:12] == b"WEBP" else ".jpg"
