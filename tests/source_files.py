@@ -1,4 +1,4 @@
-"""Records and files of records, and what the tests of the sources check them by."""
+"""Records, files of records, and assertions about them, for the tests of the sources."""
 
 import io
 import json
@@ -15,7 +15,7 @@ FILES = {
     "arrayrecord": "train.array_record",
     "parquet": "train.parquet",
 }
-SAID = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
+CONVERSATION = [{"from": "human", "value": "?"}, {"from": "gpt", "value": "!"}]
 
 
 def image(number: int, kind: str = "PNG") -> bytes:
@@ -25,7 +25,7 @@ def image(number: int, kind: str = "PNG") -> bytes:
 
 
 def some_records() -> list[Record]:
-    """All kinds, with none, one and two images."""
+    """Returns records of all kinds, with zero, one and two images."""
     return [
         Record("generation", text="a red fox", images=(image(1),)),
         Record("text", text="two lines,\nwith \u201cquotes\u201d and \U0001f98a"),
@@ -42,7 +42,7 @@ def some_records() -> list[Record]:
 
 
 def class_records() -> list[Record]:
-    """In the order in which their folders and files are read."""
+    """Returns records in the order in which their folders and files are read."""
     return [
         Record("generation", text="a cat", images=(image(1, "JPEG"),)),
         Record("generation", text="a cat", indices=np.arange(9, dtype=np.int32)),

@@ -1,4 +1,4 @@
-"""Files in, rows out: the whole way of the data, on the shipped model's processor."""
+"""Tests the whole input pipeline, from files to rows, with the shipped model's processor."""
 
 import dataclasses
 import json
@@ -29,29 +29,30 @@ def processor():
 
 @pytest.fixture(scope="module")
 def mixture(tmp_path_factory):
-    """Three sources in three formats; the scenes' questions, captions as text, and captions."""
+    """Writes three formats: questions about scenes, captions as text, and captions of images."""
     folder, rng = tmp_path_factory.mktemp("data"), np.random.default_rng(0)
-    asked, said, drawn = [], [], []
+    conversations, texts, images = [], [], []
     for _ in range(60):
         scene, prompt = scenes.sample_scene(rng, None)
         image = encode_png(scenes.draw(scene))
-        asked.append(
+        conversations.append(
             Record("understanding", (questions.sample_question(rng, scene),), images=(image,))
         )
-        said.append(Record("text", text=prompt.text))
-        drawn.append(Record("generation", text=prompt.text, images=(image,)))
-    thin = png_file(np.zeros((1, 1, 3), int), 8, RGB, size=(60_000, 1))  # huge once resized
-    asked[7] = dataclasses.replace(asked[7], images=(asked[7].images[0][:50],))
-    asked[8] = dataclasses.replace(asked[8], images=(thin,))
-    write_records("jsonl", folder / "asked.jsonl", asked)
-    write_records("tar", folder / "said.tar", said)
-    write_records("arrayrecord", folder / "drawn.array_record", drawn)
+        texts.append(Record("text", text=prompt.text))
+        images.append(Record("generation", text=prompt.text, images=(image,)))
+    thin = png_file(np.zeros((1, 1, 3), int), 8, RGB, size=(60_000, 1))  # huge after resizing
+    truncated = conversations[7].images[0][:50]
+    conversations[7] = dataclasses.replace(conversations[7], images=(truncated,))
+    conversations[8] = dataclasses.replace(conversations[8], images=(thin,))
+    write_records("jsonl", folder / "conversations.jsonl", conversations)
+    write_records("tar", folder / "texts.tar", texts)
+    write_records("arrayrecord", folder / "images.array_record", images)
     return dict(
-        understanding=dict(weight=1, format="jsonl", path=str(folder / "asked.jsonl")),
-        text=dict(weight=1, format="tar", path=str(folder / "said.tar")),
+        understanding=dict(weight=1, format="jsonl", path=str(folder / "conversations.jsonl")),
+        text=dict(weight=1, format="tar", path=str(folder / "texts.tar")),
         generation=dict(
             weight=2,
-            real=dict(format="arrayrecord", path=str(folder / "drawn.array_record")),
+            real=dict(format="arrayrecord", path=str(folder / "images.array_record")),
         ),
     )
 
@@ -84,15 +85,15 @@ def test_files_become_rows(settings, processor, tmp_path):
         for row in range(4):
             assert batch["pixels"][row, : shown[row]].any(axis=(1, 2, 3)).all()
             assert not batch["pixels"][row, shown[row] :].any()
-    drawn = sum(batch["gen_mask"].sum() for batch in batches) // MODEL.num_image_tokens
+    generated = sum(batch["gen_mask"].sum() for batch in batches) // MODEL.num_image_tokens
     shown = sum(batch["image_mask"].sum() for batch in batches) // MODEL.num_image_tokens
-    assert 1.8 < drawn / shown < 2.2
+    assert 1.8 < generated / shown < 2.2
     assert packing.efficiency(np.stack([batch["segment_ids"] for batch in batches])) > 0.85
     assert skipped.counts == {"understanding": {"unreadable image": 2}}
     lines = map(json.loads, (tmp_path / "skipped-000.jsonl").read_text().splitlines())
     torn, thin = sorted(lines, key=lambda line: line["record"])
-    assert torn["record"].endswith("asked.jsonl:8") and "truncated" in torn["detail"]
-    assert thin["record"].endswith("asked.jsonl:9") and "got 60000 x 1" in thin["detail"]
+    assert torn["record"].endswith("conversations.jsonl:8") and "truncated" in torn["detail"]
+    assert thin["record"].endswith("conversations.jsonl:9") and "got 60000 x 1" in thin["detail"]
 
 
 def test_the_rows_are_the_same_on_two_hosts_and_when_gone_on_with(settings, processor, tmp_path):
@@ -114,7 +115,7 @@ def test_the_rows_are_the_same_on_two_hosts_and_when_gone_on_with(settings, proc
 
 
 def text_lines(path, bad):
-    """A mixture of 1000 texts, the `bad` of them broken."""
+    """Writes 1000 texts, of which those with a number in `bad` are invalid JSON."""
     good = json.dumps(dict(text="a few words"))
     lines = ("{" if number in bad else good for number in range(1000))
     path.write_text("".join(f"{line}\n" for line in lines))
@@ -122,28 +123,28 @@ def text_lines(path, bad):
 
 
 def in_order(mixture, seed):
-    """The numbers of the records of text_lines, as a run of one stream reads them."""
+    """Returns the numbers of the records of text_lines in the order in which a run reads them."""
     part = open_parts(mixture, open_source)
     records = stream(part, 0, 1, lambda record, rng: record, seed)
     return [int(records[i].example.where.rpartition(":")[2]) - 1 for i in range(1000)]
 
 
 def test_bad_records_that_happen_to_come_first_do_not_stop_a_run(settings, processor, tmp_path):
-    mixture = text_lines(tmp_path / "said.jsonl", bad=())
+    mixture = text_lines(tmp_path / "texts.jsonl", bad=())
     unlucky = in_order(mixture, seed=0)[:100:10]
-    mixture = text_lines(tmp_path / "said.jsonl", unlucky)
+    mixture = text_lines(tmp_path / "texts.jsonl", unlucky)
     cfg = dataclasses.replace(settings, mixture=mixture, streams=1, batch_size=1, max_bad=0.01)
     rows, skipped = open_rows(cfg, processor, MODEL, tmp_path)
     rows = iter(rows)
     seen = sum(len(next(rows)["records"][0]) for _ in range(200))
-    assert seen > 3 * 1000  # each of the bad ones came by several times
+    assert seen > 3 * 1000  # each bad record was read several times
     assert skipped.counts == {"text": {"malformed": 10}}
     resumed, skipped = open_rows(cfg, processor, MODEL, tmp_path)
     assert next(iter(resumed))["records"] and skipped.counts == {"text": {"malformed": 10}}
 
 
 def test_more_bad_records_than_a_source_may_have_stop_a_run(settings, processor, tmp_path):
-    mixture = text_lines(tmp_path / "said.jsonl", bad=range(40, 51))
+    mixture = text_lines(tmp_path / "texts.jsonl", bad=range(40, 51))
     cfg = dataclasses.replace(settings, mixture=mixture, streams=1, batch_size=1, max_bad=0.01)
     rows = iter(open_rows(cfg, processor, MODEL, tmp_path)[0])
     number = r"11 of the 1000 records of text are bad \(11 malformed\)"

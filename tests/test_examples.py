@@ -1,4 +1,4 @@
-"""Records -> examples: what is predicted, what goes where, and what is refused."""
+"""Tests the conversion of records to examples: targets, masks, images, and bad records."""
 
 import dataclasses
 import io
@@ -15,7 +15,7 @@ from janus_jax.processing.images import load_image, preprocess, preprocess_gener
 from janus_jax.processing.processor import Processor
 from janus_jax.processing.tokenizer import Tokenizer
 
-SIDE, DRAWN = 96, 36
+SIDE, NUM_TOKENS = 96, 36
 LONG = png_file(np.zeros((1, 1, 3), int), 8, RGB, size=(60_000, 1))
 TURNS = (("<image>\nWhat is it?", "a circle"), ("What color?", "red"))
 
@@ -36,11 +36,11 @@ def processor(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def make(processor):
-    """Makes an example of a record; the seed decides whether a caption is dropped."""
+    """Makes an example from a record; the seed decides whether a caption is dropped."""
 
     def make(record, tokenized=False, seed=0, max_length=200, max_generated_images=1):
         limits = (max_length, 2, max_generated_images)
-        maker = ExampleMaker(processor, SIDE, DRAWN, 1024, *limits, tokenized)
+        maker = ExampleMaker(processor, SIDE, NUM_TOKENS, 1024, *limits, tokenized)
         return maker(record, np.random.default_rng(seed))
 
     return make
@@ -89,13 +89,13 @@ def test_all_of_a_text_is_predicted(processor, make):
 
 @pytest.mark.parametrize("tokenized", [False, True])
 def test_a_drawn_image_follows_its_caption(processor, make, tokenized):
-    indices = np.arange(DRAWN, dtype=np.int32)
+    indices = np.arange(NUM_TOKENS, dtype=np.int32)
     record = Record("generation", text="a red circle", images=(png(3),), indices=indices)
     seed = next(s for s in range(9) if np.random.default_rng(s).random() > 0.1)
     example = make(record, tokenized, seed)
     prompt = processor.image_prompt("a red circle")
-    assert example["tokens"].tolist() == prompt + [processor.tokenizer.pad_id] * DRAWN
-    assert example["gen_mask"].tolist() == [False] * len(prompt) + [True] * DRAWN
+    assert example["tokens"].tolist() == prompt + [processor.tokenizer.pad_id] * NUM_TOKENS
+    assert example["gen_mask"].tolist() == [False] * len(prompt) + [True] * NUM_TOKENS
     assert not example["loss_mask"].any() and not example["image_mask"].any()
     if tokenized:
         np.testing.assert_array_equal(example["generated"], [indices])
@@ -105,7 +105,7 @@ def test_a_drawn_image_follows_its_caption(processor, make, tokenized):
 
 
 def test_one_caption_in_ten_is_dropped(processor, make):
-    record = Record("generation", text="a red circle", indices=np.zeros(DRAWN, np.int32))
+    record = Record("generation", text="a red circle", indices=np.zeros(NUM_TOKENS, np.int32))
     prompt = processor.image_prompt("a red circle")
     dropped = processor.unconditional(prompt)
     tokenizer = processor.tokenizer
@@ -186,15 +186,15 @@ def test_a_bad_record_says_where_it_is(make):
 def test_captions_of_scenes_are_as_the_processor_writes_prompts(processor, make):
     rng = np.random.default_rng(0)
     _, prompt = scenes.sample_scene(rng, "position")
-    record = Record("generation", text=prompt.text, indices=np.zeros(DRAWN, np.int32))
+    record = Record("generation", text=prompt.text, indices=np.zeros(NUM_TOKENS, np.int32))
     seed = next(s for s in range(9) if np.random.default_rng(s).random() > 0.1)
     tokens = make(record, True, seed)["tokens"]
-    assert tokens[:-DRAWN].tolist() == processor.image_prompt(prompt.text)
+    assert tokens[:-NUM_TOKENS].tolist() == processor.image_prompt(prompt.text)
 
 
 @pytest.fixture
 def encoded(monkeypatch):
-    """The lengths of all texts that were tokenized."""
+    """Returns a list to which the lengths of all tokenized texts are added."""
     lengths, encode = [], Tokenizer.encode
 
     def counted(self, text):

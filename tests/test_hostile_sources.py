@@ -1,4 +1,4 @@
-"""Files of records that state huge or negative sizes, and paths that never end."""
+"""Tests files of records that state huge or negative sizes, and paths to endless files."""
 
 import io
 import json
@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from limits import bounded
-from source_files import SAID, assert_bad, assert_same, image, write_lines, write_tar
+from source_files import CONVERSATION, assert_bad, assert_same, image, write_lines, write_tar
 
 from janus_jax.data import reading, sources
 from janus_jax.data import tar as tar_files
@@ -24,7 +24,7 @@ TEXT = b'{"text": "a"}'
 
 
 def header(name: str, size: int, kind: bytes = tarfile.REGTYPE, **fields) -> bytes:
-    """A member's header, with any size."""
+    """Returns the header of a member, which may state any size."""
     info = tarfile.TarInfo(name)
     info.size, info.type = size, kind
     for field, value in fields.items():
@@ -48,7 +48,7 @@ def write(path, *blocks: bytes):
 @pytest.mark.parametrize("size", [-512, -513, -1024, -2000, -HUGE])
 @pytest.mark.parametrize("kind", [tarfile.REGTYPE, b"Z", tarfile.DIRTYPE, tarfile.GNUTYPE_SPARSE])
 def test_a_negative_size_ends(size, kind, tmp_path):
-    """As it leads back to its own header or one before."""
+    """A negative size leads back to the member's own header or to an earlier one."""
     wrong = header("1.json", size, kind)
     path = write(tmp_path / "a.tar", member("0.json"), wrong, member("2.json"))
     rule = "uncompressed tar file: the header at byte 1024 (states a negative size|is damaged)"
@@ -72,13 +72,13 @@ def test_sizes_in_pax_headers(size, tmp_path):
     extended = header("x", len(record), tarfile.XHDTYPE) + content(record)
     path = write(tmp_path / "a.tar", member("0.json"), extended, member("1.json"), member("2.json"))
     try:
-        assert all(isinstance(record, Record) for record in TarSource(path))  # it is not believed
+        assert all(isinstance(record, Record) for record in TarSource(path))  # the size is ignored
     except ValueError as error:
         assert str(error).startswith(f"{path} is not a valid uncompressed tar file: ")
 
 
 def test_a_chain_of_headers(tmp_path):
-    """Each belongs to the next one."""
+    """Each header belongs to the next one."""
     longname = header("x", 5, tarfile.GNUTYPE_LONGNAME) + content(b"name\0")
     path = write(tmp_path / "a.tar", longname * 2000, member("0.json"))
     with pytest.raises(ValueError, match="valid uncompressed tar file: maximum recursion depth"):
@@ -94,7 +94,7 @@ def test_a_long_name_is_kept_once(tmp_path):
     tracemalloc.stop()
     assert len(source) == 1001 and source[1].where == f"{path}:0"
     assert source[0].where == f"{path}:{'x' * 30_000}"
-    assert kept < 500_000 and most < 5_000_000  # 30 MB if all names had the room of the longest
+    assert kept < 500_000 and most < 5_000_000  # 30 MB if all names were padded to the longest
 
 
 def test_a_member_longer_than_the_file(tmp_path):
@@ -107,10 +107,10 @@ def test_a_member_longer_than_the_file(tmp_path):
 
 def test_sparse_members_and_links_are_bad_records(tmp_path):
     sparse = header("1.jpg", 512, tarfile.GNUTYPE_SPARSE)
-    sparse = sparse[:483] + b"\x80" + HUGE.to_bytes(11, "big") + sparse[495:]  # its real size
+    sparse = sparse[:483] + b"\x80" + HUGE.to_bytes(11, "big") + sparse[495:]  # unpacked size
     checksum = sum(sparse[:148]) + 8 * 32 + sum(sparse[156:])
     sparse = sparse[:148] + b"%06o\0 " % checksum + sparse[156:]
-    said = json.dumps({"conversations": SAID}).encode()
+    said = json.dumps({"conversations": CONVERSATION}).encode()
     path = write(
         tmp_path / "a.tar",
         *(member("0.json"), member("1.json", said), sparse + content(image(1))),
@@ -164,7 +164,7 @@ def test_members_that_are_larger_than_any_image(tmp_path, monkeypatch):
 
 
 def test_truncated_tars_are_refused(tmp_path):
-    """Wherever they end, but where the last member is whole, too."""
+    """Every truncated tar is refused, unless it ends with a complete member."""
     path = write_tar(tmp_path / "a.tar", {f"{i}.json": TEXT for i in range(3)})
     whole = path.read_bytes()
     for size in (1, 100, 511, 512, 520, 1023, 1024 + 100, 1024 + 512, 2048 + 600):
@@ -226,7 +226,7 @@ def test_sources_that_are_no_regular_files(format, tmp_path):
 
 
 def test_a_parquet_file_whose_footer_is_damaged(tmp_path):
-    """For which pyarrow raises OSError."""
+    """pyarrow raises OSError for a damaged footer."""
     path = tmp_path / "a.parquet"
     write_records("parquet", path, [Record("text", text="a")])
     raw = bytearray(path.read_bytes())
@@ -239,7 +239,7 @@ def test_a_parquet_file_whose_footer_is_damaged(tmp_path):
 
 
 def test_small_parquet_files_that_unpack_to_a_lot(tmp_path):
-    """A text stored once for many rows stays one in memory; other groups are bad records."""
+    """A text stored once for many rows takes its memory once; other such groups are refused."""
     long, path = "a" * 10**6, tmp_path / "a.parquet"
     said = [{"role": "user", "content": long}, {"role": "assistant", "content": "b"}]
     for table in ({"text": [long] * 500}, {"messages": [said] * 500}):

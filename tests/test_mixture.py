@@ -1,4 +1,4 @@
-"""Mixing, dealing out and packing: ratios, no record twice and none lost, resumption."""
+"""Tests mixing, streams and packing: ratios, no lost or repeated records, and resumption."""
 
 import collections
 import json
@@ -18,7 +18,7 @@ NODE = "must have either named parts, or a format and a path"
 
 
 class Source:
-    """Records whose text is their own name; those of `bad` are bad."""
+    """Records whose text is their location; those with an index in `bad` are bad."""
 
     def __init__(self, format, path, size=12, bad=()):
         self.path, self.size, self.bad = path, size, bad
@@ -127,7 +127,7 @@ def test_wrong_mixtures_are_refused(tree, message):
 
 
 def lengths_of(record, rng):
-    """An example of a length that its name decides, which says whose it is in every token."""
+    """Makes an example whose length depends on its number, with the number in every token."""
     number = int(record.where.split(":")[1])
     length = 3 + number * 7 % 25
     return dict(
@@ -177,11 +177,11 @@ def test_packing_loses_no_example_and_repeats_none():
         for segment in range(1, row["segment_ids"].max() + 1):
             found[int(row["tokens"][row["segment_ids"] == segment][0])] += 1
     assert set(found) == set(range(100, 196))
-    assert max(found.values()) - min(found.values()) <= 2  # what is still open
+    assert max(found.values()) - min(found.values()) <= 2  # differ by examples in open rows
 
 
 def dialogue(rng):
-    """Lengths as in stage II: images and answers, plain text, and drawn images."""
+    """Returns random lengths as in stage II: of a conversation, a text or a generated image."""
     kind = rng.choice(3, p=[0.2, 0.3, 0.5])
     if kind == 0:
         return 578 + int(rng.integers(20, 400)), 1, 0
@@ -217,7 +217,7 @@ def dialogue_rows(sizes, seed=0):
 
 
 def test_the_mixture_holds_inside_each_step():
-    """A step is a row of each of many streams; without shuffling, they would all be long ones."""
+    """A step has one row of each stream; without shuffling, all of them would be long examples."""
     streams = []
     for index in range(24):
         rng = np.random.default_rng(index)

@@ -22,7 +22,7 @@ import pytest
 from limits import bounded
 from PIL import Image
 from png_files import GRAY, GRAY_ALPHA, RGB, png_file
-from source_files import SAID
+from source_files import CONVERSATION
 
 from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.tar import TarSource
@@ -126,7 +126,7 @@ def tars() -> list[bytes]:
             for name, data in {
                 "0.json": b'{"text": "a"}',
                 "1.jpg": images()[1],
-                "1.json": str({"conversations": SAID}).replace("'", '"').encode(),
+                "1.json": str({"conversations": CONVERSATION}).replace("'", '"').encode(),
                 f"{'n' * 90}.json": b'{"text": "b"}',
                 f"{'m' * 99}/{'n' * 90}.txt": b"words",
             }.items():

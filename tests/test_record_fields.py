@@ -1,4 +1,4 @@
-"""The fields that usual trainers write: each is read, or refused by name; none is dropped."""
+"""Tests that fields written by common trainers are read or refused, and never ignored silently."""
 
 import base64
 import json
@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from source_files import SAID, assert_bad, assert_same, image, write_lines, write_tar
+from source_files import CONVERSATION, assert_bad, assert_same, image, write_lines, write_tar
 
 from janus_jax.data.examples import ExampleMaker
 from janus_jax.data.reading import image_file
@@ -26,7 +26,7 @@ def asked(content="What color?", role="user", **more) -> list[dict]:
 
 
 def parse(fields: dict, read=lambda value: f"read {value}".encode()) -> Record | BadRecord:
-    """The record, its images named by what they were given as."""
+    """Parses a record whose images are replaced by text with their names."""
     try:
         return parse_record(fields, read)
     except BadRecord as bad:
@@ -96,7 +96,7 @@ def test_images_are_read(fields, turn):
 
 
 def test_an_empty_image_is_none():
-    """As LLaVA's mixtures have it in the records without an image."""
+    """LLaVA's mixtures have an empty image in records without an image."""
     (record,) = map(parse, [{"image": "", "messages": asked()}])
     assert record == Record("understanding", (("What color?", "blue"),))
 
@@ -172,11 +172,11 @@ UNREAD = {
         {"messages": [asked()[0], ANSWER | {"images": ["a"]}]}, "got one in an answer",
     ),
     "drawn in an answer": (
-        {"image": "a", "conversations": [SAID[0], {"from": "gpt", "value": "<image>"}]},
+        {"image": "a", "conversations": [CONVERSATION[0], {"from": "gpt", "value": "<image>"}]},
         "an answer must not contain an image, got <image>",
     ),
     "messages beside conversations": (
-        {"messages": asked(), "conversations": SAID}, "got conversations and messages",
+        {"messages": asked(), "conversations": CONVERSATION}, "got conversations and messages",
     ),
     "caption beside messages": ({"messages": asked(), "caption": "a"}, "got messages and caption"),
     "text beside messages": ({"messages": asked(), "text": "a"}, "got messages and text"),
@@ -235,7 +235,7 @@ FIELDS = [
     (TEXT, "picture", {"bytes": b"a"}),
     (GENERATION, "Image", "b.png"),
     (GENERATION, "condition_image_path", "b.png"),
-    # by their values
+    # detected by their values
     (TEXT, "file_name", "images/0001.png"),
     (TEXT, "jpg", b"\xff\xd8"),
     (TEXT, "shown", DATA),
@@ -267,7 +267,7 @@ def test_fields_of_messages_are_refused_by_name(name, value):
 
 @pytest.mark.parametrize("tag", ["img", "image", "video", "audio"])
 def test_paths_in_texts_are_refused(tag):
-    """ms-swift and Qwen-VL write `<img>a.png</img>`; it is no HTML."""
+    """ms-swift and Qwen-VL write `<img>a.png</img>`; HTML is allowed."""
     name = f"<{tag}>a/b 1.png</{tag}>".replace(" ", "")
     for said in (asked(f"Image 1: {name}\nWhat?"), [asked()[0], ANSWER | {"content": name}]):
         bad = parse({"messages": said})
@@ -344,7 +344,7 @@ def test_columns_and_members_that_are_not_read_are_refused(tmp_path):
     first, second = ParquetSource(tmp_path / "a.parquet")
     assert_bad(first, "unread field", f"{tmp_path}/a.parquet:0", "'shown' is not read")
     assert_bad(second, "unread field", f"{tmp_path}/a.parquet:1", "'files' is not read")
-    fields = json.dumps({"conversations": SAID}).encode()
+    fields = json.dumps({"conversations": CONVERSATION}).encode()
     members = {"1.json": fields, "1.mp4": b"video", "2.json": fields, "2.gif": image(1, "GIF")}
     write_tar(tmp_path / "a.tar", members)
     first, second = TarSource(tmp_path / "a.tar")
@@ -356,7 +356,7 @@ def test_columns_and_members_that_are_not_read_are_refused(tmp_path):
 
 
 def anything(rng: np.random.Generator, depth: int = 3):
-    """A value of any kind that a container of records can hold."""
+    """Returns a random value of any type that a container of records can store."""
     words = ["", "a", "<image>", IMAGE, "user", "<|User|>", "gpt", "image", "text", "s.png", DATA,
              "http://a.org/b.png", "data:x", "file://b/c", "\ud800", "\0", "x" * 300]  # fmt: skip
     kind = rng.integers(7 if depth else 5)
@@ -373,7 +373,7 @@ def anything(rng: np.random.Generator, depth: int = 3):
 
 
 def mutated(value, rng: np.random.Generator):
-    """A value with some of its parts replaced by anything."""
+    """Replaces random parts of a value by random values."""
     if rng.random() < 0.08:
         return anything(rng)
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""The fields of records: images, conversations, captions; those that are refused."""
+"""Tests the fields of records: images, conversations, captions, and fields that are refused."""
 
 import io
 import pickle
@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from source_files import SAID, assert_bad, assert_same, image, write_lines, write_tar
+from source_files import CONVERSATION, assert_bad, assert_same, image, write_lines, write_tar
 
 from janus_jax.data.records import Record
 from janus_jax.data.sources import JsonlSource, ParquetSource, TarSource
@@ -45,7 +45,11 @@ BAD_FIELDS = [
     ({"text": "a", "image": "a.png"}, "malformed", "needs a caption or conversations, got text an"),
     ({"text": "a", "indices": [1, 2]}, "malformed", "got text and indices"),
     ({"other": 1}, "malformed", "conversations, messages, caption and text, got the fields ['ot"),
-    ({"conversations": [{"from": "system", "value": "Be brief."}, *SAID]}, "system turn", "must"),
+    (
+        {"conversations": [{"from": "system", "value": "Be brief."}, *CONVERSATION]},
+        "system turn",
+        "a record must not have a system prompt",
+    ),
     (
         {"messages": [{"role": "system", "content": [{"type": "text", "text": "a"}]}, *TOLD]},
         "system turn",
@@ -133,7 +137,7 @@ def test_messages_in_parts_are_joined(tmp_path):
 
 
 def test_parquet_messages_in_parts(tmp_path):
-    # all parts have all fields there, as Hugging Face's data sets number their images
+    # In Parquet all parts have all fields. Data sets on the Hugging Face hub number their images.
     content = [
         [{"index": None, "text": "Color? ", "type": "text"}, {"index": 0, "text": None} | PLACE],
         [{"index": None, "text": "Red.", "type": "text"}],

@@ -1,4 +1,4 @@
-"""Bad records: counted and listed once, and how many of them stop a run."""
+"""Tests that bad records are counted and listed once, and how many of them stop a run."""
 
 import json
 import random
@@ -20,7 +20,7 @@ def good(source="a"):
 
 @pytest.fixture
 def opened(tmp_path):
-    """Makes a Skipped, or opens its list once more."""
+    """Returns a function that makes a Skipped, which continues the list if there is one."""
 
     def call(max_bad, **num_records):
         return Skipped(tmp_path / "run" / "skipped.jsonl", max_bad, num_records)
@@ -57,7 +57,7 @@ def test_a_list_that_was_cut_short_is_gone_on_with(opened, tmp_path):
 
 def test_a_run_that_begins_anew_forgets_the_list(opened, tmp_path):
     skipped = opened(0.5, a=12)
-    skipped.forget()  # of nothing
+    skipped.forget()  # there is no list yet
     skipped(bad(1))
     resumed = opened(0.5, a=12)
     resumed.forget()
@@ -87,7 +87,7 @@ def test_bad_records_count_through_all_starts_of_a_run(opened):
     with pytest.raises(ValueError, match="6 of the 20 records of a are bad"):
         opened(0.25, a=20)(bad(5))
     with pytest.raises(ValueError, match="6 of the 20 records of a are bad"):
-        opened(0.25, a=20)(bad(0))  # nothing was mended
+        opened(0.25, a=20)(bad(0))  # the list was not deleted
     assert not opened(0.3, a=20)(bad(0))
 
 
@@ -97,19 +97,19 @@ def test_none_may_be_bad(opened):
 
 
 def test_a_large_source_that_is_broken_stops_the_run_at_once(opened):
-    for _ in range(2):  # started again, it is not given more
+    for _ in range(2):  # a restarted run is not allowed more
         skipped = opened(0.01, a=10**9)
         with pytest.raises(ValueError, match="12 of 12 read so far of the 1000000000 records"):
             for number in range(20):
                 skipped(bad(number))
     skipped = opened(0.01, a=10**9)
     with pytest.raises(ValueError, match=r"\d\d of \d\d\d read so far of the 1000000000 "):
-        for number in range(1000):  # one in ten
+        for number in range(1000):  # 1 in 10 is bad
             skipped(bad(number) if number % 10 == 0 else good())
 
 
 def test_a_source_with_as_many_bad_records_as_it_may_have_never_stops(opened):
-    """In whatever order they come, and however often."""
+    """This holds for any order, and however often records are read."""
     rng = random.Random(0)
     for most, number in ((0.01, 2000), (0.05, 400), (0.002, 500), (0.5, 40)):
         for _ in range(10):
@@ -121,7 +121,7 @@ def test_a_source_with_as_many_bad_records_as_it_may_have_never_stops(opened):
 
 
 def test_records_that_come_again_and_again_do_not_stop_the_run(opened):
-    """As those of evaluation do: the same few each time, of which too many happen to be bad."""
+    """Evaluation reads the same few records each time, of which too many may be bad."""
     skipped = opened(0.01, a=10_000)
     for _ in range(100):
         for number in range(200):

@@ -1,4 +1,4 @@
-"""What each format of records is read as, and what is wrong in its files."""
+"""Tests how files of each format are read, and which errors in them are detected."""
 
 import concurrent.futures
 import io
@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from source_files import SAID, assert_bad, assert_same, image, write_tar
+from source_files import CONVERSATION, assert_bad, assert_same, image, write_tar
 
 from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.sources import JsonlSource, ParquetSource, TarSource, open_source
@@ -54,7 +54,7 @@ def test_tar_members_are_grouped_by_the_name_up_to_the_first_dot(tmp_path):
             "dir.x/1.txt": b" a fox\n",
             "2.0.JPEG": image(3),
             "2.json": json.dumps(
-                {"images": ["elsewhere/p.png", "q.jpg"], "conversations": SAID}
+                {"images": ["elsewhere/p.png", "q.jpg"], "conversations": CONVERSATION}
             ).encode(),
             "3.npy": indices.getvalue(),
             "3.json": b'{"caption": "the .txt is meant", "image": "x.jpg", "text": "this neither"}',
@@ -71,7 +71,7 @@ def test_tar_members_are_grouped_by_the_name_up_to_the_first_dot(tmp_path):
 
 
 class Evil:
-    """What a pickle could do."""
+    """Runs code when it is unpickled."""
 
     def __reduce__(self):
         return os.mkdir, ("made_by_a_pickle",)
@@ -90,7 +90,7 @@ def test_bad_tar_records(tmp_path, monkeypatch):
         "5.npy": pickled.getvalue(),
         "6.json": b'{"text": "a"}',
         "6.b.json": b'{"text": "b"}',
-        "7.json": json.dumps({"images": ["a", "b"], "conversations": SAID}).encode(),
+        "7.json": json.dumps({"images": ["a", "b"], "conversations": CONVERSATION}).encode(),
         "7.jpg": image(1),
         "8.json": b'{"caption": "a", "image": "x.jpg"}',
         "9.txt": b" ",
@@ -184,7 +184,7 @@ def test_a_parquet_row_group_is_decoded_once(tmp_path, monkeypatch):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         texts = [record.text for record in pool.map(source.__getitem__, range(len(source)))]
     assert texts == [record.text for record in records]
-    assert sorted(decoded) == [0, 2, 3]  # 1 was there
+    assert sorted(decoded) == [0, 2, 3]  # group 1 was read before
 
 
 def test_the_last_parquet_row_groups_are_kept(tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Sources of every format, and writers: what they have in common."""
+"""Tests what the sources of all formats and the writers have in common."""
 
 import concurrent.futures
 import dataclasses
@@ -29,7 +29,7 @@ from janus_jax.data.writers import write_records
 
 @pytest.fixture(params=[*FILES, "class_folder"])
 def written(request, tmp_path):
-    """(format, path, records) of a file or folder of each format."""
+    """Returns (format, path, records) of a file or folder of each format."""
     records = some_records() if request.param in FILES else class_records()
     path = tmp_path / FILES.get(request.param, "classes")
     write_records(request.param, path, records)
@@ -110,7 +110,7 @@ def test_an_index_outside_is_an_error(written):
 def test_pickled_sources_read_the_same(written):
     format, path, records = written
     source = open_source(format, path)
-    source[0]  # whatever it opens, it opens before
+    source[0]  # opens files before the source is pickled
     for found, expected in zip(pickle.loads(pickle.dumps(source)), records, strict=True):
         assert_same(found, expected)
 
@@ -205,7 +205,7 @@ def test_compressed_and_damaged_tars(tmp_path):
             TarSource(path)
     path = write_tar(tmp_path / "a.tar", {f"{i}.json": b'{"text": "a"}' for i in range(3)})
     raw = bytearray(path.read_bytes())
-    raw[1024:1034] = b"damaged!!!"  # the second member's header, which tarfile takes for the end
+    raw[1024:1034] = b"damaged!!!"  # second header; tarfile sees the end of the file
     path.write_bytes(raw)
     with pytest.raises(ValueError, match="the header at byte 1024 is damaged"):
         TarSource(path)
@@ -259,7 +259,7 @@ def test_an_interrupted_file_leaves_the_one_before(format, tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write_records(format, path, interrupted())
-    if format != "jsonl":  # whose images of the same names were replaced
+    if format != "jsonl":  # its images have the same names, so they were replaced
         for found, expected in zip(open_source(format, path), some_records(), strict=True):
             assert_same(found, expected)
     assert set(os.listdir(tmp_path)) <= {path.name, "train.images"}

@@ -1,4 +1,4 @@
-"""python -m janus_jax.data.tokenize_images: what it writes, that it goes on, what it refuses."""
+"""Tests python -m janus_jax.data.tokenize_images: its output, resumption and errors."""
 
 import io
 import json
@@ -35,7 +35,7 @@ def image(number: int) -> bytes:
 
 
 def captioned(count: int) -> list[Record]:
-    # in the order in which class folders are read
+    # In the order in which a class folder is read.
     return [
         Record("generation", text=f"image {i:02d}", images=(image(i),)) for i in range(count)
     ]
@@ -43,7 +43,7 @@ def captioned(count: int) -> list[Record]:
 
 @pytest.fixture
 def run(golden, capsys, tmp_path):
-    """Runs the command in this process: (status, stdout, stderr)."""
+    """Runs the command in this process and returns (status, stdout, stderr)."""
 
     def call(source, output, *more, model=golden / "janus_small"):
         args = ["--model", model, "--source", source, "--output", output, "--batch_size", 2, *more]
@@ -60,7 +60,7 @@ def run(golden, capsys, tmp_path):
 
 @pytest.fixture
 def refused(run):
-    """Runs a command that must fail in one line, which it gives."""
+    """Runs a command that must fail with one line on stderr, and returns the line."""
 
     def call(*args, **settings):
         status, out, err = run(*args, **settings)
@@ -72,7 +72,7 @@ def refused(run):
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Everything below a folder, by path."""
+    """Returns the contents of all files below a folder, by path."""
     return {
         str(path.relative_to(folder)): path.read_bytes()
         for path in folder.rglob("*")
@@ -140,7 +140,7 @@ def test_other_records_are_copied_and_bad_ones_listed(run, small, tmp_path):
 
 
 def text_lines(path: Path, count: int, bad: dict[int, str]) -> Path:
-    """JSONL records of text; bad: what other lines are, by their number from 0."""
+    """Writes text records as JSONL. bad: replacements of lines by their number from 0."""
     path.write_text("".join(bad.get(i, '{"text": "a"}') + "\n" for i in range(count)))
     return path
 
@@ -171,7 +171,7 @@ def test_too_many_skipped_are_refused_also_when_all_shards_are_there(run, refuse
     assert told in refused(*args)
     status, said, err = run(*args, "--max_bad", 0.06)
     assert (status, err) == (0, "") and "47 records copied, 3 skipped (2 malformed" in said
-    assert told in refused(*args, "--max_bad", 0.059)  # of finished shards too
+    assert told in refused(*args, "--max_bad", 0.059)  # also counts the records of finished shards
     assert run(*args, "--max_bad", 0.06)[:2] == (0, said)
 
 
@@ -185,7 +185,7 @@ def test_an_error_has_a_line_of_its_own_on_a_terminal(run, tmp_path, monkeypatch
 
 
 def test_skipped_records_are_counted_through_all_shards(run, refused, tmp_path):
-    """12 of 240 are as many as may be, though they are a tenth of the first 120."""
+    """12 bad records of 240 are allowed, although they are a tenth of the first 120."""
     bad = dict.fromkeys(range(100, 112), "{")
     source = text_lines(tmp_path / "train.jsonl", 240, bad)
     args = f"jsonl:{source}", f"tar:{tmp_path / 'tokens'}", "--shard_size", 40
@@ -212,9 +212,9 @@ def test_an_interrupted_run_goes_on(format, run, tmp_path, monkeypatch):
 
     def interrupted(format, path, records, first):
         if first == 3:
-            write_records(format, path, records[:2], first)  # as much as class_folder shows of it
+            write_records(format, path, records[:2], first)  # class_folder has partial shards
             if format != "class_folder":
-                path.rename(path.with_name(f".{path.name}.abcd"))  # a killed run's
+                path.rename(path.with_name(f".{path.name}.abcd"))  # left by a killed run
             raise KeyboardInterrupt
         write_records(format, path, records, first)
 
@@ -232,7 +232,7 @@ def test_an_interrupted_run_goes_on(format, run, tmp_path, monkeypatch):
     assert len(encoded) == 3  # two batches of the second shard, one of the third
     found, expected = contents(tmp_path / "tokens"), contents(tmp_path / "whole")
     assert found.keys() == expected.keys()
-    if format != "arrayrecord":  # which holds a number of its own making
+    if format != "arrayrecord":  # its files contain a random number
         assert found == expected
     indices = [record.indices for record in open_source(format, tmp_path / "tokens")]
     whole = [record.indices for record in open_source(format, tmp_path / "whole")]
@@ -281,7 +281,7 @@ def test_one_run_at_a_time(run, refused, tmp_path, monkeypatch):
     told = []
 
     def meanwhile(format, path, records, first):
-        told.append(refused(*args))  # a second call of this would never end
+        told.append(refused(*args))  # must not call this function again
         write_records(format, path, records, first)
 
     monkeypatch.setattr(tokenize_images, "write_records", meanwhile)
@@ -322,7 +322,7 @@ def test_it_goes_on_only_with_the_same(golden, run, refused, tmp_path):
         source, f"jsonl:{tmp_path / 'tokens'}"
     )
     model = shutil.copytree(golden / "janus_small", tmp_path / "janus_small")
-    assert run(source, output, model=model)[0] == 0  # a copy is the same
+    assert run(source, output, model=model)[0] == 0  # a copy has the same fingerprint
     weights = safetensors.numpy.load_file(model / "model.safetensors")
     weights["gen_vision_model.quant_conv.bias"] += 1
     safetensors.numpy.save_file(weights, model / "model.safetensors")
