@@ -1,4 +1,4 @@
-"""The checker against freshly drawn, blurred and deliberately wrong images."""
+"""Tests of the checker on rendered, blurred and deliberately wrong images."""
 
 import dataclasses
 
@@ -18,7 +18,7 @@ LEFT = checker.Requirement(
 
 @pytest.fixture(scope="module")
 def drawn():
-    """600 (image, scene, requirement) over all kinds, one in six from held-out compositions."""
+    """Returns 600 (image, scene, requirement) of all kinds; one in six is held out."""
     rng = np.random.default_rng(7)
     samples = [scenes.sample_scene(rng, None, "held_out" if i % 6 == 5 else "train")
                for i in range(600)]
@@ -126,7 +126,7 @@ def test_u_shaped_blob_is_one_component_without_a_shape_name():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="need uint8"):
+    with pytest.raises(ValueError, match="expected uint8"):
         checker.detect(np.zeros((96, 96, 3), np.float32))
     point = checker.Detection("circle", "red", 0.0, 0.0, 100)
     with pytest.raises(ValueError, match="got 'near'"):

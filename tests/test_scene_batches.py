@@ -1,4 +1,4 @@
-"""Images for the image tokenizer and the encoder: what they show, what labels say, crops."""
+"""Tests of the training images for the image tokenizer and the encoder: content, labels, crops."""
 
 import numpy as np
 
@@ -20,8 +20,8 @@ def test_labels_say_what_has_its_centre_where():
     assert set(labels.ravel()) == set(range(NUM_PATCH_LABELS)) - held_out_labels()
     known = [(shape, color) for shape in scenes.SHAPES for color in scenes.COLORS]
     for image, row in zip(images, labels.reshape(-1, 6, 6), strict=True):
-        told = sorted(known[row[place] - 1] for place in zip(*np.nonzero(row), strict=True))
-        assert told == sorted((one.shape, one.color) for one in checker.detect(image))
+        labelled = sorted(known[row[place] - 1] for place in zip(*np.nonzero(row), strict=True))
+        assert labelled == sorted((one.shape, one.color) for one in checker.detect(image))
 
 
 def held_out_labels() -> set[int]:
@@ -30,7 +30,7 @@ def held_out_labels() -> set[int]:
 
 
 def test_crops_lie_between_patches():
-    """Each pixel says where it comes from."""
+    """Each pixel encodes its position and its image."""
     y, x = np.mgrid[:96, :96]
     images = np.stack([np.stack([y, x, np.full((96, 96), i)], -1) for i in range(200)])
     crops = random_crops(np.random.default_rng(0), images.astype(np.uint8), 48, 16)

@@ -1,4 +1,4 @@
-"""Scenes as a source of records: the same ones from one seed, true, as often as asked, no leak."""
+"""Tests of the source of scene records: determinism, true texts, ratios, nothing held out."""
 
 import collections
 import dataclasses
@@ -33,7 +33,7 @@ def decoded(record: Record) -> np.ndarray:
 
 
 def held_out_named(text: str) -> bool:
-    """Whether a sentence names a held-out composition."""
+    """Returns whether a sentence names a held-out composition."""
     return scenes.is_held_out([(shape, color) for color, shape in PAIR.findall(text)])
 
 
@@ -91,7 +91,8 @@ def test_captions_are_of_all_kinds_equally_unless_the_path_names_one():
     texts = [record.text for record in open_source("scenes", "generation", count=1500)]
     found = collections.Counter(PROMPTS[text].kind for text in texts)
     assert set(found) == set(scenes.KINDS)
-    assert all(abs(number / 1500 - 1 / 6) < 0.04 for number in found.values())  # deviation 0.01
+    # the standard deviation is 0.01
+    assert all(abs(number / 1500 - 1 / 6) < 0.04 for number in found.values())
 
 
 def test_sentences_are_captions_and_descriptions():
@@ -99,7 +100,7 @@ def test_sentences_are_captions_and_descriptions():
     records = list(source)
     assert all(one.images == one.turns == () for one in records)
     described = [i for i, one in enumerate(records) if one.text not in PROMPTS]
-    # captions are half; descriptions of two objects and of equal ones read as captions do
+    # Half are captions. Descriptions of two objects and of equal objects are captions too.
     assert 60 < len(described) < 150
     for i, record in enumerate(records):
         scene = source.scene(i)
@@ -130,7 +131,7 @@ def test_the_check_of_names_finds_what_is_held_out():
 
 
 def relation_questions(relations: float, count: int) -> tuple[list, int]:
-    """(scene, question, answer) about relations, and how many questions could have been such."""
+    """Returns the (scene, question, answer) about relations, and how many would be possible."""
     source = open_source("scenes", "understanding", count=count, relations=relations)
     asked, possible = [], 0
     for number, record in enumerate(source):
@@ -143,16 +144,17 @@ def relation_questions(relations: float, count: int) -> tuple[list, int]:
 
 
 def test_relations_are_asked_about_as_often_as_wanted():
-    """sample_question asks one time in ten, where it can."""
+    """sample_question asks about a relation with probability 0.1 if the scene allows it."""
     for relations in (0, 0.3, 0.7, 1):
         asked, possible = relation_questions(relations, 700)
         assert 800 < possible < 1200  # of 2100
         expected = relations + (1 - relations) * 0.1
-        assert abs(len(asked) / possible - expected) < 0.06, relations  # deviation at most 0.016
+        # the standard deviation is at most 0.016
+        assert abs(len(asked) / possible - expected) < 0.06, relations
 
 
 def named(scene: scenes.Scene, name: str) -> scenes.Object:
-    """The one object that a name ("cross", "red cross") fits."""
+    """Returns the only object that matches a name ("cross", "red cross")."""
     fitting = [one for one in scene.objects if name in (one.shape, f"{one.color} {one.shape}")]
     assert len(fitting) == 1, name
     return fitting[0]
@@ -175,14 +177,14 @@ def test_answers_about_relations_are_right():
 @pytest.mark.parametrize(
     ("path", "options", "rule"),
     [
-        ("drawing", {}, "path of scenes must be one of .*generation/position, .*got 'drawing'"),
-        ("generation/dogs", {}, "path of scenes must be one of .*, got 'generation/dogs'"),
-        ("text/position", {}, "path of scenes must be one of .*, got 'text/position'"),
+        ("drawing", {}, "scenes source must be one of .*generation/position, .*got 'drawing'"),
+        ("generation/dogs", {}, "path of a scenes source must be one of .*, got 'generation/dogs'"),
+        ("text/position", {}, "path of a scenes source must be one of .*, got 'text/position'"),
         ("text", dict(count=0), "count must be an integer of at least 1, got 0"),
         ("text", dict(count=1e3), r"count must be an integer of at least 1, got 1000\.0"),
         ("text", dict(seed=-1), "seed must be an integer in .*, got -1"),
         ("text", dict(seed=2**32), "seed must be an integer in .*, got 4294967296"),
-        ("generation", dict(relations=0.5), "left to understanding, got it for generation"),
+        ("generation", dict(relations=0.5), "only be set for .*, got 0.5 for 'generation'"),
         ("understanding", dict(relations=1.5), "relations must be a number from 0 to 1, got 1.5"),
         ("understanding", dict(relations="all"), "relations must be .*, got 'all'"),
         ("understanding", dict(question=1), "wrong options for .* scenes: .*'question'"),
@@ -201,11 +203,11 @@ def processor():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shipped_tokenizer_has_every_word(kind, processor):
-    """A token a word: else what is said could not be learned well."""
+    """Every word is one token; otherwise the texts would be harder to learn."""
     for record in open_source("scenes", kind, count=100, seed=2):
         for text in [record.text, *itertools.chain(*record.turns)]:
             words = re.findall(r"\w+|[^\w\s]", text)
-            # one more: the beginning of the text, or the space before its first word
+            # one more for BOS, or for the space before the first word
             assert len(processor.tokenizer.encode(f" {text}")) <= len(words) + 2, text
 
 

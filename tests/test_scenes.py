@@ -1,4 +1,4 @@
-"""Scenes, captions, the held-out rule, questions and the tokenizer made from them."""
+"""Tests of scenes, captions, the held-out rule, questions and the tokenizer of janus_tiny."""
 
 import json
 import re
@@ -80,8 +80,8 @@ def test_unknown_names_are_refused():
         scenes.prompts("train", "colours")
 
 
-def found_by(detections, name):
-    """Detections that a noun such as "circle", "red circle", "red object" or "crosses" fits."""
+def matching(detections, name):
+    """Returns the detections that match e.g. "circle", "red circle", "red object" or "crosses"."""
     *color, noun = name.split()
     shape = next((s for s in checker.FILL if noun.startswith(s)), None)
     return [d for d in detections
@@ -89,24 +89,24 @@ def found_by(detections, name):
 
 
 def answer_from_pixels(question, image):
-    """The answer by the checker's eyes; None for descriptions."""
+    """Answers a question from what the checker detects; returns None for descriptions."""
     seen = checker.detect(image)
     if question == "What is the background color?":
         return checker.background(image)
     if match := re.fullmatch(r"How many (.*) are there\?", question):
-        return str(len(found_by(seen, match[1])))
+        return str(len(matching(seen, match[1])))
     if match := re.fullmatch(r"What (shape|color) is the (.*)\?", question):
-        (only,) = found_by(seen, match[2])
+        (only,) = matching(seen, match[2])
         return getattr(only, match[1])
     if match := re.fullmatch(r"Is there an? (.*)\?", question):
-        return "yes" if found_by(seen, match[1]) else "no"
+        return "yes" if matching(seen, match[1]) else "no"
     if match := re.fullmatch(rf"Is the (.*) ({'|'.join(OPPOSITE)}) the (.*)\?", question):
-        (first,), (second,) = found_by(seen, match[1]), found_by(seen, match[3])
+        (first,), (second,) = matching(seen, match[1]), matching(seen, match[3])
         holds = checker.holds(match[2], first, second)
         assert holds or checker.holds(OPPOSITE[match[2]], first, second)
         return "yes" if holds else "no"
     if match := re.fullmatch(rf"What is ({'|'.join(OPPOSITE)}) the (.*)\?", question):
-        (place,) = found_by(seen, match[2])
+        (place,) = matching(seen, match[2])
         (only,) = [d for d in seen if d is not place and checker.holds(match[1], d, place)]
         return only.shape
     assert question == questions.DESCRIBE

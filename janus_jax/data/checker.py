@@ -1,28 +1,29 @@
-"""Reads an image of coloured shapes and judges it against a requirement, from pixels alone.
+"""Detects coloured shapes in an image and checks them against a requirement, from pixels alone.
 
-It shares no code and no numbers with the drawing in `scenes.py`, which only states what a prompt
-asks for in the words of this file, `Item` and `Requirement`: foreground is what differs from
-the image's own border, colours are told apart by hue angle, shapes by overlap with masks built
-from each blob's measured area and centroid. Judgement is strict, as in GenEval: every counted
-object must be there, nothing else may be, and a relation must hold clearly.
+The checker shares no code and no constants with the renderer in `scenes.py`, which only uses the
+classes `Item` and `Requirement` of this file to state what a prompt requires. Foreground pixels are
+those that differ from the border of the image. Colours are classified by hue angle, and shapes by
+their overlap with masks built from the area and centroid of each blob. The check is strict, as in
+GenEval: all required objects must be present, no other object may be, and a relation must hold
+clearly.
 """
 
 import dataclasses
 
 import numpy as np
 
-BORDER = 2  # pixels at the rim that tell the background
-FOREGROUND_DISTANCE = 80.0  # RGB distance from the background, about half of a full object's
-MIN_AREA = 60  # pixels; smaller blobs are specks of a reconstruction, not objects
-MIN_CHROMA = 50.0  # max - min of the RGB channels below which a blob has no named colour
-MIN_SAME_HUE = 0.7  # part of a blob's core that must agree on its colour
-MIN_OVERLAP = 0.7  # intersection over union with the best shape mask
-RELATION_MARGIN = 16.0  # pixels between centres along the stated axis
+BORDER = 2  # width in pixels of the border from which the background colour is estimated
+FOREGROUND_DISTANCE = 80.0  # RGB distance to the background, about half that of a full object
+MIN_AREA = 60  # pixels; smaller blobs are reconstruction artefacts, not objects
+MIN_CHROMA = 50.0  # max - min of the RGB channels; a pixel below it has no named colour
+MIN_SAME_HUE = 0.7  # fraction of a blob's interior pixels that must have the same colour
+MIN_OVERLAP = 0.7  # minimum intersection over union with the best shape mask
+RELATION_MARGIN = 16.0  # minimum distance in pixels between centres along the relation's axis
 
-# Hue angles in degrees: the middle of what people call by these names.
+# Hue angles in degrees: the middle of the range that people call by each name.
 HUES = {"red": 0.0, "orange": 30.0, "yellow": 54.0, "green": 130.0, "blue": 225.0, "purple": 285.0}
-# Part of the bounding square that the shape fills, and how far below the square's middle its
-# centroid lies (parts of the side).
+# FILL: fraction of the bounding square that the shape covers. DROP: distance of the centroid below
+# the centre of the square, as a fraction of the side.
 FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "cross": 5 / 9}
 DROP = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6, "cross": 0.0}
 UNKNOWN = "unknown"
@@ -30,7 +31,7 @@ UNKNOWN = "unknown"
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """`count` objects of one shape; `color` None means any colour."""
+    """`count` objects of one shape and colour. `color` None means any colour."""
 
     shape: str
     color: str | None
@@ -39,10 +40,10 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Requirement:
-    """What an image must show, and nothing besides.
+    """The objects that an image must show. Other objects are not allowed.
 
-    `relation` ("left of", "right of", "above", "below") says where items[0] is seen from items[1];
-    both then have count 1.
+    `relation` ("left of", "right of", "above" or "below") is the direction of items[0] from
+    items[1]. If it is set, both items have count 1.
     """
 
     items: tuple[Item, ...]
@@ -51,8 +52,11 @@ class Requirement:
 
 @dataclasses.dataclass(frozen=True)
 class Detection:
-    """One blob: names ("unknown" where nothing fits), centre of its bounding square and area in
-    pixels, x to the right and y downwards."""
+    """One detected blob.
+
+    `shape` and `color` are "unknown" if no name fits. (x, y) is the centre of the bounding square
+    in pixels, with x to the right and y down. `area` is in pixels.
+    """
 
     shape: str
     color: str
@@ -62,7 +66,7 @@ class Detection:
 
 
 def background(image: np.ndarray) -> str:
-    """Background name of uint8[Y, X, 3]: "white", "black", or "gray", which no scene has."""
+    """Returns the background of uint8[Y, X, 3]: "white", "black" or "gray" (in no valid scene)."""
     level = float(_background_rgb(image.astype(np.float32)).mean())
     if level > 230:
         return "white"
@@ -70,9 +74,13 @@ def background(image: np.ndarray) -> str:
 
 
 def detect(image: np.ndarray) -> list[Detection]:
-    """Objects in uint8[Y, X, 3], in reading order of their topmost pixels."""
+    """Returns the objects in uint8[Y, X, 3], ordered by their first pixel in row-major order.
+
+    Raises:
+        ValueError: the image has another dtype or shape.
+    """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-        raise ValueError(f"need uint8[Y, X, 3], got {image.dtype}{list(image.shape)}")
+        raise ValueError(f"expected uint8[Y, X, 3], got {image.dtype}{list(image.shape)}")
     pixels = image.astype(np.float32)
     difference = pixels - _background_rgb(pixels)
     distance = np.sqrt(np.einsum("yxc,yxc->yx", difference, difference))
@@ -83,7 +91,7 @@ def detect(image: np.ndarray) -> list[Detection]:
 
 
 def satisfies(requirement: Requirement, detections: list[Detection]) -> bool:
-    """True if the detections are exactly what is required and the relation clearly holds."""
+    """Returns True if the detections match the requirement exactly and the relation holds."""
     matches = [[d for d in detections if _matches(d, item)] for item in requirement.items]
     if [len(m) for m in matches] != [item.count for item in requirement.items]:
         return False
@@ -95,7 +103,11 @@ def satisfies(requirement: Requirement, detections: list[Detection]) -> bool:
 
 
 def holds(relation: str, first: Detection, second: Detection) -> bool:
-    """True if `first` is `relation` `second`: clearly so, and more than along the other axis."""
+    """Returns True if `first` is clearly in the direction `relation` from `second`.
+
+    The offset along the axis of the relation must be at least RELATION_MARGIN and larger than the
+    offset across it.
+    """
     right, down = first.x - second.x, first.y - second.y
     along = {"left of": -right, "right of": right, "above": -down, "below": down}
     if relation not in along:
@@ -116,47 +128,50 @@ def _background_rgb(pixels: np.ndarray) -> np.ndarray:
 def _describe(
     pixels: np.ndarray, interior: np.ndarray, rows: np.ndarray, columns: np.ndarray
 ) -> Detection:
-    """Detection of the blob at pixel coordinates int[n] `rows`, `columns`.
+    """Returns the detection for the blob at pixel coordinates `rows` and `columns`, int[n] each.
 
-    Its colour is that of its interior, for the rim is blended with the background.
+    The colour is taken from the interior, because edge pixels are blended with the background.
     """
     shape, x, y = _shape(rows, columns)
-    core = interior[rows, columns]
-    pick = core if core.any() else slice(None)
-    return Detection(shape, _color(pixels[rows, columns][pick]), x, y, len(rows))
+    inside = interior[rows, columns]
+    selected = inside if inside.any() else slice(None)
+    return Detection(shape, _color(pixels[rows, columns][selected]), x, y, len(rows))
 
 
 def _interior(mask: np.ndarray) -> np.ndarray:
-    """bool[Y, X]: pixels of the mask whose four neighbours are in it too."""
+    """Returns the pixels of the mask whose four neighbours are also in it, bool[Y, X]."""
     around = np.pad(mask, 1)
     return mask & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
 
 
-def _color(core: np.ndarray) -> str:
-    """Colour name of float[n, 3]: the hue most pixels agree on, if enough of them do."""
-    high, low = core.max(axis=1), core.min(axis=1)
+def _color(rgb: np.ndarray) -> str:
+    """Returns the colour name of pixels float[n, 3].
+
+    This is the most frequent hue, or "unknown" if fewer than MIN_SAME_HUE of the pixels have it.
+    """
+    high, low = rgb.max(axis=1), rgb.min(axis=1)
     chroma = high - low
     colored = chroma >= MIN_CHROMA
     if colored.mean() < MIN_SAME_HUE:
         return UNKNOWN
-    red, green, blue = core[colored].T
+    red, green, blue = rgb[colored].T
     chroma = chroma[colored]
-    sector = core[colored].argmax(axis=1)
-    turns = np.choose(sector, [(green - blue) / chroma, (blue - red) / chroma + 2,
-                               (red - green) / chroma + 4])
-    apart = np.abs(60.0 * turns[:, None] - np.array(list(HUES.values()))) % 360.0
-    nearest = np.minimum(apart, 360.0 - apart).argmin(axis=1)
+    sector = rgb[colored].argmax(axis=1)
+    sixths = np.choose(sector, [(green - blue) / chroma, (blue - red) / chroma + 2,
+                                (red - green) / chroma + 4])
+    difference = np.abs(60.0 * sixths[:, None] - np.array(list(HUES.values()))) % 360.0
+    nearest = np.minimum(difference, 360.0 - difference).argmin(axis=1)
     votes = np.bincount(nearest, minlength=len(HUES))
-    if votes.max() < MIN_SAME_HUE * len(core):
+    if votes.max() < MIN_SAME_HUE * len(rgb):
         return UNKNOWN
     return list(HUES)[int(votes.argmax())]
 
 
 def _shape(rows: np.ndarray, columns: np.ndarray) -> tuple[str, float, float]:
-    """Name and centre (x, y) of the shape whose mask overlaps the blob best.
+    """Returns the name and the centre (x, y) of the shape whose mask overlaps the blob best.
 
-    Each candidate's side follows from the blob's area and its place from the centroid, which blur
-    moves far less than the blob's outermost pixels.
+    The side of each candidate is computed from the area of the blob and its position from the
+    centroid. Blur changes these far less than it changes the outermost pixels.
     """
     area, x, y = len(rows), columns.mean() + 0.5, rows.mean() + 0.5
     best, name, centre = MIN_OVERLAP, UNKNOWN, y
@@ -176,7 +191,10 @@ def _shape(rows: np.ndarray, columns: np.ndarray) -> tuple[str, float, float]:
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """True where (u right, v down), in half sides from the middle, lies in the shape."""
+    """Returns True where (u, v) lies in the shape.
+
+    u points right and v down from the centre, in units of half a side.
+    """
     if shape == "circle":
         return u * u + v * v <= 1
     box = (np.abs(u) <= 1) & (np.abs(v) <= 1)
@@ -188,7 +206,10 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
 
 
 def _components(mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """4-connected blobs of bool[Y, X] as (rows, columns), joined run by run."""
+    """Returns the 4-connected components of bool[Y, X] as (rows, columns).
+
+    Horizontal runs of pixels are found first and then merged across rows.
+    """
     height, width = mask.shape
     padded = np.zeros((height, width + 2), np.int8)
     padded[:, 1:-1] = mask
@@ -197,14 +218,14 @@ def _components(mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
     ends = np.nonzero(steps == -1)[1]
     labels = _join_runs(run_rows.tolist(), starts.tolist(), ends.tolist())
     lengths = ends - starts
-    rows, columns = np.nonzero(mask)  # row-major, so the pixels come run after run
+    rows, columns = np.nonzero(mask)  # row-major, so the pixels of each run are contiguous
     pixel_labels = np.repeat(labels, lengths)
     return [(rows[pick], columns[pick])
             for pick in (pixel_labels == label for label in np.unique(labels))]
 
 
 def _join_runs(run_rows: list[int], starts: list[int], ends: list[int]) -> np.ndarray:
-    """int[runs]: the first run of the blob that each run belongs to."""
+    """Returns for each run the index of the first run of its blob, int[runs]."""
     parent = list(range(len(run_rows)))
 
     def root(run: int) -> int:
@@ -212,7 +233,7 @@ def _join_runs(run_rows: list[int], starts: list[int], ends: list[int]) -> np.nd
             run = parent[run]
         return run
 
-    above = 0  # first run of the row above that may still touch the current run
+    above = 0  # first run of the previous row that may touch the current run
     for run, row in enumerate(run_rows):
         while run_rows[above] < row - 1 or (run_rows[above] < row and ends[above] <= starts[run]):
             above += 1

@@ -1,6 +1,7 @@
-"""Batches of drawn scenes for the image tokenizer and the encoder: no file, no epoch.
+"""Batches of rendered scenes for training the image tokenizer and the understanding encoder.
 
-B batch, S pixels a side.
+Scenes are generated on the fly: there are no files and no epochs. B is the batch size, S the image
+side in pixels, T the number of patches.
 """
 
 import numpy as np
@@ -11,29 +12,35 @@ NUM_PATCH_LABELS = 1 + len(scenes.SHAPES) * len(scenes.COLORS)
 
 
 def sample_scenes(rng: np.random.Generator, batch_size: int) -> list[scenes.Scene]:
-    """Training scenes, with or without a caption."""
+    """Samples scenes of the training split with scenes.sample_any."""
     return [scenes.sample_any(rng) for _ in range(batch_size)]
 
 
 def scene_images(rng: np.random.Generator, batch_size: int) -> np.ndarray:
-    """Images of training scenes, uint8[B, S, S, 3]."""
+    """Returns images of training scenes, uint8[B, S, S, 3]."""
     return np.stack([scenes.draw(scene) for scene in sample_scenes(rng, batch_size)])
 
 
 def labelled_images(
     rng: np.random.Generator, batch_size: int, patch: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Images uint8[B, S, S, 3] and what has its centre in each patch, int32[B, T], row-major.
+    """Returns images, uint8[B, S, S, 3], and a label for each patch, int32[B, T], row-major.
 
-    patch: pixels a side. Label 0 is nothing, the others below NUM_PATCH_LABELS a shape and color.
+    The label names the object whose centre lies in the patch: 0 means no object, and each value
+    from 1 to NUM_PATCH_LABELS - 1 is one combination of shape and color.
+
+    Args:
+        rng: source of randomness.
+        batch_size: B.
+        patch: side of a patch in pixels.
     """
-    drawn = sample_scenes(rng, batch_size)
+    batch = sample_scenes(rng, batch_size)
     grid = scenes.IMAGE_SIZE // patch
     labels = np.zeros((batch_size, grid, grid), np.int32)
-    for row, scene in enumerate(drawn):
+    for row, scene in enumerate(batch):
         for item in scene.objects:
             labels[row, item.y // patch, item.x // patch] = _patch_label(item)
-    return np.stack([scenes.draw(scene) for scene in drawn]), labels.reshape(batch_size, -1)
+    return np.stack([scenes.draw(scene) for scene in batch]), labels.reshape(batch_size, -1)
 
 
 def _patch_label(item: scenes.Object) -> int:

@@ -1,7 +1,7 @@
-"""Drawn scenes as a source of records: made when they are asked for, with nothing on disk.
+"""A source of records of rendered scenes, generated on access; nothing is stored on disk.
 
-A record depends on what is given, the seed and the record's number alone. Held-out compositions
-(scenes.py) are never shown nor named.
+A record depends only on the path, the options, the seed and the record's index. Held-out
+compositions (scenes.py) occur neither in images nor in texts.
 """
 
 import zlib
@@ -16,19 +16,19 @@ from janus_jax.data.reading import Source
 from janus_jax.data.records import KINDS, Record
 from janus_jax.processing.images import encode_png
 
-TURNS = 3  # questions about one image
-DESCRIBED = 0.5  # part of the sentences that describe a scene; the others are captions
+TURNS = 3  # questions per image
+DESCRIBED = 0.5  # fraction of the text records that are descriptions; the others are captions
 
 
 class ScenesSource(Source):
-    """What the path names:
+    """Records of rendered scenes. The path selects what they contain:
 
-    generation: a caption of one of scenes.KINDS, all as often, and its image.
-    generation/position, and so on: the same with captions of one kind.
+    generation: a caption and its image; all kinds in scenes.KINDS are equally likely.
+    generation/KIND, e.g. generation/position: the same with captions of one kind.
     understanding: an image and TURNS questions about it, with their answers.
     text: a sentence that is true of a scene, without the image.
 
-    Place: "scenes:generation:17", counted from 0.
+    Location of a record: "scenes:generation:17", counted from 0.
     """
 
     def __init__(
@@ -38,23 +38,28 @@ class ScenesSource(Source):
         seed: int = 0,
         relations: float = 0.0,
     ):
-        """Raises ValueError for another path, and for options that the path has no use for.
+        """Creates the source.
 
         Args:
-            path: one of records.KINDS, or a kind of captions as above.
-            count: of the records.
-            seed: below 2**32; with another one all records are others.
-            relations: from 0 to 1, the part of the questions that ask_relation asks, where the
-                scene has two objects to ask it about (about half of the scenes do). The others are
-                drawn by sample_question, which asks it too. For understanding.
+            path: one of records.KINDS, or "generation/KIND" as above.
+            count: number of records.
+            seed: random seed in [0, 2**32).
+            relations: fraction of the questions, from 0 to 1, that come from ask_relation if the
+                scene has two objects that it can ask about (about half of the scenes do). The
+                other questions come from sample_question, which also uses ask_relation. Only for
+                the path "understanding".
+
+        Raises:
+            ValueError: the path is unknown, an option has a wrong type or range, or `relations` is
+                set for another path than "understanding".
         """
         self._name = str(path)
         self._kind, _, caption = self._name.partition("/")
+        got = shorten(self._name)
         captioned = self._kind == "generation" and caption in scenes.KINDS
         if self._name not in KINDS and not captioned:
             known = ", ".join([*KINDS, *(f"generation/{kind}" for kind in scenes.KINDS)])
-            got = shorten(self._name)
-            raise ValueError(f"the path of scenes must be one of {known}, got {got}")
+            raise ValueError(f"the path of a scenes source must be one of {known}, got {got}")
         if type(count) is not int or count < 1:
             raise ValueError(f"count must be an integer of at least 1, got {shorten(count)}")
         if type(seed) is not int or not 0 <= seed < 2**32:
@@ -62,39 +67,42 @@ class ScenesSource(Source):
         if type(relations) not in (int, float) or not 0 <= relations <= 1:
             raise ValueError(f"relations must be a number from 0 to 1, got {shorten(relations)}")
         if relations and self._kind != "understanding":
-            raise ValueError(f"relations must be left to understanding, got it for {self._kind}")
+            raise ValueError(
+                "relations can only be set for the path understanding, "
+                f"got {shorten(relations)} for {got}"
+            )
         self._seed, self._relations = seed, relations
         self._captions = [caption] if caption else list(scenes.KINDS)
         super().__init__(path, [count])
 
     def scene(self, index: int) -> scenes.Scene:
-        """What the image of a record shows, or its sentence tells of. index: from 0."""
-        return self._drawn(self._rng(index))[0]
+        """Returns the scene that the image or the text of a record describes. index: from 0."""
+        return self._sample(self._rng(index))[0]
 
     def _rng(self, index: int) -> np.random.Generator:
-        """One for each record; sources of other paths do not share its scenes."""
+        """Returns the generator of one record; it differs between sources of different paths."""
         return np.random.default_rng((zlib.crc32(self._name.encode()), self._seed, index))
 
-    def _drawn(self, rng: np.random.Generator) -> tuple[scenes.Scene, str]:
-        """A scene and what is said of it: a caption, a sentence, or nothing yet."""
+    def _sample(self, rng: np.random.Generator) -> tuple[scenes.Scene, str]:
+        """Returns a scene and its caption or sentence; "" for the path "understanding"."""
         if self._kind == "understanding":
             return scenes.sample_any(rng), ""
         if self._kind == "text":
-            return _told(rng)
+            return _sample_sentence(rng)
         kind = self._captions[rng.integers(len(self._captions))]
         scene, prompt = scenes.sample_scene(rng, kind)
         return scene, prompt.text
 
     def _question(self, rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer:
-        found = ask_relation(rng, scene) if rng.random() < self._relations else None
-        return found or sample_question(rng, scene)
+        question = ask_relation(rng, scene) if rng.random() < self._relations else None
+        return question or sample_question(rng, scene)
 
     def _where(self, part: int, position: int) -> str:
         return f"scenes:{self._name}:{position}"
 
     def _read(self, part: int, position: int) -> Record:
         rng = self._rng(position)
-        scene, text = self._drawn(rng)
+        scene, text = self._sample(rng)
         if self._kind == "text":
             return Record("text", text=text)
         images = (encode_png(scenes.draw(scene)),)
@@ -104,8 +112,8 @@ class ScenesSource(Source):
         return Record("understanding", turns, images=images)
 
 
-def _told(rng: np.random.Generator) -> tuple[scenes.Scene, str]:
-    """A scene and a sentence about it."""
+def _sample_sentence(rng: np.random.Generator) -> tuple[scenes.Scene, str]:
+    """Samples a scene and a sentence about it: a caption or a description (see DESCRIBED)."""
     if rng.random() >= DESCRIBED:
         scene, prompt = scenes.sample_scene(rng, None)
         return scene, prompt.text

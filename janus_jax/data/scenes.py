@@ -1,14 +1,14 @@
-"""Procedurally drawn scenes: coloured shapes on plain backgrounds, with GenEval-like captions.
+"""Procedural scenes: coloured shapes on plain backgrounds, with captions like those of GenEval.
 
-Held-out rule (one place, used by captions and by the scenes themselves):
-* A composition is either one object's (shape, color) pair, or an unordered combination of two
-  different pairs that stand in one image.
-* 3 of the 24 pairs (1 in 8) are held out: the first three in the order of their SHA-256 digests
-  that share neither shape nor colour, so every shape and every colour is still trained on.
-* Of the combinations of two remaining pairs, those whose digest is 0 modulo 8 are held out.
-* No training scene holds an object of a held-out pair or two objects of a held-out combination,
-  whatever its caption says; every relation and every count is trained on. A held-out prompt names
-  at least one held-out composition. Prompts that name no colour name no composition, so the kinds
+Held-out rule, used both for captions and for the scenes themselves:
+* A composition is either the (shape, color) pair of one object, or an unordered combination of two
+  different pairs that occur in the same image.
+* 3 of the 24 pairs (1 in 8) are held out. Pairs are sorted by SHA-256 digest, and the first three
+  that share neither shape nor colour are taken, so every shape and every colour occurs in training.
+* A combination of two remaining pairs is held out if its digest is 0 modulo 8.
+* No training scene contains an object of a held-out pair or two objects of a held-out combination,
+  whatever its caption says. Every relation and every count occurs in training. A held-out prompt
+  names at least one held-out composition. Prompts without colours name no composition, so the kinds
   "single_object" and "two_object" have no held-out prompts.
 """
 
@@ -36,15 +36,15 @@ BACKGROUNDS = {"white": (255, 255, 255), "black": (20, 20, 20)}
 RELATIONS = ("left of", "right of", "above", "below")
 KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "held_out")
-MIXED_SCENES = 0.5  # part of the scenes that follow no caption, where any will do
+MIXED_SCENES = 0.5  # fraction of the scenes from sample_any that are not built from a caption
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 
-SIZES = (24, 32)  # pixels, side of the bounding square
-SNAP = 8  # pixels between possible centres: few variants of a patch make codes easy to learn
-GAP = 6  # pixels kept free between bounding squares
-MARGIN = 2  # pixels kept free at the image's rim
+SIZES = (24, 32)  # side of the bounding square in pixels
+SNAP = 8  # spacing of object centres in pixels: fewer distinct patches make codes easier to learn
+GAP = 6  # minimum distance between bounding squares in pixels
+MARGIN = 2  # minimum distance to the image border in pixels
 SUPERSAMPLE = 4
-MAX_SLANT = 0.5  # offset across a stated relation, in parts of the offset along it
+MAX_SLANT = 0.5  # largest offset across the axis of a relation, relative to the offset along it
 HELD_OUT_ONE_IN = 8
 
 Pair = tuple[str, str]  # (shape, color)
@@ -52,7 +52,7 @@ Pair = tuple[str, str]  # (shape, color)
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One shape; (x, y) is the centre of its bounding square of `size` pixels, y downwards."""
+    """One shape. (x, y) is the centre of its bounding square of side `size`, in pixels, y down."""
 
     shape: str
     color: str
@@ -63,7 +63,7 @@ class Object:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """Objects on a plain background (names as in BACKGROUNDS)."""
+    """Objects on a plain background. `background` is a key of BACKGROUNDS."""
 
     background: str
     objects: tuple[Object, ...]
@@ -71,7 +71,7 @@ class Scene:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A caption of one of KINDS with what an image of it must show."""
+    """A caption of one of KINDS, with the requirement that an image of it must satisfy."""
 
     kind: str
     text: str
@@ -79,7 +79,7 @@ class Prompt:
 
 
 def draw(scene: Scene) -> np.ndarray:
-    """The scene as uint8[96, 96, 3], edges anti-aliased."""
+    """Renders a scene as uint8[96, 96, 3] with anti-aliased edges."""
     image = np.empty((IMAGE_SIZE, IMAGE_SIZE, 3), np.float32)
     image[:] = BACKGROUNDS[scene.background]
     for item in scene.objects:
@@ -93,16 +93,20 @@ def draw(scene: Scene) -> np.ndarray:
 def sample_scene(
     rng: np.random.Generator, kind: str | None, split: str = "train"
 ) -> tuple[Scene, Prompt]:
-    """A scene and a caption that is true of it; `kind` None draws one that the split has.
+    """Samples a prompt of a kind, and a scene that satisfies it.
 
-    Prompts that name colours and prompts that name none are drawn equally often where a kind has
-    both, for there are far fewer of the latter.
+    If `kind` is None, it is sampled from the kinds that have prompts in the split. If a kind has
+    prompts with colours and prompts without, both groups are sampled with equal probability,
+    because there are far fewer prompts without colours.
+
+    Raises:
+        ValueError: the kind has no prompts in the split, or the kind or split is unknown.
     """
     if kind is None:
         kind = choice(rng, [k for k in KINDS if prompts(split, k)])
     groups = _prompt_groups(split, kind)
     if not groups:
-        raise ValueError(f"kind must have prompts in the split, got {kind=} {split=}")
+        raise ValueError(f"expected a kind with prompts in the split, got {kind=} {split=}")
     prompt = choice(rng, choice(rng, groups))
     while True:
         pairs = _fill_colors(rng, prompt.requirement)
@@ -112,7 +116,7 @@ def sample_scene(
 
 
 def sample_mixed(rng: np.random.Generator, split: str = "train") -> Scene:
-    """A scene of 1 to 4 unrelated objects, for questions."""
+    """Samples a scene of 1 to 4 objects without a caption."""
     _check_split(split)
     count = int(rng.integers(1, 5))
     everything = list(itertools.product(SHAPES, COLORS))
@@ -123,7 +127,7 @@ def sample_mixed(rng: np.random.Generator, split: str = "train") -> Scene:
 
 
 def sample_any(rng: np.random.Generator, split: str = "train") -> Scene:
-    """A scene with or without a caption, as questions are asked about."""
+    """Samples a scene for questions: from sample_mixed or from sample_scene (see MIXED_SCENES)."""
     if rng.random() < MIXED_SCENES:
         return sample_mixed(rng, split)
     return sample_scene(rng, None, split)[0]
@@ -131,7 +135,10 @@ def sample_any(rng: np.random.Generator, split: str = "train") -> Scene:
 
 @functools.cache
 def prompts(split: str, kind: str) -> tuple[Prompt, ...]:
-    """All distinct prompts of a kind in a split, in a fixed order (rule: module docstring)."""
+    """Returns all distinct prompts of a kind in a split, in a fixed order.
+
+    The module docstring defines the splits.
+    """
     _check_split(split)
     if kind not in KINDS:
         raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
@@ -140,7 +147,7 @@ def prompts(split: str, kind: str) -> tuple[Prompt, ...]:
 
 
 def is_held_out(pairs: list[Pair]) -> bool:
-    """True if objects of these (shape, color) pairs together show a held-out composition."""
+    """Returns True if objects of these (shape, color) pairs form a held-out composition."""
     names = sorted(set(pairs))
     if any(pair in held_out_pairs() for pair in names):
         return True
@@ -149,18 +156,18 @@ def is_held_out(pairs: list[Pair]) -> bool:
 
 @functools.cache
 def held_out_pairs() -> frozenset[Pair]:
-    """The (shape, color) pairs that no training scene shows."""
+    """Returns the (shape, color) pairs that occur in no training scene."""
     everything = sorted(itertools.product(SHAPES, COLORS), key=lambda pair: _digest(*pair))
     chosen: list[Pair] = []
     for shape, color in everything:
-        fresh = all(shape != s and color != c for s, c in chosen)
-        if fresh and len(chosen) < len(everything) // HELD_OUT_ONE_IN:
+        distinct = all(shape != s and color != c for s, c in chosen)
+        if distinct and len(chosen) < len(everything) // HELD_OUT_ONE_IN:
             chosen.append((shape, color))
     return frozenset(chosen)
 
 
 def noun_phrase(item: Item) -> str:
-    """ "a circle", "an orange square", "three crosses"."""
+    """Returns e.g. "a circle", "an orange square" or "three crosses"."""
     name = item.shape if item.color is None else f"{item.color} {item.shape}"
     if item.count > 1:
         return f"{COUNT_WORDS[item.count]} {plural(name)}"
@@ -168,12 +175,12 @@ def noun_phrase(item: Item) -> str:
 
 
 def plural(name: str) -> str:
-    """ "circles", "red crosses"."""
+    """Returns e.g. "circles" or "red crosses"."""
     return name + ("es" if name.endswith("s") else "s")
 
 
 def clear_relation(first: Object, second: Object) -> str | None:
-    """Where `first` is seen from `second`, or None if no one direction clearly dominates."""
+    """Returns the direction of `first` from `second`, or None if no direction clearly dominates."""
     right, down = first.x - second.x, first.y - second.y
     if abs(down) <= MAX_SLANT * abs(right):
         return "right of" if right > 0 else "left of"
@@ -183,7 +190,7 @@ def clear_relation(first: Object, second: Object) -> str | None:
 
 
 def _specs(kind: str):
-    """All (items, relation) of a kind."""
+    """Returns all (items, relation) tuples of a kind."""
     pairs = list(itertools.product(SHAPES, COLORS))
     bare = [(shape, None) for shape in SHAPES]
     two_bare = list(itertools.permutations(bare, 2))
@@ -203,13 +210,13 @@ def _specs(kind: str):
 
 
 def _prompt(kind: str, items: tuple[Item, ...], relation: str | None) -> Prompt:
-    joint = f" {relation or 'and'} "
-    return Prompt(kind, joint.join(map(noun_phrase, items)), Requirement(items, relation))
+    conjunction = f" {relation or 'and'} "
+    return Prompt(kind, conjunction.join(map(noun_phrase, items)), Requirement(items, relation))
 
 
 @functools.cache
 def _prompt_groups(split: str, kind: str) -> tuple[tuple[Prompt, ...], ...]:
-    """The prompts without colours and those with, empty groups left out."""
+    """Returns the prompts without colours and those with colours, omitting empty groups."""
     named: dict[bool, list[Prompt]] = {False: [], True: []}
     for prompt in prompts(split, kind):
         named[prompt.requirement.items[0].color is not None].append(prompt)
@@ -230,7 +237,7 @@ def _digest(*words: str) -> int:
 
 
 def _fill_colors(rng: np.random.Generator, requirement: Requirement) -> list[Pair]:
-    """One pair per object, in the order of the items; objects of one item share a colour."""
+    """Returns one pair per object, in the order of the items; an item has a single colour."""
     pairs = []
     for item in requirement.items:
         color = item.color or choice(rng, list(COLORS))
@@ -239,9 +246,10 @@ def _fill_colors(rng: np.random.Generator, requirement: Requirement) -> list[Pai
 
 
 def _arrange(rng: np.random.Generator, pairs: list[Pair], relation: str | None) -> Scene:
-    """Random background, sizes and free places; tries anew where the last object finds none.
+    """Samples the background, the sizes and the positions; starts over if an object does not fit.
 
-    Three objects and more are small ones, or most tries would find no place.
+    Scenes of three or more objects use the smaller size only, because most attempts would fail
+    otherwise.
     """
     background = choice(rng, list(BACKGROUNDS))
     sizes = SIZES if len(pairs) < 3 else SIZES[:1]
@@ -256,30 +264,30 @@ def _arrange(rng: np.random.Generator, pairs: list[Pair], relation: str | None) 
 def _place(
     rng: np.random.Generator, placed: list[Object], new: Object, relation: str | None
 ) -> list[Object]:
-    """[`new` at a random free place], or [] if there is none.
+    """Returns [`new` at a random free position], or [] if there is none.
 
-    With a relation, the second object goes where the first is `relation` of it.
+    With a relation, the second object is placed so that the first is `relation` of it.
     """
     x, y = _centres(new.size)
     free = np.ones(x.shape, bool)
     for other in placed:
-        apart = (new.size + other.size) // 2 + GAP
+        min_distance = (new.size + other.size) // 2 + GAP
         right, down = other.x - x, other.y - y
-        free &= (np.abs(right) >= apart) | (np.abs(down) >= apart)
+        free &= (np.abs(right) >= min_distance) | (np.abs(down) >= min_distance)
         if relation is not None:
             along, across = (right, down) if relation in ("left of", "right of") else (down, right)
             sign = 1 if relation in ("right of", "below") else -1
             free &= np.abs(across) <= MAX_SLANT * sign * along
-    places = np.flatnonzero(free)
-    if not len(places):
+    candidates = np.flatnonzero(free)
+    if not len(candidates):
         return []
-    place = places[rng.integers(len(places))]
-    return [dataclasses.replace(new, x=int(x[place]), y=int(y[place]))]
+    index = candidates[rng.integers(len(candidates))]
+    return [dataclasses.replace(new, x=int(x[index]), y=int(y[index]))]
 
 
 @functools.cache
 def _centres(size: int) -> tuple[np.ndarray, np.ndarray]:
-    """x and y, int[n] each, of all snapped centres that keep an object inside the margin."""
+    """Returns x and y, int[n] each, of all grid positions where an object respects MARGIN."""
     reach = size // 2 + MARGIN
     line = np.arange(-(-reach // SNAP) * SNAP, IMAGE_SIZE - reach + 1, SNAP)
     x, y = np.meshgrid(line, line)
@@ -288,7 +296,7 @@ def _centres(size: int) -> tuple[np.ndarray, np.ndarray]:
 
 @functools.cache
 def _sprite(shape: str, size: int) -> np.ndarray:
-    """Coverage float32[size, size, 1] of a shape that fills its bounding square."""
+    """Returns the coverage, float32[size, size, 1], of a shape that fills its bounding square."""
     side = size * SUPERSAMPLE
     mask = Image.new("L", (side, side), 0)
     pen, last = ImageDraw.Draw(mask), side - 1
@@ -307,7 +315,7 @@ def _sprite(shape: str, size: int) -> np.ndarray:
 
 
 def choice(rng: np.random.Generator, options):
-    """One of a sequence, kept as it is (rng.choice would turn tuples into arrays)."""
+    """Returns a random element of a sequence. rng.choice would convert tuples to arrays."""
     return options[int(rng.integers(len(options)))]
 
 

@@ -1,7 +1,7 @@
-"""The small files of the model that ships, but for its config, in DeepSeek's formats.
+"""Builds the tokenizer and processor files of janus_tiny, in DeepSeek's formats.
 
-The vocabulary is 256 bytes and the merges that make every word of captions, questions and answers
-one token, so any other text still encodes, only longer.
+The vocabulary consists of the 256 bytes and of merges that turn every word of the captions,
+questions and answers into one token. Any other text can be encoded too; it takes more tokens.
 """
 
 from collections.abc import Iterator
@@ -24,12 +24,12 @@ from janus_jax.processing.chat import JANUS_ROLES
 from janus_jax.processing.json_files import write_json
 from janus_jax.processing.tokenizer import BOS, EOS, IMAGE, IMAGE_END, IMAGE_START, PAD
 
-PATCH = "<patch_placeholder>"  # in the released tokenizers, used by nothing
+PATCH = "<patch_placeholder>"  # part of the released tokenizers; never used
 SPECIAL = (BOS, EOS, PAD, IMAGE, PATCH, IMAGE_START, IMAGE_END)
 NUM_IMAGE_TOKENS = (scenes.IMAGE_SIZE // 16) ** 2
-MAX_WORDS_TOKENS = 4096  # far more than the closed vocabulary needs: training stops when all merge
-QUESTION_SCENES = 4000  # enough that every question template and answer occurs many times
-# File name -> content of everything but tokenizer.json.
+MAX_VOCABULARY = 4096  # far more than needed: training stops when every word is one token
+QUESTION_SCENES = 4000  # enough for every question template and answer to occur many times
+# File name -> content, for all files except tokenizer.json.
 CONFIGS = {
     "tokenizer_config.json": {
         "add_bos_token": True,
@@ -68,18 +68,19 @@ CONFIGS = {
         "sft_format": "deepseek",
         "system_prompt": "",
     },
-    # the original's 5 breaks the images of a small model (benchmarks/results/janus_tiny.json)
+    # A guidance weight of 5, as in the original, breaks the images of this small model
+    # (benchmarks/results/janus_tiny.json).
     "generation_config.json": {"guidance_scale": 1.5, "temperature": 0.8},
 }
 FILES = ("tokenizer.json", *CONFIGS)
 
 
 def build(folder: str | Path) -> None:
-    """Writes tokenizer.json and CONFIGS to `folder`.
+    """Writes tokenizer.json and the files in CONFIGS to `folder`; the output is deterministic.
 
-    The files are the same on every call. tokenizer.json adds no BOS; the loader does. Sources of
-    the formats: a released checkpoint's files. `system_prompt` is a key of ours: empty, for this
-    model answers questions without one.
+    The formats are those of the files of a released checkpoint. tokenizer.json does not add a BOS
+    token; the loader does. The key `system_prompt` of processor_config.json is specific to this
+    project. It is empty because this model answers questions without a system prompt.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -89,7 +90,7 @@ def build(folder: str | Path) -> None:
 
 
 def train() -> Tokenizer:
-    """Byte-level BPE over the closed vocabulary, split as DeepSeek-LLM splits text."""
+    """Trains a byte-level BPE on the output of `words`, with the pre-tokenizer of DeepSeek-LLM."""
     tokenizer = Tokenizer(models.BPE())
     splits = ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"\s+$")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
@@ -100,7 +101,7 @@ def train() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=MAX_WORDS_TOKENS,
+        vocab_size=MAX_VOCABULARY,
         min_frequency=1,
         show_progress=False,
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
@@ -113,16 +114,17 @@ def train() -> Tokenizer:
 
 
 def words() -> set[str]:
-    """Every word of the closed set, as it stands after a space, and question openers also without.
+    """Returns every word of captions, questions and answers with a leading space, except numbers.
 
-    An opener follows a line break when the image's tag stands before the question.
+    The first word of each question is also returned without the space, because it follows a line
+    break if the image tag precedes the question.
     """
-    asked = list(_questions_and_answers())
+    dialogue = list(_questions_and_answers())
     captions = [p.text for split in scenes.SPLITS for k in scenes.KINDS
                 for p in scenes.prompts(split, k)]
-    inner = {f" {word.strip('?,.')}" for text in asked + captions for word in text.split()}
-    openers = {text.split()[0] for text in asked if text.endswith(("?", "."))}
-    return {word for word in inner if not word.strip().isdigit()} | openers
+    spaced = {f" {word.strip('?,.')}" for text in dialogue + captions for word in text.split()}
+    first_words = {text.split()[0] for text in dialogue if text.endswith(("?", "."))}
+    return {word for word in spaced if not word.strip().isdigit()} | first_words
 
 
 def _questions_and_answers() -> Iterator[str]:
