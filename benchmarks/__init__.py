@@ -1,1 +1,1 @@
-"""Measurements that take minutes; each writes its figures to benchmarks/results."""
+"""Benchmarks that run for minutes. Each writes its figures to benchmarks/results."""

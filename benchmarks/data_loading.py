@@ -1,8 +1,10 @@
-"""python -m benchmarks.data_loading: how fast records become rows, without a model.
+"""Measures how fast records are read and packed into rows, without a model.
 
-Writes a made-up data set (by default 20 000 records in each of two formats, about 1 GB each) of the
-kinds and sizes that Janus-Pro trains on, then reads, decodes, resizes and packs it into rows of
-4096 tokens with Janus-Pro-1B's processor.
+    python -m benchmarks.data_loading
+
+Writes a synthetic data set (by default 20 000 records in each of two formats, about 1 GB each) with
+the kinds and sizes of records that Janus-Pro is trained on. Then reads and decodes it, resizes the
+images and packs everything into rows of 4096 tokens with the processor of Janus-Pro-1B.
 """
 
 import importlib.metadata
@@ -30,33 +32,33 @@ from janus_jax.processing.processor import Processor
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "data_loading.json"
 FORMATS = dict(jsonl="data.jsonl", tar="data.tar", arrayrecord="data.array_record")
-IMAGES = 200  # different ones; to make more would take longer than to read them
+IMAGES = 200  # number of distinct images; creating more takes longer than reading them
 KINDS = dict(understanding=0.4, text=0.2, generation=0.4)
 WORDS = "a red fox in the snow looks at two old boats while clouds move over the quiet lake".split()
 PACKAGES = ("grain", "numpy", "pillow", "tokenizers")
 
 
 def make_images(rng: np.random.Generator, number: int) -> list[bytes]:
-    """JPEG files of 320 to 640 pixels a side: smooth colours with some grain, as photographs."""
+    """Returns JPEG files of smooth colours with noise, 320 to 640 pixels a side."""
     files = []
     for _ in range(number):
         width, height = rng.integers(320, 641, 2)
         coarse = Image.fromarray(rng.integers(0, 256, (9, 9, 3), np.uint8))
         smooth = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), np.int16)
-        grained = np.clip(smooth + rng.integers(-12, 13, smooth.shape), 0, 255).astype(np.uint8)
+        noisy = np.clip(smooth + rng.integers(-12, 13, smooth.shape), 0, 255).astype(np.uint8)
         file = io.BytesIO()
-        Image.fromarray(grained).save(file, "JPEG", quality=90)
+        Image.fromarray(noisy).save(file, "JPEG", quality=90)
         files.append(file.getvalue())
     return files
 
 
 def make_records(number: int) -> Iterator[Record]:
-    """Records of KINDS, the same at every call."""
+    """Yields records of the kinds in KINDS, the same ones in every call."""
     rng = np.random.default_rng(0)
     images = make_images(rng, IMAGES)
 
-    def words(least: int, most: int) -> str:
-        return " ".join(rng.choice(WORDS, int(rng.integers(least, most))))
+    def words(low: int, high: int) -> str:
+        return " ".join(rng.choice(WORDS, int(rng.integers(low, high))))
 
     for _ in range(number):
         kind = rng.choice(list(KINDS), p=list(KINDS.values()))
@@ -71,7 +73,7 @@ def make_records(number: int) -> Iterator[Record]:
 
 
 def measure(folder: Path, format: str, records: int, rows: int) -> dict[str, float | str]:
-    """Writes the data set in a format and reads `rows` rows of it."""
+    """Writes a data set of `records` records in a format and measures reading `rows` rows of it."""
     data = folder / FORMATS[format]
     write_records(format, data, make_records(records))
     small = folder / "processor"
@@ -91,38 +93,47 @@ def measure(folder: Path, format: str, records: int, rows: int) -> dict[str, flo
     )
     opened, _ = open_rows(cfg, Processor.from_dir(small), open_folder(small).cfg, folder)
     batches = iter(opened)
-    for _ in range(packing.OPEN_ROWS):  # the first rows wait until all open ones are filled
+    for _ in range(packing.OPEN_ROWS):  # no row is returned before all open rows are filled
         next(batches)
-    start, filled, images, generated = time.monotonic(), [], 0, 0
+    start, efficiencies, images = time.monotonic(), [], 0
     for _ in range(rows):
         batch = next(batches)
-        filled.append(packing.efficiency(batch["segment_ids"]))
+        efficiencies.append(packing.efficiency(batch["segment_ids"]))
         images += int(batch["image_mask"].sum()) // 576
-        generated += int(batch["gen_mask"].sum()) // 576
+        images += int(batch["gen_mask"].sum()) // 576
     seconds = time.monotonic() - start
     return dict(
         format=format,
         records=records,
         rows=rows,
-        images_per_s=round((images + generated) / seconds, 1),
-        tokens_per_s=round(sum(filled) * cfg.seq_len / seconds),
-        packing_efficiency=round(float(np.mean(filled)), 4),
+        images_per_s=round(images / seconds, 1),
+        tokens_per_s=round(sum(efficiencies) * cfg.seq_len / seconds),
+        packing_efficiency=round(float(np.mean(efficiencies)), 4),
     )
 
 
 def main() -> None:
-    """Prints the record, and writes it where --output says."""
+    """Runs the command: prints the results and writes them to the file given by --output."""
     parser = OneLineParser("data_loading", description=__doc__.splitlines()[0])
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=["jsonl", "arrayrecord"])
-    parser.add_argument("--records", type=int, default=20_000, help="of each (default: 20000)")
-    parser.add_argument("--rows", type=int, default=2000, help="to read (default: 2000)")
-    parser.add_argument("--output", type=Path, default=RESULT, help="JSON file for the record")
+    parser.add_argument(
+        "--formats",
+        nargs="+",
+        choices=FORMATS,
+        default=["jsonl", "arrayrecord"],
+        help="formats to measure (default: jsonl arrayrecord)",
+    )
+    text = "records per format (default: 20000)"
+    parser.add_argument("--records", type=int, default=20_000, help=text)
+    text = "rows to read per format (default: 2000)"
+    parser.add_argument("--rows", type=int, default=2000, help=text)
+    text = f"JSON file to write (default: {RESULT.relative_to(ROOT)})"
+    parser.add_argument("--output", type=Path, default=RESULT, help=text)
     args = parser.parse_args()
     with one_line_errors("data_loading"), tempfile.TemporaryDirectory() as folder:
-        found = [measure(Path(folder), one, args.records, args.rows) for one in args.formats]
+        measurements = [measure(Path(folder), f, args.records, args.rows) for f in args.formats]
         versions = {name: importlib.metadata.version(name) for name in PACKAGES}
         versions["python"] = platform.python_version()
-        record = dict(measurements=found, cores=os.cpu_count(), versions=versions)
+        record = dict(measurements=measurements, cores=os.cpu_count(), versions=versions)
         text = json.dumps(record, indent=1) + "\n"
         args.output.write_text(text, "utf-8")
     print(text, end="")

@@ -4,9 +4,9 @@
     python -m benchmarks.load_memory --model Janus-Pro-7B --layers 1 \\
         --output benchmarks/results/load_memory_7b_widths.json
 
-Each folder is loaded by a process of its own on CPU, where parameters lie in host memory too. The
-figure is the largest resident memory of that process, less the bytes of the parameters: so it
-holds Python, JAX, and the pages of the file that are mapped while a tensor is copied. Needs Linux.
+Each folder is loaded in a separate process on CPU, where the parameters are in host memory too. The
+reported figure is the peak resident memory of that process minus the bytes of the parameters, so it
+includes Python, JAX, and the file pages that are mapped while a tensor is copied. Needs Linux.
 """
 
 import argparse
@@ -30,21 +30,31 @@ STATUS = Path("/proc/self/status")
 
 
 def resident_bytes(which: str) -> int:
-    """This process's resident memory: 'VmRSS' is the present one, 'VmHWM' the largest so far."""
+    """Returns the resident memory of this process in bytes.
+
+    which: 'VmRSS' for the current value, 'VmHWM' for the peak.
+
+    Raises:
+      ValueError: /proc/self/status does not exist.
+    """
     if not STATUS.is_file():
-        raise ValueError(f"memory is read from {STATUS}, which only Linux has")
+        raise ValueError(f"cannot measure memory: {STATUS} does not exist; run this on Linux")
     lines = STATUS.read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{which}:"))
 
 
 def measure_here(folder: Path, dtype: str) -> dict[str, int]:
-    """Loads a folder in this process: bytes before, of the parameters, and at the peak."""
+    """Loads a folder in this process.
+
+    Returns a dict in bytes: resident memory `before` loading, size of the `parameters`, and `peak`
+    resident memory.
+    """
     import jax
     from flax import nnx
 
     import janus_jax
 
-    jax.devices()  # starts the backend
+    jax.devices()  # initialises the backend
     before = resident_bytes("VmRSS")
     pipeline = janus_jax.load(folder, dtype=dtype)
     arrays = jax.tree.leaves(nnx.state(pipeline.model))
@@ -53,7 +63,11 @@ def measure_here(folder: Path, dtype: str) -> dict[str, int]:
 
 
 def _python(*arguments: str) -> str:
-    """Runs a module in a new Python on CPU; returns what it prints."""
+    """Runs a module in a new Python process on CPU and returns its standard output.
+
+    Raises:
+      ValueError: the process fails.
+    """
     env = os.environ | {"JAX_PLATFORMS": "cpu", "JANUS_JAX_COMPILE_CACHE": "0"}
     command = [sys.executable, "-m", *arguments]
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
@@ -64,10 +78,13 @@ def _python(*arguments: str) -> str:
 
 
 def measure(folder: Path, dtype: str) -> dict[str, float]:
-    """Loads a folder in a new process; gigabytes (10^9 bytes), `above` is peak - parameters.
+    """Loads a folder in a new process.
+
+    Returns the figures of measure_here in gigabytes (10^9 bytes), and `above_gb`, the peak minus
+    the parameters.
 
     Raises:
-      ValueError: it cannot be loaded.
+      ValueError: the folder cannot be loaded.
     """
     arguments = ("--measure", "--folder", str(folder.resolve()), "--dtype", dtype)
     sizes = json.loads(_python("benchmarks.load_memory", *arguments))
@@ -76,7 +93,10 @@ def measure(folder: Path, dtype: str) -> dict[str, float]:
 
 
 def make_folder(parent: Path, kind: str, model: str, layers: int | None) -> Path:
-    """A synthetic folder in one of FORMATS; model, layers: see synthetic.listing."""
+    """Writes a synthetic folder in one of FORMATS and returns its path.
+
+    model, layers: see synthetic.listing.
+    """
     if kind != "orbax":
         return synthetic.write_folder(parent / kind, kind, model, layers)
     source = synthetic.write_folder(parent / "source", model=model, layers=layers)
@@ -87,19 +107,22 @@ def make_folder(parent: Path, kind: str, model: str, layers: int | None) -> Path
 def measure_synthetic(
     kinds: Sequence[str], dtypes: Sequence[str], model: str, layers: int | None
 ) -> list[dict]:
-    """Makes the synthetic folder in each format (up to 8.4 GB on disk for 1B) and loads it."""
-    found = []
+    """Writes the synthetic folder in each format and loads it with each dtype.
+
+    Needs up to 8.4 GB of disk space for Janus-Pro-1B.
+    """
+    measurements = []
     for kind in kinds:
         with tempfile.TemporaryDirectory() as parent:
             folder = make_folder(Path(parent), kind, model, layers)
             for dtype in dtypes:
-                found.append({"format": kind, "dtype": dtype} | measure(folder, dtype))
-                print(json.dumps(found[-1]), file=sys.stderr, flush=True)
-    return found
+                measurements.append({"format": kind, "dtype": dtype} | measure(folder, dtype))
+                print(json.dumps(measurements[-1]), file=sys.stderr, flush=True)
+    return measurements
 
 
 def report(model: str, measurements: list[dict]) -> dict:
-    """The contents of the result file."""
+    """Returns the contents of the result file."""
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     versions["python"] = ".".join(map(str, sys.version_info[:3]))
     return {
@@ -113,14 +136,14 @@ def report(model: str, measurements: list[dict]) -> dict:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    text = "a checkpoint folder; by default one with random weights is made in a temporary folder"
+    text = "checkpoint folder (default: create one with random weights in a temporary folder)"
     parser.add_argument("--folder", type=Path, help=text)
-    text = "whose shape the made folder has (default: Janus-Pro-1B)"
+    text = "model whose shapes the created folder has (default: Janus-Pro-1B)"
     parser.add_argument("--model", choices=synthetic.MODELS, help=text)
-    parser.add_argument("--layers", type=int, help="of its decoder's layers (default: all)")
-    text = "formats of the made folder (default: all)"
+    parser.add_argument("--layers", type=int, help="number of decoder layers (default: all)")
+    text = "formats of the created folder (default: all)"
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help=text)
-    parser.add_argument("--dtype", choices=DTYPES, help="default: both, one after the other")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype to load (default: both in turn)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)
     return parser
@@ -130,17 +153,17 @@ def _run(args: argparse.Namespace) -> dict:
     dtypes = [args.dtype] if args.dtype else DTYPES
     if args.folder is None:
         model = args.model or synthetic.MODELS[0]
-        found = measure_synthetic(args.formats, dtypes, model, args.layers)
+        measurements = measure_synthetic(args.formats, dtypes, model, args.layers)
         depth = "" if args.layers is None else f", decoder layers: {args.layers}"
-        return report(f"{model} with random weights{depth}", found)
+        return report(f"{model} with random weights{depth}", measurements)
     if args.model or args.layers:
-        raise ValueError("--model and --layers are of a folder that is made, not of --folder")
-    found = [{"dtype": dtype} | measure(args.folder, dtype) for dtype in dtypes]
-    return report(args.folder.resolve().name, found)
+        raise ValueError("--model and --layers cannot be combined with --folder; remove them")
+    measurements = [{"dtype": dtype} | measure(args.folder, dtype) for dtype in dtypes]
+    return report(args.folder.resolve().name, measurements)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; what a user can cause ends in one line and status 2."""
+    """Runs the command. User errors are reported in one line with exit status 2."""
     args = _parser().parse_args(argv)
     with one_line_errors("load_memory"):
         if args.measure:

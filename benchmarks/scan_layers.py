@@ -1,11 +1,12 @@
-"""The decoder's layers written out one by one, as they are, against one layer that is scanned.
+"""Compares unrolled decoder layers, as in the model, with `lax.scan` over stacked layers.
 
     python -m benchmarks.scan_layers --output benchmarks/results/scan_layers.jsonl
-    pip install "libtpu==0.0.42.*"     # and for a TPU that is not there, without running:
+    pip install "libtpu==0.0.42.*"     # to compile for a TPU without having one:
     python -m benchmarks.scan_layers --device v5p --output benchmarks/results/scan_layers.jsonl
 
-A forward and backward pass through the decoder's layers alone, with the gradient of all of their
-weights. On a TPU the layers are Janus-Pro-1B's, on this machine a twelfth as wide.
+Measures a forward and backward pass through the decoder layers alone, with the gradients of all
+their weights. For a TPU the program is compiled but not run, with the layers of Janus-Pro-1B. On
+this machine the layers have a twelfth of that width.
 """
 
 import argparse
@@ -17,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# jax's TPU compiler would look for the machine that it is on
+# keeps the TPU compiler from querying the metadata of the machine
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 
 import jax
@@ -35,31 +36,31 @@ ROWS, LENGTH, RUNS = 1, 2048, 5
 
 
 def block_state(cfg: LlamaConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """A block without values."""
+    """Returns the graph definition and the abstract state of one block."""
     return nnx.split(nnx.eval_shape(lambda: Block(cfg, rngs=nnx.Rngs(0))))
 
 
-def written_out(cfg: LlamaConfig) -> tuple[Callable, list]:
-    """The layers as a function (weights, x, angles, mask) -> x, and the shapes of the weights."""
+def unrolled(cfg: LlamaConfig) -> tuple[Callable, list]:
+    """Returns the layers as a function (weights, x, angles, mask) -> x, and the weights' shapes."""
     graph, state = block_state(cfg)
     run = block_call(Block, cfg.remat)
 
     def layers(weights, x, angles, mask):
-        for one in weights:
-            x, _, _ = run(nnx.merge(graph, one), x, angles, mask, None)
+        for layer in weights:
+            x, _, _ = run(nnx.merge(graph, layer), x, angles, mask, None)
         return x
 
     return layers, [state] * cfg.num_hidden_layers
 
 
 def scanned(cfg: LlamaConfig) -> tuple[Callable, nnx.State]:
-    """The same with all layers' weights in one array each, float[layers, ...]."""
+    """Returns the same with stacked weights, float[layers, ...], and `lax.scan`."""
     graph, state = block_state(cfg)
     run = block_call(Block, cfg.remat)
 
     def layers(weights, x, angles, mask):
-        def body(x, one):
-            return run(nnx.merge(graph, one), x, angles, mask, None)[0], None
+        def body(x, layer):
+            return run(nnx.merge(graph, layer), x, angles, mask, None)[0], None
 
         return jax.lax.scan(body, x, weights)[0]
 
@@ -67,8 +68,11 @@ def scanned(cfg: LlamaConfig) -> tuple[Callable, nnx.State]:
     return layers, jax.tree.map(lambda w: jax.ShapeDtypeStruct(shape + w.shape, w.dtype), state)
 
 
+VARIANTS = dict(written_out=unrolled, scanned=scanned)  # by their names in the results file
+
+
 def gradients(layers: Callable, cfg: LlamaConfig) -> Callable:
-    """(weights, x, segments) -> the gradient of a sum over what the layers give."""
+    """Returns the jitted (weights, x, segments) -> gradient of the summed output by the weights."""
 
     def total(weights, x, segments):
         positions = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))
@@ -79,45 +83,48 @@ def gradients(layers: Callable, cfg: LlamaConfig) -> Callable:
 
 
 def measure(make: Callable, cfg: LlamaConfig, chip: jax.Device | None) -> dict:
-    """Seconds of tracing and compiling, gigabytes beside the weights and, here, seconds of a step.
+    """Compiles one variant and measures it.
 
-    chip: a device that is not there, or None for this machine.
+    Returns the seconds to trace and to compile, the gigabytes of temporaries and, on this machine,
+    the seconds per step.
+
+    make: `unrolled` or `scanned`. chip: a device to compile for, or None to use this machine.
     """
     layers, weights = make(cfg)
     x = jax.ShapeDtypeStruct((ROWS, LENGTH, cfg.hidden_size), cfg.dtype)
     shapes = weights, x, jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
     if chip:
-        lies = SingleDeviceSharding(chip)
+        sharding = SingleDeviceSharding(chip)
         shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies), shapes
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
         )
-    began = time.monotonic()
+    start = time.monotonic()
     lowered = gradients(layers, cfg).lower(*shapes)
     traced = time.monotonic()
     compiled = lowered.compile()
-    found = dict(
-        trace_s=round(traced - began, 2),
+    figures = dict(
+        trace_s=round(traced - start, 2),
         compile_s=round(time.monotonic() - traced, 2),
         temporaries_gb=round(compiled.memory_analysis().temp_size_in_bytes / 1e9, 3),
     )
-    return found if chip else found | dict(step_s=step_seconds(compiled, shapes))
+    return figures if chip else figures | dict(step_s=step_seconds(compiled, shapes))
 
 
 def step_seconds(compiled: Callable, shapes: tuple) -> float:
-    """Median of RUNS runs after the first one."""
+    """Returns the median time of RUNS runs, after one warm-up run."""
     weights, x, segments = shapes
     weights, x = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), (weights, x))
-    given = weights, x, jnp.ones(segments.shape, segments.dtype)
+    inputs = weights, x, jnp.ones(segments.shape, segments.dtype)
     times = []
     for _ in range(RUNS + 1):
-        began = time.monotonic()
-        jax.block_until_ready(compiled(*given))
-        times.append(time.monotonic() - began)
+        start = time.monotonic()
+        jax.block_until_ready(compiled(*inputs))
+        times.append(time.monotonic() - start)
     return round(statistics.median(times[1:]), 3)
 
 
 def compare(device: str) -> dict:
-    """The record of one device: "" is this machine."""
+    """Measures all variants for one kind of device and returns the record; "" is this machine."""
     cfg, chip = JanusConfig.janus_pro_1b().language_model, None
     if device:
         chips = topologies.get_topology_desc(platform="tpu", topology_name=f"{device}:2x2")
@@ -126,12 +133,12 @@ def compare(device: str) -> dict:
         small = dict(hidden_size=160, intermediate_size=448, num_attention_heads=4)
         cfg = dataclasses.replace(cfg, **small, num_key_value_heads=4)
     cfg = dataclasses.replace(cfg, param_dtype=cfg.dtype)
-    ways = {
-        f"{make.__name__}, remat {remat}": measure(
+    results = {
+        f"{name}, remat {remat}": measure(
             make, dataclasses.replace(cfg, remat=remat), chip
         )
         for remat in ("none", "full")
-        for make in (written_out, scanned)
+        for name, make in VARIANTS.items()
     }
     return dict(
         device=device or jax.devices()[0].device_kind,
@@ -142,15 +149,15 @@ def compare(device: str) -> dict:
         batch_size=ROWS,
         seq_len=LENGTH,
         dtype=jnp.dtype(cfg.dtype).name,
-        ways=ways,
+        ways=results,
     )
 
 
 def main() -> None:
-    """Prints the record, and adds it to the file that --output names."""
+    """Runs the command: prints the record and appends it to the file given by --output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="", help="kind of TPU, as v5p (default: this machine)")
-    parser.add_argument("--output", type=Path, help="JSON lines; a line is added")
+    parser.add_argument("--output", type=Path, help="JSON Lines file to append to")
     flags = parser.parse_args()
     line = json.dumps(compare(flags.device))
     print(line)

@@ -1,13 +1,15 @@
-"""Scores a model on drawn scenes: images of prompts, and questions about images.
+"""Scores a model on rendered scenes: images generated from prompts, and questions about images.
 
     python -m benchmarks.score_scenes --output benchmarks/results/janus_tiny.json
 
-Images are judged by janus_jax/data/checker.py, which reads pixels and shares no code with the
-drawing; four images a prompt, as in GenEval. Guidance and temperature are chosen on prompts that
-do not count. Answers must equal the expected ones to the letter: those of the drawn scene, in which
-the checker must have read the same from the pixels. Questions are about scenes that neither the
-understanding encoder nor the decoder saw in training (the image tokenizer takes no part in
-answering).
+Generated images are scored by janus_jax/data/checker.py, which reads pixels and shares no code with
+the renderer. There are four images per prompt, as in GenEval. Guidance weight and temperature are
+tuned on prompts that are not scored.
+
+An answer must equal the expected answer exactly. Expected answers come from the rendered scene; the
+checker must detect the same scene in the pixels. Questions are about scenes that neither the
+understanding encoder nor the decoder saw in training. (The image tokenizer is not used to answer
+questions.)
 """
 
 import argparse
@@ -36,17 +38,17 @@ from janus_jax.processing.json_files import write_json
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0)
 TEMPERATURES = (1.0, 0.8, 0.6)
-NUM_IMAGES = 4  # a prompt
-TUNING_PROMPTS = 12  # a kind at most, and at most a quarter of the kind's prompts
-SCORED_PROMPTS = 60  # a kind at most
+NUM_IMAGES = 4  # per prompt
+TUNING_PROMPTS = 12  # at most per kind, and at most a quarter of the prompts of the kind
+SCORED_PROMPTS = 60  # at most per kind
 QUESTIONS = 1200
 ANSWER_BATCH = 48
-READ_WITHIN = 1.0  # pixels
-SEED = 2026  # of prompts, questions and images; training has its own
+MAX_POSITION_ERROR = 1.0  # pixels, between the scene and the checker's detection
+SEED = 2026  # for prompts, questions and images; training uses other seeds
 
 
 def split_prompts(split: str, kind: str) -> tuple[list[scenes.Prompt], list[scenes.Prompt]]:
-    """Prompts to choose guidance and temperature on and, apart from them, prompts to score."""
+    """Returns disjoint lists: prompts for tuning guidance and temperature, and prompts to score."""
     prompts = scenes.prompts(split, kind)
     order = np.random.default_rng(SEED).permutation(len(prompts))
     cut = min(TUNING_PROMPTS, len(prompts) // 4)
@@ -57,26 +59,26 @@ def split_prompts(split: str, kind: str) -> tuple[list[scenes.Prompt], list[scen
 def score_images(
     pipeline: Pipeline, prompts: list[scenes.Prompt], seed: int, **drawing: float
 ) -> float:
-    """Part of the images of the prompts that show what is asked for, and nothing else.
+    """Generates NUM_IMAGES images per prompt and returns the fraction that satisfies the prompts.
 
-    drawing: guidance_weight and temperature, if not the checkpoint's own.
+    drawing: guidance_weight and temperature (default: the settings of the checkpoint).
     """
     texts = [p.text for p in prompts]
-    drawn = pipeline.generate_images(texts, NUM_IMAGES, seed, **drawing, max_batch=64)
-    wanted = [p.requirement for p in prompts for _ in range(NUM_IMAGES)]
-    found = [checker.detect(image) for image in drawn.pixels]
-    return float(np.mean([checker.satisfies(*pair) for pair in zip(wanted, found, strict=True)]))
+    generated = pipeline.generate_images(texts, NUM_IMAGES, seed, **drawing, max_batch=64)
+    requirements = [p.requirement for p in prompts for _ in range(NUM_IMAGES)]
+    pairs = zip(requirements, map(checker.detect, generated.pixels), strict=True)
+    return float(np.mean([checker.satisfies(*pair) for pair in pairs]))
 
 
-def try_drawing(pipeline: Pipeline) -> dict[DrawingDefaults, float]:
-    """Score of each way to draw on the tuning prompts of training compositions."""
+def tune(pipeline: Pipeline) -> dict[DrawingDefaults, float]:
+    """Returns the score of each (guidance weight, temperature) on the tuning prompts of "train"."""
     prompts = [p for kind in scenes.KINDS for p in split_prompts("train", kind)[0]]
-    ways = itertools.starmap(DrawingDefaults, itertools.product(GUIDANCE, TEMPERATURES))
-    return {way: score_images(pipeline, prompts, SEED + 1, **way._asdict()) for way in ways}
+    settings = itertools.starmap(DrawingDefaults, itertools.product(GUIDANCE, TEMPERATURES))
+    return {one: score_images(pipeline, prompts, SEED + 1, **one._asdict()) for one in settings}
 
 
 def score_split(pipeline: Pipeline, split: str, drawing: DrawingDefaults) -> dict:
-    """Score of every kind that the split has, and their mean, as GenEval's overall score."""
+    """Returns the score of each kind with prompts in the split, and their mean as in GenEval."""
     by_kind = {}
     for kind in scenes.KINDS:
         if prompts := split_prompts(split, kind)[1]:
@@ -92,7 +94,10 @@ def score_split(pipeline: Pipeline, split: str, drawing: DrawingDefaults) -> dic
 
 
 def score_answers(pipeline: Pipeline, split: str, seen: set[bytes]) -> dict:
-    """Exact matches on questions about scenes that are not among the seen ones."""
+    """Returns the fraction of exactly matching answers, in total and by the start of the question.
+
+    seen: digests of scenes to skip.
+    """
     rng = np.random.default_rng((SEED, scenes.SPLITS.index(split)))
     images, questions, answers, skipped = [], [], [], 0
     while len(images) < QUESTIONS:
@@ -105,92 +110,104 @@ def score_answers(pipeline: Pipeline, split: str, seen: set[bytes]) -> dict:
         check_reading(scene, images[-1])
         questions.append(question)
         answers.append(answer)
-    given = ask_all(pipeline, questions, images)
-    right = [a == b for a, b in zip(given, answers, strict=True)]
+    model_answers = ask_all(pipeline, questions, images)
+    correct = [a == b for a, b in zip(model_answers, answers, strict=True)]
     by_question = collections.defaultdict(list)
-    for question, good in zip(questions, right, strict=True):
-        by_question[" ".join(question.split()[:3])].append(good)
+    for question, matches in zip(questions, correct, strict=True):
+        by_question[" ".join(question.split()[:3])].append(matches)
     return dict(
-        exact_match=round(float(np.mean(right)), 4),
-        questions=len(right),
+        exact_match=round(float(np.mean(correct)), 4),
+        questions=len(correct),
         skipped_as_seen=skipped,
         by_question={
-            start: dict(questions=len(good), score=round(float(np.mean(good)), 4))
-            for start, good in sorted(by_question.items())
+            start: dict(questions=len(matches), score=round(float(np.mean(matches)), 4))
+            for start, matches in sorted(by_question.items())
         },
     )
 
 
 def check_reading(scene: scenes.Scene, image: np.ndarray) -> None:
-    """Raises ValueError unless the checker reads in the pixels what answers are taken from.
+    """Checks that the checker detects in the image the scene from which answers are taken.
 
-    That is the background, and the objects by shape, color and place, to READ_WITHIN pixels.
+    The background must be the same, and each object must be detected with its shape and color,
+    within MAX_POSITION_ERROR of its position.
+
+    Raises:
+        ValueError: the checker detects another scene.
     """
-    read = checker.detect(image)
-    near = [
+    detections = checker.detect(image)
+    detected = [
         any(
             (one.shape, one.color) == (item.shape, item.color)
-            and max(abs(one.x - item.x), abs(one.y - item.y)) <= READ_WITHIN
-            for one in read
+            and max(abs(one.x - item.x), abs(one.y - item.y)) <= MAX_POSITION_ERROR
+            for one in detections
         )
         for item in scene.objects
     ]
-    ground = checker.background(image)
-    if not all(near) or len(read) != len(scene.objects) or ground != scene.background:
-        raise ValueError(f"the checker must read {scene}, got {read} on {ground}")
+    background = checker.background(image)
+    same_objects = all(detected) and len(detections) == len(scene.objects)
+    if not same_objects or background != scene.background:
+        raise ValueError(f"the checker must detect {scene}, got {detections} on {background}")
 
 
 def ask_all(pipeline: Pipeline, questions: list[str], images: list[np.ndarray]) -> list[str]:
-    """Greedy answers, without the space before them."""
-    given = []
+    """Returns the greedy answers, without the leading space."""
+    answers = []
     for start in range(0, len(questions), ANSWER_BATCH):
         part = slice(start, start + ANSWER_BATCH)
-        one_each = [[image] for image in images[part]]
-        given += pipeline.answer(questions[part], one_each, max_new_tokens=32)
-    return [answer.strip() for answer in given]
+        image_lists = [[image] for image in images[part]]
+        answers += pipeline.answer(questions[part], image_lists, max_new_tokens=32)
+    return [answer.strip() for answer in answers]
 
 
 def training_scenes() -> set[bytes]:
-    """Digests of every scene whose image the encoder or the decoder may have seen in training,
-    made anew. The stages read the same scenes, and not all of them."""
+    """Returns the digests of all scenes whose images the encoder or the decoder may have seen.
+
+    The scenes are generated again from the configs. All stages read the scenes of these sources,
+    and not necessarily all of them.
+    """
     cfg = janus_tiny_encoder.get_config()
-    shown = [
+    seen = [
         scene
         for step in range(cfg.steps)
         for scene in sample_scenes(np.random.default_rng((cfg.seed, step)), cfg.batch_size)
     ]
     sources = open_parts(janus_tiny_stage3.get_config().mixture.to_dict(), open_source)
     for part in sources.leaves():
-        if part.name != "text":  # which shows no images
-            shown += map(part.source.scene, range(len(part.source)))
-    return set(map(digest, shown))
+        if part.name != "text":  # text records have no images
+            seen += map(part.source.scene, range(len(part.source)))
+    return set(map(digest, seen))
 
 
 def digest(scene: scenes.Scene) -> bytes:
-    """Short name of a scene's image: that of the scene, in whatever order it was drawn."""
-    name = f"{scene.background} {sorted(map(repr, scene.objects))}"
-    return hashlib.blake2b(name.encode(), digest_size=12).digest()
+    """Returns a digest of the background and the objects of a scene; the order does not matter."""
+    text = f"{scene.background} {sorted(map(repr, scene.objects))}"
+    return hashlib.blake2b(text.encode(), digest_size=12).digest()
 
 
 def weights_digests(folder: Path) -> dict[str, str]:
-    """SHA-256 of each weight file of a PyTorch folder: which model the record is of."""
+    """Returns the SHA-256 of each weight file in a PyTorch folder, to identify the scored model."""
     files = sorted(path for pattern in ("*.safetensors", "*.bin") for path in folder.glob(pattern))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def score(model: str | None, keep_drawing: bool) -> dict:
-    """The whole record."""
+    """Returns the complete record.
+
+    model: checkpoint folder, or None for the shipped one. keep_drawing: use the guidance weight and
+    temperature of the model instead of tuning them.
+    """
     start = time.monotonic()
     pipeline = load(model, dtype="float32")
     seen = training_scenes()
-    tried = {} if keep_drawing else try_drawing(pipeline)
-    chosen = max(tried, key=tried.get) if tried else pipeline.drawing
+    scores = {} if keep_drawing else tune(pipeline)
+    chosen = max(scores, key=scores.get) if scores else pipeline.drawing
     return dict(
         sha256=weights_digests(find_folder(model)),
         generation=dict(
             images_per_prompt=NUM_IMAGES,
             **chosen._asdict(),
-            tuning_scores=[dict(**way._asdict(), score=round(tried[way], 4)) for way in tried],
+            tuning_scores=[dict(**one._asdict(), score=round(scores[one], 4)) for one in scores],
             **{split: score_split(pipeline, split, chosen) for split in scenes.SPLITS},
         ),
         understanding={split: score_answers(pipeline, split, seen) for split in scenes.SPLITS},
@@ -207,14 +224,14 @@ def score(model: str | None, keep_drawing: bool) -> dict:
 
 
 def main() -> None:
-    """Prints the record, and writes it where --output says."""
+    """Runs the command: prints the record and writes it to the file given by --output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", help="checkpoint folder (default: the one that ships)")
-    parser.add_argument("--output", type=Path, help="JSON file for the record")
+    parser.add_argument("--model", help="checkpoint folder (default: the shipped model)")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     drawing = parser.add_mutually_exclusive_group()
-    write = "write the chosen guidance and temperature into the model's folder, as its own"
+    write = "save the tuned guidance and temperature in the model's generation_config.json"
     drawing.add_argument("--set_drawing", action="store_true", help=write)
-    keep = "draw with the model's own guidance and temperature, and try no others"
+    keep = "use the model's own guidance and temperature instead of tuning them"
     drawing.add_argument("--keep_drawing", action="store_true", help=keep)
     flags = parser.parse_args()
     record = score(flags.model, flags.keep_drawing)

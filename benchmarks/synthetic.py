@@ -1,7 +1,8 @@
-"""A folder like a released Janus-Pro in all but its values, which are random.
+"""Writes a checkpoint folder like that of a released Janus-Pro, with random weights.
 
-Names, shapes and config are those of the released files, kept in tests/golden, and the tokenizer is
-that of Janus-Pro-1B; weights are bfloat16. Needs no torch and, at a time, the memory of one tensor.
+Tensor names, shapes and config are those of the released files, which are recorded in tests/golden.
+The tokenizer is that of Janus-Pro-1B, and the weights are bfloat16. Does not need torch; only one
+tensor is in memory at a time.
 """
 
 import functools
@@ -27,38 +28,44 @@ from janus_jax.processing.json_files import write_json
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 MODELS = ("Janus-Pro-1B", "Janus-Pro-7B")
-STD = 0.02  # of all values but the norms' scales, which are around 1
-POOL = 2**22 + 15  # random numbers that all tensors are cut from; odd, so that no rows are equal
-SEVEN_B_TOKENS = "øöúÿõ÷ûýÀùÁþü"  # added tokens that the 1B tokenizer lacks
+STD = 0.02  # standard deviation of all weights; scales of norms have mean 1
+POOL = 2**22 + 15  # random numbers that all tensors reuse; odd, so that no two rows are equal
+SEVEN_B_TOKENS = "øöúÿõ÷ûýÀùÁþü"  # added tokens of the 7B tokenizer that 1B does not have
 BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
 
 
 @functools.cache
 def listing(model: str = MODELS[0], layers: int | None = None) -> dict:
-    """'config': a released config.json; 'tensors': shape by name, in the file's order.
+    """Returns a dict of 'config', a released config.json, and 'tensors', name -> shape.
 
-    layers: how many of the decoder's layers there are; by default all.
+    Tensors are in the order of the released file. layers: number of decoder layers (default: all).
+
+    Raises:
+      ValueError: `layers` is out of range.
     """
-    found = json.loads(gzip.decompress((GOLDEN / "listings" / f"{model}.json.gz").read_bytes()))
+    recorded = json.loads(gzip.decompress((GOLDEN / "listings" / f"{model}.json.gz").read_bytes()))
     if layers is not None:
-        decoder = found["config"]["language_config"]
+        decoder = recorded["config"]["language_config"]
         if not 1 <= layers <= decoder["num_hidden_layers"]:
-            most = decoder["num_hidden_layers"]
-            raise ValueError(f"the layers of {model} must be 1 to {most}, got {layers}")
+            limit = decoder["num_hidden_layers"]
+            raise ValueError(f"layers of {model} must be from 1 to {limit}, got {layers}")
         decoder["num_hidden_layers"] = layers
         layer = re.compile(r"language_model\.model\.layers\.(\d+)\.").match
-        for name in list(found["tensors"]):
+        for name in list(recorded["tensors"]):
             if (match := layer(name)) and int(match[1]) >= layers:
-                del found["tensors"][name]
-    return found
+                del recorded["tensors"][name]
+    return recorded
 
 
 def tokenizer() -> dict:
-    """tokenizer.json of Janus-Pro-1B, from that of 7B: fewer added tokens, no BOS by itself."""
+    """Returns tokenizer.json of Janus-Pro-1B, derived from that of 7B.
+
+    It has fewer added tokens and does not add a BOS token.
+    """
     spec = json.loads(lzma.decompress((GOLDEN / "tokenizer_7b.json.xz").read_bytes()))
     first = spec["added_tokens"][0]["id"]
-    kept = [token for token in spec["added_tokens"] if token["content"] not in SEVEN_B_TOKENS]
-    spec["added_tokens"] = [token | {"id": first + i} for i, token in enumerate(kept)]
+    tokens = [token for token in spec["added_tokens"] if token["content"] not in SEVEN_B_TOKENS]
+    spec["added_tokens"] = [token | {"id": first + i} for i, token in enumerate(tokens)]
     spec["post_processor"] = BYTE_LEVEL | {"use_regex": True}
     return spec
 
@@ -70,7 +77,7 @@ def _pool() -> np.ndarray:
 
 
 def values(name: str, shape: Sequence[int]) -> np.ndarray:
-    """bfloat16 values of a tensor, the same at every call."""
+    """Returns the bfloat16 values of a tensor, the same ones in every call."""
     start = zlib.crc32(name.encode()) % POOL
     flat = np.resize(np.roll(_pool(), -start), math.prod(shape))
     if "norm" in name and name.endswith(".weight"):
@@ -84,9 +91,9 @@ def write_folder(
     model: str = MODELS[0],
     layers: int | None = None,
 ) -> Path:
-    """Writes the folder, 4.2 GB if it is the whole Janus-Pro-1B, and returns it.
+    """Writes the folder (4.2 GB for the whole Janus-Pro-1B) and returns its path.
 
-    weights: 'safetensors' is model.safetensors; 'bin' is pytorch_model.bin, as released.
+    weights: 'safetensors' writes model.safetensors, 'bin' pytorch_model.bin as released.
     model, layers: see listing.
     """
     folder.mkdir(parents=True)
@@ -101,7 +108,7 @@ def write_folder(
 
 
 def write_small_files(folder: Path, config: Mapping) -> None:
-    """Writes config, tokenizer and processor files into a folder."""
+    """Writes the config, tokenizer and processor files into a folder."""
     for path in (GOLDEN / "janus_pro_1b").glob("*.json"):
         shutil.copyfile(path, folder / path.name)
     write_json(folder / CONFIG, config)
@@ -109,7 +116,7 @@ def write_small_files(folder: Path, config: Mapping) -> None:
 
 
 def write_torch_file(path: Path, tensors: Mapping[str, list[int]]) -> None:
-    """Writes `values` of these names as `torch.save` writes a state dict of bfloat16 tensors."""
+    """Writes tensors with random `values` as `torch.save` writes a bfloat16 state dict."""
     root = path.stem
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(f"{root}/data.pkl", _state_dict_pickle(tensors))
@@ -121,9 +128,10 @@ def write_torch_file(path: Path, tensors: Mapping[str, list[int]]) -> None:
 
 
 def _state_dict_pickle(tensors: Mapping[str, list[int]]) -> bytes:
-    """Pickle of {name: tensor}, protocol 2, where tensor i is all of storage i.
+    """Returns the pickle, protocol 2, of {name: tensor}, where tensor i is the whole of storage i.
 
-    By hand, since pickle looks up every name that it writes, and torch is not there to be found.
+    The opcodes are written directly, because the pickle module imports every class that it names
+    and torch may not be installed.
     """
     parts = [pickle.PROTO + b"\x02", _global("collections", "OrderedDict"), pickle.EMPTY_TUPLE]
     parts += [pickle.REDUCE, pickle.MARK]

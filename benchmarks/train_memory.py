@@ -1,12 +1,12 @@
-"""What a step of training takes of a device's memory, as XLA plans it for a TPU that is not there.
+"""Measures the memory that a training step needs, by compiling it for a TPU without having one.
 
-    pip install "libtpu==0.0.42.*"     # the one that jax[tpu] asks for
+    pip install "libtpu==0.0.42.*"     # the version that jax[tpu] requires
     python -m benchmarks.train_memory --init checkpoints/Janus-Pro-1B --config finetune_lora \\
         --device v5e --output benchmarks/results/train_memory.jsonl
 
-Only the small files of the checkpoint folder are read. For one chip of the named kind (v5e: 16 GB,
-v5p: 95 GB): the size of what lies there during a step, and what XLA plans for the compiled step
-beside it, temporaries and results.
+Reports, for one chip of the given kind (v5e: 16 GB, v5p: 95 GB), the size of the arrays that are on
+the device during a step, and the additional memory that XLA plans for temporaries and results of
+the compiled step. Only the small files of the checkpoint folder are read, not the weights.
 """
 
 import argparse
@@ -17,7 +17,7 @@ import os
 import time
 from pathlib import Path
 
-# jax's TPU compiler would look for the machine that it is on
+# keeps the TPU compiler from querying the metadata of the machine
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
@@ -32,12 +32,18 @@ SETTINGS = ("batch_size", "accumulate", "seq_len", "remat", "lora_rank")
 
 
 def measure(config: str, device: str, changed: dict) -> dict:
-    """Gigabytes on one chip: held, taken by a step, and both; and the seconds of compiling."""
+    """Returns the record of one config.
+
+    It has the gigabytes on one chip of the resident arrays, of the step in addition, and in total,
+    and the seconds to compile.
+
+    config: name of a module in configs/. device: kind of TPU. changed: config values to override.
+    """
     cfg = importlib.import_module(f"configs.{config}").get_config()
     cfg.update(changed | dict(mesh="data=1"))
     chips = topologies.get_topology_desc(platform="tpu", topology_name=f"{device}:2x2").devices
     setup = dataclasses.replace(Setup.from_config(cfg), mesh=make_mesh(devices=chips[:1]))
-    sizes, began = held(setup), time.monotonic()
+    sizes, start = held(setup), time.monotonic()
     step = step_bytes(setup)
     return dict(
         config=config,
@@ -48,24 +54,25 @@ def measure(config: str, device: str, changed: dict) -> dict:
         held_gb={name: round(size / 1e9, 3) for name, size in sizes.items()},
         step_gb=round(step / 1e9, 3),
         total_gb=round((sum(sizes.values()) + step) / 1e9, 3),
-        compile_s=round(time.monotonic() - began, 1),
+        compile_s=round(time.monotonic() - start, 1),
     )
 
 
 def main() -> None:
+    """Runs the command: prints the record and appends it to the file given by --output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--init", required=True, help="checkpoint folder; weights are not needed")
-    parser.add_argument("--config", required=True, help="name of a file of configs/")
-    parser.add_argument("--device", default="v5e", help="kind of TPU, as v5e or v5p")
-    parser.add_argument("--set", nargs="*", default=[], help="NAME=NUMBER of the config")
-    parser.add_argument("--output", type=Path, help="JSON lines; a line is added")
+    parser.add_argument("--init", required=True, help="checkpoint folder; weights are not read")
+    parser.add_argument("--config", required=True, help="name of a file in configs/, without .py")
+    parser.add_argument("--device", default="v5e", help="kind of TPU: v5e (default), v5p, ...")
+    parser.add_argument("--set", nargs="*", default=[], help="NAME=JSON values for the config")
+    parser.add_argument("--output", type=Path, help="JSON Lines file to append to")
     args = parser.parse_args()
     changed = {name: json.loads(value) for name, _, value in (s.partition("=") for s in args.set)}
-    found = measure(args.config, args.device, changed | dict(init=args.init))
-    print(json.dumps(found))
+    record = measure(args.config, args.device, changed | dict(init=args.init))
+    print(json.dumps(record))
     if args.output:
         with args.output.open("a") as file:
-            file.write(json.dumps(found) + "\n")
+            file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

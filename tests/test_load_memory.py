@@ -1,4 +1,4 @@
-"""The measurement of what loading a folder takes, on the tiny checkpoint; and its random folder."""
+"""Tests of the benchmark of loading memory on a tiny checkpoint, and of its synthetic folders."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from janus_jax.interop.rules import make_plan
 from janus_jax.interop.tensors import BFLOAT16, Tensor, TensorSource
 from janus_jax.models.janus import JanusConfig
 
-NAMES = (  # of every kind of shape, none large
+NAMES = (  # one of each kind of shape, all small
     "vision_model.vision_tower.blocks.3.attn.qkv.bias",
     "vision_model.vision_tower.norm.weight",
     "gen_vision_model.quant_conv.weight",
@@ -34,7 +34,7 @@ def run(capsys, *args) -> tuple[int, str, str]:
 
 
 def test_a_load_is_measured_in_its_own_process(golden, tmp_path, capsys):
-    ballast = np.ones(10**9, np.uint8)  # of this process, so no figure may hold it
+    ballast = np.ones(10**9, np.uint8)  # in this process, so it must not be part of any figure
     target = tmp_path / "figures.json"
     args = ("--folder", golden / "janus", "--dtype", "float32", "--output", target)
     status, out, _ = run(capsys, *args)
@@ -63,9 +63,9 @@ def test_a_folder_that_does_not_load_is_told_in_one_line(golden, capsys):
     assert err.startswith("load_memory: ") and err.count("\n") == 1
     assert "holds no config.json" in err
     status, _, err = run(capsys, "--folder", golden / "janus", "--layers", 1)
-    assert status == 2 and "--layers are of a folder that is made" in err
+    assert status == 2 and "--layers cannot be combined with --folder" in err
     status, _, err = run(capsys, "--layers", 25)
-    assert status == 2 and "the layers of Janus-Pro-1B must be 1 to 24, got 25" in err
+    assert status == 2 and "layers of Janus-Pro-1B must be from 1 to 24, got 25" in err
 
 
 def test_the_torch_file_is_one(tmp_path):

@@ -1,4 +1,4 @@
-"""The scoring script, with a painter and an oracle in place of a model."""
+"""Tests of the scoring script, with an oracle in place of a model."""
 
 import dataclasses
 from types import SimpleNamespace
@@ -14,22 +14,25 @@ from janus_jax.data.sources import open_source
 
 
 class Oracle:
-    """Draws what is asked for (turned upside down on demand) and answers rightly (or "yes")."""
+    """A perfect model: returns correct images and answers.
+
+    With upside_down, images are flipped vertically. With honest=False, every answer is "yes".
+    """
 
     def __init__(self, upside_down=False, honest=True):
         self.upside_down, self.honest = upside_down, honest
         self.images, self.answers = {}, {}
 
     def generate_images(self, prompts, num_images, seed, max_batch):
-        drawn = [self.images[text] for text in prompts for _ in range(num_images)]
-        return SimpleNamespace(pixels=[x[::-1] if self.upside_down else x for x in drawn])
+        images = [self.images[text] for text in prompts for _ in range(num_images)]
+        return SimpleNamespace(pixels=[x[::-1] if self.upside_down else x for x in images])
 
-    def answer(self, asked, images, max_new_tokens):
-        keys = [(q, own[0].tobytes()) for q, own in zip(asked, images, strict=True)]
+    def answer(self, batch, images, max_new_tokens):
+        keys = [(q, own[0].tobytes()) for q, own in zip(batch, images, strict=True)]
         return [" " + self.answers[key] if self.honest else " yes" for key in keys]
 
 
-def painter(**kind) -> tuple[Oracle, list[scenes.Prompt]]:
+def oracle_and_prompts(**kind) -> tuple[Oracle, list[scenes.Prompt]]:
     rng, oracle = np.random.default_rng(0), Oracle(**kind)
     prompts = []
     for _ in range(12):
@@ -41,9 +44,9 @@ def painter(**kind) -> tuple[Oracle, list[scenes.Prompt]]:
 
 
 def test_images_of_the_prompt_count_and_others_do_not():
-    oracle, prompts = painter()
+    oracle, prompts = oracle_and_prompts()
     assert score_scenes.score_images(oracle, prompts, 0) == 1
-    oracle, prompts = painter(upside_down=True)
+    oracle, prompts = oracle_and_prompts(upside_down=True)
     assert score_scenes.score_images(oracle, prompts, 0) == 0
 
 
@@ -54,8 +57,8 @@ def test_prompts_that_choose_how_to_draw_do_not_count():
         assert not {p.text for p in tuning} & {p.text for p in scored}
 
 
-def taught(monkeypatch, **kind) -> Oracle:
-    """An oracle that hears every question and answer that the script makes up."""
+def informed_oracle(monkeypatch, **kind) -> Oracle:
+    """Returns an oracle that is given the answer to every question of the script."""
     oracle = Oracle(**kind)
 
     def sample(rng, scene):
@@ -69,10 +72,10 @@ def taught(monkeypatch, **kind) -> Oracle:
 
 
 def test_answers_must_equal_the_expected_ones(monkeypatch):
-    record = score_scenes.score_answers(taught(monkeypatch), "train", set())
+    record = score_scenes.score_answers(informed_oracle(monkeypatch), "train", set())
     assert (record["exact_match"], record["questions"], record["skipped_as_seen"]) == (1, 60, 0)
     assert sum(entry["questions"] for entry in record["by_question"].values()) == 60
-    record = score_scenes.score_answers(taught(monkeypatch, honest=False), "train", set())
+    record = score_scenes.score_answers(informed_oracle(monkeypatch, honest=False), "train", set())
     assert 0 < record["exact_match"] < 0.3
 
 
@@ -84,7 +87,7 @@ def test_answers_are_those_of_what_the_checker_reads(change):
     score_scenes.check_reading(scene, image)
     other = scenes.Scene("white", (dataclasses.replace(item, **change),))
     for wrong in (other, scenes.Scene("black", (item,)), scenes.Scene("white", (item, item))):
-        with pytest.raises(ValueError, match="the checker must read Scene"):
+        with pytest.raises(ValueError, match="the checker must detect Scene"):
             score_scenes.check_reading(wrong, image)
 
 
@@ -92,12 +95,12 @@ def test_scenes_of_the_training_are_left_out(monkeypatch):
     rng = np.random.default_rng((score_scenes.SEED, 0))
     first = scenes.sample_any(rng, "train")
     seen = {score_scenes.digest(first)}
-    record = score_scenes.score_answers(taught(monkeypatch), "train", seen)
+    record = score_scenes.score_answers(informed_oracle(monkeypatch), "train", seen)
     assert record["skipped_as_seen"] >= 1 and record["questions"] == 60
 
 
 def test_scenes_of_the_training_are_those_that_it_draws(monkeypatch):
-    """Those of the encoder's steps, and those of the records of the stages that have images."""
+    """They are those of the encoder's steps, and those of the stages' records with images."""
     encoder, stage = janus_tiny_encoder.get_config(), janus_tiny_stage3.get_config()
     encoder.steps = 2
     parts = [stage.mixture.understanding, stage.mixture.text]
