@@ -1,4 +1,7 @@
-"""Set up before jax is imported: float32 matmuls and eight CPU devices for the sharding tests."""
+"""Shared fixtures, and settings that must precede the import of JAX.
+
+The tests run on eight simulated CPU devices, with matrix products in full float32.
+"""
 
 import importlib.util
 import os
@@ -11,10 +14,11 @@ flags = os.environ.get("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in flags:
     os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 
-os.environ["JANUS_JAX_COMPILE_CACHE"] = "0"  # tests leave no files in the home directory
-if "PYTEST_XDIST_WORKER" not in os.environ:  # workers have it from the process that started them
-    programs = tempfile.TemporaryDirectory()  # for tests, and commands that they run, share some
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+os.environ["JANUS_JAX_COMPILE_CACHE"] = "0"  # tests write no files to the home directory
+if "PYTEST_XDIST_WORKER" not in os.environ:  # workers inherit it from the main process
+    # One cache for all workers and for the commands that tests run, because they share programs.
+    compilation_cache = tempfile.TemporaryDirectory()
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = compilation_cache.name
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
 
 import jax  # noqa: E402
@@ -24,6 +28,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 def _files_with_torch() -> list[str]:
+    """Returns the names of the test files that import torch, directly or through a helper."""
     modules = "torch|transformers|torch_reference|checkpoints"
     pattern = re.compile(rf"^ *(import|from) ({modules})\b", re.MULTILINE)
     files = Path(__file__).parent.glob("test_*.py")
@@ -34,38 +39,38 @@ collect_ignore = [] if importlib.util.find_spec("torch") else _files_with_torch(
 
 
 def pytest_report_header() -> str | None:
-    """Says what is not run where the extra `test` is not installed."""
+    """Reports the number of skipped test files if torch is not installed."""
     if collect_ignore:
-        return f"torch is not installed: {len(collect_ignore)} files that compare with it left out"
+        return f"torch is not installed: skipping {len(collect_ignore)} test files that need it"
 
 
 @pytest.fixture(scope="session", autouse=True)
 def processes_without_torch():
-    """Processes that tests start find no torch: nothing that users run may need it."""
-    own, given = Path(__file__).parent / "without_torch", os.environ.get("PYTHONPATH")
+    """Makes torch impossible to import in processes that tests start, as no command may need it."""
+    blocker, inherited = Path(__file__).parent / "without_torch", os.environ.get("PYTHONPATH")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(own), given])))
+        patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(blocker), inherited])))
         yield
 
 
 @pytest.fixture(scope="module")
 def quick_compiles():
-    """Compiles in less time what then runs slower, for programs of which few steps are run."""
+    """Disables most optimizations, for tests that spend more time compiling than running."""
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
-    jax.clear_caches()  # other files compare what runs as it does for users
+    jax.clear_caches()  # other files must compile with optimizations, as users do
 
 
 @pytest.fixture(scope="session")
 def golden() -> Path:
-    """Folder of the recordings of the original PyTorch code (see its README)."""
+    """Returns the folder with the recordings of the original PyTorch code (see its README)."""
     return Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="session")
 def pipeline(golden):
-    """The golden checkpoint, loaded once for all modules; nothing may change it."""
+    """Returns the golden checkpoint, loaded once for all test files. Tests must not modify it."""
     from janus_jax import load
 
     return load(golden / "janus", dtype="float32")
@@ -73,7 +78,10 @@ def pipeline(golden):
 
 @pytest.fixture(scope="session")
 def small(golden):
-    """As pipeline, with fewer layers: compiled sooner, for what is compared with no recording."""
+    """Returns a model with fewer layers than `pipeline`, which compiles faster.
+
+    It is for tests that do not compare with a recording.
+    """
     from janus_jax import load
 
     return load(golden / "janus_small", dtype="float32")

@@ -1,6 +1,7 @@
-"""Every command and every line of Python in the README is run, on small stand-ins.
+"""Runs the commands and the Python code of the README and of pages in docs/, on small checkpoints.
 
-The lines that install are run by .ci/run, those that train, with fewer steps, by test_train_cli.py.
+The installation commands are run by .ci/run. test_train_cli.py runs the training command of the
+README with fewer steps.
 """
 
 import configparser
@@ -20,27 +21,27 @@ from PIL import Image
 from configs import janus_tiny_stage1, janus_tiny_stage2
 from janus_jax.data import scenes
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")  # as in the processes
+pytestmark = pytest.mark.usefixtures("quick_compiles")  # as in the commands, see `run`
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def blocks(language: str, page: str = "README.md") -> list[str]:
-    """Contents of the code blocks of a language on a page."""
+    """Returns the contents of the code blocks of a language on a page."""
     text = (ROOT / page).read_text(encoding="utf-8")
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
 
 
 def commands(start: str) -> list[str]:
-    """Shell lines that begin so."""
+    """Returns the shell commands of the README that start with a text."""
     lines = [line for block in blocks("bash") for line in block.splitlines() if line.strip()]
     return [line for line in lines if line.startswith(start)]
 
 
 @pytest.fixture(scope="module")
 def home(golden, tmp_path_factory) -> Path:
-    """What a user has: a clone, a released checkpoint beside it, a file of prompts."""
+    """Returns a folder like a user's: a clone, a released checkpoint and a file of prompts."""
     home = tmp_path_factory.mktemp("clone")
     for name in ("sample.py", "train.py", "convert", "configs", "janus_jax", "docs", "README.md"):
         (home / name).symlink_to(ROOT / name)
@@ -50,7 +51,7 @@ def home(golden, tmp_path_factory) -> Path:
 
 
 def run(home: Path, command: str) -> subprocess.CompletedProcess:
-    """A README line as a shell runs it, with this Python and the tests' settings left out."""
+    """Runs a README command with this Python, without the environment variables of the tests."""
     words = shlex.split(command)
     assert words[0] == "python"
     settings = ("XLA_", "JAX_COMPILATION_CACHE", "JAX_PERSISTENT_CACHE", "JANUS_JAX")
@@ -102,9 +103,9 @@ def test_sample(home, command):
 
 def test_the_first_line_draws(home):
     (line,) = commands("python3 -m venv")
-    drawn = run(home, line.rsplit("&& ", 1)[1]).stdout.splitlines()
-    assert Image.open(home / drawn[0]).text["prompt"] == "a red circle left of a blue square"
-    assert any((home / "cache" / "janus_jax" / "xla").iterdir())  # so that the next run is quicker
+    paths = run(home, line.rsplit("&& ", 1)[1]).stdout.splitlines()
+    assert Image.open(home / paths[0]).text["prompt"] == "a red circle left of a blue square"
+    assert any((home / "cache" / "janus_jax" / "xla").iterdir())  # speeds up the next run
 
 
 def test_convert(home):
@@ -114,7 +115,7 @@ def test_convert(home):
 
 def test_the_training_line_is_one_of_the_page():
     (line,) = commands("python train.py")
-    assert line in blocks("bash", "docs/training.md")[0].splitlines()  # and run there
+    assert line in blocks("bash", "docs/training.md")[0].splitlines()  # test_the_page_on_training
 
 
 def test_each_config_of_janus_tiny_goes_on_from_one_before():
@@ -133,22 +134,22 @@ def test_each_config_of_janus_tiny_goes_on_from_one_before():
     assert kinds == list(scenes.KINDS)
     assert "jsonl:data/janus_tiny/$kind" in block
     for stage in (janus_tiny_stage1, janus_tiny_stage2):
-        drawn = stage.get_config().mixture.generation
-        assert [drawn[kind].path for kind in kinds] == [f"data/janus_tiny/{k}" for k in kinds]
+        sources = stage.get_config().mixture.generation
+        assert [sources[kind].path for kind in kinds] == [f"data/janus_tiny/{k}" for k in kinds]
 
 
 @pytest.mark.slow
 def test_the_page_on_training(home, monkeypatch):
-    """Python first, for the commands use the files that it writes; then all, in two chains."""
+    """Runs the Python code, whose files the commands read, and then the commands in two threads."""
     monkeypatch.chdir(home)
-    names = {"__name__": "training"}  # as one who follows the page has them
+    names = {"__name__": "training"}  # shared by all code blocks of the page
     for code in blocks("python", "docs/training.md"):
         exec(compile(code, "docs/training.md", "exec"), names)
     (mine,) = [code for code in blocks("python", "docs/training.md") if "get_config" in code]
     (home / "mine.py").write_text(mine)
     lines = [line for block in blocks("bash", "docs/training.md") for line in block.splitlines()]
     chains = [[line for line in lines if ("tiny_stage3" in line) is own] for own in (True, False)]
-    with ThreadPoolExecutor(2) as pool:  # neither chain needs what the other writes
+    with ThreadPoolExecutor(2) as pool:  # the two chains do not depend on each other
         list(pool.map(lambda chain: [run(home, line) for line in chain], chains))
     assert len(list((home / "data" / "stage2" / "real").glob("*.array_record"))) == 3
     runs = home / "runs"
@@ -157,11 +158,11 @@ def test_the_page_on_training(home, monkeypatch):
         assert (runs / name / "model" / "model.safetensors").is_file()
         assert any((runs / name / "tensorboard").iterdir())
     steps = {int(folder.name) for folder in (runs / stages[2] / "checkpoints").iterdir()}
-    assert steps == {20, 30}  # the run that was resumed
-    for name in ("finetune_lora", "finetune_full"):  # the configs as they are, but for the sizes
+    assert steps == {20, 30}  # this run was resumed
+    for name in ("finetune_lora", "finetune_full"):  # unchanged configs apart from sizes
         logged = [json.loads(line) for line in (runs / name / "metrics.jsonl").open()]
         losses = [line["loss"] for line in logged if "loss" in line]
-        assert losses[-1] < losses[0] - 0.1  # in a dozen steps
+        assert losses[-1] < losses[0] - 0.1  # after a dozen steps
     assert "eval/understanding" in (runs / "mine" / "metrics.jsonl").read_text()
     assert (home / "runs" / "for_torch" / "model.safetensors").is_file()
 
