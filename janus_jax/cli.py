@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_jax import checks
-from janus_jax.flags import OneLineParser, device_memory, one_line, one_line_errors, place
+from janus_jax.flags import OneLineParser, device_memory, one_line, one_line_errors, path_arg
 from janus_jax.paths import MAX_TEXT_BYTES, atomic_write, check_local
 from janus_jax.progress import Progress
 
@@ -77,7 +77,7 @@ _FLAGS = {
             "(default: the checkpoint's own, or 5)",
         ),
         "--output_dir": dict(
-            type=place,
+            type=path_arg,
             metavar="DIR",
             help="where PNG files go; those made alike are replaced (default: samples)",
         ),
@@ -87,7 +87,7 @@ _FLAGS = {
             help="images drawn at once "
             "(default: as many as have their keys and values in 4 GiB a device)",
         ),
-        "--save_indices": dict(type=place, metavar="FILE.npz", help="keep the image tokens too"),
+        "--save_indices": dict(type=path_arg, metavar="FILE.npz", help="keep the image tokens too"),
     },
     "questions": {
         "--image": dict(
@@ -127,7 +127,7 @@ def make_parser() -> argparse.ArgumentParser:
     task = parser.add_argument_group("what to do (one of these)")
     add = task.add_mutually_exclusive_group(required=True).add_argument
     add("--prompt", metavar="TEXT", help="draw this")
-    add("--prompts_file", type=place, metavar="FILE", help="draw each line of a text file")
+    add("--prompts_file", type=path_arg, metavar="FILE", help="draw each line of a text file")
     add("--question", metavar="TEXT", help="answer this, about the --image files if any")
     add("--chat", action="store_true", help="talk in several turns, about the --image files if any")
     for title, flags in _FLAGS.items():

@@ -26,7 +26,7 @@ class OneLineParser(argparse.ArgumentParser):
         stop(self._name, " ".join(words))
 
 
-def place(text: str) -> Path:
+def path_arg(text: str) -> Path:
     """The type of a flag that names a file or folder: an empty text is not the present folder."""
     if not text:
         raise argparse.ArgumentTypeError("a file or folder must be named, got ''")
