@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_jax import checks
-from janus_jax.flags import OneLineParser, device_memory, one_line, one_line_errors, path_arg
+from janus_jax.flags import OneLineParser, device_memory_errors, one_line, one_line_errors, path_arg
 from janus_jax.paths import MAX_TEXT_BYTES, atomic_write, check_local
 from janus_jax.progress import Progress
 
@@ -370,9 +370,9 @@ def run(argv: Sequence[str] | None) -> None:
     mesh = None if flags.mesh is None else sharding.parse_mesh(flags.mesh)
     name = flags.model or "janus_tiny"
     settings = dict(dtype=flags.dtype, mesh=mesh, adapter=flags.adapter)
-    with device_memory(_LOADING_NEEDS), Progress(f"loading {name}", "B") as progress:
+    with device_memory_errors(_LOADING_NEEDS), Progress(f"loading {name}", "B") as progress:
         pipeline = load(flags.model, progress=progress, **settings)
-    with device_memory(_DRAWING_NEEDS if prompts else _WRITING_NEEDS):
+    with device_memory_errors(_DRAWING_NEEDS if prompts else _WRITING_NEEDS):
         if prompts:
             draw(flags, prompts, pipeline)
         elif flags.chat:

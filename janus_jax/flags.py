@@ -73,7 +73,7 @@ def one_line_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def device_memory(advice: str) -> Iterator[None]:
+def device_memory_errors(advice: str) -> Iterator[None]:
     """Raises XLA's report that a device has no memory left as a MemoryError with advice."""
     try:
         yield
