@@ -115,12 +115,12 @@ def parse_record(fields: Mapping[str, Any], read_image: ReadImage) -> Record:
 def _saying(fields: Mapping[str, Any]) -> str:
     """The field that says what kind of record it is."""
     given = [name for name in _SAYING if fields.get(name) is not None]
-    held = [name for name in given if messages.holds(fields[name])]
+    held = [name for name in given if messages.is_nonempty(fields[name])]
     if not given:
         raise BadRecord("malformed", f"{_ONE_OF}, got the fields {shorten(list(fields))}")
     if len(held) > 1 and held[0] in _CONVERSATIONS:
         raise BadRecord("malformed", f"{_ONE_OF}, got {' and '.join(held)}")
-    if any(messages.holds(fields.get(name)) for name in unread.SYSTEM):
+    if any(messages.is_nonempty(fields.get(name)) for name in unread.SYSTEM):
         raise BadRecord("system turn", _SYSTEM_IS_FIXED)
     return (held or given)[0]
 

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.processing.messages import holds, holds_media, is_media, may_hold_image
+from janus_jax.processing.messages import contains_media, is_media, is_nonempty, may_be_media
 
 SYSTEM = ("system", "system_prompt", "system_message")
 _CHANGING = frozenset(
@@ -26,7 +26,7 @@ _IN_TAGS = re.compile(r"<(img|image|video|audio)>([^<]{1,4096})</\1>")
 
 def is_kept(name: str) -> bool:
     """Whether its name says that a field must not be dropped, if it holds anything."""
-    return name.lower() in {*SYSTEM, *_CHANGING, *_OF_CONVERSATIONS} or may_hold_image(name, name)
+    return name.lower() in {*SYSTEM, *_CHANGING, *_OF_CONVERSATIONS} or may_be_media(name, name)
 
 
 def unread_field(
@@ -35,11 +35,11 @@ def unread_field(
     """What is wrong with a field of a record that is not known and must not be dropped."""
     changing = _CHANGING | _OF_CONVERSATIONS if is_conversation else _CHANGING
     for name, value in fields.items():
-        if name in known or not holds(value):
+        if name in known or not is_nonempty(value):
             continue
         if str(name).lower() in changing:
             return _unread(name, "changes what is to be learned")
-        if may_hold_image(str(name), value):
+        if may_be_media(str(name), value):
             return _unread(name, "may hold an image, video or audio")
     return None
 
@@ -62,7 +62,7 @@ def unread_media(
     """
     origin = {"origin": _OF_OWN_IMAGE} if has_image else {}
     for name, value in fields.items():
-        if name not in known and holds_media({name: value}, **origin):
+        if name not in known and contains_media({name: value}, **origin):
             return _unread(name, "holds the file or the path of an image, video or audio")
     return None
 

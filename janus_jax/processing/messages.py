@@ -38,21 +38,21 @@ _MEDIA_FILE = re.compile(
 )
 
 
-def holds(value: Any) -> bool:
+def is_nonempty(value: Any) -> bool:
     """Whether a field holds anything; tables have None, "" or [] in the fields a row lacks."""
     return value is not None and not (
         isinstance(value, (str, bytes, Sequence, Mapping)) and not len(value)
     )
 
 
-def may_hold_image(name: str, value: Any) -> bool:
+def may_be_media(name: str, value: Any) -> bool:
     """Whether a field may hold an image, a video or audio, by its name: not numbers, nor an id."""
     name = name.lower()
     named = any(stem in name for stem in _MEDIA) and not _DESCRIBING.search(name)
-    return named and holds(value) and not _only_numbers(value)
+    return named and is_nonempty(value) and not _only_numbers(value)
 
 
-def holds_media(value: Any, origin: re.Pattern = _ORIGIN, most_nested: int = 4) -> bool:
+def contains_media(value: Any, origin: re.Pattern = _ORIGIN, most_nested: int = 4) -> bool:
     """Whether a value is or holds a media file or its path.
 
     origin: names of fields, at any depth, that only say where something is from.
@@ -63,7 +63,7 @@ def holds_media(value: Any, origin: re.Pattern = _ORIGIN, most_nested: int = 4) 
         parts = value[:8]
     else:
         return is_media(value)
-    return most_nested > 0 and any(holds_media(part, origin, most_nested - 1) for part in parts)
+    return most_nested > 0 and any(contains_media(part, origin, most_nested - 1) for part in parts)
 
 
 def is_media(value: Any) -> bool:
@@ -83,9 +83,9 @@ def _only_numbers(value: Any, most_nested: int = 4) -> bool:
 def check_fields(fields: Mapping[str, Any], known: Collection[str]) -> None:
     """Raises ValueError for a field of a message that is not known, and must not be dropped."""
     for name, value in fields.items():
-        if name in known or not holds(value):
+        if name in known or not is_nonempty(value):
             continue
-        if name in _CHANGING or may_hold_image(str(name), value):
+        if name in _CHANGING or may_be_media(str(name), value):
             rule = "a message must be a role, content and images"
             raise ValueError(f"{rule}; {shorten(name)} is not read, remove or rename it")
 
@@ -93,7 +93,7 @@ def check_fields(fields: Mapping[str, Any], known: Collection[str]) -> None:
 def check_media(fields: Mapping[str, Any], known: Collection[str]) -> None:
     """Raises ValueError for another field of a message that holds a media file or its path."""
     for name, value in fields.items():
-        if name not in known and holds_media({name: value}):
+        if name not in known and contains_media({name: value}):
             rule = "images of a message must be in its content, image or images"
             raise ValueError(f"{rule}; {shorten(name)} is not read, remove or rename it")
 
@@ -104,7 +104,7 @@ def either(fields: Mapping[str, Any], first: str, second: str) -> Any:
     Raises:
         ValueError: both are.
     """
-    if holds(fields.get(first)) and holds(fields.get(second)):
+    if is_nonempty(fields.get(first)) and is_nonempty(fields.get(second)):
         raise ValueError(f"expected {first} or {second}, got both")
     return fields.get(first) if fields.get(first) is not None else fields.get(second)
 
@@ -131,7 +131,7 @@ def read_content(message: Mapping[str, Any], content: Any, tag: str) -> tuple[st
         got = type(content).__name__
         raise ValueError(f"a message's content must be a string or a list of parts, got {got}")
     own = either(message, "images", "image")
-    if not holds(own):
+    if not is_nonempty(own):
         return text, images
     if images:
         raise ValueError("expected images in the content or beside it, got both")
@@ -162,7 +162,7 @@ def _read_parts(parts: Sequence[Any], tag: str) -> tuple[str, list[ImageSource]]
 def _read_part(part: Any) -> tuple[str | None, ImageSource | None]:
     """Its text and None; or None and its image, which is None for a place."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    held = {name for name, value in part.items() if holds(value)} if kind else set()
+    held = {name for name, value in part.items() if is_nonempty(value)} if kind else set()
     if kind == "text" and isinstance(part.get("text"), str):
         _check_part(held - {"type", "text"}, "a text part")
         return part["text"], None
