@@ -246,7 +246,7 @@ def _turns(said: Sequence[Mapping[str, Any]]) -> tuple[tuple[tuple[str, str], ..
 
     Raises BadRecord or ValueError.
     """
-    roles = [messages.either(turn, "from", "role") for turn in said]
+    roles = [messages.get_either(turn, "from", "role") for turn in said]
     names = [_role(role) for role in roles]
     if "system" in names:
         raise BadRecord("system turn", _SYSTEM_IS_FIXED)
@@ -257,7 +257,7 @@ def _turns(said: Sequence[Mapping[str, Any]]) -> tuple[tuple[tuple[str, str], ..
         got = shorten(roles)
         raise BadRecord("malformed", f"questions and answers must alternate, got {got}")
     read = [_turn(turn, name == "user") for turn, name in zip(said, names, strict=True)]
-    messages.check_indices(messages.either(turn, "value", "content") for turn in said)
+    messages.check_indices(messages.get_either(turn, "value", "content") for turn in said)
     texts, own = [text for text, _ in read], [image for _, images in read for image in images]
     for text, images in read[::2] if own else ():
         if text.count(IMAGE_TAG) != len(images):
@@ -279,7 +279,7 @@ def _turn(turn: Mapping[str, Any], asks: bool) -> tuple[str, list[Any]]:
     """The text of a turn, with IMAGE_TAG at the place of each image, and its own images."""
     messages.check_fields(turn, _OF_TURN)
     _refuse(unread.unread_field_of_turn(turn))
-    content = messages.either(turn, "value", "content")
+    content = messages.get_either(turn, "value", "content")
     if asks and isinstance(content, str):
         content = content.replace(IMAGE, IMAGE_TAG)  # as DeepSeek writes it
     text, images = messages.read_content(turn, content, IMAGE_TAG)

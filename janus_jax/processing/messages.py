@@ -98,7 +98,7 @@ def check_media(fields: Mapping[str, Any], known: Collection[str]) -> None:
             raise ValueError(f"{rule}; {shorten(name)} is not read, remove or rename it")
 
 
-def either(fields: Mapping[str, Any], first: str, second: str) -> Any:
+def get_either(fields: Mapping[str, Any], first: str, second: str) -> Any:
     """The value of one of two fields that mean the same, None where neither is held.
 
     Raises:
@@ -130,7 +130,7 @@ def read_content(message: Mapping[str, Any], content: Any, tag: str) -> tuple[st
     elif not isinstance(content, str):
         got = type(content).__name__
         raise ValueError(f"a message's content must be a string or a list of parts, got {got}")
-    own = either(message, "images", "image")
+    own = get_either(message, "images", "image")
     if not is_nonempty(own):
         return text, images
     if images:
