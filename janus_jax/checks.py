@@ -76,7 +76,7 @@ def check_number(name: str, value) -> float:
     return float(value)
 
 
-def check_kept_number(name: str, value) -> float:
+def check_float32(name: str, value) -> float:
     """The value as check_number gives it.
 
     Raises:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from janus_jax.checks import check_count, check_kept_number, error_text, shorten, shorten_text
+from janus_jax.checks import check_count, check_float32, error_text, shorten, shorten_text
 from janus_jax.paths import MAX_FILE_BYTES, bounded_size
 from janus_jax.processing.rgb import to_rgb
 
@@ -139,7 +139,7 @@ _FIXED = {"do_resize": True, "do_rescale": True, "do_pad": True, "resample": 3}
 def _check_numbers(name: str, values: Sequence, smallest: float) -> None:
     """Raises ValueError unless each is a number in [smallest, 1e6] that float32 keeps."""
     for value in values:
-        check_kept_number(name, value)
+        check_float32(name, value)
         if not smallest <= value <= 1e6:
             got = shorten(value)
             raise ValueError(f"{name} must be a number from {smallest:g} to 1e6, got {got}")
