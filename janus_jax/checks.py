@@ -4,8 +4,8 @@ import numbers
 import reprlib
 from collections.abc import Sequence
 
-LARGEST = float.fromhex("0x1.fffffep+127")  # of float32
-SMALLEST = 2.0**-126  # smallest normal float32; devices may flush smaller numbers to 0
+FLOAT32_MAX = float.fromhex("0x1.fffffep+127")
+FLOAT32_MIN_NORMAL = 2.0**-126  # devices may flush smaller numbers to 0
 MOST_SHOWN = 80  # characters of one value in a message
 _END_SHOWN = 24  # of them, after the cut: the name of a file, the end of a URL
 
@@ -71,7 +71,7 @@ def check_number(name: str, value) -> float:
     """
     value = _to_python(value)
     number = isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if not number or not abs(value) <= LARGEST:
+    if not number or not abs(value) <= FLOAT32_MAX:
         raise ValueError(f"{name} must be a finite number, got {_shown(value)}")
     return float(value)
 
@@ -83,7 +83,7 @@ def check_float32(name: str, value) -> float:
         ValueError: it is not finite in float32, or 0 there without being 0.
     """
     number = check_number(name, value)
-    if number != 0 and abs(number) < SMALLEST:
+    if number != 0 and abs(number) < FLOAT32_MIN_NORMAL:
         raise ValueError(f"{name} must not vanish in float32, got {_shown(value)}")
     return number
 
