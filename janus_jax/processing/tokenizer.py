@@ -60,7 +60,7 @@ _SURVIVORS = (
 )
 
 
-def stated_token(folder: Path, name: str, default: str) -> tuple[str, Path | None]:
+def read_special_token(folder: Path, name: str, default: str) -> tuple[str, Path | None]:
     """The text of `bos_token` and the like, and which of a folder's small files has it, if any.
 
     Raises:
@@ -146,7 +146,7 @@ def _check_config(backend: tokenizers.Tokenizer, folder: Path, image_tag: str) -
         _check_id(backend, token.get("content") if isinstance(token, dict) else token, stated, path)
     used = {"image_token": image_tag, "boi_token": IMAGE_START, "eoi_token": IMAGE_END}
     for name, text in used.items():
-        stated, where = stated_token(folder, name, text)
+        stated, where = read_special_token(folder, name, text)
         if stated != text:
             raise ValueError(f"{where}: {name} must be {text}, got {shorten(stated)}")
 
@@ -203,14 +203,14 @@ class Tokenizer:
         folder = Path(folder)
         path = folder / TOKENIZER
         backend = _read_backend(path)
-        eos_id = _required_id(backend, path, *stated_token(folder, "eos_token", EOS))
+        eos_id = _required_id(backend, path, *read_special_token(folder, "eos_token", EOS))
         stated_tag = None if image_tag == IMAGE else folder / PROCESSOR
         # The reference takes pad by this text too, whatever pad_token the files state.
         pad_id = backend.token_to_id(PAD)
         added = backend.get_added_tokens_decoder()
         tokenizer = cls(
             backend=backend,
-            bos_id=_required_id(backend, path, *stated_token(folder, "bos_token", BOS)),
+            bos_id=_required_id(backend, path, *read_special_token(folder, "bos_token", BOS)),
             eos_id=eos_id,
             pad_id=eos_id if pad_id is None else pad_id,
             image_id=_required_id(backend, path, image_tag, stated_tag),
