@@ -173,7 +173,7 @@ def test_sample_fetches_only_with_the_flag(server, small, monkeypatch, capsys):
     assert question == "What?" and np.asarray(image).min() == 255
     with pytest.raises(SystemExit):
         cli.main(["--prompt", "a", "--allow_urls"])
-    assert "--allow_urls has no use with --prompt" in capsys.readouterr().err
+    assert "--allow_urls cannot be combined with --prompt" in capsys.readouterr().err
 
 
 def test_a_chat_fetches_only_with_the_flag(server, small, monkeypatch, capsys):

@@ -171,7 +171,7 @@ def test_a_chat_remembers_its_turns(run, loaded, small, golden, monkeypatch):
     assert status == 0
     assert "sample.py: no image file at nowhere.png" in err.splitlines()
     assert "sample.py: no image file at ''" in err.splitlines()
-    assert "sample.py: no command /img; '/image FILE' shows an image" in err
+    assert "sample.py: unknown command /img; commands: '/image FILE' adds an image" in err
     assert "sample.py: no image file at ~no_such_user/a.png" in err.splitlines()
     assert len(err.splitlines()) == 5
     assert len(asked) == 3
@@ -195,10 +195,10 @@ def test_an_interrupt_ends_one_answer_and_not_the_chat(run, loaded, small, monke
     monkeypatch.setattr(small, "stream", stream)
     status, _, err = run("--chat")
     assert status == 0 and asked == [["Hi"], ["Hello"]]
-    assert err.splitlines()[-1] == "interrupted: neither question nor answer is remembered"
+    assert err.splitlines()[-1] == "Interrupted; this turn was discarded."
 
 
-ONE_SIZE = "a Janus model generates images of one size only, the released ones 384 x 384 pixels; re"
+ONE_SIZE = "a Janus model generates images of one fixed size (384 x 384 pixels for the released"
 CHOICE = "unset JAX_PLATFORMS to let JAX choose, or set it to cpu"
 
 
@@ -248,11 +248,11 @@ def test_a_platform_without_devices_takes_one_line(run, monkeypatch, requested, 
         (["--prompt", "a", "--width=512"], ONE_SIZE),
         (["--prompt", "a", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
         (["--prompt", "a", "--seed", "-1"], "seed must be an integer in [0, 2**64), got -1"),
-        (["--prompt", "a", "--image", "b"], "--image has no use with --prompt and --prompts_file"),
-        (["--chat", "--num_images", "2"], "--num_images has no use with --question and --chat"),
-        (["--question", "a", "--top_k", "3"], "--top_k has no use with --temperature 0"),
-        (["--prompt", "a", "--temperature", "0", "--top_p", "0.5"], "--top_p has no use with"),
-        (["--prompt", ""], "--prompt must say something, got ''"),
+        (["--prompt", "a", "--image", "b"], "--image cannot be combined with --prompt or"),
+        (["--chat", "--num_images", "2"], "--num_images cannot be combined with --quest"),
+        (["--question", "a", "--top_k", "3"], "--top_k has no effect at temperature 0"),
+        (["--prompt", "a", "--temperature", "0", "--top_p", "0.5"], "--top_p has no effect"),
+        (["--prompt", ""], "--prompt must not be blank, got ''"),
         (["--prompt", "a", "--num_images", "0"], "num_images must be an integer of at least 1"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
         (["--prompt", "a", "--top_k", "1000"], "top_k must be at most 128, got 1000"),
@@ -261,18 +261,18 @@ def test_a_platform_without_devices_takes_one_line(run, monkeypatch, requested, 
         (["--prompt", "a", "--mesh", "x"], "a mesh is written data=1,fsdp=1,tensor=1"),
         (["--prompt", "a", "--mesh", ""], "a mesh is written data=1,fsdp=1,tensor=1"),
         (["--prompt", "\udcff"], "a text must be valid Unicode"),
-        (["--question", " "], "--question must say something, got ' '"),
+        (["--question", " "], "--question must not be blank, got ' '"),
         (["--prompts_file", "none.txt"], "--prompts_file none.txt is not a file"),
-        (["--prompts_file", "blank.txt"], "--prompts_file blank.txt holds no prompt"),
+        (["--prompts_file", "blank.txt"], "--prompts_file blank.txt contains no prompt"),
         (["--prompts_file", "bytes.txt"], "--prompts_file bytes.txt is not UTF-8 text"),
         (["--prompt", "a", "--output_dir", "blank.txt"], "blank.txt is not a folder"),
         (["--prompt", "a", "--output_dir", "to_nothing"], "to_nothing is not a folder"),
-        (["--prompt", "a", "--output_dir", "gs://bucket/a"], "a disk of this machine, got gs:/"),
+        (["--prompt", "a", "--output_dir", "gs://bucket/a"], "must be a local path, got gs:/"),
         (["--prompt", "a", "--output_dir", "blank.txt/a"], "blank.txt is not a folder"),
-        (["--prompt", "a", "--output_dir", ""], "argument --output_dir: a file or folder must be"),
+        (["--prompt", "a", "--output_dir", ""], "argument --output_dir: expected the path of a"),
         (["--prompt", "a", "--save_indices", "a.txt"], "must name a .npz file, got a.txt"),
-        (["--prompt", "a", "--save_indices", "b.npz"], "must name a file, b.npz is a folder"),
-        (["--prompt", "a", "--save_indices", "no/a.npz"], "--save_indices: no folder "),
+        (["--prompt", "a", "--save_indices", "b.npz"], "must name a file, but b.npz is a folder"),
+        (["--prompt", "a", "--save_indices", "no/a.npz"], "no does not exist"),
         (["--question", "a", "--image", "none.png"], "no image file at none.png"),
         (["--question", "a", "--image", "blank.txt"], "cannot read image blank.txt"),
         (["--question", "a", "--image", "/dev/zero"], "/dev/zero must be a regular file"),
@@ -331,17 +331,17 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(flags, run, monkeyp
 @pytest.mark.parametrize(
     ("flags", "fails", "advice"),
     [
-        (["--prompt", "a"], "stream_images", "while drawing; a smaller --max_batch needs less"),
+        (["--prompt", "a"], "stream_images", "while generating images; use a smaller --max_batch"),
         (
             ["--question", "a"],
             "stream",
-            "while answering; fewer images or a smaller --max_new_tokens needs less",
+            "while answering; use fewer images or a smaller --max_new_tokens",
         ),
-        (["--chat"], "stream", "while answering; fewer images or a smaller --max_new_tokens"),
+        (["--chat"], "stream", "while answering; use fewer images or a smaller --max_new_tokens"),
         (
             ["--question", "a"],
             "load",
-            "while loading; --dtype bfloat16, or --mesh with more devices, needs less of each",
+            "while loading; use --dtype bfloat16, or a --mesh of more devices",
         ),
     ],
 )
