@@ -28,7 +28,7 @@ ANSWERED = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompts": []}, "prompts must hold at least one, got none"),
+        ({"prompts": []}, "prompts must not be empty"),
         ({"prompts": " "}, "a prompt must be a text that is not empty, got ' '"),
         ({"prompts": ["a", 3]}, "prompt 2 of 2, 3: a prompt must be a text that is not empty, "),
         ({"prompts": [{"content": "b" * 40}, "a"]}, r"prompt 1 of 2, {'content': 'b{40}'}: a "),
@@ -58,7 +58,7 @@ def test_drawing_refuses_arguments_out_of_range(pipeline, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"conversation": []}, "conversations must hold at least one, got none"),
+        ({"conversation": []}, "conversations must not be empty"),
         ({"conversation": None}, "a text or a list of messages, got NoneType"),
         ({"conversation": {"role": "user"}}, "a text or a list of messages, got dict"),
         ({"conversation": [None]}, "a text or a list of messages, got NoneType"),
@@ -156,7 +156,7 @@ def test_images_of_any_kind_are_encoded(small, golden):
     np.testing.assert_array_equal(
         small.encode_images(np.stack([pixels, pixels])), np.repeat(expected, 2, axis=0)
     )
-    with pytest.raises(ValueError, match="images must hold at least one"):
+    with pytest.raises(ValueError, match="images must not be empty"):
         small.encode_images([])
 
 

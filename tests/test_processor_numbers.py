@@ -33,15 +33,15 @@ def refused(golden, tmp_path):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"image_std": [1e-300] * 3}, "image_std must not vanish in float32, got 1e-300"),
+        ({"image_std": [1e-300] * 3}, "image_std must not underflow in float32, got 1e-300"),
         ({"image_std": [0.5, 0.5, 0]}, "image_std must be a number from 1e-06 to 1e6, got 0"),
         ({"image_std": [0.5, 0.5, 1e-9]}, "image_std must be a number from 1e-06 to 1e6, got 1e-"),
         ({"image_std": [0.5, NAN, 0.5]}, "image_std must be a finite number, got nan"),
         ({"image_std": [0.5, True, 0.5]}, "image_std must be a finite number, got True"),
-        ({"image_mean": [1e-300, 0, 0]}, "image_mean must not vanish in float32, got 1e-300"),
+        ({"image_mean": [1e-300, 0, 0]}, "image_mean must not underflow in float32, got 1e-300"),
         ({"image_mean": [1e300, 0, 0]}, "image_mean must be a finite number, got 1e+300"),
         ({"image_mean": [-1e7, 0, 0]}, "image_mean must be a number from -1e+06 to 1e6, got -1000"),
-        ({"rescale_factor": 1e-300}, "rescale_factor must not vanish in float32, got 1e-300"),
+        ({"rescale_factor": 1e-300}, "rescale_factor must not underflow in float32, got 1e-300"),
         ({"rescale_factor": 0}, "rescale_factor must be a number from 1e-06 to 1e6, got 0"),
         ({"rescale_factor": INF}, "rescale_factor must be a finite number, got inf"),
         ({"rescale_factor": 10**400}, "rescale_factor must be a finite number, got an integer of"),
@@ -59,8 +59,8 @@ def test_image_settings(refused, values, says):
 @pytest.mark.parametrize(
     ("values", "says"),
     [
-        ({"temperature": 1e-300}, "temperature must not vanish in float32, got 1e-300"),
-        ({"guidance_scale": -1e-40}, "guidance_scale must not vanish in float32, got -1e-40"),
+        ({"temperature": 1e-300}, "temperature must not underflow in float32, got 1e-300"),
+        ({"guidance_scale": -1e-40}, "guidance_scale must not underflow in float32, got -1e-40"),
         ({"guidance_scale": 1e39}, "guidance_scale must be a finite number, got 1e+39"),
     ],
 )

@@ -285,8 +285,8 @@ def test_one_run_at_a_time(run, refused, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tokenize_images, "write_records", meanwhile)
     status, said, _ = run(*args)
-    rule = "a folder must be written to by one run at a time, another one has"
-    assert told == [f"tokenize_images: {rule} {tmp_path / 'tokens'}\n"]
+    advice = "is in use by another run; wait until it ends, or use another folder"
+    assert told == [f"tokenize_images: {tmp_path / 'tokens'} {advice}\n"]
     assert status == 0 and "3 images tokenized" in said
     assert len(open_source("tar", tmp_path / "tokens")) == 3
 
@@ -360,7 +360,7 @@ def test_what_is_refused_leaves_nothing(golden, refused, tmp_path):
     assert "--max_bad: invalid float value: 'x'" in refused(source, output, "--max_bad", "x")
     assert "--shard_size must be an integer" in refused(source, output, "--shard_size", -1)
     assert "unrecognized arguments: --batch" in refused(source, output, "--batch", 3)
-    assert "on a disk of this machine, got s3:/" in refused(source, "tar:s3://bucket/a")
+    assert "must be a local path, got s3:/" in refused(source, "tar:s3://bucket/a")
     assert "is a file" in refused(source, f"tar:{tmp_path / 'a.jsonl'}")
     assert "must be a new folder or one to go on with" in refused(source, f"tar:{tmp_path}")
     assert contents(tmp_path) == before and os.listdir(tmp_path) == ["a.jsonl"]
