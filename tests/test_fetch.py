@@ -121,9 +121,9 @@ def test_nothing_is_fetched_unless_allowed(server, monkeypatch):
         ("redirect?ftp://127.0.0.1/a.png", "refusing the redirect from http: to ftp:"),
         ("redirect?data:text/plain,a", "is not allowed"),
         ("redirect?/redirect?/redirect", "redirect"),
-        ("stated_large", "it is larger than 5000 bytes"),
-        ("large", "it is larger than 5000 bytes"),
-        ("cut", r"the answer ends after 50 of \d+ bytes"),
+        ("stated_large", "the file is larger than 5000 bytes"),
+        ("large", "the file is larger than 5000 bytes"),
+        ("cut", r"the download ended after 50 of \d+ bytes"),
     ],
 )
 def test_what_cannot_be_fetched_is_named(server, path, error, monkeypatch):

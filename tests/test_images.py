@@ -60,11 +60,11 @@ def test_config_of_both_layouts_is_the_same():
     "config, text",
     [
         ({"size": {"height": 64, "width": 32}}, "must be square.*64.*32"),
-        ({}, "integer image size, got None"),
+        ({}, "image size must be an integer, got None"),
         ({"image_size": 8}, "min_size=14 image_size=8"),
         ({"image_size": 64, "min_size": "14"}, "min_size must be an integer .*, got '14'"),
-        ({"image_size": 64, "image_mean": 0.5}, "image_mean must be three numbers, got 0.5"),
-        ({"image_size": 64, "image_std": [1, 2]}, "image_std must be three numbers"),
+        ({"image_size": 64, "image_mean": 0.5}, "image_mean must be a list of .*, got 0.5"),
+        ({"image_size": 64, "image_std": [1, 2]}, "image_std must be a list of three numbers"),
         ({"image_size": 64, "image_std": [1, 0, 1]}, "image_std must be .* from 1e-06 .* 0"),
         ({"image_size": 64, "rescale_factor": "x"}, "rescale_factor must be .* number, got .x."),
     ],
@@ -199,12 +199,12 @@ def test_a_image_of_too_many_pixels(tmp_path, monkeypatch):
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image file at .*nowhere.png"):
+    with pytest.raises(FileNotFoundError, match=r"image file not found: .*nowhere.png"):
         images.load_image(tmp_path / "nowhere.png")
 
 
 def test_a_folder_is_no_image_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no image file at"):
+    with pytest.raises(FileNotFoundError, match="image file not found: "):
         images.load_image(tmp_path)
 
 

@@ -120,28 +120,28 @@ def test_images_beside_fill_the_places_in_parts(processor):
 
 WHITE = np.full((8, 8, 3), 255, np.uint8)
 REFUSED = [
-    (user([{"type": "video", "video": "a.mp4"}]), r"a part must hold .* got {'type': 'video', 'v"),
-    (user(["a"]), r"a part must hold .* got 'a'"),
-    (user([{"text": "a"}]), r"a part must hold .* got {'text': 'a'}"),
-    (user([words(None)]), r"a part must hold .* got {'text': None, 'type': 'text'}"),
-    (user([{"type": "image_url", "image_url": {"uri": "a"}}]), r"a part must hold"),
-    (user([words("a") | {"image": "a.png"}]), r"a text part has fields that are not read: \['imag"),
-    (user([PLACE | {"video": "a.mp4"}]), r"an image part has fields that are not read: \['vid"),
-    (user([at("a") | {"url": "b"}]), r"an image part must hold one image, got \['image', 'url'\]"),
+    (user([{"type": "video", "video": "a.mp4"}]), r"a part of a message .* got {'type': 'video'"),
+    (user(["a"]), r"a part of a message must have .* got 'a'"),
+    (user([{"text": "a"}]), r"a part of a message must have .* got {'text': 'a'}"),
+    (user([words(None)]), r"a part of a message must have .* got {'text': None, 'type': 'text'}"),
+    (user([{"type": "image_url", "image_url": {"uri": "a"}}]), r"a part of a message must have"),
+    (user([words("a") | {"image": "a.png"}]), r"a text part has unsupported fields, .*: \['imag"),
+    (user([PLACE | {"video": "a.mp4"}]), r"an image part has unsupported fields, .*: \['vid"),
+    (user([at("a") | {"url": "b"}]), r"an image part must have one image, got \['image', 'url'\]"),
     (user([at("a"), PLACE]), "either all image parts of a message .* got 1 of 2"),
-    (user([at("a")], images=["b"]), "images in the content or beside it, got both"),
+    (user([at("a")], images=["b"]), "must have images either in content or in images, got both"),
     (user("a", images=["b"], image="b"), "expected images or image, got both"),
-    (user([PLACE, PLACE | {"index": 0}]), "in the order of the images, got index 0 for image 1"),
-    (user([]), "a message of the user must say something, got ''"),
-    (user("a", videos=["a.mp4"]), "a message must be a role, content and images; 'videos' is not"),
-    (user("a", tool_calls=[{"id": 1}]), "'tool_calls' is not read, remove or rename it"),
-    (user("a", file="a.png"), "content, image or images; 'file' is not read, remove or rename it"),
-    (user("a", extra={"files": [base64_png(1)]}), "'extra' is not read, remove or rename it"),
-    (user([at("%%", "base64")]), "damaged base64 image '%%'"),
-    (user([at(f"{'x' * 999}", "base64")]), r"damaged base64 image 'x{30,}\.\.\.x+'"),
+    (user([PLACE, PLACE | {"index": 0}]), "in the order of their index, got index 0 for image 1"),
+    (user([]), "a user message must not be empty, got ''"),
+    (user("a", videos=["a.mp4"]), "only role, content and images, got the field 'videos'"),
+    (user("a", tool_calls=[{"id": 1}]), "got the field 'tool_calls'; remove or rename it"),
+    (user("a", file="a.png"), "got a media file in 'file'; remove or rename the field"),
+    (user("a", extra={"files": [base64_png(1)]}), "a media file in 'extra'; remove or rename the"),
+    (user([at("%%", "base64")]), "invalid base64 data of an image, '%%'"),
+    (user([at(f"{'x' * 999}", "base64")]), r"invalid base64 data of an image, 'x{30,}\.\.\.x+'"),
     (user([at("data:image/png;base64")]), "a data: URL must have a comma before its data"),
     (user([at("file://elsewhere/a.png")]), "must name a local file, got 'file://elsewhere/a.png'"),
-    (user([at("https://a.org/b")]), r"refusing .* https://a.org/b: pass allow_urls=True \("),
+    (user([at("https://a.org/b")]), r"refusing .* https://a.org/b; pass allow_urls=True \("),
     (user([at(WHITE), words(TAG)]), "got 1 images for 2 placeholders in message 1"),
 ]
 
@@ -170,7 +170,7 @@ def test_none_in_fields_of_a_message_is_nothing(processor):
 
 def test_an_answer_in_parts_is_an_answer():
     said = [user("Hi"), {"role": "assistant", "content": [words("Ho")]}]
-    with pytest.raises(ValueError, match="must end with the user, got 'Ho'"):
+    with pytest.raises(ValueError, match="must be from the user, got the answer 'Ho'"):
         chat.check_unanswered(said)
 
 

@@ -143,7 +143,7 @@ def test_images_in_the_messages_and_beside_them_are_the_same(processor):
     assert tokens == carried_tokens
     np.testing.assert_array_equal(pixels, carried_pixels)
     assert pixels[0].max() == -1 and pixels[1].min() == 1
-    with pytest.raises(ValueError, match="2 in the messages and 1 beside them"):
+    with pytest.raises(ValueError, match="2 in the messages and 1 separately"):
         processor.conversation(messages, [first])
 
 
@@ -255,7 +255,7 @@ def test_folder_errors(folder):
     with pytest.raises(ValueError, match=r"num_image_tokens must be at least 1, got '16'"):
         Processor.from_dir(folder)
     edit(folder / "processor_config.json", num_image_tokens=16, image_tag=None)
-    with pytest.raises(ValueError, match=r"processor_config.json: image_tag must be a text"):
+    with pytest.raises(ValueError, match=r"processor_config.json: image_tag must be a string"):
         Processor.from_dir(folder)
     edit(folder / "processor_config.json", drop=("image_tag",), sft_format=[])
     with pytest.raises(ValueError, match=r"sft_format must be one of .*, got \[\]"):

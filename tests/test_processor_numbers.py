@@ -47,7 +47,7 @@ def refused(golden, tmp_path):
         ({"rescale_factor": 10**400}, "rescale_factor must be a finite number, got an integer of"),
         ({"min_size": 0}, "min_size must be an integer of at least 1, got 0"),
         ({"min_size": 65}, "min_size must be between 1 and image_size, got min_size=65"),
-        ({"image_size": True}, "the image processor must state an integer image size, got True"),
+        ({"image_size": True}, "the image size must be an integer, got True"),
         ({"image_size": 2**31}, "image_size must be below 2**31, got 2147483648"),
         ({"image_size": {"height": 64, "width": 32}}, "the image size must be square, got {"),
     ],

@@ -135,13 +135,13 @@ def test_an_unknown_template_is_refused_with_what_to_do(tmp_path, files, place):
     [
         ({"chat_template": ["x"]}, "processor_config.json: expected a template named 'default'"),
         ({"chat_template": {"a": "x"}}, r"expected a template named 'default', got \['a'\]"),
-        ({"chat_template": {"default": 1}}, "processor_config.json: .* must be a text, got 1"),
-        ({"chat_template": 5}, "processor_config.json: a chat template must be a text, got 5"),
+        ({"chat_template": {"default": 1}}, "processor_config.json: .* must be a string, got 1"),
+        ({"chat_template": 5}, "processor_config.json: a chat template must be a string, got 5"),
         ({"sft_format": None}, "processor_config.json: sft_format must be one of .*, got None"),
         ({"sft_format": ["x" * 999]}, r"sft_format must be one of .*, got \['x{20,80}.{0,70}$"),
-        ({"image_tag": 7}, "processor_config.json: image_tag must be a text, got 7"),
-        ({"system_prompt": []}, r"processor_config.json: system_prompt must be a text, got \[\]"),
-        ({"system_prompt": "🦙 \ud800"}, r"system_prompt must be a text, got '🦙 \\ud800'"),
+        ({"image_tag": 7}, "processor_config.json: image_tag must be a string, got 7"),
+        ({"system_prompt": []}, r"processor_config.json: system_prompt must be a string, got \[\]"),
+        ({"system_prompt": "🦙 \ud800"}, r"system_prompt must be a string, got '🦙 \\ud800'"),
         ({"use_default_system_prompt": "no"}, "processor_config.json: .* true or false, got 'no'"),
         (
             {"use_default_system_prompt": True, "system_prompt": "Rhyme."},
@@ -164,8 +164,9 @@ def test_a_format_and_a_template_that_disagree(tmp_path):
     with pytest.raises(ValueError) as error:
         PromptSettings.from_dir(tmp_path)
     assert str(error.value) == (
-        f"{tmp_path}/processor_config.json has sft_format 'deepseek', but the chat template of "
-        f"'deepseek_old' is in {tmp_path}/chat_template.jinja: remove the wrong one"
+        f"{tmp_path}/processor_config.json has sft_format 'deepseek', but "
+        f"{tmp_path}/chat_template.jinja has the chat template of 'deepseek_old'; "
+        "remove the wrong one"
     )
 
 

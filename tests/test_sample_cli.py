@@ -169,10 +169,10 @@ def test_a_chat_remembers_its_turns(run, loaded, small, golden, monkeypatch):
     monkeypatch.setattr(small, "stream", recorded)
     status, lines, err = run("--chat", "--max_new_tokens", 6)
     assert status == 0
-    assert "sample.py: no image file at nowhere.png" in err.splitlines()
-    assert "sample.py: no image file at ''" in err.splitlines()
+    assert "sample.py: image file not found: nowhere.png" in err.splitlines()
+    assert "sample.py: image file not found: ''" in err.splitlines()
     assert "sample.py: unknown command /img; commands: '/image FILE' adds an image" in err
-    assert "sample.py: no image file at ~no_such_user/a.png" in err.splitlines()
+    assert "sample.py: image file not found: ~no_such_user/a.png" in err.splitlines()
     assert len(err.splitlines()) == 5
     assert len(asked) == 3
     forgotten, first = (small.answer(text, max_new_tokens=6) for text in ("Hi", "Hello"))
@@ -273,10 +273,10 @@ def test_a_platform_without_devices_takes_one_line(run, monkeypatch, requested, 
         (["--prompt", "a", "--save_indices", "a.txt"], "must name a .npz file, got a.txt"),
         (["--prompt", "a", "--save_indices", "b.npz"], "must name a file, but b.npz is a folder"),
         (["--prompt", "a", "--save_indices", "no/a.npz"], "no does not exist"),
-        (["--question", "a", "--image", "none.png"], "no image file at none.png"),
+        (["--question", "a", "--image", "none.png"], "image file not found: none.png"),
         (["--question", "a", "--image", "blank.txt"], "cannot read image blank.txt"),
         (["--question", "a", "--image", "/dev/zero"], "/dev/zero must be a regular file"),
-        (["--question", "a", "--image", "thin.png"], "at most 1000 times the other, got 60000 x 1"),
+        (["--question", "a", "--image", "thin.png"], "aspect ratio of at most 1000, got 60000 x 1"),
         (["--prompts_file", "/dev/zero"], "--prompts_file /dev/zero must have at most 1000 char"),
         (["--question", "a", "--max_new_tokens", "0"], "max_new_tokens must be an integer"),
         (["--question", "a", "--max_new_tokens", "5000"], "trained context of 512 tokens"),

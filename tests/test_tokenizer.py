@@ -145,7 +145,7 @@ def test_a_missing_token_is_named(tmp_path, spec, text):
     with pytest.raises(ValueError) as error:
         Tokenizer.from_dir(folder)
     path = folder / "tokenizer.json"
-    assert str(error.value) == f"{path} has no token {text!r}, which Janus needs"
+    assert str(error.value) == f"{path} has no token {text!r}, which Janus requires"
 
 
 def test_missing_and_broken_files(tmp_path, spec):
@@ -160,10 +160,10 @@ def test_missing_and_broken_files(tmp_path, spec):
             Tokenizer.from_dir(folder)
         assert "\n" not in str(error.value)
     (folder / "tokenizer.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold a JSON object, got a list"):
+    with pytest.raises(ValueError, match="must contain a JSON object, got a list"):
         Tokenizer.from_dir(folder)
     (folder / "tokenizer.json").write_text('{"decoder": {"type": "ByteLevel"}}')
-    with pytest.raises(ValueError, match="is not a tokenizer"):
+    with pytest.raises(ValueError, match="is not a valid tokenizer"):
         Tokenizer.from_dir(folder)
 
 
