@@ -24,7 +24,7 @@ __all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str):
-    """Import a public name on first use, because importing JAX alone takes a second."""
+    """Imports a public name on first use, because importing JAX alone takes a second."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'janus_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

@@ -40,7 +40,7 @@ def exit_with_error(name: str, message: str, status: int = 2) -> NoReturn:
 
 
 def error_line(name: str, message: str) -> str:
-    """Formats an error of the command `name` as one line; words of 256 characters are shortened."""
+    """Formats an error of the command `name` as one line and shortens very long words."""
     words = (word if len(word) < 256 else shorten_text(word) for word in message.split())
     return f"{name}: {' '.join(words)}"
 

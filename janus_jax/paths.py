@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-MAX_FILE_BYTES = 2**30  # of an image or another file that is read into memory
-MAX_TEXT_BYTES = 2**26  # of a text that is read into memory: a record, a list of prompts
+MAX_FILE_BYTES = 2**30  # limit for images and other files that are read into memory
+MAX_TEXT_BYTES = 2**26  # limit for texts: a record, a file of prompts
 
 
 def check_local(name: str, path: str | Path) -> None:

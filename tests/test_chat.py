@@ -1,4 +1,4 @@
-"""Every recorded prompt string, and the roles of a conversation."""
+"""Tests of all recorded prompt strings, and of the roles of conversations."""
 
 import json
 
@@ -68,8 +68,8 @@ def test_the_checkpoint_decides_the_role_texts(pair):
         {"role": pair[0], "content": "Hi", "images": ["x"]},
         {"role": pair[1], "content": "Yes"},
     ]
-    asked = user("<image_placeholder>\nHi", images=["x"])
-    assert chat.generic_roles(messages) == [asked, assistant("Yes")]
+    expected = user("<image_placeholder>\nHi", images=["x"])
+    assert chat.generic_roles(messages) == [expected, assistant("Yes")]
 
 
 def test_an_unanswered_conversation_gets_an_empty_turn():

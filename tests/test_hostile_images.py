@@ -1,4 +1,4 @@
-"""Images that would exhaust memory or time, and files that are no images: one ValueError each."""
+"""Images that would exhaust memory or time, and other files, each raise a ValueError."""
 
 import io
 import os
@@ -20,7 +20,7 @@ PIXEL = np.zeros((1, 1, 3), int)
 
 @pytest.fixture
 def undecoded(monkeypatch):
-    """No image may be decoded."""
+    """Fails the test if an image is decoded."""
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("it was decoded"))
 
 

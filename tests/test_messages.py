@@ -1,4 +1,4 @@
-"""Messages in the forms of transformers and OpenAI; sources of images; remote images."""
+"""Tests of messages in the formats of transformers and OpenAI, and of sources of images."""
 
 import base64
 import dataclasses
@@ -42,7 +42,7 @@ def processor(golden):
     return Processor.from_dir(golden / "janus")
 
 
-# The texts that the chat template of transformers' Janus checkpoints writes for these contents.
+# Expected texts are the output of the chat template of transformers' Janus checkpoints.
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
@@ -56,8 +56,8 @@ def processor(golden):
     ],
 )
 def test_parts_are_joined_as_in_transformers(parts, text):
-    said, images = messages.read_content({}, parts, TAG)
-    assert said.strip() == text
+    joined, images = messages.read_content({}, parts, TAG)
+    assert joined.strip() == text
     assert images == [part["image"] for part in parts if part["type"] == "image"]
 
 
@@ -108,11 +108,11 @@ def test_parts_give_what_deepseeks_own_form_gives(processor):
 
 def test_images_beside_fill_the_places_in_parts(processor):
     white = np.full((8, 8, 3), 255, np.uint8)
-    asked = [user([words("Which?"), PLACE, {"type": "image", "index": 1}])]
+    messages_with_places = [user([words("Which?"), PLACE, {"type": "image", "index": 1}])]
     expected = [user([words("Which?"), at(white), at(white)])]
-    tokens, pixels = processor.conversation(asked, [white, white])
+    tokens, pixels = processor.conversation(messages_with_places, [white, white])
     again, _ = processor.conversation(expected)
-    carried, _ = processor.conversation([asked[0] | {"images": [white, white]}])
+    carried, _ = processor.conversation([messages_with_places[0] | {"images": [white, white]}])
     assert tokens == again == carried and len(pixels) == 2
     single, _ = processor.conversation([user("What?", image=white)])
     assert single == processor.conversation("What?", [white])[0]
@@ -162,16 +162,16 @@ def test_a_damaged_image_is_not_repeated(processor):
 
 
 def test_none_in_fields_of_a_message_is_nothing(processor):
-    said = [user("Hi", images=None, audio=None), {"role": "assistant", "content": "Ho"}]
-    said[1] |= {"tool_calls": None, "refusal": None}
+    conversation = [user("Hi", images=None, audio=None), {"role": "assistant", "content": "Ho"}]
+    conversation[1] |= {"tool_calls": None, "refusal": None}
     expected, _ = processor.conversation([user("Hi"), {"role": "assistant", "content": "Ho"}])
-    assert processor.conversation(said)[0] == expected
+    assert processor.conversation(conversation)[0] == expected
 
 
 def test_an_answer_in_parts_is_an_answer():
-    said = [user("Hi"), {"role": "assistant", "content": [words("Ho")]}]
+    conversation = [user("Hi"), {"role": "assistant", "content": [words("Ho")]}]
     with pytest.raises(ValueError, match="must be from the user, got the answer 'Ho'"):
-        chat.check_unanswered(said)
+        chat.check_unanswered(conversation)
 
 
 def test_a_conversation_of_any_length_is_refused_before_it_is_tokenized_whole(processor):

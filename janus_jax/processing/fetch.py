@@ -31,7 +31,7 @@ def fetch(url: str) -> bytes:
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if type(error) is URLError else error
         reason = shorten_text(str(reason) or type(error).__name__)
-        raise ValueError(f"cannot fetch the image {shorten_text(url)}: {reason}") from None
+        raise ValueError(f"cannot download the image {shorten_text(url)}: {reason}") from None
 
 
 class _Download(threading.Thread):
