@@ -9,7 +9,7 @@ from pathlib import Path
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from janus_jax.flags import device_memory, one_line_errors
+from janus_jax.flags import device_memory_errors, one_line_errors
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -100,7 +100,7 @@ def main(argv: list[str]) -> None:
     else:
         raise ValueError(f"task must be tokenizer, encoder or stage, got {cfg.task!r}")
     # one line first, and then it leaves
-    with distributed.leaves_at_once(), settings_errors(), device_memory(_NEEDS):
+    with distributed.leaves_at_once(), settings_errors(), device_memory_errors(_NEEDS):
         train(cfg)
 
 

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from janus_jax.flags import OneLineParser, one_line_errors, place, set_up_program
+from janus_jax.flags import OneLineParser, one_line_errors, path_arg, set_up_program
 from janus_jax.progress import Progress
 
 COMMANDS = ("export", "inspect")
@@ -26,7 +26,7 @@ def _parser(command: str | None) -> OneLineParser:
     if command == "inspect":
         text = "Print components, parameter counts, dtypes and the tensors that would be skipped."
         parser = OneLineParser("convert", prog="python -m convert inspect", description=text)
-        parser.add_argument("src", type=place, metavar="SRC", help="checkpoint folder to read")
+        parser.add_argument("src", type=path_arg, metavar="SRC", help="checkpoint folder to read")
         return parser
     if command == "export":
         text = (
@@ -39,13 +39,13 @@ def _parser(command: str | None) -> OneLineParser:
         parser = OneLineParser(
             "convert", prog="python -m convert", description=DESCRIPTION, formatter_class=kind
         )
-    parser.add_argument("src", type=place, metavar="SRC", help="checkpoint folder to read")
-    parser.add_argument("dst", type=place, metavar="DST", help="folder to write")
+    parser.add_argument("src", type=path_arg, metavar="SRC", help="checkpoint folder to read")
+    parser.add_argument("dst", type=path_arg, metavar="DST", help="folder to write")
     if command == "export":
         layouts, text = ("deepseek", "transformers"), "names and files of which project"
         parser.add_argument("--layout", required=True, choices=layouts, help=text)
     text = "LoRA adapter in PEFT's format to merge into the weights (default: none)"
-    parser.add_argument("--adapter", type=place, metavar="FOLDER", help=text)
+    parser.add_argument("--adapter", type=path_arg, metavar="FOLDER", help=text)
     text = "replace DST if it is a checkpoint folder"
     parser.add_argument("--overwrite", action="store_true", help=text)
     return parser

@@ -1,11 +1,11 @@
-"""Janus and Janus-Pro in pure JAX.
+"""DeepSeek's Janus and Janus-Pro models in JAX.
 
 >>> import janus_jax
 >>> janus = janus_jax.load()
->>> drawn = janus.generate_images("a red circle left of a blue square", num_images=4)
->>> drawn.pixels.shape  # uint8
+>>> images = janus.generate_images("a red circle left of a blue square", num_images=4)
+>>> images.pixels.shape  # uint8
 (4, 96, 96, 3)
->>> janus.answer("What is in this image?", images=drawn.pixels[0])
+>>> janus.answer("What is in this image?", images=images.pixels[0])
 """
 
 import importlib
@@ -24,7 +24,7 @@ __all__ = list(_PUBLIC)
 
 
 def __getattr__(name: str):
-    """Imports a public name when it is first used: JAX alone takes a second to import."""
+    """Imports a public name on first use, because importing JAX alone takes a second."""
     if name not in _PUBLIC:
         raise AttributeError(f"module 'janus_jax' has no attribute {name!r}")
     return getattr(importlib.import_module(_PUBLIC[name]), name)

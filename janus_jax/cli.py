@@ -1,4 +1,4 @@
-"""The command behind sample.py: flags in; PNG files, or text on the screen, out."""
+"""The command line of sample.py: generates PNG files, or prints answers, as the flags say."""
 
 import argparse
 import json
@@ -9,7 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_jax import checks
-from janus_jax.flags import OneLineParser, device_memory, one_line, one_line_errors, place
+from janus_jax.flags import (
+    OneLineParser,
+    device_memory_errors,
+    error_line,
+    one_line_errors,
+    path_arg,
+)
 from janus_jax.paths import MAX_TEXT_BYTES, atomic_write, check_local
 from janus_jax.progress import Progress
 
@@ -17,22 +23,28 @@ if TYPE_CHECKING:
     from janus_jax.generation.pipeline import Pipeline
 
 _EXAMPLES = """examples:
-  python sample.py --prompt "a red circle left of a blue square"
-  python sample.py --model deepseek-ai/Janus-Pro-1B --prompt "a cat" --num_images 16 --seed 7
-  python sample.py --image a.png --image b.png --question "What has changed?"
-  python sample.py --chat --image a.png
+  generate four images with the small model that ships with janus_jax:
+    python sample.py --prompt "a red circle left of a blue square"
+  generate 16 images with Janus-Pro-1B:
+    python sample.py --model deepseek-ai/Janus-Pro-1B --prompt "a cat" --num_images 16 --seed 7
+  ask about two images:
+    python sample.py --model deepseek-ai/Janus-Pro-1B --image a.png --image b.png \\
+      --question "What has changed?"
+  chat about an image:
+    python sample.py --chat --image a.png
 """
 
-# Flags by the heading they have in --help.
+# Flags, grouped by their heading in --help.
 _FLAGS = {
     "model": {
         "--model": dict(
             metavar="PATH",
-            help="checkpoint folder or Hugging Face hub id (default: the small model that ships)",
+            help="checkpoint folder or Hugging Face hub id "
+            "(default: janus_tiny, the small model that ships with janus_jax)",
         ),
         "--adapter": dict(
             metavar="PATH",
-            help="LoRA adapter in PEFT's format to merge into the model: folder or Hugging Face "
+            help="LoRA adapter in PEFT format to merge into the weights: folder or Hugging Face "
             "hub id (default: none)",
         ),
         "--dtype": dict(
@@ -41,7 +53,7 @@ _FLAGS = {
         ),
         "--mesh": dict(
             metavar="AXES",
-            help="devices to use, such as data=1,fsdp=1,tensor=4 (default: one device)",
+            help="device mesh, for example data=1,fsdp=1,tensor=4 (default: one device)",
         ),
     },
     "sampling": {
@@ -54,56 +66,69 @@ _FLAGS = {
         "--temperature": dict(
             type=float,
             metavar="X",
-            help="0 takes the likeliest token "
-            "(default: for images the checkpoint's own, or 1; for text 0)",
+            help="sampling temperature; 0 is greedy decoding (default: for images the value in the "
+            "checkpoint, or 1 if it has none; for text 0)",
         ),
         "--top_k": dict(
             type=int,
             metavar="N",
-            help="sample among the N likeliest tokens only, at a temperature above 0",
+            help="sample from the N most likely tokens only; needs a temperature above 0 "
+            "(default: all tokens)",
         ),
         "--top_p": dict(
             type=float,
             metavar="X",
-            help="sample among the fewest tokens that reach probability X, likewise",
+            help="nucleus sampling: keep the smallest set of tokens whose probability reaches X; "
+            "needs a temperature above 0 (default: all tokens)",
         ),
     },
-    "images to draw": {
-        "--num_images": dict(type=int, metavar="N", help="images of each prompt (default: 4)"),
+    "image generation (with --prompt or --prompts_file)": {
+        "--num_images": dict(type=int, metavar="N", help="images per prompt (default: 4)"),
         "--guidance_weight": dict(
             type=float,
             metavar="X",
-            help="how closely to follow the prompt; 1 is no guidance "
-            "(default: the checkpoint's own, or 5)",
+            help="weight of classifier-free guidance: higher values follow the prompt more "
+            "closely, 1 disables guidance (default: the value in the checkpoint, or 5 if it has "
+            "none)",
         ),
         "--output_dir": dict(
-            type=place,
+            type=path_arg,
             metavar="DIR",
-            help="where PNG files go; those made alike are replaced (default: samples)",
+            help="output directory; files from an identical request are overwritten "
+            "(default: samples)",
         ),
         "--max_batch": dict(
             type=int,
             metavar="N",
-            help="images drawn at once "
-            "(default: as many as have their keys and values in 4 GiB a device)",
+            help="maximum number of images generated at once "
+            "(default: as many as fit a key-value cache of 4 GiB per device)",
         ),
-        "--save_indices": dict(type=place, metavar="FILE.npz", help="keep the image tokens too"),
+        "--save_indices": dict(
+            type=path_arg,
+            metavar="FILE.npz",
+            help="also save the image tokens to this file (default: do not save them)",
+        ),
     },
-    "questions": {
+    "questions (with --question or --chat)": {
         "--image": dict(
-            action="append", metavar="FILE", help="an image to ask about; may be repeated"
+            action="append",
+            metavar="FILE",
+            help="image to ask about; repeat the flag for several images (default: none)",
         ),
         "--allow_urls": dict(
             action="store_true",
             default=None,
-            help="fetch an --image that is an http: or https: URL (at most 30 s and 64 MiB each)",
+            help="allow --image to be an http: or https: URL and download it "
+            "(at most 30 s and 64 MiB per image)",
         ),
-        "--max_new_tokens": dict(type=int, metavar="N", help="longest answer (default: 256)"),
+        "--max_new_tokens": dict(
+            type=int, metavar="N", help="maximum number of tokens in an answer (default: 256)"
+        ),
     },
 }
 
-# What a flag is when it is not given; a flag of the other mode that IS given is an error.
-_DRAW_DEFAULTS = {
+# Defaults of the flags of each mode. To give a flag of the other mode is an error.
+_IMAGE_DEFAULTS = {
     "num_images": 4,
     "guidance_weight": None,
     "temperature": None,
@@ -115,21 +140,25 @@ _TEXT_DEFAULTS = {"image": [], "allow_urls": False, "max_new_tokens": 256, "temp
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """All flags."""
+    """Returns the parser of all flags."""
     parser = OneLineParser(
         "sample.py",
         prog="sample.py",
-        description="Draw images of a prompt, or ask about images, with a Janus model.",
+        description="Generate images from text, or answer questions about images, with a Janus "
+        "model.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    task = parser.add_argument_group("what to do (one of these)")
+    task = parser.add_argument_group("task (exactly one of these is required)")
     add = task.add_mutually_exclusive_group(required=True).add_argument
-    add("--prompt", metavar="TEXT", help="draw this")
-    add("--prompts_file", type=place, metavar="FILE", help="draw each line of a text file")
-    add("--question", metavar="TEXT", help="answer this, about the --image files if any")
-    add("--chat", action="store_true", help="talk in several turns, about the --image files if any")
+    add("--prompt", metavar="TEXT", help="generate images from this text")
+    text = "generate images from each line of this text file"
+    add("--prompts_file", type=path_arg, metavar="FILE", help=text)
+    text = "answer this question; --image adds images to it"
+    add("--question", metavar="TEXT", help=text)
+    text = "chat in the terminal; --image adds images to the first message"
+    add("--chat", action="store_true", help=text)
     for title, flags in _FLAGS.items():
         group = parser.add_argument_group(title)
         for name, settings in flags.items():
@@ -138,108 +167,113 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Flags with the defaults of their mode filled in.
+    """Parses the flags and fills in the defaults of the selected mode.
 
     Raises:
-        ValueError: a flag that means nothing beside the others.
+        ValueError: a flag cannot be combined with the other flags.
     """
     parser = make_parser()
     _check_size_flags(parser, sys.argv[1:] if argv is None else argv)
     flags = parser.parse_args(argv)
-    drawing = flags.prompt is not None or flags.prompts_file is not None
-    mode = "--prompt and --prompts_file" if drawing else "--question and --chat"
-    own, other = (_DRAW_DEFAULTS, _TEXT_DEFAULTS)[:: 1 if drawing else -1]
-    for name in other.keys() - own.keys():
+    for_images = flags.prompt is not None or flags.prompts_file is not None
+    mode = "--prompt or --prompts_file" if for_images else "--question or --chat"
+    defaults, other = (_IMAGE_DEFAULTS, _TEXT_DEFAULTS)[:: 1 if for_images else -1]
+    for name in other.keys() - defaults.keys():
         if getattr(flags, name) is not None:
-            raise ValueError(f"--{name} has no use with {mode}")
-    for name, default in own.items():
+            raise ValueError(f"--{name} cannot be combined with {mode}; remove it")
+    for name, default in defaults.items():
         if getattr(flags, name) is None:
             setattr(flags, name, default)
     for name in ("top_k", "top_p"):
         if getattr(flags, name) is not None and flags.temperature == 0:
-            raise ValueError(f"--{name} has no use with --temperature 0, which text has by default")
+            raise ValueError(
+                f"--{name} has no effect at temperature 0 (the default for text); set "
+                f"--temperature above 0 or remove --{name}"
+            )
     return flags
 
 
-# What other programs call the size of their images.
+# Names that other programs use for the image size.
 _SIZE_FLAGS = ("image_size", "img_size", "size", "width", "height", "resolution", "W", "H")
 
 
 def _check_size_flags(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
-    """Ends the program if a flag asks for a size of the images."""
+    """Exits with an error if a flag requests an image size."""
     for word in argv:
         flag = word.partition("=")[0]
         if word.startswith("-") and flag.lstrip("-").replace("-", "_") in _SIZE_FLAGS:
             parser.error(
-                "a Janus model generates images of one size only, the released ones 384 x 384 "
-                f"pixels; remove {flag}, and resize the images afterwards"
+                "a Janus model generates images of one fixed size (384 x 384 pixels for the "
+                f"released models); remove {flag} and resize the images afterwards"
             )
 
 
-def _shown(path: Path) -> str:
-    """A path in a message."""
+def _short_path(path: Path) -> str:
+    """Shortens a path for an error message."""
     return checks.shorten_text(str(path))
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a text file that are not blank.
+    """Returns the lines of a text file that are not blank, without surrounding white space.
+
+    The file may be a pipe, as the shell creates for <(COMMAND).
 
     Raises:
-        ValueError: it is no UTF-8 text or too long, or there is no such line. FileNotFoundError: no
-            such file. Pipes are read, as the shell makes them of <(COMMAND).
+        FileNotFoundError: the file does not exist, or is a folder.
+        ValueError: the file is not UTF-8 text, is longer than MAX_TEXT_BYTES, or has only blank
+            lines.
     """
-    shown = _shown(path)
+    shown = _short_path(path)
     if not os.path.exists(path) or os.path.isdir(path):  # Path.exists raises for long names
         raise FileNotFoundError(f"--prompts_file {shown} is not a file")
     try:
         with path.open(encoding="utf-8-sig") as file:
-            text = file.read(MAX_TEXT_BYTES + 1)  # a device may have no end
+            text = file.read(MAX_TEXT_BYTES + 1)  # a device file may be endless
     except UnicodeDecodeError:
         raise ValueError(f"--prompts_file {shown} is not UTF-8 text") from None
     if len(text) > MAX_TEXT_BYTES:
         raise ValueError(f"--prompts_file {shown} must have at most {MAX_TEXT_BYTES} characters")
     lines = text.split("\n")  # not splitlines, which also splits at form feeds
     if not any(line.strip() for line in lines):
-        raise ValueError(f"--prompts_file {shown} holds no prompt: every line is blank")
+        raise ValueError(f"--prompts_file {shown} contains no prompt: all lines are blank")
     return [line.strip() for line in lines if line.strip()]
 
 
 def _check_paths(flags: argparse.Namespace) -> None:
-    """Before the model is loaded and hours go by: can the results be kept, are the inputs there."""
+    """Checks, before the model is loaded, that the output files can be written."""
     if flags.output_dir:
         check_local("--output_dir", flags.output_dir)
         parents = (flags.output_dir, *flags.output_dir.absolute().parents)
-        there = next(folder for folder in parents if os.path.lexists(folder))
-        if not there.is_dir():
-            raise ValueError(f"--output_dir {_shown(flags.output_dir)}: {there} is not a folder")
-        if not os.access(there, os.W_OK):
-            shown = _shown(flags.output_dir)
-            raise ValueError(f"--output_dir {shown}: {there} cannot be written to")
+        existing = next(folder for folder in parents if os.path.lexists(folder))
+        shown = _short_path(flags.output_dir)
+        if not existing.is_dir():
+            raise ValueError(f"--output_dir {shown}: {existing} is not a folder")
+        if not os.access(existing, os.W_OK):
+            raise ValueError(f"--output_dir {shown}: {existing} is not writable")
     if flags.save_indices:
+        shown = _short_path(flags.save_indices)
         if flags.save_indices.suffix != ".npz":
-            shown = _shown(flags.save_indices)
             raise ValueError(f"--save_indices must name a .npz file, got {shown}")
         folder = flags.save_indices.absolute().parent
         if os.path.isdir(flags.save_indices):
-            shown = _shown(flags.save_indices)
-            raise ValueError(f"--save_indices must name a file, {shown} is a folder")
+            raise ValueError(f"--save_indices must name a file, but {shown} is a folder")
         if folder == flags.output_dir.absolute():
-            return  # which is made where it is not there
+            return  # it is created later if it does not exist
         if not os.path.isdir(folder):
-            raise ValueError(f"--save_indices: no folder {_shown(folder)}")
+            raise ValueError(f"--save_indices: folder {_short_path(folder)} does not exist")
         if not os.access(folder, os.W_OK):
-            raise ValueError(f"--save_indices: {folder} cannot be written to")
+            raise ValueError(f"--save_indices: folder {folder} is not writable")
 
 
 def _check_values(flags: argparse.Namespace) -> None:
-    """Before the model is loaded: what needs no model to be refused; reads the --image files."""
+    """Checks the values of flags before the model is loaded, and reads the --image files."""
     from janus_jax.generation import samplers
     from janus_jax.processing.image_sources import open_image
 
     for name in ("prompt", "question"):
         if getattr(flags, name) is not None and not getattr(flags, name).strip():
             got = checks.shorten(getattr(flags, name))
-            raise ValueError(f"--{name} must say something, got {got}")
+            raise ValueError(f"--{name} must not be blank, got {got}")
     temperature = 1.0 if flags.temperature is None else flags.temperature
     samplers.check_sampling(temperature, flags.top_k, flags.top_p)
     checks.check_seed(flags.seed)
@@ -251,49 +285,50 @@ def _check_values(flags: argparse.Namespace) -> None:
     flags.image = [open_image(image, flags.allow_urls) for image in flags.image or []]
 
 
-def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") -> None:
-    """Draws, writes the files as they come, and prints the paths of all that are there."""
+def generate(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") -> None:
+    """Generates images, writes each chunk when it is done, and prints the paths of all files."""
     import numpy as np
 
     from janus_jax.gallery import Gallery
 
     names = ("guidance_weight", "temperature", "top_k", "top_p")
-    asked = {name: getattr(flags, name) for name in names}
-    settings = asked | {
-        name: own for name, own in pipeline.drawing._asdict().items() if asked[name] is None
-    }
+    settings = {name: getattr(flags, name) for name in names}
+    for name, default in pipeline.drawing._asdict().items():
+        if settings[name] is None:
+            settings[name] = default
     dtype = np.dtype(pipeline.model.cfg.language_model.dtype).name
-    made = {"model": pipeline.name, "settings": json.dumps(settings | {"dtype": dtype})}
+    metadata = {"model": pipeline.name, "settings": json.dumps(settings | {"dtype": dtype})}
 
     def fields(prompt: str, number: int) -> dict[str, str]:
-        which = {"prompt": prompt, "seed": str(flags.seed), "image": str(number)}
-        return {**which, **made, "software": "janus_jax"}
+        request = {"prompt": prompt, "seed": str(flags.seed), "image": str(number)}
+        return {**request, **metadata, "software": "janus_jax"}
 
-    shown = Gallery(flags.output_dir, prompts, flags.num_images, flags.seed, fields)
-    number = dict(num_images=flags.num_images, max_batch=flags.max_batch)
+    gallery = Gallery(flags.output_dir, prompts, flags.num_images, flags.seed, fields)
+    counts = dict(num_images=flags.num_images, max_batch=flags.max_batch)
     indices = []
     try:
-        # a program may be compiled before the first two reports
+        # warm_up=2: a program may be compiled before each of the first two reports
         with Progress("generating", " tokens", warm_up=2) as progress:
-            drawn = pipeline.stream_images(
-                prompts, seed=flags.seed, progress=progress, **number, **settings
+            chunks = pipeline.stream_images(
+                prompts, seed=flags.seed, progress=progress, **counts, **settings
             )
-            for part in drawn:
-                shown.add(part.pixels)
-                indices.append(part.indices)
-        shown.save_sheets()
-    finally:  # an interrupt or a full device does not cost what was drawn before
-        for path in shown.paths:
+            for chunk in chunks:
+                gallery.add(chunk.pixels)
+                indices.append(chunk.indices)
+        gallery.save_sheets()
+    finally:  # after an interrupt or an error, earlier images are kept and their paths printed
+        for path in gallery.paths:
             print(path)
     if flags.save_indices:
-        told = dict(prompt=np.repeat(prompts, flags.num_images), seed=flags.seed, **made)
+        prompt_of_image = np.repeat(prompts, flags.num_images)
+        columns = dict(prompt=prompt_of_image, seed=flags.seed, **metadata)
         with atomic_write(flags.save_indices) as file:
-            np.savez(file, indices=np.concatenate(indices), **told)
+            np.savez(file, indices=np.concatenate(indices), **columns)
         print(flags.save_indices)
 
 
 def _print_answer(pipeline: "Pipeline", conversation, images, flags) -> str:
-    """Prints the pieces of the answer as they come, and returns it."""
+    """Prints the answer while it is generated, and returns it."""
     pieces = []
     settings = {
         name: getattr(flags, name)
@@ -307,37 +342,41 @@ def _print_answer(pipeline: "Pipeline", conversation, images, flags) -> str:
 
 
 def chat(flags: argparse.Namespace, pipeline: "Pipeline") -> None:
-    """Reads turns from standard input until it ends."""
+    """Answers questions and runs commands from standard input until /quit or its end."""
     from janus_jax.processing.image_sources import open_image
 
-    commands = "'/image FILE' shows an image, '/new' forgets all that was said, '/quit' ends."
-    print(f"Ask away. {commands}", file=sys.stderr)
-    messages, shown = [], flags.image
+    commands = (
+        "'/image FILE' adds an image to your next message, '/new' starts a new conversation, "
+        "'/quit' exits."
+    )
+    print(f"Type a message. Commands: {commands}", file=sys.stderr)
+    messages, images = [], flags.image
     while (line := _next_line()) is not None:
         try:
             command, _, path = line.partition(" ")
             if command == "/image":
-                shown.append(open_image(os.path.expanduser(path.strip()), flags.allow_urls))
+                images.append(open_image(os.path.expanduser(path.strip()), flags.allow_urls))
                 continue
             if line == "/new":
-                messages, shown = [], []
+                messages, images = [], []
                 continue
             if command.startswith("/"):
-                raise ValueError(f"no command {checks.shorten_text(command)}; {commands}")
-            turn = {"role": "user", "content": line, "images": shown}
+                got = checks.shorten_text(command)
+                raise ValueError(f"unknown command {got}; commands: {commands}")
+            turn = {"role": "user", "content": line, "images": images}
             answer = _print_answer(pipeline, [*messages, turn], None, flags)
         except (ValueError, OSError) as error:
-            print(one_line("sample.py", str(error)), file=sys.stderr)
+            print(error_line("sample.py", str(error)), file=sys.stderr)
             continue
-        except KeyboardInterrupt:  # of this answer; at the prompt it ends the program
-            print("\ninterrupted: neither question nor answer is remembered", file=sys.stderr)
+        except KeyboardInterrupt:  # stops this answer; at the input prompt it ends the program
+            print("\nInterrupted; this turn was discarded.", file=sys.stderr)
             continue
         messages += [turn, {"role": "assistant", "content": answer}]
-        shown = []
+        images = []
 
 
 def _next_line() -> str | None:
-    """The next line that says something; None at the end."""
+    """Returns the next line that is not blank, or None at /quit or the end of the input."""
     while True:
         if sys.stdin.isatty():
             print("> ", end="", file=sys.stderr, flush=True)
@@ -348,13 +387,13 @@ def _next_line() -> str | None:
             return line.strip()
 
 
-_LOADING_NEEDS = "while loading; --dtype bfloat16, or --mesh with more devices, needs less of each"
-_DRAWING_NEEDS = "while drawing; a smaller --max_batch needs less"
-_WRITING_NEEDS = "while answering; fewer images or a smaller --max_new_tokens needs less"
+_LOADING_ADVICE = "while loading; use --dtype bfloat16, or a --mesh of more devices"
+_IMAGE_ADVICE = "while generating images; use a smaller --max_batch"
+_TEXT_ADVICE = "while answering; use fewer images or a smaller --max_new_tokens"
 
 
 def run(argv: Sequence[str] | None) -> None:
-    """The whole command; errors are raised."""
+    """Runs the command; raises an exception on errors."""
     flags = parse_flags(argv)
     _check_paths(flags)
     prompts = [flags.prompt] if flags.prompt is not None else []
@@ -370,11 +409,11 @@ def run(argv: Sequence[str] | None) -> None:
     mesh = None if flags.mesh is None else sharding.parse_mesh(flags.mesh)
     name = flags.model or "janus_tiny"
     settings = dict(dtype=flags.dtype, mesh=mesh, adapter=flags.adapter)
-    with device_memory(_LOADING_NEEDS), Progress(f"loading {name}", "B") as progress:
+    with device_memory_errors(_LOADING_ADVICE), Progress(f"loading {name}", "B") as progress:
         pipeline = load(flags.model, progress=progress, **settings)
-    with device_memory(_DRAWING_NEEDS if prompts else _WRITING_NEEDS):
+    with device_memory_errors(_IMAGE_ADVICE if prompts else _TEXT_ADVICE):
         if prompts:
-            draw(flags, prompts, pipeline)
+            generate(flags, prompts, pipeline)
         elif flags.chat:
             chat(flags, pipeline)
         else:
@@ -382,8 +421,8 @@ def run(argv: Sequence[str] | None) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; what a user can cause ends in one line and status 2."""
+    """Runs the command; errors that a user can cause print one line and exit with status 2."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to stop
+        stream.reconfigure(errors="replace")  # the encoding may lack characters of a path or answer
     with one_line_errors("sample.py"):
         run(argv)

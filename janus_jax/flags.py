@@ -1,4 +1,4 @@
-"""What the commands have in common: how they take flags and how they end."""
+"""What all commands share: parsing of flags, error messages and exit statuses."""
 
 import argparse
 import contextlib
@@ -14,43 +14,43 @@ from janus_jax.orbax_errors import is_out_of_memory
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """A parser whose errors take one line, which starts with the name of the command."""
+    """An argument parser that reports each error in one line, after the name of the command."""
 
     def __init__(self, name: str, **settings):
         super().__init__(**settings)
         self._name = name
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program with status 2. What the message repeats of the flags is shortened."""
+        """Exits with status 2. Long words in the message, such as flag values, are shortened."""
         words = (shorten_text(word) for word in message.split())
-        stop(self._name, " ".join(words))
+        exit_with_error(self._name, " ".join(words))
 
 
-def place(text: str) -> Path:
-    """The type of a flag that names a file or folder: an empty text is not the present folder."""
+def path_arg(text: str) -> Path:
+    """The argparse type of paths; rejects an empty string, which Path takes for "."."""
     if not text:
-        raise argparse.ArgumentTypeError("a file or folder must be named, got ''")
+        raise argparse.ArgumentTypeError("expected the path of a file or folder, got ''")
     return Path(text)
 
 
-def stop(name: str, message: str, status: int = 2) -> NoReturn:
-    """Ends the program with one line on stderr."""
-    print(one_line(name, message), file=sys.stderr)
+def exit_with_error(name: str, message: str, status: int = 2) -> NoReturn:
+    """Prints one line to stderr and exits."""
+    print(error_line(name, message), file=sys.stderr)
     sys.exit(status)
 
 
-def one_line(name: str, message: str) -> str:
-    """What a command has to say of an error; a word longer than a file's name is shortened."""
+def error_line(name: str, message: str) -> str:
+    """Formats an error of the command `name` as one line and shortens very long words."""
     words = (word if len(word) < 256 else shorten_text(word) for word in message.split())
     return f"{name}: {' '.join(words)}"
 
 
 def set_up_program() -> None:
-    """What a command asks of its process before it begins.
+    """Sets up signals and warnings of the process. Commands call it before they start.
 
-    SIGTERM, which schedulers and containers send, ends the program as an error does and not where
-    it stands: nothing half written stays behind. Pillow does not warn of images that are large
-    and read all the same.
+    SIGTERM, which schedulers and containers send, raises SystemExit instead of killing the process,
+    so that partly written files are removed. Pillow's warning about large images is disabled, as
+    these images are read anyway.
     """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     warnings.filterwarnings("ignore", "Image size .* exceeds limit")
@@ -58,23 +58,23 @@ def set_up_program() -> None:
 
 @contextlib.contextmanager
 def one_line_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
-    """Ends the program in one line and status 2 after what a user can cause.
+    """Turns exceptions that a user can cause into a one-line message and exit status 2.
 
-    That is ValueError, OSError, MemoryError and `kinds`; an interrupt ends it with status 130.
+    These are ValueError, OSError, MemoryError and `kinds`. KeyboardInterrupt exits with status 130.
     """
     try:
         yield
     except KeyboardInterrupt:
-        stop(name, "interrupted", 130)
+        exit_with_error(name, "interrupted", 130)
     except MemoryError as error:
-        stop(name, f"out of memory: {error}")
+        exit_with_error(name, f"out of memory: {error}")
     except (ValueError, OSError, *kinds) as error:
-        stop(name, str(error))
+        exit_with_error(name, str(error))
 
 
 @contextlib.contextmanager
-def device_memory(advice: str) -> Iterator[None]:
-    """Raises XLA's report that a device has no memory left as a MemoryError with advice."""
+def device_memory_errors(advice: str) -> Iterator[None]:
+    """Re-raises XLA's error that a device is out of memory as a MemoryError with advice."""
     try:
         yield
     except RuntimeError as error:  # XLA's errors are RuntimeErrors

@@ -1,6 +1,6 @@
-"""Diverts to a file what Orbax and its storage threads log and print during a training run.
+"""Redirects what Orbax and its storage threads log and print during a training run to a file.
 
-For a single call, which fails with one line, see orbax_errors.py.
+See orbax_errors.py for single calls of Orbax, whose failures become one-line exceptions.
 """
 
 import contextlib
@@ -14,30 +14,30 @@ from pathlib import Path
 
 from janus_jax.orbax_errors import filtered, is_foreign
 
-MOST_PENDING = 1000  # texts held in memory while the disk is full
+MAX_PENDING = 1000  # texts kept in memory while the disk is full
 
 
 class _LibraryLog:
-    """Appends texts to a file that is created with the first one."""
+    """Appends texts to a file, which is created with the first text."""
 
     def __init__(self, path: Path):
         self._path, self._pending, self._lock = path, [], threading.Lock()
         self.used = False
 
     def write(self, text: str) -> None:
-        """Keeps the text in memory while it cannot be written, as where the disk is full."""
+        """Appends a text; keeps it in memory while it cannot be written, as on a full disk."""
         with self._lock:
             self.used = True
-            self._pending = [*self._pending[-MOST_PENDING:], text.rstrip() + "\n"]
+            self._pending = [*self._pending[-MAX_PENDING:], text.rstrip() + "\n"]
             self._flush()
 
     def close(self) -> None:
-        """Tries for the last time to write what is in memory."""
+        """Tries a last time to write the texts in memory."""
         with self._lock:
             self._flush()
 
     def _flush(self) -> None:
-        if not self._pending or self._path.is_fifo():  # which would wait for a reader
+        if not self._pending or self._path.is_fifo():  # opening a FIFO blocks until it has a reader
             return
         with contextlib.suppress(OSError), self._path.open("a", encoding="utf-8") as file:
             file.writelines(self._pending)
@@ -45,7 +45,7 @@ class _LibraryLog:
             self._pending = []
 
     def divert(self, record: logging.LogRecord) -> bool:
-        """A filter for loggers: drops the libraries' warnings and errors, after writing them."""
+        """Logging filter: moves warnings and errors of the libraries to the file."""
         from_library = record.name == "asyncio" or not is_foreign(record)
         if record.levelno < logging.WARNING or not from_library:
             return True
@@ -58,33 +58,34 @@ _FORMAT = logging.Formatter("%(asctime)s %(levelname)s %(pathname)s:%(lineno)d %
 
 @contextlib.contextmanager
 def library_log(path: Path) -> Iterator[None]:
-    """Appends to a file the libraries' warnings and errors, and tracebacks of other threads.
+    """Redirects the libraries' warnings and errors, and tracebacks of other threads, to a file.
 
-    Exceptions of the main thread, and those that a library raises to its caller, are not affected.
+    Exceptions in the main thread, and those that a library raises to its caller, are not affected.
     """
     log = _LibraryLog(path)
 
-    def of_thread(args: threading.ExceptHookArgs) -> None:
+    def log_thread(args: threading.ExceptHookArgs) -> None:
         log.write("".join(traceback.format_exception(args.exc_value)))
 
-    def of_callback(args) -> None:
+    def log_unraisable(args) -> None:
         log.write(f"ignored in {args.object!r:.80}: {args.exc_value!r}")
 
-    def uncaught(kind, value, trace) -> None:  # C++ threads print through it
+    def log_uncaught(kind, value, trace) -> None:  # also called by C++ threads
         if threading.current_thread() is threading.main_thread():
             sys.__excepthook__(kind, value, trace)
         else:
             log.write("".join(traceback.format_exception(value)))
 
-    before = threading.excepthook, sys.unraisablehook, sys.excepthook
-    threading.excepthook, sys.unraisablehook, sys.excepthook = of_thread, of_callback, uncaught
+    previous = threading.excepthook, sys.unraisablehook, sys.excepthook
+    hooks = log_thread, log_unraisable, log_uncaught
+    threading.excepthook, sys.unraisablehook, sys.excepthook = hooks
     try:
         with filtered(log.divert):
             try:
                 yield
             finally:
                 if log.used:
-                    gc.collect()  # coroutines that were not awaited complain when they are freed
+                    gc.collect()  # coroutines that were not awaited warn when they are freed
     finally:
-        threading.excepthook, sys.unraisablehook, sys.excepthook = before
+        threading.excepthook, sys.unraisablehook, sys.excepthook = previous
         log.close()

@@ -1,4 +1,7 @@
-"""Orbax's failures in one line: a damaged folder or a full disk makes it log and print hundreds."""
+"""Turns Orbax's failures into one-line exceptions.
+
+When a folder is damaged or a disk is full, Orbax logs and prints hundreds of lines.
+"""
 
 import contextlib
 import errno
@@ -14,21 +17,21 @@ from typing import TypeVar
 from janus_jax.checks import shorten_text
 
 T = TypeVar("T")
-LOGGERS = ("absl", "asyncio")  # Orbax logs to the first, and its abandoned tasks to the second
-_ORBAX = os.path.join("orbax", "checkpoint", "")  # in the names of its files
-_STORAGE = (_ORBAX, "OCDBT", "TensorStore")  # in messages about tasks of Orbax or its storage
+LOGGERS = ("absl", "asyncio")  # Orbax logs to "absl"; tasks that it abandons, to "asyncio"
+_ORBAX = os.path.join("orbax", "checkpoint", "")  # part of the paths of its source files
+_STORAGE = (_ORBAX, "OCDBT", "TensorStore")  # words of messages about Orbax and its storage
 _LATE = "Event loop is closed"  # raised by storage threads that finish after Orbax has given up
 
 
 def is_foreign(record: logging.LogRecord) -> bool:
-    """Whether it is neither logged by Orbax nor about one of its tasks."""
+    """Returns whether a log record is neither from Orbax nor about one of its tasks."""
     message = record.getMessage()
     return _ORBAX not in record.pathname and not any(name in message for name in _STORAGE)
 
 
 @contextlib.contextmanager
 def filtered(keep: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
-    """Drops the records of LOGGERS for which `keep` is false."""
+    """Drops the records of LOGGERS for which `keep` returns False."""
     loggers = [logging.getLogger(name) for name in LOGGERS]
     for logger in loggers:
         logger.addFilter(keep)
@@ -41,7 +44,7 @@ def filtered(keep: Callable[[logging.LogRecord], bool]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Drops what Orbax logs and what its threads raise; all other messages of a program pass."""
+    """Drops log records of Orbax and exceptions of its threads; all other messages pass."""
     thread_hook = threading.excepthook
     threading.excepthook = lambda args: None if _is_orbax(args.exc_traceback) else thread_hook(args)
     try:
@@ -61,48 +64,55 @@ def _is_orbax(traceback) -> bool:
 
 
 class _Hook:
-    """sys.unraisablehook without what Orbax's coroutines and storage threads could not raise."""
+    """A sys.unraisablehook that ignores exceptions of Orbax's coroutines and storage threads."""
 
-    def __init__(self, before: Callable):
-        self.before = before
+    def __init__(self, previous: Callable):
+        self.previous = previous
 
     def __call__(self, report) -> None:
         if str(report.exc_value) != _LATE and not _is_orbax(report.exc_traceback):
-            self.before(report)
+            self.previous(report)
 
 
 def is_disk_full(error: BaseException | None) -> bool:
-    """Whether it came from a disk, or a user's share of one, that is full."""
-    full = (errno.ENOSPC, errno.EDQUOT)
+    """Returns whether an error was caused by a full disk or an exceeded disk quota."""
+    codes = (errno.ENOSPC, errno.EDQUOT)
     if error is None:
         return False
-    named = any(os.strerror(code) in str(error) for code in full)
-    return named or getattr(error, "errno", None) in full or is_disk_full(error.__cause__)
+    in_message = any(os.strerror(code) in str(error) for code in codes)
+    return in_message or getattr(error, "errno", None) in codes or is_disk_full(error.__cause__)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, on a device or the host; a full disk has XLA's name for it, too."""
+    """Returns whether a device or the host is out of memory.
+
+    The storage library reports a full disk as RESOURCE_EXHAUSTED, too; that is not counted.
+    """
     exhausted = isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
     return exhausted and not is_disk_full(error)
 
 
 def first_line(error: BaseException) -> str:
-    """Of what was raised first: Orbax wraps the storage's report in one that names slices."""
+    """Returns the first line of the error at the start of the chain of causes.
+
+    Orbax wraps errors of the storage library in one that lists slices of arrays.
+    """
     while error.__cause__ is not None:
         error = error.__cause__
     text = str(error).strip() or type(error).__name__
     return shorten_text(text.splitlines()[0])
 
 
-def call(kind: type[Exception], what: str, function: Callable[[], T]) -> T:
-    """Calls Orbax; a failure becomes an exception of one line: `what` and how the failure begins.
+def call(error_type: type[Exception], what: str, function: Callable[[], T]) -> T:
+    """Calls a function that uses Orbax; raises its failures as one-line exceptions.
 
-    The failure itself is not chained: it would keep Orbax's tasks alive, which report when they
-    are collected. Memory that runs out, on a device or the host, is raised as it is.
+    The message of the exception is `what` and the first line of the failure. The failure is not
+    chained, because that would keep Orbax's tasks alive, which print messages when they are garbage
+    collected. Out-of-memory errors, of a device or the host, are raised unchanged.
     """
     hook = sys.unraisablehook
     if not isinstance(hook, _Hook):
-        sys.unraisablehook = _Hook(hook)  # stays after a failure: threads report when they finish
+        sys.unraisablehook = _Hook(hook)  # kept after a failure: threads report when they finish
     with _quiet():
         try:
             result = function()
@@ -114,10 +124,10 @@ def call(kind: type[Exception], what: str, function: Callable[[], T]) -> T:
             sys.unraisablehook = hook
             return result
         gc.collect()
-    logging.getLogger("asyncio").addFilter(_is_foreign_task)  # stays, as the hook above does
-    raise kind(f"{what}: {text}")
+    logging.getLogger("asyncio").addFilter(_is_foreign_task)  # kept, like the hook above
+    raise error_type(f"{what}: {text}")
 
 
 def _is_foreign_task(record: logging.LogRecord) -> bool:
-    """is_foreign, under a name of its own, which `filtered` does not remove."""
+    """The same as is_foreign, but a separate function, so that `filtered` does not remove it."""
     return is_foreign(record)

@@ -1,4 +1,4 @@
-"""Files and folders: checked before they are read or written, and written whole or not at all."""
+"""Checks of paths before reading or writing, atomic writes, and locks."""
 
 import contextlib
 import fcntl
@@ -11,27 +11,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-MAX_FILE_BYTES = 2**30  # of an image or another file that is read whole
-MAX_TEXT_BYTES = 2**26  # of a text that is read whole: a record, a list of prompts
+MAX_FILE_BYTES = 2**30  # limit for images and other files that are read into memory
+MAX_TEXT_BYTES = 2**26  # limit for texts: a record, a file of prompts
 
 
 def check_local(name: str, path: str | Path) -> None:
-    """Raises ValueError for gs://... and the like, of which Path makes a folder here."""
+    """Raises ValueError for a URL such as gs://..., which Path would take for a local folder."""
     if re.match(r"[a-z][a-z0-9+.-]+:/", str(path)):
-        raise ValueError(f"{name} must be a place on a disk of this machine, got {path}")
+        raise ValueError(f"{name} must be a local path, got {path}")
 
 
 def file_size(path: Path) -> int:
-    """Bytes of a regular file; ask before opening, for opening a FIFO waits for a writer.
+    """Returns the size of a regular file in bytes.
+
+    Call this before opening a file, because opening a FIFO blocks until it has a writer.
 
     Raises:
-        FileNotFoundError: there is no such file, or the path is a link to a missing file.
-        ValueError: it is a folder, a FIFO, a socket or a device.
+        FileNotFoundError: the file does not exist, or is a symbolic link to a missing file.
+        ValueError: the path is a folder, a FIFO, a socket or a device.
     """
     try:
         status = path.stat()
     except (FileNotFoundError, NotADirectoryError):
-        link = ": the link there leads to a missing file" if path.is_symlink() else ""
+        link = " (a symbolic link to a missing file)" if path.is_symlink() else ""
         raise FileNotFoundError(f"no {path.name} in {path.parent}{link}") from None
     if not stat.S_ISREG(status.st_mode):
         kind = "folder" if stat.S_ISDIR(status.st_mode) else "FIFO, socket or device"
@@ -39,38 +41,43 @@ def file_size(path: Path) -> int:
     return status.st_size
 
 
-def bounded_size(path: Path, most: int) -> int:
-    """Bytes of a regular file; raises ValueError for more than `most`, and what file_size does."""
+def bounded_size(path: Path, max_bytes: int) -> int:
+    """Returns the size of a regular file in bytes.
+
+    Raises:
+        ValueError: the file is larger than `max_bytes`, or not a regular file.
+        FileNotFoundError: as file_size.
+    """
     size = file_size(path)
-    if size > most:
-        raise ValueError(f"{path} must have at most {most} bytes, got {size}")
+    if size > max_bytes:
+        raise ValueError(f"{path} must have at most {max_bytes} bytes, got {size}")
     return size
 
 
-def read_bounded(path: Path, most: int) -> bytes:
-    """The bytes of a regular file; raises what bounded_size does, and OSError."""
-    size = bounded_size(path, most)
+def read_bounded(path: Path, max_bytes: int) -> bytes:
+    """Reads a regular file of at most `max_bytes`; raises as bounded_size, and OSError."""
+    size = bounded_size(path, max_bytes)
     with os_errors_of(path), path.open("rb") as file:
-        return file.read(size)  # no more than was checked, even if the file has grown
+        return file.read(size)  # at most the checked size, even if the file has grown
 
 
 def size_text(number: int) -> str:
-    """A number of bytes, for a message."""
+    """Formats a number of bytes for a message."""
     return f"{number / 1e9:.2f} GB" if number >= 1e8 else f"{number / 1e6:.1f} MB"
 
 
 def sibling(path: Path) -> Path:
-    """A hidden name beside `path` that nothing has yet."""
+    """Returns the path of a new hidden file in the same folder as `path`."""
     return path.with_name(f".{path.name}.{secrets.token_hex(4)}")
 
 
 @contextlib.contextmanager
 def os_errors_of(path: str | Path) -> Iterator[None]:
-    """Adds a file's name to an OSError that has none, as those of read, write and close."""
+    """Adds the path of a file to an OSError without one, as read, write and close raise."""
     try:
         yield
     except OSError as error:
-        if error.errno is None:  # raised by a library, with a text only
+        if error.errno is None:  # raised by a library with a message only
             raise OSError(f"{path}: {error}") from error
         if error.filename is None:
             error.filename = str(path)
@@ -79,7 +86,7 @@ def os_errors_of(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def value_errors_of(path: str | Path) -> Iterator[None]:
-    """Puts the path of the file that is read in front of a ValueError's text."""
+    """Prefixes the message of a ValueError with the path of the file that is read."""
     try:
         yield
     except ValueError as error:
@@ -88,40 +95,44 @@ def value_errors_of(path: str | Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under `path` when it is complete, and leaves nothing otherwise.
+    """Opens a file for writing that appears at `path` only when it is complete.
 
-    Raises OSError with the name of the file if, for example, the disk is full.
+    The data goes to a temporary file, which replaces `path` at the end. If the body raises, the
+    temporary file is removed and an existing file at `path` stays as it was.
+
+    Raises:
+        OSError: with the path of the file, for example if the disk is full.
     """
-    beside = sibling(path)
+    temporary = sibling(path)
     try:
-        with os_errors_of(path), beside.open("xb") as file:
+        with os_errors_of(path), temporary.open("xb") as file:
             yield file
-        os.replace(beside, path)
+        os.replace(temporary, path)
     except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename == str(beside):
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename == str(temporary):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a file whole, and makes the folders above it."""
+    """Writes a file atomically; creates its parent folders."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write(data)
 
 
 def write_all(file: io.RawIOBase, data: bytes) -> None:
-    """Writes to a file without a buffer, which on a disk that is nearly full takes a part only."""
+    """Writes all data to an unbuffered file, whose write() may write only a part of it."""
     while data:
         data = data[file.write(data) :]
 
 
 def open_lock(path: Path) -> BinaryIO:
-    """A file to lock, which is made where there is none.
+    """Opens a lock file; creates it if it does not exist.
 
-    Raises OSError if it is no regular file: a link may lead to any other file, and opening a FIFO
-    waits for a reader.
+    Raises OSError if the path is a symbolic link, which could point to any file, or a FIFO, which
+    would block until it has a reader.
     """
 
     def opener(name: str, flags: int) -> int:
@@ -132,11 +143,14 @@ def open_lock(path: Path) -> BinaryIO:
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str) -> Iterator[None]:
-    """Keeps other processes that ask for the same lock from writing to a folder.
+    """Holds an exclusive lock on a folder, so that only one process writes to it.
 
-    The lock is a file in the folder, `name` its path from there, and is not removed; a process
-    that ends releases it, however it ends.
-    Raises ValueError if another process holds the lock, and what open_lock does.
+    Args:
+        name: path of the lock file, relative to the folder. The file is not removed at the end; the
+            operating system releases the lock when the process exits, even if it is killed.
+    Raises:
+        ValueError: another process holds the lock.
+        OSError: as open_lock.
     """
     lock = folder / name
     lock.parent.mkdir(parents=True, exist_ok=True)
@@ -144,6 +158,7 @@ def locked(folder: Path, name: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            rule = "a folder must be written to by one run at a time"
-            raise ValueError(f"{rule}, another one has {folder}") from None
+            raise ValueError(
+                f"{folder} is in use by another run; wait until it ends, or use another folder"
+            ) from None
         yield

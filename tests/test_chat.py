@@ -1,4 +1,4 @@
-"""Every recorded prompt string, and the roles of a conversation."""
+"""Tests of all recorded prompt strings, and of the roles of conversations."""
 
 import json
 
@@ -68,8 +68,8 @@ def test_the_checkpoint_decides_the_role_texts(pair):
         {"role": pair[0], "content": "Hi", "images": ["x"]},
         {"role": pair[1], "content": "Yes"},
     ]
-    asked = user("<image_placeholder>\nHi", images=["x"])
-    assert chat.generic_roles(messages) == [asked, assistant("Yes")]
+    expected = user("<image_placeholder>\nHi", images=["x"])
+    assert chat.generic_roles(messages) == [expected, assistant("Yes")]
 
 
 def test_an_unanswered_conversation_gets_an_empty_turn():
@@ -81,12 +81,12 @@ def test_an_unanswered_conversation_gets_an_empty_turn():
 @pytest.mark.parametrize(
     "messages, text",
     [
-        ([], "at least one message of the user, got none"),
+        ([], "at least one user message, got none"),
         ([{"role": "bot", "content": "x"}], "must be system, user or assistant, got 'bot'"),
         ([{"role": "user"}], "content must be a string or a list of parts, got NoneType"),
-        ([user("a"), user("b")], "turn 2 must be of the assistant, got user"),
-        ([assistant("a")], "turn 1 must be of the user, got assistant"),
-        ([user("a"), {"role": "system", "content": "s"}], "turn 2 .* assistant, got system"),
+        ([user("a"), user("b")], "expected the role assistant for message 2, got user"),
+        ([assistant("a")], "expected the role user for message 1, got assistant"),
+        ([user("a"), {"role": "system", "content": "s"}], "assistant for message 2, got system"),
     ],
 )
 def test_conversation_errors(messages, text):

@@ -1,4 +1,4 @@
-"""What a user may give as a number, and what messages show of a user's values."""
+"""Tests of the checks of numbers, and of shortened values in messages."""
 
 import re
 import time
@@ -11,7 +11,7 @@ from janus_jax import checks, cli
 
 
 def doubled(value, times: int):
-    """A tuple of two references to a tuple of two references ..."""
+    """Returns nested tuples, each with two references to the next; doubles `times` times."""
     for _ in range(times):
         value = (value, value)
     return value

@@ -97,7 +97,7 @@ def test_help_and_bad_arguments(run):
         assert (status, out) == (2, "")
         assert err.startswith("convert: ") and err.count("\n") == 1
     assert "--force" in err
-    assert "argument SRC: a file or folder must be named, got ''" in run("inspect", "")[2]
+    assert "argument SRC: expected the path of a file or folder, got ''" in run("inspect", "")[2]
 
 
 def test_dst_that_exists(golden, refused, run, tmp_path):
@@ -107,7 +107,7 @@ def test_dst_that_exists(golden, refused, run, tmp_path):
         said = refused(golden / "janus", tmp_path / "o", *flags)
         assert "exists and is never replaced: only an empty folder is" in said
     told = refused(golden / "janus", "gs://bucket/o")
-    assert "must be a place on a disk of this machine, got gs:/" in told
+    assert "must be a local path, got gs:/" in told
     (tmp_path / "o" / "config.json").write_text("{}")  # as many a project has
     refused(golden / "janus", tmp_path / "o", "--overwrite")
     (tmp_path / "o" / "model.safetensors").touch()

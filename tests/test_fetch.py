@@ -1,4 +1,4 @@
-"""Remote images: what is fetched, what is refused, and that time and size are bounded."""
+"""Tests of downloads of images: allowed and refused URLs, and limits on time and size."""
 
 import http.server
 import io
@@ -21,14 +21,14 @@ def png() -> bytes:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Answers as its path says."""
+    """Answers a request with the method that its path names."""
 
     def do_GET(self):
         path, _, target = self.path.partition("?")
         getattr(self, "answer_" + path.strip("/").replace(".", "_"), self.answer_missing)(target)
 
     def log_message(self, *args):
-        """Nothing."""
+        """Logs nothing."""
 
     def send(self, data: bytes, size=None, status=200, **headers):
         self.send_response(status)
@@ -85,7 +85,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """A server at 127.0.0.1; its `url` is that of the root."""
+    """An HTTP server at 127.0.0.1; `url` is the URL of its root."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
         monkeypatch.delenv(name, raising=False)
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -121,16 +121,16 @@ def test_nothing_is_fetched_unless_allowed(server, monkeypatch):
         ("redirect?ftp://127.0.0.1/a.png", "refusing the redirect from http: to ftp:"),
         ("redirect?data:text/plain,a", "is not allowed"),
         ("redirect?/redirect?/redirect", "redirect"),
-        ("stated_large", "it is larger than 5000 bytes"),
-        ("large", "it is larger than 5000 bytes"),
-        ("cut", r"the answer ends after 50 of \d+ bytes"),
+        ("stated_large", "the file is larger than 5000 bytes"),
+        ("large", "the file is larger than 5000 bytes"),
+        ("cut", r"the download ended after 50 of \d+ bytes"),
     ],
 )
 def test_what_cannot_be_fetched_is_named(server, path, error, monkeypatch):
     monkeypatch.setattr(fetch, "MAX_BYTES", 5000)
     with pytest.raises(ValueError, match=error) as refused:
         fetch.fetch(server.url + path)
-    assert str(refused.value).startswith(f"cannot fetch the image {server.url}")
+    assert str(refused.value).startswith(f"cannot download the image {server.url}")
     assert len(str(refused.value)) < 220 and "\n" not in str(refused.value)
 
 
@@ -150,40 +150,40 @@ def test_the_whole_time_is_bounded(server, path, monkeypatch):
     with pytest.raises(ValueError, match=r"takes longer than 0\.3 s|timed out"):
         fetch.fetch(server.url + path)
     assert time.perf_counter() - start < 2
-    if path != "silent":  # the connection is closed, not left to a thread
+    if path != "silent":  # the connection is closed
         assert server.dropped.wait(5)
 
 
 @pytest.mark.parametrize("url", ["http://", "http://127.0.0.1:x/", "http://127.0.0.1:1/a.png"])
 def test_urls_that_lead_nowhere(url):
-    with pytest.raises(ValueError, match=f"cannot fetch the image {url}: .+"):
+    with pytest.raises(ValueError, match=f"cannot download the image {url}: .+"):
         fetch.fetch(url)
 
 
 def test_sample_fetches_only_with_the_flag(server, small, monkeypatch, capsys):
-    asked = []
+    calls = []
     monkeypatch.setattr("janus_jax.generation.pipeline.load", lambda *_, **__: small)
-    monkeypatch.setattr(cli, "_print_answer", lambda *args: asked.append(args))
+    monkeypatch.setattr(cli, "_print_answer", lambda *args: calls.append(args))
     flags = ["--question", "What?", "--image", server.url + "a.png"]
     with pytest.raises(SystemExit) as stopped:
         cli.main(flags)
     assert stopped.value.code == 2 and "--allow_urls in sample.py" in capsys.readouterr().err
     cli.main([*flags, "--allow_urls"])
-    ((_, question, (image,), _),) = asked
+    ((_, question, (image,), _),) = calls
     assert question == "What?" and np.asarray(image).min() == 255
     with pytest.raises(SystemExit):
         cli.main(["--prompt", "a", "--allow_urls"])
-    assert "--allow_urls has no use with --prompt" in capsys.readouterr().err
+    assert "--allow_urls cannot be combined with --prompt" in capsys.readouterr().err
 
 
 def test_a_chat_fetches_only_with_the_flag(server, small, monkeypatch, capsys):
-    asked = []
+    calls = []
     monkeypatch.setattr("janus_jax.generation.pipeline.load", lambda *_, **__: small)
-    monkeypatch.setattr(cli, "_print_answer", lambda _, said, *rest: asked.append(said) or "white")
+    monkeypatch.setattr(cli, "_print_answer", lambda _, turns, *rest: calls.append(turns) or "red")
     for flags in ([], ["--allow_urls"]):
         monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {server.url}a.png\nWhat?\n"))
         cli.main(["--chat", *flags])
-    refused, answered = asked
+    refused, answered = calls
     assert refused[0]["images"] == [] and np.asarray(answered[0]["images"][0]).min() == 255
     assert capsys.readouterr().err.count("pass allow_urls=True") == 1
 
@@ -196,7 +196,7 @@ def test_answers_fetch_only_where_it_is_allowed(server, small, monkeypatch, name
         getattr(small, name)(messages)
 
     def batch(self, examples, **settings):
-        raise InterruptedError(examples)  # what follows is tested elsewhere
+        raise InterruptedError(examples)  # stops here; the rest is tested elsewhere
 
     monkeypatch.setattr(Processor, "batch", batch)
     with pytest.raises(InterruptedError) as read:

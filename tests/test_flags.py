@@ -1,4 +1,4 @@
-"""What the commands ask of their process, each run as the program that it is."""
+"""Tests of signals and warnings of the commands, each run as a program."""
 
 import subprocess
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-# runs a command as `python -m` does, and then says what it has set
+# runs a command like `python -m`, then checks the signal handler and the warning filter
 ASK = """
 import contextlib, runpy, signal, sys
 from PIL import Image

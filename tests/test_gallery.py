@@ -1,4 +1,4 @@
-"""The files of a drawing: names, contact sheets, there whole or not at all."""
+"""Tests of the files of generated images: names, contact sheets and atomic writes."""
 
 import os
 import re

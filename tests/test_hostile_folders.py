@@ -132,7 +132,7 @@ def test_weights_that_are_no_regular_file_are_not_opened(tmp_path, name, kind):
     told = refusal(open_checkpoint, tmp_path, error)
     found = "folder" if kind == "folder" else "FIFO, socket or device"
     assert told == {
-        FileNotFoundError: f"no {name} in {tmp_path}: the link there leads to a missing file",
+        FileNotFoundError: f"no {name} in {tmp_path} (a symbolic link to a missing file)",
         ValueError: f"{tmp_path / name} must be a regular file, got a {found}",
     }[error]
 

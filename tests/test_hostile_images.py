@@ -1,4 +1,4 @@
-"""Images that would exhaust memory or time, and files that are no images: one ValueError each."""
+"""Images that would exhaust memory or time, and other files, each raise a ValueError."""
 
 import io
 import os
@@ -20,7 +20,7 @@ PIXEL = np.zeros((1, 1, 3), int)
 
 @pytest.fixture
 def undecoded(monkeypatch):
-    """No image may be decoded."""
+    """Fails the test if an image is decoded."""
     monkeypatch.setattr(Image.Image, "load", lambda image: pytest.fail("it was decoded"))
 
 
@@ -29,8 +29,8 @@ def undecoded(monkeypatch):
     "size", [(178_000_000, 1), (1, 178_000_000), (65_536, 2000), (1001, 1), (2, 2002)]
 )
 def test_sides_that_no_image_has(size, undecoded):
-    rule = r"cannot read image <\d+ bytes>: the sides of an image must be at most 65535 pixels and "
-    rule += f"one at most 1000 times the other, got {size[0]} x {size[1]}"
+    rule = r"cannot read image <\d+ bytes>: the sides of an image must have at most 65535 pixels "
+    rule += f"and an aspect ratio of at most 1000, got {size[0]} x {size[1]}"
     with pytest.raises(ValueError, match=rule):
         load_image(png_file(PIXEL, 8, RGB, size=size))
 
@@ -49,7 +49,7 @@ def test_the_longest_sides(size):
 
 
 def test_sides_of_arrays_and_of_images_that_the_caller_opened(undecoded):
-    with pytest.raises(ValueError, match=r"the sides of an image must be .*, got 2000 x 1"):
+    with pytest.raises(ValueError, match=r"the sides of an image must have .*, got 2000 x 1"):
         load_image(np.zeros((1, 2000), np.uint8))
     with pytest.raises(ValueError, match=r"cannot read the image: the sides of .*, got 1 x 2000"):
         load_image(Image.new("L", (1, 2000)))
@@ -61,9 +61,9 @@ def test_too_little_memory_is_the_fault_of_the_image(monkeypatch):
 
     monkeypatch.setattr(rgb, "_upright", exhausted)
     file = png_file(PIXEL, 8, RGB, size=(3, 2))
-    with pytest.raises(ValueError, match=r"cannot read image .*: not enough memory for 3 x 2 pix"):
+    with pytest.raises(ValueError, match=r"cannot read image .*: not enough memory to decode 3 x"):
         load_image(file)
-    with pytest.raises(ValueError, match="cannot read the image: not enough memory for 3 x 2 pix"):
+    with pytest.raises(ValueError, match="cannot read the image: not enough memory to decode 3 x"):
         load_image(Image.open(io.BytesIO(file)))
 
 

@@ -118,7 +118,7 @@ def test_a_prompt_gives_in_a_batch_what_it_gives_alone(small, five):
 
 
 def test_another_batch_moves_logits_by_no_more_than_rounding(small):
-    """The bound that docs/sampling.md tells; with more padding, too."""
+    """The bound stated in docs/sampling.md; with more padding, too."""
     alone = _requests(small, [OTHER], 1)
 
     def greedy(step, logits):

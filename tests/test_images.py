@@ -1,4 +1,4 @@
-"""Reading images of every kind, and the reference's exact preprocessing."""
+"""Tests of reading images of all kinds, and of preprocessing against the reference."""
 
 import dataclasses
 import io
@@ -28,16 +28,16 @@ def colour(image, x=0, y=0):
 def test_preprocess_equals_the_recorded_one(golden, name, kind):
     cfg = HALF if kind == "half" else images.ImageConfig(image_size=64)
     pixels = images.preprocess(images.load_image(golden / "preprocess" / f"{name}.png"), cfg)
-    want = np.load(golden / "preprocess.npz")[f"{name.split('_')[0]}_{kind}"]
+    expected = np.load(golden / "preprocess.npz")[f"{name.split('_')[0]}_{kind}"]
     assert pixels.dtype == np.float32
-    np.testing.assert_array_equal(pixels, want.transpose(1, 2, 0))
+    np.testing.assert_array_equal(pixels, expected.transpose(1, 2, 0))
 
 
 def test_resize_to_384_equals_the_recorded_one(golden):
     image = images.load_image(golden / "preprocess" / "img1_300x37.png")
     pixels = images.resize_and_pad(image, dataclasses.replace(HALF, image_size=384))
-    want = np.load(golden / "preprocess.npz")["img1_384_u8"]
-    np.testing.assert_array_equal(pixels, want.transpose(1, 2, 0))
+    expected = np.load(golden / "preprocess.npz")["img1_384_u8"]
+    np.testing.assert_array_equal(pixels, expected.transpose(1, 2, 0))
 
 
 def test_do_normalize_false_only_rescales():
@@ -60,11 +60,11 @@ def test_config_of_both_layouts_is_the_same():
     "config, text",
     [
         ({"size": {"height": 64, "width": 32}}, "must be square.*64.*32"),
-        ({}, "integer image size, got None"),
+        ({}, "image size must be an integer, got None"),
         ({"image_size": 8}, "min_size=14 image_size=8"),
         ({"image_size": 64, "min_size": "14"}, "min_size must be an integer .*, got '14'"),
-        ({"image_size": 64, "image_mean": 0.5}, "image_mean must be three numbers, got 0.5"),
-        ({"image_size": 64, "image_std": [1, 2]}, "image_std must be three numbers"),
+        ({"image_size": 64, "image_mean": 0.5}, "image_mean must be a list of .*, got 0.5"),
+        ({"image_size": 64, "image_std": [1, 2]}, "image_std must be a list of three numbers"),
         ({"image_size": 64, "image_std": [1, 0, 1]}, "image_std must be .* from 1e-06 .* 0"),
         ({"image_size": 64, "rescale_factor": "x"}, "rescale_factor must be .* number, got .x."),
     ],
@@ -142,10 +142,10 @@ def test_exif_that_nobody_can_read_does_not_cost_the_image(tmp_path, suffix):
     assert got.size == (16, 8) and np.abs(np.subtract(colour(got), (0, 128, 0))).max() <= 2
 
 
-@pytest.mark.parametrize("mode, value, want", [("L", 90, 90), ("1", 1, 255), ("1", 0, 0)])
-def test_greyscale(tmp_path, mode, value, want):
+@pytest.mark.parametrize("mode, value, expected", [("L", 90, 90), ("1", 1, 255), ("1", 0, 0)])
+def test_greyscale(tmp_path, mode, value, expected):
     got = images.load_image(save(tmp_path / "a.png", Image.new(mode, (2, 2), value)))
-    assert colour(got) == (want,) * 3
+    assert colour(got) == (expected,) * 3
 
 
 @pytest.mark.parametrize("suffix", ("png", "tif"))
@@ -156,7 +156,7 @@ def test_16_bit_greyscale_is_scaled_not_clipped(tmp_path, suffix):
 
 
 @pytest.mark.parametrize(
-    "values, want",
+    "values, expected",
     [
         (np.array([[0, 200]], np.int32), [0, 200]),
         (np.array([[257, 65535]], np.int32), [1, 255]),
@@ -167,9 +167,9 @@ def test_16_bit_greyscale_is_scaled_not_clipped(tmp_path, suffix):
         (np.array([[0.0, np.nan, 1.0]], np.float32), [0, 0, 255]),
     ],
 )
-def test_integer_and_float_images_are_scaled_to_what_holds_them(tmp_path, values, want):
+def test_integer_and_float_images_are_scaled_to_what_holds_them(tmp_path, values, expected):
     got = images.load_image(save(tmp_path / "a.tif", Image.fromarray(values)))
-    assert np.asarray(got)[0, :, 0].tolist() == want
+    assert np.asarray(got)[0, :, 0].tolist() == expected
 
 
 def test_cmyk(tmp_path):
@@ -184,7 +184,7 @@ def test_exif_orientation_is_applied(tmp_path):
     image = Image.new("RGB", (4, 2), "black")
     image.putpixel((0, 0), (255, 255, 255))
     exif = Image.Exif()
-    exif[0x0112] = 6  # the camera was turned: rotate by 90 degrees clockwise to view
+    exif[0x0112] = 6  # viewers must rotate the image by 90 degrees clockwise
     got = images.load_image(save(tmp_path / "a.png", image, exif=exif))
     assert got.size == (2, 4)
     assert colour(got, 1, 0) == (255, 255, 255)
@@ -192,19 +192,19 @@ def test_exif_orientation_is_applied(tmp_path):
 
 
 def test_a_image_of_too_many_pixels(tmp_path, monkeypatch):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # Pillow refuses twice as many
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # Pillow raises beyond twice that
     Image.new("RGB", (10, 10), "red").save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="exceeds limit of 80 pixels"):
         images.load_image(tmp_path / "a.png")
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"no image file at .*nowhere.png"):
+    with pytest.raises(FileNotFoundError, match=r"image file not found: .*nowhere.png"):
         images.load_image(tmp_path / "nowhere.png")
 
 
 def test_a_folder_is_no_image_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="no image file at"):
+    with pytest.raises(FileNotFoundError, match="image file not found: "):
         images.load_image(tmp_path)
 
 
@@ -256,10 +256,10 @@ def test_generation_target_is_resize_then_centre_crop(size):
         (round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BICUBIC
     )
     left, top = ((side - 20) // 2 for side in whole.size)
-    want = np.asarray(whole.crop((left, top, left + 20, top + 20)), np.float32) / 127.5 - 1
+    expected = np.asarray(whole.crop((left, top, left + 20, top + 20)), np.float32) / 127.5 - 1
     assert got.shape == (20, 20, 3) and got.dtype == np.float32
-    np.testing.assert_allclose(got, want, atol=1.01 * 2 / 255)
-    assert np.mean(np.abs(got - want)) < 1e-3
+    np.testing.assert_allclose(got, expected, atol=1.01 * 2 / 255)
+    assert np.mean(np.abs(got - expected)) < 1e-3
 
 
 def test_generation_target_range_and_way_back():

@@ -1,4 +1,4 @@
-"""Messages in the forms of transformers and OpenAI; sources of images; remote images."""
+"""Tests of messages in the formats of transformers and OpenAI, and of sources of images."""
 
 import base64
 import dataclasses
@@ -42,7 +42,7 @@ def processor(golden):
     return Processor.from_dir(golden / "janus")
 
 
-# The texts that the chat template of transformers' Janus checkpoints writes for these contents.
+# Expected texts are the output of the chat template of transformers' Janus checkpoints.
 @pytest.mark.parametrize(
     ("parts", "text"),
     [
@@ -56,8 +56,8 @@ def processor(golden):
     ],
 )
 def test_parts_are_joined_as_in_transformers(parts, text):
-    said, images = messages.read_content({}, parts, TAG)
-    assert said.strip() == text
+    joined, images = messages.read_content({}, parts, TAG)
+    assert joined.strip() == text
     assert images == [part["image"] for part in parts if part["type"] == "image"]
 
 
@@ -108,11 +108,11 @@ def test_parts_give_what_deepseeks_own_form_gives(processor):
 
 def test_images_beside_fill_the_places_in_parts(processor):
     white = np.full((8, 8, 3), 255, np.uint8)
-    asked = [user([words("Which?"), PLACE, {"type": "image", "index": 1}])]
+    messages_with_places = [user([words("Which?"), PLACE, {"type": "image", "index": 1}])]
     expected = [user([words("Which?"), at(white), at(white)])]
-    tokens, pixels = processor.conversation(asked, [white, white])
+    tokens, pixels = processor.conversation(messages_with_places, [white, white])
     again, _ = processor.conversation(expected)
-    carried, _ = processor.conversation([asked[0] | {"images": [white, white]}])
+    carried, _ = processor.conversation([messages_with_places[0] | {"images": [white, white]}])
     assert tokens == again == carried and len(pixels) == 2
     single, _ = processor.conversation([user("What?", image=white)])
     assert single == processor.conversation("What?", [white])[0]
@@ -120,28 +120,28 @@ def test_images_beside_fill_the_places_in_parts(processor):
 
 WHITE = np.full((8, 8, 3), 255, np.uint8)
 REFUSED = [
-    (user([{"type": "video", "video": "a.mp4"}]), r"a part must hold .* got {'type': 'video', 'v"),
-    (user(["a"]), r"a part must hold .* got 'a'"),
-    (user([{"text": "a"}]), r"a part must hold .* got {'text': 'a'}"),
-    (user([words(None)]), r"a part must hold .* got {'text': None, 'type': 'text'}"),
-    (user([{"type": "image_url", "image_url": {"uri": "a"}}]), r"a part must hold"),
-    (user([words("a") | {"image": "a.png"}]), r"a text part has fields that are not read: \['imag"),
-    (user([PLACE | {"video": "a.mp4"}]), r"an image part has fields that are not read: \['vid"),
-    (user([at("a") | {"url": "b"}]), r"an image part must hold one image, got \['image', 'url'\]"),
+    (user([{"type": "video", "video": "a.mp4"}]), r"a part of a message .* got {'type': 'video'"),
+    (user(["a"]), r"a part of a message must have .* got 'a'"),
+    (user([{"text": "a"}]), r"a part of a message must have .* got {'text': 'a'}"),
+    (user([words(None)]), r"a part of a message must have .* got {'text': None, 'type': 'text'}"),
+    (user([{"type": "image_url", "image_url": {"uri": "a"}}]), r"a part of a message must have"),
+    (user([words("a") | {"image": "a.png"}]), r"a text part has unsupported fields, .*: \['imag"),
+    (user([PLACE | {"video": "a.mp4"}]), r"an image part has unsupported fields, .*: \['vid"),
+    (user([at("a") | {"url": "b"}]), r"an image part must have one image, got \['image', 'url'\]"),
     (user([at("a"), PLACE]), "either all image parts of a message .* got 1 of 2"),
-    (user([at("a")], images=["b"]), "images in the content or beside it, got both"),
+    (user([at("a")], images=["b"]), "must have images either in content or in images, got both"),
     (user("a", images=["b"], image="b"), "expected images or image, got both"),
-    (user([PLACE, PLACE | {"index": 0}]), "in the order of the images, got index 0 for image 1"),
-    (user([]), "a message of the user must say something, got ''"),
-    (user("a", videos=["a.mp4"]), "a message must be a role, content and images; 'videos' is not"),
-    (user("a", tool_calls=[{"id": 1}]), "'tool_calls' is not read, remove or rename it"),
-    (user("a", file="a.png"), "content, image or images; 'file' is not read, remove or rename it"),
-    (user("a", extra={"files": [base64_png(1)]}), "'extra' is not read, remove or rename it"),
-    (user([at("%%", "base64")]), "damaged base64 image '%%'"),
-    (user([at(f"{'x' * 999}", "base64")]), r"damaged base64 image 'x{30,}\.\.\.x+'"),
+    (user([PLACE, PLACE | {"index": 0}]), "in the order of their index, got index 0 for image 1"),
+    (user([]), "a user message must not be empty, got ''"),
+    (user("a", videos=["a.mp4"]), "only role, content and images, got the field 'videos'"),
+    (user("a", tool_calls=[{"id": 1}]), "got the field 'tool_calls'; remove or rename it"),
+    (user("a", file="a.png"), "got a media file in 'file'; remove or rename the field"),
+    (user("a", extra={"files": [base64_png(1)]}), "a media file in 'extra'; remove or rename the"),
+    (user([at("%%", "base64")]), "invalid base64 data of an image, '%%'"),
+    (user([at(f"{'x' * 999}", "base64")]), r"invalid base64 data of an image, 'x{30,}\.\.\.x+'"),
     (user([at("data:image/png;base64")]), "a data: URL must have a comma before its data"),
     (user([at("file://elsewhere/a.png")]), "must name a local file, got 'file://elsewhere/a.png'"),
-    (user([at("https://a.org/b")]), r"refusing .* https://a.org/b: pass allow_urls=True \("),
+    (user([at("https://a.org/b")]), r"refusing .* https://a.org/b; pass allow_urls=True \("),
     (user([at(WHITE), words(TAG)]), "got 1 images for 2 placeholders in message 1"),
 ]
 
@@ -162,16 +162,16 @@ def test_a_damaged_image_is_not_repeated(processor):
 
 
 def test_none_in_fields_of_a_message_is_nothing(processor):
-    said = [user("Hi", images=None, audio=None), {"role": "assistant", "content": "Ho"}]
-    said[1] |= {"tool_calls": None, "refusal": None}
+    conversation = [user("Hi", images=None, audio=None), {"role": "assistant", "content": "Ho"}]
+    conversation[1] |= {"tool_calls": None, "refusal": None}
     expected, _ = processor.conversation([user("Hi"), {"role": "assistant", "content": "Ho"}])
-    assert processor.conversation(said)[0] == expected
+    assert processor.conversation(conversation)[0] == expected
 
 
 def test_an_answer_in_parts_is_an_answer():
-    said = [user("Hi"), {"role": "assistant", "content": [words("Ho")]}]
-    with pytest.raises(ValueError, match="must end with the user, got 'Ho'"):
-        chat.check_unanswered(said)
+    conversation = [user("Hi"), {"role": "assistant", "content": [words("Ho")]}]
+    with pytest.raises(ValueError, match="must be from the user, got the answer 'Ho'"):
+        chat.check_unanswered(conversation)
 
 
 def test_a_conversation_of_any_length_is_refused_before_it_is_tokenized_whole(processor):

@@ -1,4 +1,4 @@
-"""What Orbax logs, prints and raises of a damaged folder is one exception of one line."""
+"""Tests that a damaged Orbax folder raises a one-line exception and that nothing is logged."""
 
 import errno
 import gc
@@ -29,12 +29,12 @@ def whole(golden, tmp_path_factory):
 
 @pytest.fixture
 def damaged(whole, tmp_path, caplog, capfd, monkeypatch):
-    """Reads a copy after a change: one exception of one line, and nothing logged or printed."""
+    """Reads a changed copy of the folder: expects a one-line exception and no other output."""
     reports = []
     monkeypatch.setattr(sys, "unraisablehook", reports.append)
     monkeypatch.setattr(threading, "excepthook", reports.append)
 
-    def told(change):
+    def read_damaged(change):
         folder = tmp_path / "o"
         shutil.copytree(whole, folder)
         change(folder / "params")
@@ -50,7 +50,7 @@ def damaged(whole, tmp_path, caplog, capfd, monkeypatch):
         assert len(text) < 2 * len(str(folder)) + 250
         return text
 
-    return told
+    return read_damaged
 
 
 def data_files(params):
@@ -61,8 +61,8 @@ def data_files(params):
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"tree_metadata": 1}'])
 def test_a_list_of_parameters_that_cannot_be_read(damaged, text):
-    said = damaged(lambda params: (params / "_METADATA").write_text(text))
-    assert "its list of parameters cannot be read" in said
+    message = damaged(lambda params: (params / "_METADATA").write_text(text))
+    assert "its list of parameters cannot be read" in message
 
 
 def test_a_list_of_parameters_that_is_missing_or_no_file(damaged, tmp_path):
@@ -96,9 +96,9 @@ def test_parameters_placed_on_devices_say_the_same(damaged, whole, tmp_path, cap
     np.testing.assert_array_equal(checkpoint.restore(whole, wanted)["a.p3"], np.full((64, 8), 3))
     folder = tmp_path / "m"
     shutil.copytree(whole, folder)
-    kept = {path: path.read_bytes() for path in data_files(folder / "params")}
+    contents = {path: path.read_bytes() for path in data_files(folder / "params")}
     refused = 0
-    for path, data in kept.items():  # some of them belong to the writer's own part and are not read
+    for path, data in contents.items():  # some files are used for writing only and are not read
         path.write_bytes(data[: len(data) // 2])
         try:
             checkpoint.restore(folder, wanted)
@@ -112,7 +112,7 @@ def test_parameters_placed_on_devices_say_the_same(damaged, whole, tmp_path, cap
 
 @pytest.mark.slow
 def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(whole, tmp_path, caplog, capfd):
-    """Another name or shape in the list of parameters is for the model's own list to refuse."""
+    """Other names or shapes of parameters are errors of the model, not damage of the folder."""
     folder, rng = tmp_path / "o", random.Random(0)
     shutil.copytree(whole, folder)
     files = [path for path in (folder / "params").rglob("*") if path.stat().st_size > 0]
@@ -170,7 +170,7 @@ def test_memory_that_runs_out_is_no_damage():
 
 
 def test_a_full_disk_is_not_out_of_memory():
-    """The storage library has XLA's name for it, beside the system's."""
+    """The storage library reports a full disk as RESOURCE_EXHAUSTED, too."""
     full = ValueError("RESOURCE_EXHAUSTED: Error writing \"x\": No space left on device")
     wrapped = OSError("not written")
     wrapped.__cause__ = full

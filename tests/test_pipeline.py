@@ -28,7 +28,7 @@ ANSWERED = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompts": []}, "prompts must hold at least one, got none"),
+        ({"prompts": []}, "prompts must not be empty"),
         ({"prompts": " "}, "a prompt must be a text that is not empty, got ' '"),
         ({"prompts": ["a", 3]}, "prompt 2 of 2, 3: a prompt must be a text that is not empty, "),
         ({"prompts": [{"content": "b" * 40}, "a"]}, r"prompt 1 of 2, {'content': 'b{40}'}: a "),
@@ -58,19 +58,19 @@ def test_drawing_refuses_arguments_out_of_range(pipeline, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"conversation": []}, "conversations must hold at least one, got none"),
-        ({"conversation": None}, "a text or a list of messages, got NoneType"),
-        ({"conversation": {"role": "user"}}, "a text or a list of messages, got dict"),
-        ({"conversation": [None]}, "a text or a list of messages, got NoneType"),
+        ({"conversation": []}, "conversations must not be empty"),
+        ({"conversation": None}, "a string or a list of messages, got NoneType"),
+        ({"conversation": {"role": "user"}}, "a string or a list of messages, got dict"),
+        ({"conversation": [None]}, "a string or a list of messages, got NoneType"),
         ({"conversation": [{"role": "user", "content": "a"}, "b"]}, "must be a dict, got str"),
-        ({"conversation": " "}, "a message of the user must say something, got ' '"),
+        ({"conversation": " "}, "a user message must not be empty, got ' '"),
         ({"conversation": [{"role": [], "content": "a"}]}, r"role must be .*, got \[\]"),
         ({"conversation": [{"role": "bot", "content": "a"}]}, "role must be .*, got 'bot'"),
-        ({"conversation": ANSWERED}, "must end with the user, got 'It is red'"),
+        ({"conversation": ANSWERED}, "must be from the user, got the answer 'It is red'"),
         ({"max_batch": 0}, "max_batch must be an integer of at least 1, got 0"),
         ({"images": [[1]]}, "an image array must be uint8"),
         ({"images": io.BytesIO()}, "an image must be a path, .* or an array, got BytesIO"),
-        ({"conversation": ["a", "b"], "images": [[]]}, "one list for each conversation: 2, got 1"),
+        ({"conversation": ["a", "b"], "images": [[]]}, "list per conversation, 2 in all, got 1"),
         ({"conversation": "<image_placeholder> a"}, "got 0 images for 1 placeholders"),
         ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got 0"),
         ({"max_new_tokens": 4096}, r"must fit the trained context of 512 tokens, got \d+ \+ 4096"),
@@ -156,7 +156,7 @@ def test_images_of_any_kind_are_encoded(small, golden):
     np.testing.assert_array_equal(
         small.encode_images(np.stack([pixels, pixels])), np.repeat(expected, 2, axis=0)
     )
-    with pytest.raises(ValueError, match="images must hold at least one"):
+    with pytest.raises(ValueError, match="images must not be empty"):
         small.encode_images([])
 
 

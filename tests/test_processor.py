@@ -1,4 +1,4 @@
-"""A checkpoint folder's processor against the recorded batch, and its refusals."""
+"""Tests of the processor of a checkpoint folder against a recorded batch, and of its errors."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from janus_jax.processing.prompt_settings import janus_template
 
 @pytest.fixture
 def folder(golden, tmp_path):
-    """The small files of the recorded checkpoint, to be changed."""
+    """A copy of the small files of the recorded checkpoint, for tests that change them."""
     for file in small_files(golden / "janus"):
         shutil.copy(file, tmp_path)
     return tmp_path
@@ -46,21 +46,21 @@ def make_batch(processor, golden, recorded, **options):
 
 
 def test_batch_with_the_default_system_prompt(processor, golden, recorded):
-    want = np.load(golden / "janus_processor.npz")
+    expected = np.load(golden / "janus_processor.npz")
     batch = make_batch(processor, golden, recorded)
-    np.testing.assert_array_equal(batch.tokens, want["default_input_ids"])
-    np.testing.assert_array_equal(batch.token_mask, want["default_attention_mask"] == 1)
-    np.testing.assert_array_equal(batch.image_mask, want["default_images_seq_mask"])
+    np.testing.assert_array_equal(batch.tokens, expected["default_input_ids"])
+    np.testing.assert_array_equal(batch.token_mask, expected["default_attention_mask"] == 1)
+    np.testing.assert_array_equal(batch.image_mask, expected["default_images_seq_mask"])
 
 
 def test_batch_with_a_system_prompt_from_the_folder(folder, golden, recorded):
     edit(folder / "processor_config.json", system_prompt=recorded["system_prompt_short"])
-    want = np.load(golden / "janus_processor.npz")
+    expected = np.load(golden / "janus_processor.npz")
     batch = make_batch(Processor.from_dir(folder), golden, recorded)
-    np.testing.assert_array_equal(batch.tokens, want["input_ids"])
-    np.testing.assert_array_equal(batch.token_mask, want["attention_mask"] == 1)
-    np.testing.assert_array_equal(batch.image_mask, want["images_seq_mask"])
-    np.testing.assert_array_equal(batch.pixels, want["pixel_values"].transpose(0, 1, 3, 4, 2))
+    np.testing.assert_array_equal(batch.tokens, expected["input_ids"])
+    np.testing.assert_array_equal(batch.token_mask, expected["attention_mask"] == 1)
+    np.testing.assert_array_equal(batch.image_mask, expected["images_seq_mask"])
+    np.testing.assert_array_equal(batch.pixels, expected["pixel_values"].transpose(0, 1, 3, 4, 2))
     assert (batch.tokens.dtype, batch.pixels.dtype) == (np.int32, np.float32)
     assert batch.token_mask.dtype == batch.image_mask.dtype == bool
 
@@ -84,12 +84,12 @@ def test_batch_without_images(processor):
 
 
 def test_image_prompt_equals_the_recorded_one(processor, golden):
-    want = np.load(golden / "janus_t2i.npz")["prompt_ids"].tolist()
+    expected = np.load(golden / "janus_t2i.npz")["prompt_ids"].tolist()
     tokens = processor.image_prompt("A close-up photo of a red cat, studio light.")
-    assert tokens == want
+    assert tokens == expected
     tok = processor.tokenizer
     uncond = processor.unconditional(tokens)
-    assert uncond == [tok.bos_id] + [tok.pad_id] * (len(want) - 2) + [tok.image_start_id]
+    assert uncond == [tok.bos_id] + [tok.pad_id] * (len(expected) - 2) + [tok.image_start_id]
 
 
 def test_image_prompt_of_the_old_template(folder):
@@ -143,7 +143,7 @@ def test_images_in_the_messages_and_beside_them_are_the_same(processor):
     assert tokens == carried_tokens
     np.testing.assert_array_equal(pixels, carried_pixels)
     assert pixels[0].max() == -1 and pixels[1].min() == 1
-    with pytest.raises(ValueError, match="2 in the messages and 1 beside them"):
+    with pytest.raises(ValueError, match="2 in the messages and 1 separately"):
         processor.conversation(messages, [first])
 
 
@@ -152,7 +152,7 @@ def test_a_image_is_shown_in_the_message_that_carries_it(processor):
     roles, tag = ("user", "assistant", "user"), processor.image_tag
 
     def tokens(*texts, **numbers):
-        """numbers: of images that the first and the last message carry."""
+        """numbers: how many images the first and the last message have."""
         messages = [{"role": r, "content": c} for r, c in zip(roles, texts, strict=True)]
         for i, name in ((0, "first"), (2, "last")):
             messages[i]["images"] = [image] * numbers.get(name, 0)
@@ -199,7 +199,7 @@ def test_folder_without_processor_config(folder, processor):
 
 
 def test_transformers_4_layout(folder, processor):
-    """preprocessor_config.json beside processor_config.json, and the template on its own."""
+    """preprocessor_config.json, processor_config.json, and the template in its own file."""
     edit(
         folder / "preprocessor_config.json",
         drop=("image_size", "processor_class"),
@@ -255,7 +255,7 @@ def test_folder_errors(folder):
     with pytest.raises(ValueError, match=r"num_image_tokens must be at least 1, got '16'"):
         Processor.from_dir(folder)
     edit(folder / "processor_config.json", num_image_tokens=16, image_tag=None)
-    with pytest.raises(ValueError, match=r"processor_config.json: image_tag must be a text"):
+    with pytest.raises(ValueError, match=r"processor_config.json: image_tag must be a string"):
         Processor.from_dir(folder)
     edit(folder / "processor_config.json", drop=("image_tag",), sft_format=[])
     with pytest.raises(ValueError, match=r"sft_format must be one of .*, got \[\]"):

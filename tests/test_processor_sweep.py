@@ -1,4 +1,4 @@
-"""Damaged processor files: a folder loads and works, or one line says which file is at fault."""
+"""Tests with damaged processor files: the folder works, or one line names the damaged file."""
 
 import copy
 import json
@@ -33,7 +33,7 @@ def deepseek_files(golden):
 
 
 def transformers_files(golden):
-    """As transformers 5 saves them, with the template where older ones kept it."""
+    """Files as transformers 5 saves them, but with the template where older versions save it."""
     files = deepseek_files(golden)
     images = files.pop("preprocessor_config.json")
     side = images.pop("image_size")
@@ -57,7 +57,7 @@ def transformers_files(golden):
 
 
 def mutate(value, rng):
-    """One value somewhere in a JSON tree replaced, removed or added; gives the new tree."""
+    """Returns a copy of a JSON tree with one value replaced or removed."""
     value = copy.copy(value)
     if isinstance(value, (dict, list)) and value and rng.random() < 0.9:
         keys = list(value) if isinstance(value, dict) else range(len(value))
@@ -71,7 +71,7 @@ def mutate(value, rng):
 
 
 def damaged(data, rng):
-    """Bytes of a file: others, cut, or with one bit flipped."""
+    """Returns other contents for a file, its truncated bytes, or its bytes with one bit flipped."""
     kind = rng.randrange(3)
     if kind == 0:
         return rng.choice(CONTENTS)
@@ -83,7 +83,7 @@ def damaged(data, rng):
 
 
 def use(folder, cfg):
-    """Loads the files and works with them."""
+    """Loads the processor and uses it."""
     processor = Processor.from_dir(folder)
     check_processor(folder, processor, cfg)
     drawing = DrawingDefaults.from_dir(folder)
@@ -95,7 +95,7 @@ def use(folder, cfg):
 
 
 def sweep(folder, files, cfg, seed, number):
-    """How many of `number` mutated folders are refused; the rest must work."""
+    """Returns how many of `number` mutated folders raise an error; the others must work."""
     folder.mkdir()
     (folder / "config.json").write_text('{"vision_config": {"patch_size": 16}}')
     raw = {name: json.dumps(content).encode() for name, content in files.items()}
@@ -113,9 +113,10 @@ def sweep(folder, files, cfg, seed, number):
         try:
             use(folder, cfg)
         except (ValueError, FileNotFoundError) as error:
-            said, refused = str(error), refused + 1
-            fits = len(said) < 500 + 4 * len(str(folder)) and "\n" not in said
-            assert str(folder) in said and name in said and fits, (i, name, data[:300], said)
+            message, refused = str(error), refused + 1
+            fits = len(message) < 500 + 4 * len(str(folder)) and "\n" not in message
+            names_file = str(folder) in message and name in message
+            assert names_file and fits, (i, name, data[:300], message)
         except BaseException as error:
             raise AssertionError((i, name, data[:300])) from error
         (folder / name).write_bytes(raw[name])

@@ -1,4 +1,4 @@
-"""Progress reports: a bar on a terminal, lines elsewhere, and the time left."""
+"""Tests of progress reports: a bar on a terminal, otherwise lines, and the time left."""
 
 import io
 
@@ -10,7 +10,7 @@ from janus_jax.progress import Progress
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Sets the time that the bars see."""
+    """Returns a function that sets the time for the bars."""
     now = [0.0]
     monkeypatch.setattr(tqdm.std, "time", lambda: now[0])
     return lambda seconds: now.__setitem__(0, seconds)

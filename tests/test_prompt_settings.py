@@ -1,4 +1,4 @@
-"""Which template and system prompt a folder's files ask for, and what is refused."""
+"""Tests of the template and system prompt that a folder's files select, and of errors."""
 
 import json
 import os
@@ -39,7 +39,7 @@ EARLIER = """\
 
 
 def write(folder, **files):
-    """One JSON file for each keyword; None removes it."""
+    """Writes one JSON file per keyword; None removes the file."""
     for name, value in files.items():
         path = folder / f"{name}.json"
         path.unlink(missing_ok=True)
@@ -61,7 +61,7 @@ def test_templates_are_recognised_by_their_text(name):
     for other in (
         OTHER,
         "",
-        "\n" + text,  # Jinja writes the line break
+        "\n" + text,  # Jinja outputs the line break
         text.replace("\\n\\n", "\\n"),
         text.replace(user, "USER").replace(assistant, "ASSISTANT"),
         text.replace(user, "\0USER").replace(assistant, "\0ASSISTANT"),
@@ -76,7 +76,7 @@ def test_earlier_exports_are_recognised():
 
 
 def test_the_template_on_the_hub_writes_the_same_prompts(golden):
-    """Recorded: what it makes of conversations. Of the template itself only the hash is kept."""
+    """Compares with recorded prompts; of the template itself, only the hash is recorded."""
     recorded = json.loads((golden / "hub_chat_template.json").read_text("utf-8"))
     assert recorded["fingerprint"] in FINGERPRINTS and len(recorded["prompts"]) == 4
     for case in recorded["prompts"]:
@@ -131,17 +131,17 @@ def test_an_unknown_template_is_refused_with_what_to_do(tmp_path, files, place):
 
 
 @pytest.mark.parametrize(
-    ("files", "says"),
+    ("files", "expected"),
     [
         ({"chat_template": ["x"]}, "processor_config.json: expected a template named 'default'"),
         ({"chat_template": {"a": "x"}}, r"expected a template named 'default', got \['a'\]"),
-        ({"chat_template": {"default": 1}}, "processor_config.json: .* must be a text, got 1"),
-        ({"chat_template": 5}, "processor_config.json: a chat template must be a text, got 5"),
+        ({"chat_template": {"default": 1}}, "processor_config.json: .* must be a string, got 1"),
+        ({"chat_template": 5}, "processor_config.json: a chat template must be a string, got 5"),
         ({"sft_format": None}, "processor_config.json: sft_format must be one of .*, got None"),
         ({"sft_format": ["x" * 999]}, r"sft_format must be one of .*, got \['x{20,80}.{0,70}$"),
-        ({"image_tag": 7}, "processor_config.json: image_tag must be a text, got 7"),
-        ({"system_prompt": []}, r"processor_config.json: system_prompt must be a text, got \[\]"),
-        ({"system_prompt": "🦙 \ud800"}, r"system_prompt must be a text, got '🦙 \\ud800'"),
+        ({"image_tag": 7}, "processor_config.json: image_tag must be a string, got 7"),
+        ({"system_prompt": []}, r"processor_config.json: system_prompt must be a string, got \[\]"),
+        ({"system_prompt": "🦙 \ud800"}, r"system_prompt must be a string, got '🦙 \\ud800'"),
         ({"use_default_system_prompt": "no"}, "processor_config.json: .* true or false, got 'no'"),
         (
             {"use_default_system_prompt": True, "system_prompt": "Rhyme."},
@@ -153,8 +153,8 @@ def test_an_unknown_template_is_refused_with_what_to_do(tmp_path, files, place):
         ),
     ],
 )
-def test_refusals_name_the_file(tmp_path, files, says):
-    with pytest.raises(ValueError, match=says):
+def test_refusals_name_the_file(tmp_path, files, expected):
+    with pytest.raises(ValueError, match=expected):
         PromptSettings.from_dir(write(tmp_path, processor_config=files))
 
 
@@ -164,8 +164,9 @@ def test_a_format_and_a_template_that_disagree(tmp_path):
     with pytest.raises(ValueError) as error:
         PromptSettings.from_dir(tmp_path)
     assert str(error.value) == (
-        f"{tmp_path}/processor_config.json has sft_format 'deepseek', but the chat template of "
-        f"'deepseek_old' is in {tmp_path}/chat_template.jinja: remove the wrong one"
+        f"{tmp_path}/processor_config.json has sft_format 'deepseek', but "
+        f"{tmp_path}/chat_template.jinja has the chat template of 'deepseek_old'; "
+        "remove the wrong one"
     )
 
 
@@ -234,7 +235,7 @@ def test_a_refused_template_is_refused_by_every_command(golden, tmp_path):
 
 
 def test_training_replaces_what_it_copied(tmp_path):
-    """The folder of further templates goes along, and is no stranger in the output."""
+    """The folder of additional templates is copied, and is accepted in the output folder."""
     source, output = shutil.copytree(TINY, tmp_path / "s"), tmp_path / "o"
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "rag.jinja").write_text(OTHER)

@@ -153,16 +153,18 @@ def test_parquet_messages_in_parts(tmp_path):
     assert_same(found, Record("understanding", turns, images=(image(1),)))
 
 
-RULE = "a part must hold its type (text, image or image_url) and a text or image"
+RULE = (
+    "a part of a message must have a type (text, image or image_url) and a text or an image"
+)
 BAD_PARTS = [
     (asked({"type": "video"}), RULE),
     (asked("a"), RULE),
     (asked(words(None)), RULE),
     (asked(words("\ud800")), "must be a string that UTF-8 can encode"),
     ({"messages": [TOLD[0], {"role": "assistant", "content": [PLACE]}]}, "got one in an answer"),
-    (asked(PLACE | {"video": "a.mp4"}), "an image part has fields that are not read: ['video']"),
-    (asked(PLACE | {"index": 1}), "in the order of the images, got index 1 for image 0"),
-    (asked(PLACE, PLACE | {"index": 0}), "in the order of the images, got index 0 for image 1"),
+    (asked(PLACE | {"video": "a.mp4"}), "has unsupported fields, remove them: ['video']"),
+    (asked(PLACE | {"index": 1}), "in the order of their index, got index 1 for image 0"),
+    (asked(PLACE, PLACE | {"index": 0}), "in the order of their index, got index 0 for image 1"),
 ]
 
 

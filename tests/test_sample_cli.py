@@ -1,4 +1,4 @@
-"""sample.py through its main(): files, text, and one line for whatever is wrong."""
+"""Tests of sample.py through its main(): files, answers, and one-line error messages."""
 
 import io
 import json
@@ -23,7 +23,7 @@ PROMPT = "A close-up photo of a red cat, studio light."
 
 @pytest.fixture
 def run(golden, capsys, tmp_path, monkeypatch):
-    """Runs the command on the small checkpoint: (status, lines of stdout, stderr)."""
+    """Runs the command on the small checkpoint; returns (status, lines of stdout, stderr)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*flags):
@@ -40,7 +40,7 @@ def run(golden, capsys, tmp_path, monkeypatch):
 
 @pytest.fixture
 def loaded(small, quick_compiles, monkeypatch):
-    """The session's small checkpoint in place of a load for every test."""
+    """Replaces loading by the small checkpoint that the test session has loaded already."""
     monkeypatch.setattr("janus_jax.generation.pipeline.load", lambda *_, **__: small)
 
 
@@ -56,9 +56,9 @@ def test_greedy_indices_are_those_of_the_original(run, golden, tmp_path):
     words = "a-close-up-photo-of-a-red-cat-studio-lig"
     assert re.fullmatch(rf"out/deep/{words}-seed0-[0-9a-f]{{6}}", stem)
     assert paths == [f"{stem}-00.png", f"{stem}-01.png", f"{stem}-sheet.png", "out/deep/kept.npz"]
-    kept = np.load(paths[3])
-    np.testing.assert_array_equal(kept["indices"], recorded["greedy_tokens"])
-    assert kept["prompt"].tolist() == [PROMPT, PROMPT]
+    saved = np.load(paths[3])
+    np.testing.assert_array_equal(saved["indices"], recorded["greedy_tokens"])
+    assert saved["prompt"].tolist() == [PROMPT, PROMPT]
     for path, expected in zip(paths, recorded["greedy_uint8"], strict=False):
         assert np.abs(np.asarray(Image.open(path)).astype(int) - expected).max() <= 1
     assert Image.open(paths[2]).size == (2 * 64 + 12, 64 + 8)
@@ -105,7 +105,7 @@ def test_each_line_of_a_file_is_a_prompt(run, loaded, small, tmp_path):
 
 
 def test_prompts_come_through_a_pipe():
-    """As the shell gives them for --prompts_file <(COMMAND)."""
+    """--prompts_file <(COMMAND) in a shell passes the path of a pipe."""
     reading, writing = os.pipe()
     os.write(writing, b"a dog\n a cat\n")
     os.close(writing)
@@ -118,7 +118,7 @@ def test_what_was_drawn_before_an_error_is_kept(run, loaded, full, monkeypatch, 
     save, saved = gallery.save_png, []
 
     def broken(path, *rest):
-        if len(saved) < 3:  # the next one is in the second chunk
+        if len(saved) < 3:  # the fourth image is in the second chunk
             saved.append(str(save(path, *rest)))
             return path
         if not full:
@@ -129,9 +129,9 @@ def test_what_was_drawn_before_an_error_is_kept(run, loaded, full, monkeypatch, 
     monkeypatch.setattr(gallery, "save_png", broken)
     status, paths, err = run("--prompt", PROMPT, "--num_images", 4, "--max_batch", 2)
     named = f"[Errno 27] File too large: '{paths[0].removesuffix('-00.png')}-03.png'"
-    says = {130: "interrupted", 2: named}[status]
+    expected = {130: "interrupted", 2: named}[status]
     assert status == (2 if full else 130)
-    assert paths == saved and err.endswith(f"sample.py: {says}\n")
+    assert paths == saved and err.endswith(f"sample.py: {expected}\n")
     assert sorted(saved) == sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.png"))
 
 
@@ -140,8 +140,8 @@ def test_no_memory_takes_one_line(run, loaded, monkeypatch):
         raise MemoryError("Unable to allocate 9 TiB")
 
     monkeypatch.setattr(image, "make_requests", allocate)
-    says = "sample.py: out of memory: Unable to allocate 9 TiB\n"
-    assert run("--prompt", "a") == (2, [], says)
+    expected = "sample.py: out of memory: Unable to allocate 9 TiB\n"
+    assert run("--prompt", "a") == (2, [], expected)
 
 
 def test_a_question_is_answered(run, loaded, small, golden):
@@ -155,50 +155,50 @@ def test_a_question_is_answered(run, loaded, small, golden):
 def test_a_chat_remembers_its_turns(run, loaded, small, golden, monkeypatch):
     image = golden / "preprocess" / "img0_50x120.png"
     monkeypatch.setenv("HOME", str(golden))
-    said = "Hi\n/image ~/preprocess/img0_50x120.png\n/img x\n/new\n"
-    said += "Hello\n\n/image nowhere.png\n/image\n/image ~no_such_user/a.png\n"
-    said += f"/image {image}\nWhat is it?\n/quit\nnever\n"
-    monkeypatch.setattr(sys, "stdin", io.StringIO(said))
-    asked = []
+    typed = "Hi\n/image ~/preprocess/img0_50x120.png\n/img x\n/new\n"
+    typed += "Hello\n\n/image nowhere.png\n/image\n/image ~no_such_user/a.png\n"
+    typed += f"/image {image}\nWhat is it?\n/quit\nnever\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    conversations = []
     stream = small.stream
 
     def recorded(conversation, *rest, **settings):
-        asked.append(conversation)
+        conversations.append(conversation)
         return stream(conversation, *rest, **settings)
 
     monkeypatch.setattr(small, "stream", recorded)
     status, lines, err = run("--chat", "--max_new_tokens", 6)
     assert status == 0
-    assert "sample.py: no image file at nowhere.png" in err.splitlines()
-    assert "sample.py: no image file at ''" in err.splitlines()
-    assert "sample.py: no command /img; '/image FILE' shows an image" in err
-    assert "sample.py: no image file at ~no_such_user/a.png" in err.splitlines()
+    assert "sample.py: image file not found: nowhere.png" in err.splitlines()
+    assert "sample.py: image file not found: ''" in err.splitlines()
+    assert "sample.py: unknown command /img; commands: '/image FILE' adds an image" in err
+    assert "sample.py: image file not found: ~no_such_user/a.png" in err.splitlines()
     assert len(err.splitlines()) == 5
-    assert len(asked) == 3
-    forgotten, first = (small.answer(text, max_new_tokens=6) for text in ("Hi", "Hello"))
-    assert [m["content"] for m in asked[2]] == ["Hello", first, "What is it?"]
-    assert [len(m.get("images", ())) for m in asked[2]] == [0, 0, 1]
-    last = small.answer(asked[2], max_new_tokens=6)
-    assert "\n".join(lines) == f"{forgotten}\n{first}\n{last}"
+    assert len(conversations) == 3
+    discarded, first = (small.answer(text, max_new_tokens=6) for text in ("Hi", "Hello"))
+    assert [m["content"] for m in conversations[2]] == ["Hello", first, "What is it?"]
+    assert [len(m.get("images", ())) for m in conversations[2]] == [0, 0, 1]
+    last = small.answer(conversations[2], max_new_tokens=6)
+    assert "\n".join(lines) == f"{discarded}\n{first}\n{last}"
 
 
 def test_an_interrupt_ends_one_answer_and_not_the_chat(run, loaded, small, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hi\nHello\n"))
-    asked = []
+    conversations = []
 
     def stream(conversation, *rest, **settings):
-        asked.append([message["content"] for message in conversation])
+        conversations.append([message["content"] for message in conversation])
         yield "a"
-        if len(asked) == 1:
+        if len(conversations) == 1:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(small, "stream", stream)
     status, _, err = run("--chat")
-    assert status == 0 and asked == [["Hi"], ["Hello"]]
-    assert err.splitlines()[-1] == "interrupted: neither question nor answer is remembered"
+    assert status == 0 and conversations == [["Hi"], ["Hello"]]
+    assert err.splitlines()[-1] == "Interrupted; this turn was discarded."
 
 
-ONE_SIZE = "a Janus model generates images of one size only, the released ones 384 x 384 pixels; re"
+ONE_SIZE = "a Janus model generates images of one fixed size (384 x 384 pixels for the released"
 CHOICE = "unset JAX_PLATFORMS to let JAX choose, or set it to cpu"
 
 
@@ -248,11 +248,11 @@ def test_a_platform_without_devices_takes_one_line(run, monkeypatch, requested, 
         (["--prompt", "a", "--width=512"], ONE_SIZE),
         (["--prompt", "a", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
         (["--prompt", "a", "--seed", "-1"], "seed must be an integer in [0, 2**64), got -1"),
-        (["--prompt", "a", "--image", "b"], "--image has no use with --prompt and --prompts_file"),
-        (["--chat", "--num_images", "2"], "--num_images has no use with --question and --chat"),
-        (["--question", "a", "--top_k", "3"], "--top_k has no use with --temperature 0"),
-        (["--prompt", "a", "--temperature", "0", "--top_p", "0.5"], "--top_p has no use with"),
-        (["--prompt", ""], "--prompt must say something, got ''"),
+        (["--prompt", "a", "--image", "b"], "--image cannot be combined with --prompt or"),
+        (["--chat", "--num_images", "2"], "--num_images cannot be combined with --quest"),
+        (["--question", "a", "--top_k", "3"], "--top_k has no effect at temperature 0"),
+        (["--prompt", "a", "--temperature", "0", "--top_p", "0.5"], "--top_p has no effect"),
+        (["--prompt", ""], "--prompt must not be blank, got ''"),
         (["--prompt", "a", "--num_images", "0"], "num_images must be an integer of at least 1"),
         (["--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
         (["--prompt", "a", "--top_k", "1000"], "top_k must be at most 128, got 1000"),
@@ -261,22 +261,22 @@ def test_a_platform_without_devices_takes_one_line(run, monkeypatch, requested, 
         (["--prompt", "a", "--mesh", "x"], "a mesh is written data=1,fsdp=1,tensor=1"),
         (["--prompt", "a", "--mesh", ""], "a mesh is written data=1,fsdp=1,tensor=1"),
         (["--prompt", "\udcff"], "a text must be valid Unicode"),
-        (["--question", " "], "--question must say something, got ' '"),
+        (["--question", " "], "--question must not be blank, got ' '"),
         (["--prompts_file", "none.txt"], "--prompts_file none.txt is not a file"),
-        (["--prompts_file", "blank.txt"], "--prompts_file blank.txt holds no prompt"),
+        (["--prompts_file", "blank.txt"], "--prompts_file blank.txt contains no prompt"),
         (["--prompts_file", "bytes.txt"], "--prompts_file bytes.txt is not UTF-8 text"),
         (["--prompt", "a", "--output_dir", "blank.txt"], "blank.txt is not a folder"),
         (["--prompt", "a", "--output_dir", "to_nothing"], "to_nothing is not a folder"),
-        (["--prompt", "a", "--output_dir", "gs://bucket/a"], "a disk of this machine, got gs:/"),
+        (["--prompt", "a", "--output_dir", "gs://bucket/a"], "must be a local path, got gs:/"),
         (["--prompt", "a", "--output_dir", "blank.txt/a"], "blank.txt is not a folder"),
-        (["--prompt", "a", "--output_dir", ""], "argument --output_dir: a file or folder must be"),
+        (["--prompt", "a", "--output_dir", ""], "argument --output_dir: expected the path of a"),
         (["--prompt", "a", "--save_indices", "a.txt"], "must name a .npz file, got a.txt"),
-        (["--prompt", "a", "--save_indices", "b.npz"], "must name a file, b.npz is a folder"),
-        (["--prompt", "a", "--save_indices", "no/a.npz"], "--save_indices: no folder "),
-        (["--question", "a", "--image", "none.png"], "no image file at none.png"),
+        (["--prompt", "a", "--save_indices", "b.npz"], "must name a file, but b.npz is a folder"),
+        (["--prompt", "a", "--save_indices", "no/a.npz"], "no does not exist"),
+        (["--question", "a", "--image", "none.png"], "image file not found: none.png"),
         (["--question", "a", "--image", "blank.txt"], "cannot read image blank.txt"),
         (["--question", "a", "--image", "/dev/zero"], "/dev/zero must be a regular file"),
-        (["--question", "a", "--image", "thin.png"], "at most 1000 times the other, got 60000 x 1"),
+        (["--question", "a", "--image", "thin.png"], "aspect ratio of at most 1000, got 60000 x 1"),
         (["--prompts_file", "/dev/zero"], "--prompts_file /dev/zero must have at most 1000 char"),
         (["--question", "a", "--max_new_tokens", "0"], "max_new_tokens must be an integer"),
         (["--question", "a", "--max_new_tokens", "5000"], "trained context of 512 tokens"),
@@ -331,17 +331,17 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(flags, run, monkeyp
 @pytest.mark.parametrize(
     ("flags", "fails", "advice"),
     [
-        (["--prompt", "a"], "stream_images", "while drawing; a smaller --max_batch needs less"),
+        (["--prompt", "a"], "stream_images", "while generating images; use a smaller --max_batch"),
         (
             ["--question", "a"],
             "stream",
-            "while answering; fewer images or a smaller --max_new_tokens needs less",
+            "while answering; use fewer images or a smaller --max_new_tokens",
         ),
-        (["--chat"], "stream", "while answering; fewer images or a smaller --max_new_tokens"),
+        (["--chat"], "stream", "while answering; use fewer images or a smaller --max_new_tokens"),
         (
             ["--question", "a"],
             "load",
-            "while loading; --dtype bfloat16, or --mesh with more devices, needs less of each",
+            "while loading; use --dtype bfloat16, or a --mesh of more devices",
         ),
     ],
 )
@@ -356,9 +356,9 @@ def test_out_of_memory_is_told_in_one_line(flags, fails, advice, run, small, mon
     monkeypatch.setattr(sys, "stdin", io.StringIO("Hello\n"))
     status, _, err = run(*flags)
     assert status == 2
-    said = err.splitlines()[-1]
-    assert said.startswith(f"sample.py: out of memory: on the device, {advice}")
-    for flag in re.findall(r"--\w+", advice):  # what it advises must be possible
+    message = err.splitlines()[-1]
+    assert message.startswith(f"sample.py: out of memory: on the device, {advice}")
+    for flag in re.findall(r"--\w+", advice):  # the advised flags must be accepted
         cli.parse_flags([*flags, flag, "1"])
 
 
@@ -387,7 +387,7 @@ def test_a_terminal_gets_a_bar(run, loaded, monkeypatch):
     _, paths, err = run("--prompt", PROMPT, "--num_images", 1)
     assert len(paths) == 2
     assert "\rgenerating:  12%|" in err and "\rgenerating: 100%|" in err
-    assert not err.split("\r")[-2].strip()  # nothing stays on the screen
+    assert not err.split("\r")[-2].strip()  # the bar is removed at the end
 
 
 def test_the_command_itself_explains_itself():

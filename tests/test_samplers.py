@@ -171,7 +171,7 @@ def test_logits_that_are_not_finite_give_no_index(logits, bad, settings):
 
 def test_logits_at_the_ends_of_float32_give_an_index(logits):
     extreme = logits.copy()
-    extreme[:, 4], extreme[:, 5] = checks.LARGEST, -checks.LARGEST
+    extreme[:, 4], extreme[:, 5] = checks.FLOAT32_MAX, -checks.FLOAT32_MAX
     noise = np.ones_like(logits)
     chosen = samplers.pick(extreme, noise, _sampling(temperature=3e38, top_k=2))
     assert (np.asarray(chosen) < SIZE).all()

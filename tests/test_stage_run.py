@@ -192,7 +192,7 @@ def test_a_run_does_not_write_over_what_is_no_runs(whole, tmp_path):
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     with alone_in(tmp_path / "new"):
-        with pytest.raises(ValueError, match=f"one run at a time, another one has {tmp_path}/new$"):
+        with pytest.raises(ValueError, match=f"^{tmp_path}/new is in use by another run;"):
             train_stage(small_config(tmp_path / "new"))
         assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
     with alone_in(tmp_path / "new"):  # free again

@@ -235,7 +235,7 @@ def test_settings_that_cannot_be_trained_with_are_refused(config, changed, messa
     [
         ("loss_weights", ConfigDict(dict(text=1.0)), "loss_weights must be given for understandin"),
         ("output", "", "output must be a folder to write to, got ''"),
-        ("output", "gs://bucket/run", "output must be a place on a disk of this machine, got gs"),
+        ("output", "gs://bucket/run", "output must be a local path, got gs"),
         ("questions", ("a.png", "What?"), "questions must be pairs"),
         ("output", __file__, "output must be a folder to write to, got "),
     ],

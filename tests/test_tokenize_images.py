@@ -362,7 +362,7 @@ def test_what_is_refused_leaves_nothing(golden, refused, tmp_path):
     assert "--max_bad: invalid float value: 'x'" in refused(source, output, "--max_bad", "x")
     assert "--shard_size must be an integer" in refused(source, output, "--shard_size", -1)
     assert "unrecognized arguments: --batch" in refused(source, output, "--batch", 3)
-    assert "on a disk of this machine, got s3:/" in refused(source, "tar:s3://bucket/a")
+    assert "must be a local path, got s3:/" in refused(source, "tar:s3://bucket/a")
     assert "must be a folder, got the file" in refused(source, f"tar:{tmp_path / 'a.jsonl'}")
     assert "that of an interrupted run, got" in refused(source, f"tar:{tmp_path}")
     assert contents(tmp_path) == before and os.listdir(tmp_path) == ["a.jsonl"]

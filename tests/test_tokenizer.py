@@ -1,4 +1,4 @@
-"""The tokenizer against the recorded ids, in both ways a tokenizer.json is written."""
+"""Tests of the tokenizer against recorded ids, for both released layouts of tokenizer.json."""
 
 import copy
 import json
@@ -9,7 +9,7 @@ import pytest
 
 from janus_jax.processing.tokenizer import BOS, TextStream, Tokenizer
 
-EXTRA = "øöúÿõ÷ûýÀùÁþü"  # the added tokens that only the 7B layout (and Janus-1.3B) has
+EXTRA = "øöúÿõ÷ûýÀùÁþü"  # added tokens that only Janus-Pro-7B and Janus-1.3B have
 
 
 def write(folder, spec):
@@ -20,7 +20,7 @@ def write(folder, spec):
 
 @pytest.fixture(scope="module")
 def spec_7b(golden):
-    """tokenizer.json of Janus-Pro-7B; it adds BOS itself."""
+    """tokenizer.json of Janus-Pro-7B, whose post-processor adds BOS."""
     return json.loads(lzma.open(golden / "tokenizer_7b.json.xz").read())
 
 
@@ -31,7 +31,7 @@ def pro_7b(spec_7b, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pro_1b(spec_7b, tmp_path_factory):
-    """Janus-Pro-1B's layout: without the extra tokens, and without a post-processor for BOS."""
+    """The layout of Janus-Pro-1B: no extra tokens, and no post-processor for BOS."""
     spec = copy.deepcopy(spec_7b)
     kept = [token for token in spec["added_tokens"] if token["content"] not in EXTRA]
     for i, token in enumerate(kept):
@@ -52,9 +52,9 @@ def tokenizer(golden):
 
 
 def test_ids_equal_the_recorded_ones(golden, tokenizer):
-    want = json.loads((golden / "processor.json").read_text(encoding="utf-8"))["token_ids"]
+    expected = json.loads((golden / "processor.json").read_text(encoding="utf-8"))["token_ids"]
     for name in ("bos", "eos", "pad", "image", "image_start", "image_end"):
-        assert getattr(tokenizer, f"{name}_id") == want[name]
+        assert getattr(tokenizer, f"{name}_id") == expected[name]
 
 
 def test_samples_equal_the_recorded_ones(golden, tokenizer):
@@ -126,7 +126,7 @@ def test_stated_bos_and_eos_in_both_forms(tmp_path, golden, tokenizer):
 
 
 def without(spec, text):
-    """The tokenizer with another text for one of its tokens."""
+    """Returns the tokenizer with another text for one of its tokens."""
     spec = copy.deepcopy(spec)
     for token in spec["added_tokens"]:
         if token["content"] == text:
@@ -145,7 +145,7 @@ def test_a_missing_token_is_named(tmp_path, spec, text):
     with pytest.raises(ValueError) as error:
         Tokenizer.from_dir(folder)
     path = folder / "tokenizer.json"
-    assert str(error.value) == f"{path} has no token {text!r}, which Janus needs"
+    assert str(error.value) == f"{path} has no token {text!r}, which Janus requires"
 
 
 def test_missing_and_broken_files(tmp_path, spec):
@@ -160,10 +160,10 @@ def test_missing_and_broken_files(tmp_path, spec):
             Tokenizer.from_dir(folder)
         assert "\n" not in str(error.value)
     (folder / "tokenizer.json").write_text("[]")
-    with pytest.raises(ValueError, match="must hold a JSON object, got a list"):
+    with pytest.raises(ValueError, match="must contain a JSON object, got a list"):
         Tokenizer.from_dir(folder)
     (folder / "tokenizer.json").write_text('{"decoder": {"type": "ByteLevel"}}')
-    with pytest.raises(ValueError, match="is not a tokenizer"):
+    with pytest.raises(ValueError, match="is not a valid tokenizer"):
         Tokenizer.from_dir(folder)
 
 
@@ -210,8 +210,8 @@ def test_ids_without_a_token_and_special_ids_say_nothing(tokenizer):
 def test_decode_equals_the_librarys_decoder(tokenizer):
     ids = list(range(400))
     for skip in (True, False):
-        want = tokenizer.backend.decode(ids, skip_special_tokens=skip)
-        assert tokenizer.decode(ids, skip_special=skip) == want
+        expected = tokenizer.backend.decode(ids, skip_special_tokens=skip)
+        assert tokenizer.decode(ids, skip_special=skip) == expected
 
 
 @pytest.mark.parametrize("name", ["pro_7b", "tokenizer"])

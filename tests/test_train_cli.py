@@ -193,7 +193,7 @@ def refused(train_one, cfg, capsys) -> str:
         (dict(crop=40), "crop must be a multiple of 16 and at most 96, got 40"),
         (dict(crop=112), "crop must be a multiple of 16 and at most 96, got 112"),
         (dict(output="FOLDER/file"), "is a file, not a folder"),
-        (dict(output="gs://bucket/run"), "output must be a place on a disk of this machine, got "),
+        (dict(output="gs://bucket/run"), "output must be a local path, got "),
         (dict(output="FOLDER/file/new"), "file is not a folder that can be written to"),
     ],
 )

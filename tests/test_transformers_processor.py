@@ -1,4 +1,4 @@
-"""Prompts of folders that `transformers` wrote, against those that its own processor makes."""
+"""Tests of prompts of folders saved by `transformers`, against the prompts of its processor."""
 
 import json
 
@@ -21,7 +21,7 @@ IMAGE = np.full((8, 8, 3), 128, np.uint8)
 
 
 def deepseek_folder(golden, folder, **processor):
-    """The golden checkpoint's small files with keys of processor_config.json set."""
+    """Copies the small files of the golden checkpoint; sets keys of processor_config.json."""
     checkpoints.copy_small_files(golden, folder)
     path = folder / "processor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | processor))
@@ -105,7 +105,7 @@ def test_without_use_default_system_prompt_each_layout_has_its_own_default(golde
 
 @pytest.mark.parametrize("sft_format", ["deepseek", "deepseek_old"])
 def test_every_place_that_transformers_reads(golden, tmp_path, sft_format):
-    """The template moved to each place: where transformers still finds it, so do we."""
+    """Moves the template to each location where transformers finds it."""
     source = deepseek_folder(golden, tmp_path / "s", sft_format=sft_format)
     exported = translated(golden, source, tmp_path / "hf", "transformers")
     folder = saved_again(exported, tmp_path / "again")
@@ -122,7 +122,7 @@ def test_every_place_that_transformers_reads(golden, tmp_path, sft_format):
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     tokens, ours = both()
     assert ours.conversation(TALK)[0] == tokens and ours.sft_format == sft_format
-    # a lower place does not count
+    # a location of lower precedence is ignored
     (folder / "chat_template.json").write_text(json.dumps({"chat_template": "{{ 'other' }}"}))
     stated.write_text(json.dumps(json.loads(plain) | {"chat_template": template}))
     tokens, ours = both()

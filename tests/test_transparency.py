@@ -1,4 +1,4 @@
-"""The transparent color of PNG files of every depth, and images that are scaled to 8 bits."""
+"""Tests of the transparent color of PNG files of all depths, and of scaling to 8 bits."""
 
 import io
 import tracemalloc
@@ -15,7 +15,7 @@ WHITE = [255, 255, 255]
 
 
 def pixels(source) -> list:
-    """The RGB values of the first row."""
+    """Returns the RGB values of the first row."""
     return np.asarray(load_image(source))[0].tolist()
 
 
@@ -26,7 +26,7 @@ def opened(file: bytes) -> Image.Image:
 def test_of_16_bit_rgb_only_equal_16_bit_colors_are_clear():
     clear = (0x1234, 0xABCD, 0x0001)
     near = [[0x1235, 0xABCD, 0x0001], [0x1234, 0xABCE, 0x0001], [0x1234, 0xABCD, 0x0000]]
-    # as 8 bits: what Pillow keeps of the transparent color, and what it compares it with
+    # equal in the 8 bits that Pillow keeps of the transparent color, or in those it compares
     others = [[0x12FF, 0xABFF, 0x00FF], [0x3400, 0xCD00, 0x0100]]
     file = png_file(np.array([[clear, *near, *others, clear]]), 16, RGB, clear)
     color, rest = [0x12, 0xAB, 0x00], [0x34, 0xCD, 0x01]
@@ -35,7 +35,7 @@ def test_of_16_bit_rgb_only_equal_16_bit_colors_are_clear():
     assert pixels(opened(file)) == expected
     used = opened(file)
     assert pixels(used) == expected
-    assert used.mode == "RGB" and used.info["transparency"] == clear  # left as it was
+    assert used.mode == "RGB" and used.info["transparency"] == clear  # the source is unchanged
     assert pixels(png_file(np.array([[clear]]), 16, RGB)) == [color]
 
 
@@ -71,7 +71,7 @@ def test_interlaced_16_bit_rgb_with_a_transparent_color():
         (2, GRAY, [[0, 1, 2, 3]], (2,), [0, 85, 255, 255]),
         (2, GRAY, [[0, 1, 2, 3]], (0,), [255, 85, 170, 255]),
         (4, GRAY, [[3, 9, 15, 0]], (9,), [51, 255, 255, 0]),
-        (4, GRAY, [[3, 9, 15, 0]], (0x1009,), [51, 255, 255, 0]),  # other bits do not count
+        (4, GRAY, [[3, 9, 15, 0]], (0x1009,), [51, 255, 255, 0]),  # higher bits are ignored
         (8, GRAY, [[3, 9, 153]], (9,), [3, 255, 153]),
         (16, GRAY, [[1000, 1001, 65535]], (1000,), [255, 4, 255]),
         (8, RGB, [[[1, 2, 3], [1, 2, 4]]], (1, 2, 3), [255, 1]),
@@ -131,6 +131,6 @@ def test_deep_images_take_little_memory(kind):
     tracemalloc.start()
     try:
         load_image(image)
-        assert tracemalloc.get_traced_memory()[1] < 2e7  # as float64 it has 24 MB
+        assert tracemalloc.get_traced_memory()[1] < 2e7  # 24 MB as float64
     finally:
         tracemalloc.stop()

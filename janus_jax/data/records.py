@@ -120,14 +120,14 @@ def parse_record(fields: Mapping[str, Any], read_image: ReadImage) -> Record:
 def _kind_field(fields: Mapping[str, Any]) -> str:
     """Returns the name of the field that determines the kind of the record."""
     not_null = [name for name in _KIND_FIELDS if fields.get(name) is not None]
-    not_empty = [name for name in not_null if messages.holds(fields[name])]
+    not_empty = [name for name in not_null if messages.is_nonempty(fields[name])]
     if not not_null:
         rule = f"a record must have one of {_KIND_NAMES}"
         raise BadRecord("malformed", f"{rule}, got the fields {shorten(list(fields))}")
     if len(not_empty) > 1 and not_empty[0] in _CONVERSATIONS:
         rule = f"a record must have only one of {_KIND_NAMES}"
         raise BadRecord("malformed", f"{rule}, got {' and '.join(not_empty)}")
-    if any(messages.holds(fields.get(name)) for name in unread.SYSTEM):
+    if any(messages.is_nonempty(fields.get(name)) for name in unread.SYSTEM):
         raise BadRecord("system turn", _NO_SYSTEM)
     return (not_empty or not_null)[0]
 
@@ -254,7 +254,7 @@ def _turns(
 
     Raises BadRecord or ValueError.
     """
-    roles = [messages.either(turn, "from", "role") for turn in conversation]
+    roles = [messages.get_either(turn, "from", "role") for turn in conversation]
     names = [_role(role) for role in roles]
     if "system" in names:
         raise BadRecord("system turn", _NO_SYSTEM)
@@ -265,7 +265,7 @@ def _turns(
         rule = "a conversation must alternate questions and answers, and end with an answer"
         raise BadRecord("malformed", f"{rule}, got {shorten(roles)}")
     contents = [_turn(turn, name == "user") for turn, name in zip(conversation, names, strict=True)]
-    messages.check_indices(messages.either(turn, "value", "content") for turn in conversation)
+    messages.check_indices(messages.get_either(turn, "value", "content") for turn in conversation)
     texts = [text for text, _ in contents]
     turn_images = [image for _, images in contents for image in images]
     for text, images in contents[::2] if turn_images else ():
@@ -288,7 +288,7 @@ def _turn(turn: Mapping[str, Any], is_question: bool) -> tuple[str, list[Any]]:
     """Returns the text of a turn, with an IMAGE_TAG for each image, and the turn's images."""
     messages.check_fields(turn, _TURN_FIELDS)
     _check_unread(unread.unread_field_of_turn(turn))
-    content = messages.either(turn, "value", "content")
+    content = messages.get_either(turn, "value", "content")
     if is_question and isinstance(content, str):
         content = content.replace(IMAGE, IMAGE_TAG)  # DeepSeek's placeholder
     text, images = messages.read_content(turn, content, IMAGE_TAG)

@@ -29,7 +29,7 @@ from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import counts_text, too_many, too_many_error
 from janus_jax.data.sources import FORMATS, open_source
 from janus_jax.data.writers import SUFFIXES, write_records
-from janus_jax.flags import OneLineParser, device_memory, one_line_errors, set_up_program
+from janus_jax.flags import OneLineParser, device_memory_errors, one_line_errors, set_up_program
 from janus_jax.paths import atomic_write, check_local, locked, write_file
 from janus_jax.processing.images import preprocess_generation
 from janus_jax.processing.json_files import read_json
@@ -366,7 +366,7 @@ def _tokenize_all(
         if (report := output.report(shard)) is not None:
             skipped += report["skipped"]
             continue
-        with device_memory("while encoding; a smaller --batch_size needs less"):
+        with device_memory_errors("while encoding; a smaller --batch_size needs less"):
             records, encoded, bad = tokenize(source, numbers, encoder)
         skipped += (entries := [_skipped_entry(record) for record in bad])
         _check_skipped(output, skipped, len(source), max_bad)

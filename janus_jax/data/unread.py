@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.processing.messages import holds, holds_media, is_media, may_hold_image
+from janus_jax.processing.messages import contains_media, is_media, is_nonempty, may_be_media
 
 SYSTEM = ("system", "system_prompt", "system_message")
 _CHANGES_TARGETS = frozenset(
@@ -29,7 +29,7 @@ _MEDIA_TAG = re.compile(r"<(img|image|video|audio)>([^<]{1,4096})</\1>")
 def must_not_ignore(name: str) -> bool:
     """Returns whether a field of this name must not be ignored if it has a value."""
     names = {*SYSTEM, *_CHANGES_TARGETS, *_PREFERENCE_FIELDS}
-    return name.lower() in names or may_hold_image(name, name)
+    return name.lower() in names or may_be_media(name, name)
 
 
 def unread_field(
@@ -44,11 +44,11 @@ def unread_field(
     """
     changing = _CHANGES_TARGETS | _PREFERENCE_FIELDS if is_conversation else _CHANGES_TARGETS
     for name, value in fields.items():
-        if name in known or not holds(value):
+        if name in known or not is_nonempty(value):
             continue
         if str(name).lower() in changing:
             return _message(name, "changes what the model learns")
-        if may_hold_image(str(name), value):
+        if may_be_media(str(name), value):
             return _message(name, "may hold an image, video or audio")
     return None
 
@@ -74,7 +74,7 @@ def unread_media(
     """
     origin = {"origin": _IMAGE_ORIGIN} if has_image else {}
     for name, value in fields.items():
-        if name not in known and holds_media({name: value}, **origin):
+        if name not in known and contains_media({name: value}, **origin):
             return _message(name, "contains an image, video or audio, or its path")
     return None
 

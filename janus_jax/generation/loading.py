@@ -139,7 +139,7 @@ class DrawingDefaults(NamedTuple):
         stated = read_json_if_any(path)
         found = {own: stated[name] for own, name in STATED.items() if stated.get(name) is not None}
         where = {own: f"{STATED[own]} in {path}" for own in found}
-        defaults = cls(**{own: checks.check_kept_number(where[own], found[own]) for own in found})
+        defaults = cls(**{own: checks.check_float32(where[own], found[own]) for own in found})
         if (temperature := defaults.temperature) < 0:
             raise ValueError(f"temperature in {path} must be at least 0, got {temperature}")
         return defaults

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from janus_jax.checks import LARGEST, check_count, check_number
+from janus_jax.checks import FLOAT32_MAX, check_count, check_number
 
 # The same numbers on every machine, whatever generator a user's settings make the default.
 _GENERATOR = "threefry2x32"
@@ -117,7 +117,8 @@ def pick(logits: jax.Array, noise: jax.Array, sampling: Sampling) -> jax.Array:
     all that follows in the row is V, too, and check_tokens finds it.
     """
     kept = keep_likeliest(logits, sampling) > -jnp.inf
-    noisy = jnp.clip(logits + sampling.temperature * noise, -LARGEST, LARGEST)  # it may overflow
+    noisy = logits + sampling.temperature * noise  # may overflow
+    noisy = jnp.clip(noisy, -FLOAT32_MAX, FLOAT32_MAX)
     chosen = jnp.argmax(jnp.where(kept, noisy, -jnp.inf), axis=-1)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     return jnp.where(finite, chosen, logits.shape[-1]).astype(jnp.int32)

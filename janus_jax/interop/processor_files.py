@@ -35,7 +35,7 @@ from janus_jax.processing.tokenizer import (
     TOKENIZER,
     TOKENIZER_CONFIG,
     Tokenizer,
-    stated_token,
+    read_special_token,
 )
 
 GENERATION = "generation_config.json"
@@ -193,7 +193,7 @@ def _write_tokenizer(folder: Path, bos_id: int) -> None:
     config = read_json_if_any(folder / TOKENIZER_CONFIG)
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": IMAGE_TOKENS}
     write_json(folder / TOKENIZER_CONFIG, config | IMAGE_TOKENS | named)
-    bos, tokenizer = stated_token(folder, "bos_token", BOS)[0], read_json(folder / TOKENIZER)
+    bos, tokenizer = read_special_token(folder, "bos_token", BOS)[0], read_json(folder / TOKENIZER)
     steps = tokenizer.get("post_processor") or {"type": "Sequence", "processors": []}
     steps = steps["processors"] if steps["type"] == "Sequence" else [steps]
     first = {"SpecialToken": {"id": bos, "type_id": 0}}

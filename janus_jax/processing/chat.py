@@ -1,7 +1,7 @@
-"""Conversations -> prompt strings, in the templates the checkpoints were trained with.
+"""Converts conversations to prompt strings, in the templates the checkpoints were trained with.
 
-A message is a dict {"role": ..., "content": a text or a list of parts}, and may carry "images" (see
-messages.py).
+A message is a dict {"role": ..., "content": ...}. The content is a string or a list of parts, and
+an optional key "images" has the images of the message (see messages.py).
 Source: `conversation.py` and `apply_sft_template_for_multi_turn_prompts` of the original code.
 """
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from janus_jax.checks import shorten
-from janus_jax.processing import messages as forms
+from janus_jax.processing import messages as message_formats
 from janus_jax.processing.tokenizer import EOS, IMAGE
 
 DEFAULT_SYSTEM_PROMPT = (
@@ -21,8 +21,8 @@ DEFAULT_SYSTEM_PROMPT = (
 Message = dict[str, Any]
 Turns = list[tuple[str, str]]  # (role text, stripped content)
 
-# sft_format -> what the roles "user" and "assistant" are called in its prompts. Released
-# checkpoints state one of these two.
+# sft_format -> names of the roles "user" and "assistant" in its prompts. All released checkpoints
+# use one of these two formats.
 JANUS_ROLES = {
     "deepseek": ("<|User|>", "<|Assistant|>"),
     "deepseek_old": ("User", "Assistant"),
@@ -40,7 +40,7 @@ _GENERIC = ("user", "assistant")
 def _deepseek(turns: Turns, system_prompt: str) -> str:
     prompt = f"{system_prompt}\n\n" if system_prompt else ""
     for i, (role, content) in enumerate(turns):
-        # The separator follows the place in the conversation, not the role.
+        # The separator depends on the position in the conversation, not on the role.
         separator = EOS if i % 2 else "\n\n"
         prompt += f"{role}: {content}{separator}" if content else f"{role}:"
     return prompt
@@ -64,7 +64,7 @@ def _plain(turns: Turns, system_prompt: str) -> str:
 
 
 def _alignment(turns: Turns, system_prompt: str) -> str:
-    """Captioning: whatever the user says stands for the image."""
+    """The captioning template, which replaces every user message by the image placeholder."""
     return "".join(
         (content if i % 2 else "<image>\n") for i, (_, content) in enumerate(turns) if content
     )
@@ -81,14 +81,17 @@ _RENDER: dict[str, Callable[[Turns, str], str]] = {
 
 
 def check_sft_format(sft_format: str) -> None:
-    """Raises ValueError unless there is a template of this name."""
+    """Raises ValueError if there is no template of this name."""
     if not isinstance(sft_format, str) or sft_format not in _RENDER:
         known = ", ".join(_RENDER)
         raise ValueError(f"sft_format must be one of {known}, got {shorten(sft_format)}")
 
 
 def generic_role(role: Any) -> str | None:
-    """ "system", "user" or "assistant", also for a role of a Janus template; None for others."""
+    """Returns "system", "user" or "assistant" for a role of this name or of a Janus template.
+
+    Returns None for other values.
+    """
     texts = JANUS_ROLES.values()
     names = {text: name for pair in texts for text, name in zip(pair, _GENERIC, strict=True)}
     name = names.get(role, role) if isinstance(role, str) else None
@@ -101,80 +104,81 @@ _FIELDS = ("role", "content", "images", "image")
 def _with_generic_role(message: Message, image_tag: str) -> Message:
     if not isinstance(message, Mapping):
         raise ValueError(f"a message must be a dict, got {type(message).__name__}")
-    forms.check_fields(message, _FIELDS)
-    forms.check_media(message, _FIELDS)
-    content, images = forms.read_content(message, message.get("content"), image_tag)
+    message_formats.check_fields(message, _FIELDS)
+    message_formats.check_media(message, _FIELDS)
+    content, images = message_formats.read_content(message, message.get("content"), image_tag)
     role = generic_role(message.get("role"))
     if role is None:
         got = shorten(message.get("role"))
         raise ValueError(f"a role must be system, user or assistant, got {got}")
     if role == "user" and not content.strip():
-        raise ValueError(f"a message of the user must say something, got {shorten(content)}")
-    carried = {"images": images} if images else {}
-    return {"role": role, "content": content, **carried}
+        raise ValueError(f"a user message must not be empty, got {shorten(content)}")
+    with_images = {"images": images} if images else {}
+    return {"role": role, "content": content, **with_images}
 
 
 def generic_roles(messages: Sequence[Message], image_tag: str = IMAGE) -> list[Message]:
-    """The messages with the roles "system", "user" and "assistant", ready to be answered.
+    """Normalizes a conversation: generic roles, string contents, and an assistant message last.
 
-    Each content becomes a text, with `image_tag` at the place of each image; a message that holds
-    images has a list of them in "images".
-
-    A role written as in either Janus template ("<|User|>", "User") is that role, so that the
-    checkpoint and not the conversation decides what the prompt says: the wrong pair costs
-    Janus-Pro-1B a fifth of its GenEval score. A conversation that ends with the user gets an empty
-    assistant turn.
+    The roles become "system", "user" and "assistant". Role names of either Janus template
+    ("<|User|>", "User") are mapped to these, so that the checkpoint and not the conversation
+    determines the role names in the prompt: the wrong ones lower the GenEval score of Janus-Pro-1B
+    by a fifth. Each content becomes a string with `image_tag` in the place of each image, and a
+    message with images has them as a list in "images". If the last message is from the user, an
+    empty assistant message is appended.
 
     Raises:
-        ValueError: no dict, an unknown role, a missing text, an unknown part, images that do not
-            fit their places, or turns that do not alternate.
+        ValueError: a message is not a dict, has an unknown role, an empty text or an unknown part,
+            its images do not match its placeholders, or user and assistant do not alternate.
     """
     if not isinstance(messages, Sequence):
-        kind = type(messages).__name__
-        raise ValueError(f"a conversation must be a text or a list of messages, got {kind}")
-    named = [_with_generic_role(message, image_tag) for message in messages]
-    forms.check_indices(message["content"] for message in messages)
-    turns = named[1:] if named and named[0]["role"] == "system" else named
+        got = type(messages).__name__
+        raise ValueError(f"a conversation must be a string or a list of messages, got {got}")
+    normalized = [_with_generic_role(message, image_tag) for message in messages]
+    message_formats.check_indices(message["content"] for message in messages)
+    has_system = bool(normalized) and normalized[0]["role"] == "system"
+    turns = normalized[1:] if has_system else normalized
     for i, message in enumerate(turns):
         if message["role"] != _GENERIC[i % 2]:
             raise ValueError(
-                "turns must alternate, the user first: "
-                f"turn {i + 1} must be of the {_GENERIC[i % 2]}, got {message['role']}"
+                "user and assistant messages must alternate, the user first: expected the role "
+                f"{_GENERIC[i % 2]} for message {i + 1}, got {message['role']}"
             )
     if not turns:
-        raise ValueError("a conversation must hold at least one message of the user, got none")
-    return named + ([{"role": "assistant", "content": ""}] if len(turns) % 2 else [])
+        raise ValueError("a conversation must have at least one user message, got none")
+    return normalized + ([{"role": "assistant", "content": ""}] if len(turns) % 2 else [])
 
 
 def is_conversation(value: Any) -> bool:
-    """Whether it is one question or one list of messages, rather than a list of these."""
+    """Returns whether a value is a question or a list of messages, not a list of conversations."""
     if isinstance(value, str) or not isinstance(value, Sequence):
         return True
     return len(value) > 0 and isinstance(value[0], Mapping)
 
 
 def check_unanswered(messages: str | Sequence[Message]) -> None:
-    """Raises ValueError unless the user has said something that is not answered yet."""
+    """Raises ValueError if the last message is not from the user."""
     if isinstance(messages, str):
         return
     answer = generic_roles(messages)[-1]["content"].strip()
     if answer:
         got = shorten(answer)
-        raise ValueError(f"a conversation to go on with must end with the user, got {got}")
+        raise ValueError(f"the last message must be from the user, got the answer {got}")
 
 
 def format_conversation(
     messages: Sequence[Message], sft_format: str, system_prompt: str = ""
 ) -> str:
-    """The prompt string of a conversation, as the reference writes it.
+    """Returns the prompt string of a conversation, identical to that of the reference.
 
     Args:
-        messages: contents are stripped; an empty last one leaves the prompt at its `role:`. The
-            roles "user" and "assistant" are written as the template's own, any other text as it
-            stands. A first message of the role "system" replaces `system_prompt`.
-        sft_format: the template's name, from the checkpoint's processor_config.json.
+        messages: Contents are stripped. If the last content is empty, the prompt ends with
+            its `role:`. The roles "user" and "assistant" are written with the template's names,
+            other role names unchanged. A first message with the role "system" replaces
+            `system_prompt`.
+        sft_format: name of the template, from the checkpoint's processor_config.json.
     Raises:
-        ValueError: an unknown `sft_format`.
+        ValueError: `sft_format` is unknown.
     """
     check_sft_format(sft_format)
     if messages and messages[0]["role"] == "system":
@@ -185,23 +189,23 @@ def format_conversation(
 
 
 def question_messages(question: str, num_images: int, image_tag: str) -> list[Message]:
-    """A single question as a conversation.
+    """Returns a single question as a conversation.
 
-    Without a placeholder in the question, one for each image is put in front of it, each on its own
-    line, as the reference's demo does.
+    If the question has no placeholder, one per image is put in front of it, each on its own line,
+    as in the reference's demo.
     """
-    asked = [{"role": "user", "content": question}]
-    asked = with_placeholders(asked, [num_images], image_tag)
-    return [*asked, {"role": "assistant", "content": ""}]
+    messages = [{"role": "user", "content": question}]
+    messages = with_placeholders(messages, [num_images], image_tag)
+    return [*messages, {"role": "assistant", "content": ""}]
 
 
 def with_placeholders(
     messages: Sequence[Message], num_images: Sequence[int], image_tag: str
 ) -> list[Message]:
-    """Puts placeholders into a conversation that has none, and leaves any other as it is.
+    """Adds placeholders to a conversation that has none; returns other conversations unchanged.
 
     Args:
-        num_images: how many go in front of each message, each on its own line.
+        num_images: number of placeholders to put in front of each message, each on its own line.
     """
     if any(image_tag in message["content"] for message in messages):
         return list(messages)

@@ -1,4 +1,4 @@
-"""Remote images over HTTP and HTTPS, in bounded time and size."""
+"""Downloads images over HTTP and HTTPS, with limits on time and size."""
 
 import http.client
 import socket
@@ -9,19 +9,19 @@ from urllib.parse import quote, urlsplit, urlunsplit
 
 from janus_jax.checks import shorten_text
 
-MAX_SECONDS = 30.0  # for one image, redirects included
-MAX_BYTES = 64 * 2**20  # of one image's file
-_CHUNK = 2**16
+MAX_SECONDS = 30.0  # per image, including redirects
+MAX_BYTES = 64 * 2**20  # per image file
+_CHUNK = 2**16  # bytes
 
 
 def fetch(url: str) -> bytes:
-    """The bytes at an http: or https: URL, within MAX_SECONDS and MAX_BYTES.
+    """Downloads the file at an http: or https: URL, within MAX_SECONDS and MAX_BYTES.
 
-    Redirects may lead to HTTPS, or from HTTP to HTTP; to no other scheme.
+    Redirects are followed to HTTPS, and from HTTP to HTTP, but not to other schemes.
 
     Raises:
-        ValueError: no answer in time, an answer that is too large or cut short, another status
-            than success, or a refused redirect.
+        ValueError: the download takes too long, is too large or incomplete, the HTTP status is not
+            success, or a redirect is refused.
     """
     download = _Download(url)
     download.start()
@@ -31,19 +31,19 @@ def fetch(url: str) -> bytes:
     except (OSError, http.client.HTTPException, ValueError) as error:
         reason = error.reason if type(error) is URLError else error
         reason = shorten_text(str(reason) or type(error).__name__)
-        raise ValueError(f"cannot fetch the image {shorten_text(url)}: {reason}") from None
+        raise ValueError(f"cannot download the image {shorten_text(url)}: {reason}") from None
 
 
 class _Download(threading.Thread):
-    """A download that can be given up while it waits for an answer.
+    """A download that can be canceled while it waits for the server.
 
-    A socket's own timeout bounds each read, and a server may send a byte at a time.
+    The timeout of a socket limits each read only, and a server may send one byte at a time.
     """
 
     def __init__(self, url: str):
         super().__init__(daemon=True)
         self._url = url
-        self._given_up = threading.Event()
+        self._canceled = threading.Event()
         self._connections: list[http.client.HTTPConnection] = []
         self._data: bytes | None = None
         self._error: Exception | None = None
@@ -51,25 +51,25 @@ class _Download(threading.Thread):
     def run(self) -> None:
         try:
             self._data = self._read()
-        except Exception as error:  # raised again by result
+        except Exception as error:  # re-raised by result
             self._error = error
 
     def result(self) -> bytes:
-        """What was read so far must be all. Raises what went wrong."""
+        """Returns the data; raises the error of the download, or ValueError if it still runs."""
         if self.is_alive():
-            self._give_up()
-            raise ValueError(f"it takes longer than {MAX_SECONDS:g} s")
+            self._cancel()
+            raise ValueError(f"the download takes longer than {MAX_SECONDS:g} s")
         if self._error is not None:
             raise self._error
         return self._data
 
-    def _give_up(self) -> None:
-        self._given_up.set()
+    def _cancel(self) -> None:
+        self._canceled.set()
         for sock in [connection.sock for connection in self._connections]:
             try:
                 if sock is not None:
                     sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that reads from it
-            except OSError:  # it is not connected, or closed already
+            except OSError:  # not connected, or already closed
                 continue
 
     def _connect(self, kind: type[http.client.HTTPConnection]):
@@ -83,25 +83,25 @@ class _Download(threading.Thread):
         request = urllib.request.Request(_quoted(self._url), headers={"User-Agent": "janus_jax"})
         opener = _opener(self._connect)
         with opener.open(request, timeout=MAX_SECONDS) as response:
-            stated = response.headers.get("Content-Length", "")
-            size = int(stated) if stated.isdecimal() and len(stated) < 20 else None
+            length = response.headers.get("Content-Length", "")
+            size = int(length) if length.isdecimal() and len(length) < 20 else None
             _check_size(size or 0)
             data = bytearray()
-            while not self._given_up.is_set() and (chunk := response.read1(_CHUNK)):
+            while not self._canceled.is_set() and (chunk := response.read1(_CHUNK)):
                 data += chunk
                 _check_size(len(data))
         if size is not None and len(data) < size:
-            raise ValueError(f"the answer ends after {len(data)} of {size} bytes")
+            raise ValueError(f"the download ended after {len(data)} of {size} bytes")
         return bytes(data)
 
 
 def _check_size(size: int) -> None:
     if size > MAX_BYTES:
-        raise ValueError(f"it is larger than {MAX_BYTES} bytes")
+        raise ValueError(f"the file is larger than {MAX_BYTES} bytes")
 
 
 def _quoted(url: str) -> str:
-    """With letters outside ASCII in the path and the query as their UTF-8 bytes."""
+    """Percent-encodes characters outside ASCII in the path and the query of a URL."""
     parts = urlsplit(url)
     path, query = (quote(text, safe="/%:@!$&'()*+,;=~?") for text in (parts.path, parts.query))
     return urlunsplit((parts.scheme, parts.netloc, path, query, ""))
@@ -109,7 +109,7 @@ def _quoted(url: str) -> str:
 
 class _Redirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, req, fp, code, msg, headers, newurl):
-        """As the base class, for the schemes that fetch allows."""
+        """Follows a redirect if its scheme is allowed, as described in fetch."""
         scheme = urlsplit(newurl).scheme.lower()
         if scheme not in ("https", "http") or (scheme == "http" and req.type == "https"):
             raise URLError(f"refusing the redirect from {req.type}: to {scheme}:")
@@ -117,7 +117,10 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
 
 def _opener(connect) -> urllib.request.OpenerDirector:
-    """Opens HTTP and HTTPS only. connect: a class of connections -> what makes one."""
+    """Returns an opener for HTTP and HTTPS only.
+
+    connect: function from a connection class to a function that creates a connection.
+    """
 
     class Http(urllib.request.HTTPHandler):
         def http_open(self, request):

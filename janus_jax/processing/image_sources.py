@@ -1,4 +1,4 @@
-"""What a text names in place of an image: a path, a file: or data: URL, base64, or a remote URL."""
+"""Loads images from strings: paths, file:, data:, http: and https: URLs, and base64 data."""
 
 import base64
 import binascii
@@ -13,19 +13,19 @@ from janus_jax.processing.fetch import fetch
 from janus_jax.processing.images import ImageSource, load_image
 
 _REMOTE = re.compile(r"https?://", re.IGNORECASE)
-# How the base64 of PNG, JPEG, GIF, WebP, TIFF, BMP, AVIF and JPEG 2000 files begins. A path of that
-# length has a dot, which base64 has not.
+# The base64 prefixes of PNG, JPEG, GIF, WebP, TIFF, BMP, AVIF and JPEG 2000 files. A path of that
+# length contains a dot, which is not a base64 character.
 _BASE64 = re.compile(
     r"(iVBOR|/9j/|R0lGOD|UklGR|SUkq|TU0A|Qk|AAAA)[A-Za-z0-9+/\s]{64,}+=*\s*"
 )
 
 
 def open_image(source: ImageSource, allow_urls: bool = False) -> Image.Image:
-    """The image as load_image gives it.
+    """Loads an image as upright 8-bit RGB (see load_image).
 
     Args:
         source: see resolve.
-        allow_urls: whether remote images are fetched.
+        allow_urls: whether http: and https: URLs are downloaded.
     Raises:
         ValueError, FileNotFoundError: as resolve and load_image.
     """
@@ -33,22 +33,23 @@ def open_image(source: ImageSource, allow_urls: bool = False) -> Image.Image:
 
 
 def resolve(source: ImageSource, allow_urls: bool = False) -> ImageSource:
-    """The bytes or the path of the image that a text names; anything else as it is.
+    """Resolves a string to the bytes or the path of an image; returns other sources unchanged.
 
     Args:
-        source: a path; a `file:`, `data:` or, where allowed, `http:` or `https:` URL; the base64
-            text of an image; or what load_image takes.
-        allow_urls: whether remote images are fetched (time and size are bounded, see fetch.py).
+        source: a path; a `file:`, `data:`, `http:` or `https:` URL; an image file in base64; or any
+            other source that load_image accepts.
+        allow_urls: whether http: and https: URLs are downloaded, with the limits on time and size
+            of fetch.py.
     Raises:
-        ValueError: a URL that is not allowed or damaged, or an image that cannot be fetched.
+        ValueError: a URL is not allowed or malformed, or an image cannot be downloaded.
     """
     if not isinstance(source, str):
         return source
     if is_remote(source):
         if not allow_urls:
             raise ValueError(
-                f"refusing to fetch the image {shorten_text(source)}: pass allow_urls=True "
-                "(--allow_urls in sample.py), or download it"
+                f"refusing to download the image {shorten_text(source)}; pass allow_urls=True "
+                "(--allow_urls in sample.py), or use a local file"
             )
         return fetch(source)
     scheme = source[:5].lower()
@@ -60,24 +61,24 @@ def resolve(source: ImageSource, allow_urls: bool = False) -> ImageSource:
 
 
 def is_remote(source: ImageSource) -> bool:
-    """Whether it is an http: or https: URL."""
+    """Returns whether a source is an http: or https: URL."""
     return isinstance(source, str) and _REMOTE.match(source) is not None
 
 
 def is_base64_image(text: str) -> bool:
-    """Whether it is the base64 text of an image file, and no path."""
+    """Returns whether a string is an image file in base64, and not a path."""
     return _BASE64.fullmatch(text) is not None
 
 
 def decode_base64(text: str | bytes) -> bytes:
-    """The bytes of a base64 text, in which white space does not count. Raises ValueError."""
+    """Decodes base64, ignoring white space. Raises ValueError for invalid data."""
     if not isinstance(text, (str, bytes)):
-        raise ValueError(f"a base64 image must be a text, got {type(text).__name__}")
+        raise ValueError(f"a base64 image must be a string, got {type(text).__name__}")
     try:
         compact = "".join(text.split()) if isinstance(text, str) else text
         return base64.b64decode(compact, validate=True)
     except (binascii.Error, ValueError) as error:
-        raise ValueError(f"damaged base64 image {shorten(text)}: {error}") from None
+        raise ValueError(f"invalid base64 data of an image, {shorten(text)}: {error}") from None
 
 
 def _decode_data_url(url: str) -> bytes:

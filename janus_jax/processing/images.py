@@ -1,6 +1,6 @@
-"""Images on disk <-> arrays: reading, and the resizing and scaling of both paths.
+"""Reads images, and resizes and normalizes them for the understanding and generation paths.
 
-Channels last everywhere. `preprocess` gives the numbers of DeepSeek's `VLMImageProcessor`.
+Arrays have the channels last. `preprocess` gives the same values as DeepSeek's `VLMImageProcessor`.
 """
 
 import dataclasses
@@ -14,17 +14,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from janus_jax.checks import check_count, check_kept_number, error_text, shorten, shorten_text
+from janus_jax.checks import check_count, check_float32, error_text, shorten, shorten_text
 from janus_jax.paths import MAX_FILE_BYTES, bounded_size
 from janus_jax.processing.rgb import to_rgb
 
 ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
-# The file formats that are decoded; Pillow knows more, some of which start programs (EPS) or accept
-# any bytes (TGA). JPEG includes MPO, and PPM includes PGM, PBM and PFM.
+# The file formats that are decoded. Pillow has more, some of which start other programs (EPS) or
+# accept any bytes (TGA). JPEG includes MPO, and PPM includes PGM, PBM and PFM.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
-MAX_SIDE = 2**16 - 1  # pixels, as in JPEG; resizing needs memory for each pixel of a side
-MAX_ASPECT = 1000  # the long side over the short one
+MAX_SIDE = 2**16 - 1  # pixels, as in JPEG; resizing needs memory in proportion to a side
+MAX_ASPECT = 1000  # long side / short side
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -40,22 +40,25 @@ def _from_array(array: np.ndarray) -> Image.Image:
 
 
 def _check_sides(size: tuple[int, int]) -> None:
-    """Raises ValueError for sides that no photograph or drawing has."""
+    """Raises ValueError if a side is too long or the aspect ratio too extreme."""
     if max(size) > MAX_SIDE or max(size) > MAX_ASPECT * min(size):
         raise ValueError(
-            f"the sides of an image must be at most {MAX_SIDE} pixels and one at most {MAX_ASPECT} "
-            f"times the other, got {size[0]} x {size[1]}"
+            f"the sides of an image must have at most {MAX_SIDE} pixels and an aspect ratio of at "
+            f"most {MAX_ASPECT}, got {size[0]} x {size[1]}"
         )
 
 
-def _decoded(image: Image.Image) -> Image.Image:
-    """Raises ValueError, whatever Pillow raises: its decoders raise anything on broken bytes."""
+def _decode(image: Image.Image) -> Image.Image:
+    """Decodes an image to RGB.
+
+    Raises ValueError for any error, because Pillow's decoders raise many types on damaged data.
+    """
     try:
         _check_sides(image.size)
         return to_rgb(image)
     except MemoryError:
         width, height = image.size
-        raise ValueError(f"not enough memory for {width} x {height} pixels") from None
+        raise ValueError(f"not enough memory to decode {width} x {height} pixels") from None
     except Exception as error:
         raise ValueError(error_text(error)) from error
 
@@ -64,82 +67,86 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
     from_bytes = isinstance(source, bytes)
     name = f"<{len(source)} bytes>" if from_bytes else os.fspath(source)
     if not from_bytes and (not os.path.exists(source) or os.path.isdir(source)):
-        raise FileNotFoundError(f"no image file at {shorten_text(name) or repr(name)}")
+        raise FileNotFoundError(f"image file not found: {shorten_text(name) or repr(name)}")
     if not from_bytes:
         bounded_size(Path(source), MAX_FILE_BYTES)
     try:
         with Image.open(io.BytesIO(source) if from_bytes else source, formats=FORMATS) as image:
-            return _decoded(image)
+            return _decode(image)
     except Image.UnidentifiedImageError:
-        known = f"expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
-        raise ValueError(f"cannot read image {name}: unknown format, {known}") from None
-    except Exception as error:  # opening reads the file's head, which may be broken too
+        expected = f"expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        raise ValueError(f"cannot read image {name}: unknown format, {expected}") from None
+    except Exception as error:  # Image.open reads the header, which may be damaged, too
         raise ValueError(f"cannot read image {name}: {error_text(error)}") from error
 
 
 def load_image(source: ImageSource) -> Image.Image:
-    """The image as upright 8-bit RGB, as a person sees it.
+    """Loads an image as upright 8-bit RGB.
 
-    EXIF orientation is applied and transparency is laid on white. 16-bit greyscale is scaled from
-    65535; 32-bit integers and floats from the smallest of 1 (floats only), 255, 65535 and
-    2**31 - 1 that holds their maximum. A file is one of FORMATS, and of at most MAX_FILE_BYTES;
-    Pillow's own MAX_IMAGE_PIXELS limits the pixels to twice that number (178 956 970).
+    The EXIF orientation is applied, and transparent parts are composited on white. 16-bit grayscale
+    is scaled so that 65535 becomes white. In 32-bit integer and float images white is the smallest
+    of 1 (floats only), 255, 65535 and 2**31 - 1 that is not below the maximum of the image.
+
+    Files must be in one of FORMATS and have at most MAX_FILE_BYTES. Pillow refuses images of more
+    than twice its MAX_IMAGE_PIXELS (178 956 970 pixels).
 
     Args:
         source: a path, the bytes of an image file, a Pillow image, or an array
             uint8[H, W], uint8[H, W, 3] or uint8[H, W, 4] (the fourth channel is alpha).
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, no regular file or no image; a side is longer than
-            MAX_SIDE or one more than MAX_ASPECT times the other, which is checked before decoding;
-            there is not enough memory; the array has another dtype or shape, or the source is none
-            of these.
+        FileNotFoundError: the file does not exist.
+        ValueError: the file is truncated, not a regular file or not an image; a side is longer than
+            MAX_SIDE or the aspect ratio above MAX_ASPECT, which is checked before decoding; there
+            is not enough memory; the array has another dtype or shape; or the source has another
+            type.
     """
     if isinstance(source, Image.Image):
         try:
-            return _decoded(source)
-        except ValueError as error:  # an image opened but not yet decoded may be broken too
+            return _decode(source)
+        except ValueError as error:  # an image that is opened but not decoded may be damaged
             raise ValueError(f"cannot read the image: {error}") from error
     if isinstance(source, (str, os.PathLike, bytes)):
         return _open(source)
     array = np.asarray(source)
     if not array.ndim:
-        kinds = "a path, the bytes of a file, a Pillow image or an array"
-        raise ValueError(f"an image must be {kinds}, got {type(source).__name__}")
-    return _decoded(_from_array(array))
+        expected = "a path, the bytes of a file, a Pillow image or an array"
+        raise ValueError(f"an image must be {expected}, got {type(source).__name__}")
+    return _decode(_from_array(array))
 
 
 def image_list(images: Sequence[ImageSource] | ImageSource | None) -> list[ImageSource]:
-    """Images as a list: given as a list, a tuple or an array [N, H, W, C], singly, or not."""
+    """Returns a list of images from a list, a tuple, an array [N, H, W, C], one image or None."""
     if images is None:
         return []
-    several = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
-    return list(images) if several else [images]
+    is_list = isinstance(images, (list, tuple)) or getattr(images, "ndim", 0) == 4
+    return list(images) if is_list else [images]
 
 
-def split_images(images: Sequence | None, number: int) -> list[list[ImageSource]]:
-    """The images of each of several conversations; none of any where `images` is None.
+def split_images(images: Sequence | None, num_conversations: int) -> list[list[ImageSource]]:
+    """Returns one list of images per conversation; empty lists if `images` is None.
 
     Raises:
-        ValueError: it is no list of as many lists.
+        ValueError: `images` is not a list with one item per conversation.
     """
     if images is None:
-        return [[]] * number
-    if not isinstance(images, (list, tuple)) or len(images) != number:
-        given = len(images) if isinstance(images, (list, tuple)) else type(images).__name__
-        raise ValueError(f"images must have one list for each conversation: {number}, got {given}")
-    return [image_list(own) for own in images]
+        return [[]] * num_conversations
+    if not isinstance(images, (list, tuple)) or len(images) != num_conversations:
+        got = len(images) if isinstance(images, (list, tuple)) else type(images).__name__
+        raise ValueError(
+            f"images must have one list per conversation, {num_conversations} in all, got {got}"
+        )
+    return [image_list(item) for item in images]
 
 
-# Keys of transformers' `JanusImageProcessor` that are not followed, and the only value each may
-# have. `resample` 3 is bicubic.
+# Keys of transformers' `JanusImageProcessor` that are not implemented, with the only supported
+# value. `resample` 3 is bicubic.
 _FIXED = {"do_resize": True, "do_rescale": True, "do_pad": True, "resample": 3}
 
 
 def _check_numbers(name: str, values: Sequence, smallest: float) -> None:
-    """Raises ValueError unless each is a number in [smallest, 1e6] that float32 keeps."""
+    """Raises ValueError if a value is outside [smallest, 1e6] or underflows in float32."""
     for value in values:
-        check_kept_number(name, value)
+        check_float32(name, value)
         if not smallest <= value <= 1e6:
             got = shorten(value)
             raise ValueError(f"{name} must be a number from {smallest:g} to 1e6, got {got}")
@@ -147,18 +154,18 @@ def _check_numbers(name: str, values: Sequence, smallest: float) -> None:
 
 def _check_fixed(config: dict[str, Any]) -> None:
     if config.get("image_processor_type") == "VLMImageProcessor":
-        return  # DeepSeek's class, which has none of these keys
-    for name, only in _FIXED.items():
-        if (stated := config.get(name, only)) not in (only, None):
-            raise ValueError(f"{name} must be {json.dumps(only)}, got {shorten(stated)}")
+        return  # DeepSeek's class has none of these keys
+    for name, supported in _FIXED.items():
+        if (value := config.get(name, supported)) not in (supported, None):
+            raise ValueError(f"{name} must be {json.dumps(supported)}, got {shorten(value)}")
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageConfig:
-    """How an image is prepared for the understanding encoder (preprocessor_config.json).
+    """Preprocessing of images for the understanding encoder (preprocessor_config.json).
 
-    The defaults are those of DeepSeek's `VLMImageProcessor` (CLIP's mean and deviation); every
-    released checkpoint states its own (0.5).
+    The defaults are those of DeepSeek's `VLMImageProcessor` (CLIP's mean and standard deviation).
+    All released checkpoints set both to 0.5.
     """
 
     image_size: int
@@ -172,7 +179,7 @@ class ImageConfig:
         for name in ("image_mean", "image_std"):
             values = getattr(self, name)
             if not isinstance(values, tuple) or len(values) != 3:
-                raise ValueError(f"{name} must be three numbers, got {shorten(values)}")
+                raise ValueError(f"{name} must be a list of three numbers, got {shorten(values)}")
         _check_numbers("image_mean", self.image_mean, -1e6)
         _check_numbers("image_std", self.image_std, 1e-6)
         _check_numbers("rescale_factor", [self.rescale_factor], 1e-6)
@@ -189,10 +196,12 @@ class ImageConfig:
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "ImageConfig":
-        """From the JSON of DeepSeek's `VLMImageProcessor` or transformers' `JanusImageProcessor`.
+        """Creates the config from the JSON of one of two image processor classes.
+
+        These are DeepSeek's `VLMImageProcessor` and transformers' `JanusImageProcessor`.
 
         Raises:
-            ValueError: it states no image size, or one that is not square.
+            ValueError: the image size is missing or not square, or a value is not supported.
         """
         _check_fixed(config)
         size = config.get("image_size", config.get("size"))
@@ -202,24 +211,25 @@ class ImageConfig:
             size = size.get("height")
         if type(size) is not int:
             got = shorten(size)
-            raise ValueError(f"the image processor must state an integer image size, got {got}")
+            raise ValueError(f"the image size must be an integer, got {got}")
         names = ("image_mean", "image_std", "min_size", "do_normalize", "rescale_factor")
-        stated = {name: config[name] for name in names if config.get(name) is not None}
+        values = {name: config[name] for name in names if config.get(name) is not None}
         for name in ("image_mean", "image_std"):
-            if isinstance(stated.get(name), list):
-                stated[name] = tuple(stated[name])
-        return cls(image_size=size, **stated)
+            if isinstance(values.get(name), list):
+                values[name] = tuple(values[name])
+        return cls(image_size=size, **values)
 
     @property
     def pad_color(self) -> tuple[int, ...]:
-        """The mean as a colour; the files' `background_color` is read by nobody."""
+        """The mean as a uint8 color. (The `background_color` of the files is unused.)"""
         return tuple(int(value * 255) for value in self.image_mean)
 
 
 def resize_and_pad(image: Image.Image, cfg: ImageConfig) -> np.ndarray:
-    """uint8[S, S, 3]: the long side becomes S, the rest is padded with the mean's colour.
+    """Resizes the long side to S = `image_size` and pads to a square: uint8[S, S, 3].
 
-    Sides are truncated and at least `min_size`, as in the reference (`transformers` rounds them).
+    The padding has the color of the mean. Resized sides are truncated to integers and at least
+    `min_size`, as in the reference (`transformers` rounds them).
     """
     long_side = max(image.size)
     width, height = (
@@ -232,7 +242,7 @@ def resize_and_pad(image: Image.Image, cfg: ImageConfig) -> np.ndarray:
 
 
 def preprocess(image: Image.Image, cfg: ImageConfig) -> np.ndarray:
-    """An RGB image for the understanding encoder: float32[S, S, 3].
+    """Prepares an RGB image for the understanding encoder: float32[S, S, 3].
 
     Source: `VLMImageProcessor` of the original code.
     """
@@ -244,9 +254,10 @@ def preprocess(image: Image.Image, cfg: ImageConfig) -> np.ndarray:
 
 
 def crop_square(image: Image.Image, size: int) -> np.ndarray:
-    """uint8[size, size, 3]: the short side becomes `size`, the long side is cropped in its centre.
+    """Resizes the short side to `size` and crops the center: uint8[size, size, 3].
 
-    In one step (bicubic), so that a very long image needs no more memory than a square one.
+    Both happen in one bicubic resize, so that a very long image needs no more memory than a square
+    one.
     Source: Janus report, section 3.1.
     """
     short_side = min(image.size)
@@ -256,12 +267,12 @@ def crop_square(image: Image.Image, size: int) -> np.ndarray:
 
 
 def preprocess_generation(image: Image.Image, size: int) -> np.ndarray:
-    """An RGB image as a target for the image tokenizer: float32[size, size, 3] in [-1, 1]."""
+    """Prepares an RGB image for the image tokenizer: float32[size, size, 3] in [-1, 1]."""
     return crop_square(image, size).astype(np.float32) / np.float32(127.5) - np.float32(1)
 
 
 def encode_png(pixels: np.ndarray) -> bytes:
-    """An image's file, quick to write rather than small. pixels: uint8[Y, X, 3]."""
+    """Encodes pixels, uint8[Y, X, 3], as a PNG file with fast, weak compression."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, "PNG", compress_level=1)
     return file.getvalue()

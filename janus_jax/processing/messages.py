@@ -1,12 +1,14 @@
-"""The text and the images of a message, in each of the forms that people have.
+"""Parses the text and the images of messages in the formats of DeepSeek, transformers and OpenAI.
 
-Inference and training read messages with this parser. A message holds its images in `images` or
-`image`, one or a list, or among the parts of its content, which is a text or a list of
+Inference and training share this parser. A message has its images, one or a list, in the field
+`images` or `image`, or among the parts of its content. The content is a string or a list of these
+parts:
 
 * {"type": "text", "text": text};
-* {"type": "image"}, the place of an image that is given beside the messages; or with the image in
-  one of `image`, `url`, `path` and `base64`, as transformers writes it;
-* {"type": "image_url", "image_url": {"url": url}} or the URL itself, as OpenAI writes it.
+* {"type": "image"} with the image in `image`, `url`, `path` or `base64` (format of transformers).
+  Without these fields the part is a placeholder for an image that is passed separately;
+* {"type": "image_url", "image_url": {"url": url}}, or the URL in place of the dict (format of
+  OpenAI's API).
 
 Source: `apply_chat_template` of transformers, and the chat template of its Janus checkpoints.
 """
@@ -21,16 +23,21 @@ from janus_jax.processing.image_sources import decode_base64, is_base64_image
 from janus_jax.processing.images import ImageSource, image_list
 
 _SOURCES = ("image", "url", "path", "base64")
+# Words in the names of fields that contain images, video or audio.
 _MEDIA = ("image", "img", "picture", "photo", "pixel", "video", "audio", "attachment")
+# Ends of the names of fields that describe an image, but do not contain it.
 _DESCRIBING = re.compile(
     r"(^|[\W_])(ids?|sizes?|width|height|resolutions?|shapes?|hash|md5|sha\d+|format|mode|license"
     r"|captions?|descriptions?|titles?|tags|categor(y|ies)|embeddings?|features?|scores?)$"
 )
-_CHANGING = frozenset(
+# Fields that change the meaning of a message, and are not supported.
+_UNSUPPORTED = frozenset(
     ("tools", "tool_calls", "tool_call_id", "function_call", "reasoning", "reasoning_content",
      "thinking")
 )  # fmt: skip
+# Names of fields that only say where a value comes from.
 _ORIGIN = re.compile(r"^(id|key|link|page|source|uri|urls?)$", re.IGNORECASE)
+# File names, and data: URLs, of images, video and audio.
 _MEDIA_FILE = re.compile(
     r"\S+\.(png|jpe?g|webp|gif|bmp|tiff?|avif|jp2|heic|mp4|webm|mov|avi|mkv|wav|mp3|flac|ogg)"
     r"|data:(image|video|audio)/.*",
@@ -38,91 +45,104 @@ _MEDIA_FILE = re.compile(
 )
 
 
-def holds(value: Any) -> bool:
-    """Whether a field holds anything; tables have None, "" or [] in the fields a row lacks."""
+def is_nonempty(value: Any) -> bool:
+    """Returns whether a field has a value; tables store a missing one as None, "" or []."""
     return value is not None and not (
         isinstance(value, (str, bytes, Sequence, Mapping)) and not len(value)
     )
 
 
-def may_hold_image(name: str, value: Any) -> bool:
-    """Whether a field may hold an image, a video or audio, by its name: not numbers, nor an id."""
-    name = name.lower()
-    named = any(stem in name for stem in _MEDIA) and not _DESCRIBING.search(name)
-    return named and holds(value) and not _only_numbers(value)
+def may_be_media(name: str, value: Any) -> bool:
+    """Returns whether a field may contain an image, video or audio, judging by its name.
 
-
-def holds_media(value: Any, origin: re.Pattern = _ORIGIN, most_nested: int = 4) -> bool:
-    """Whether a value is or holds a media file or its path.
-
-    origin: names of fields, at any depth, that only say where something is from.
+    Empty values and numbers, and fields that describe an image, such as "image_id", do not count.
     """
-    if isinstance(value, Mapping):  # as Hugging Face's data sets hold an image, among others
+    name = name.lower()
+    is_media_name = any(stem in name for stem in _MEDIA) and not _DESCRIBING.search(name)
+    return is_media_name and is_nonempty(value) and not _only_numbers(value)
+
+
+def contains_media(value: Any, origin: re.Pattern = _ORIGIN, max_depth: int = 4) -> bool:
+    """Returns whether a value is, or contains, a media file or the path of one.
+
+    Args:
+        origin: fields with matching names are ignored at any depth, because they only say where a
+            value comes from.
+        max_depth: maximum number of nested mappings and lists that are searched.
+    """
+    if isinstance(value, Mapping):  # for example an image in a Hugging Face data set
         parts = [part for name, part in value.items() if not origin.search(str(name))]
     elif isinstance(value, (list, tuple)):
         parts = value[:8]
     else:
         return is_media(value)
-    return most_nested > 0 and any(holds_media(part, origin, most_nested - 1) for part in parts)
+    return max_depth > 0 and any(contains_media(part, origin, max_depth - 1) for part in parts)
 
 
 def is_media(value: Any) -> bool:
-    """Whether a value is a media file, its path or its base64 text."""
+    """Returns whether a value is a media file, as bytes or base64, or the path of one."""
     if isinstance(value, str):
         start = value[:4096]
         return _MEDIA_FILE.fullmatch(start) is not None or is_base64_image(start)
     return isinstance(value, bytes) and len(value) > 0
 
 
-def _only_numbers(value: Any, most_nested: int = 4) -> bool:
+def _only_numbers(value: Any, max_depth: int = 4) -> bool:
     if isinstance(value, (list, tuple)):
-        return most_nested > 0 and all(_only_numbers(part, most_nested - 1) for part in value)
+        return max_depth > 0 and all(_only_numbers(part, max_depth - 1) for part in value)
     return isinstance(value, numbers.Number)
 
 
 def check_fields(fields: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raises ValueError for a field of a message that is not known, and must not be dropped."""
+    """Raises ValueError for an unknown field of a message that must not be ignored."""
     for name, value in fields.items():
-        if name in known or not holds(value):
+        if name in known or not is_nonempty(value):
             continue
-        if name in _CHANGING or may_hold_image(str(name), value):
-            rule = "a message must be a role, content and images"
-            raise ValueError(f"{rule}; {shorten(name)} is not read, remove or rename it")
+        if name in _UNSUPPORTED or may_be_media(str(name), value):
+            raise ValueError(
+                "a message must have only role, content and images, got the field "
+                f"{shorten(name)}; remove or rename it"
+            )
 
 
 def check_media(fields: Mapping[str, Any], known: Collection[str]) -> None:
-    """Raises ValueError for another field of a message that holds a media file or its path."""
+    """Raises ValueError for an unknown field that contains a media file or the path of one."""
     for name, value in fields.items():
-        if name not in known and holds_media({name: value}):
-            rule = "images of a message must be in its content, image or images"
-            raise ValueError(f"{rule}; {shorten(name)} is not read, remove or rename it")
+        if name not in known and contains_media({name: value}):
+            raise ValueError(
+                "a message must have its images in content, image or images, got a media file in "
+                f"{shorten(name)}; remove or rename the field"
+            )
 
 
-def either(fields: Mapping[str, Any], first: str, second: str) -> Any:
-    """The value of one of two fields that mean the same, None where neither is held.
+def get_either(fields: Mapping[str, Any], first: str, second: str) -> Any:
+    """Returns the value of one of two equivalent fields; None if both are missing.
 
     Raises:
-        ValueError: both are.
+        ValueError: both fields have a value.
     """
-    if holds(fields.get(first)) and holds(fields.get(second)):
+    if is_nonempty(fields.get(first)) and is_nonempty(fields.get(second)):
         raise ValueError(f"expected {first} or {second}, got both")
     return fields.get(first) if fields.get(first) is not None else fields.get(second)
 
 
 def read_content(message: Mapping[str, Any], content: Any, tag: str) -> tuple[str, list[Any]]:
-    """The text of a message, with a tag at the place of each image, and its own images.
+    """Returns the text of a message, with a placeholder for each image, and the images.
 
-    Where the message holds images but its text has no place for them, all come before the text,
-    each followed by a line break, as the original demo does.
+    If the message has images but its text has no placeholders, these are put in front of the text,
+    each followed by a line break, as in the original demo.
 
     Args:
-        content: of the message, a text or a list of parts.
-        tag: the text that stands for an image.
+        message: the fields of the message.
+        content: the content of the message, a string or a list of parts.
+        tag: the placeholder, a string that stands for one image.
     Returns:
-        The text and the images in the order of their places: no image if the message has only
-        places. A text may have other places than those of the images; the caller compares them.
+        The text, and the images in the order of their placeholders. The list is empty if the
+        images are passed separately. The numbers of placeholders and images may differ; the caller
+        compares them.
     Raises:
-        ValueError: another type or part, or images both in the content and beside it.
+        ValueError: the content or a part has another type, or there are images both in the content
+            and in `images` or `image`.
     """
     text, images = content, []
     if isinstance(content, (list, tuple)):
@@ -130,78 +150,85 @@ def read_content(message: Mapping[str, Any], content: Any, tag: str) -> tuple[st
     elif not isinstance(content, str):
         got = type(content).__name__
         raise ValueError(f"a message's content must be a string or a list of parts, got {got}")
-    own = either(message, "images", "image")
-    if not holds(own):
+    separate = get_either(message, "images", "image")
+    if not is_nonempty(separate):
         return text, images
     if images:
-        raise ValueError("expected images in the content or beside it, got both")
-    images = image_list(own)
+        raise ValueError("a message must have images either in content or in images, got both")
+    images = image_list(separate)
     return (text if tag in text else f"{tag}\n" * len(images) + text), images
 
 
 def _read_parts(parts: Sequence[Any], tag: str) -> tuple[str, list[ImageSource]]:
-    """Joined as by the chat template of transformers' Janus checkpoints.
+    """Joins parts like the chat template of transformers' Janus checkpoints.
 
-    A line break stands between an image and what is beside it, a space between two texts.
+    An image is separated from its neighbors by a line break, and a text from the next text by a
+    space.
     """
-    read = [_read_part(part) for part in parts]
-    text = ""
-    for i, (said, _) in enumerate(read):
-        if said is None:
-            text += "\n" * (i > 0) + tag + "\n" * (i < len(read) - 1)
+    parsed = [_read_part(part) for part in parts]
+    joined = ""
+    for i, (text, _) in enumerate(parsed):
+        if text is None:
+            joined += "\n" * (i > 0) + tag + "\n" * (i < len(parsed) - 1)
         else:
-            text += " " * (i > 0 and read[i - 1][0] is not None) + said
-    places = [image for said, image in read if said is None]
-    images = [image for image in places if image is not None]
-    if images and len(images) < len(places):
-        rule = "either all image parts of a message must hold their image, or none"
-        raise ValueError(f"{rule}, got {len(images)} of {len(places)}")
-    return text, images
+            joined += " " * (i > 0 and parsed[i - 1][0] is not None) + text
+    image_parts = [image for text, image in parsed if text is None]
+    images = [image for image in image_parts if image is not None]
+    if images and len(images) < len(image_parts):
+        raise ValueError(
+            "either all image parts of a message must contain an image, or none, "
+            f"got {len(images)} of {len(image_parts)}"
+        )
+    return joined, images
 
 
 def _read_part(part: Any) -> tuple[str | None, ImageSource | None]:
-    """Its text and None; or None and its image, which is None for a place."""
+    """Returns (text, None) or (None, image). The image is None if the part is a placeholder."""
     kind = part.get("type") if isinstance(part, Mapping) else None
-    held = {name for name, value in part.items() if holds(value)} if kind else set()
+    fields = {name for name, value in part.items() if is_nonempty(value)} if kind else set()
     if kind == "text" and isinstance(part.get("text"), str):
-        _check_part(held - {"type", "text"}, "a text part")
+        _check_part(fields - {"type", "text"}, "a text part")
         return part["text"], None
     if kind == "image":
-        given = held - {"type", "index"}
-        _check_part(given - set(_SOURCES), "an image part")
-        if len(given) > 1:
-            raise ValueError(f"an image part must hold one image, got {shorten(sorted(given))}")
-        name = next(iter(given), None)
+        sources = fields - {"type", "index"}
+        _check_part(sources - set(_SOURCES), "an image part")
+        if len(sources) > 1:
+            raise ValueError(f"an image part must have one image, got {shorten(sorted(sources))}")
+        name = next(iter(sources), None)
         if name == "base64":
             return None, decode_base64(part[name])
         return None, None if name is None else part[name]
     if kind == "image_url":
-        _check_part(held - {"type", "image_url"}, "an image_url part")
+        _check_part(fields - {"type", "image_url"}, "an image_url part")
         url = part.get("image_url")
         url = url.get("url") if isinstance(url, Mapping) else url
         if isinstance(url, str) and url:
             return None, url
-    rule = "a part must hold its type (text, image or image_url) and a text or image"
-    raise ValueError(f"{rule}, got {shorten(part)}")
+    raise ValueError(
+        "a part of a message must have a type (text, image or image_url) and a text or an image, "
+        f"got {shorten(part)}"
+    )
 
 
-def _check_part(unread: Collection[str], what: str) -> None:
-    if unread:
-        names = shorten(sorted(map(str, unread)))
-        raise ValueError(f"{what} has fields that are not read: {names}")
+def _check_part(unsupported: Collection[str], what: str) -> None:
+    if unsupported:
+        names = shorten(sorted(map(str, unsupported)))
+        raise ValueError(f"{what} has unsupported fields, remove them: {names}")
 
 
 def check_indices(contents: Iterable[Any]) -> None:
-    """The `index` of an image part, as data sets of Hugging Face have it, must be its number.
+    """Checks the `index` of image parts, a field of some Hugging Face data sets.
 
     Args:
-        contents: of all messages of a conversation, read before.
+        contents: contents of all messages of a conversation; read_content has accepted them.
     Raises:
-        ValueError: it is another number.
+        ValueError: an index is not the number of its image in the conversation.
     """
     parts = [part for parts in contents if isinstance(parts, (list, tuple)) for part in parts]
     images = [part for part in parts if part["type"] != "text"]
     for number, part in enumerate(images):
         if part.get("index") not in (None, number):
-            rule = "image parts must be in the order of the images"
-            raise ValueError(f"{rule}, got index {shorten(part['index'])} for image {number}")
+            raise ValueError(
+                "image parts must be in the order of their index, "
+                f"got index {shorten(part['index'])} for image {number}"
+            )

@@ -1,7 +1,7 @@
-"""Prompts and images -> the arrays a model takes, as a checkpoint's processor files say.
+"""Converts prompts and images to model inputs, following a checkpoint's processor files.
 
-Axes: B batch, T tokens, S the side of a prepared image. Source: `VLChatProcessor` of the
-original code.
+Axes: B batch, T tokens, S side of a preprocessed image. Source: `VLChatProcessor` of the original
+code.
 """
 
 import dataclasses
@@ -19,7 +19,7 @@ from janus_jax.processing.json_files import read_json, read_json_if_any
 from janus_jax.processing.prompt_settings import PREPROCESSOR, PROCESSOR, PromptSettings
 from janus_jax.processing.tokenizer import IMAGE, IMAGE_START, Tokenizer
 
-# The longest sequence any Janus was trained on, though max_position_embeddings says 16384.
+# The longest sequence that Janus models were trained on; max_position_embeddings is 16384.
 TRAINED_CONTEXT = 4096
 
 Example = tuple[list[int], np.ndarray]  # tokens and pixels float32[n, S, S, 3] of one prompt
@@ -27,14 +27,14 @@ Example = tuple[list[int], np.ndarray]  # tokens and pixels float32[n, S, S, 3] 
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Prompts of unequal length, padded on the left.
+    """A batch of prompts of different lengths, padded on the left.
 
     Attributes:
         tokens: int32[B, T].
-        token_mask: bool[B, T], True where a token is real.
+        token_mask: bool[B, T], True for tokens, False for padding.
         image_mask: bool[B, T], True where an image feature goes.
-        pixels: float32[B, n, S, S, 3], n the most images of any row (0 when no row has one);
-            a row's own images come first and the rest is zeros.
+        pixels: float32[B, n, S, S, 3], where n is the largest number of images of a row. The images
+            of a row come first; the rest is zeros.
     """
 
     tokens: np.ndarray
@@ -44,11 +44,14 @@ class Batch:
 
 
 def image_config(folder: Path) -> ImageConfig:
-    """From preprocessor_config.json, or from where transformers 5 keeps the same keys.
+    """Reads the image settings of a checkpoint folder.
+
+    They are in preprocessor_config.json, or under "image_processor" in processor_config.json, where
+    transformers 5 saves them.
 
     Raises:
-        FileNotFoundError: neither is there.
-        ValueError: it is broken, or states what cannot be followed.
+        FileNotFoundError: neither file has image settings.
+        ValueError: the file is invalid, or a setting is not supported.
     """
     path = folder / PREPROCESSOR
     nested = read_json_if_any(folder / PROCESSOR).get("image_processor")
@@ -63,7 +66,7 @@ def image_config(folder: Path) -> ImageConfig:
 
 
 def _num_image_tokens(folder: Path, image_size: int) -> int:
-    """As processor_config.json states, or the patches of an image by config.json."""
+    """Reads num_image_tokens from processor_config.json, or computes it from config.json."""
     path = folder / PROCESSOR
     number = read_json_if_any(path).get("num_image_tokens")
     if number is None:
@@ -82,43 +85,46 @@ def _num_image_tokens(folder: Path, image_size: int) -> int:
 def _place_images(
     messages: Sequence[chat.Message], images: Sequence[ImageSource], tag: str
 ) -> tuple[list[chat.Message], list[ImageSource]]:
-    """The messages with a placeholder for each image, and all images in that order."""
-    own = [image for message in messages for image in message.get("images", [])]
-    if not own:
+    """Returns the messages with a placeholder for each image, and all images in that order."""
+    in_messages = [image for message in messages for image in message.get("images", [])]
+    if not in_messages:
         first = next(i for i, message in enumerate(messages) if message["role"] == "user")
         numbers = [len(images) if i == first else 0 for i in range(len(messages))]
         return chat.with_placeholders(messages, numbers, tag), list(images)
     if len(images):
         raise ValueError(
-            "images come in the messages or beside them, not both: "
-            f"got {len(own)} in the messages and {len(images)} beside them"
+            "images must be passed either in the messages or separately, "
+            f"got {len(in_messages)} in the messages and {len(images)} separately"
         )
     for i, message in enumerate(messages, 1):
         number = len(message.get("images", []))
         _check_numbers(number, message["content"].count(tag), tag, f" in message {i}")
-    return list(messages), own
+    return list(messages), in_messages
 
 
 def _check_numbers(num_images: int, placeholders: int, tag: str, where: str = "") -> None:
     if placeholders != num_images:
         tag = shorten_text(tag)
         raise ValueError(
-            f"each {tag} needs one image and each image one {tag}, "
+            f"the number of images must equal the number of {tag} placeholders, "
             f"got {num_images} images for {placeholders} placeholders{where}"
         )
 
 
 @dataclasses.dataclass(frozen=True)
 class Processor:
-    """Everything between a person's words and images and a model's arrays.
+    """Converts prompts, conversations and images to the inputs of a model.
 
     Attributes:
-        sft_format: name of the template (see chat.py).
-        num_image_tokens: placeholders, and so features, that stand for one image.
-        image_tag: the text that stands for one image in a conversation.
-        system_prompt: put before a conversation that brings none; never before a prompt for images.
-        trained_context: the most tokens a sequence may have (a Pipeline lowers it to the
-            max_position_embeddings of its model).
+        tokenizer: the tokenizer of the checkpoint.
+        image_config: the preprocessing of images for the understanding encoder.
+        sft_format: name of the prompt template (see chat.py).
+        num_image_tokens: number of placeholder tokens, and so of features, per image.
+        image_tag: the placeholder, a string that stands for one image in a conversation.
+        system_prompt: default system prompt of conversations. Prompts for image generation have no
+            system prompt.
+        trained_context: maximum number of tokens of a sequence. A Pipeline lowers it to the
+            max_position_embeddings of its model.
     """
 
     tokenizer: Tokenizer
@@ -131,14 +137,15 @@ class Processor:
 
     @classmethod
     def from_dir(cls, folder: str | Path) -> "Processor":
-        """From the small files of a checkpoint folder, in DeepSeek's or transformers' layout.
+        """Loads the processor files of a checkpoint folder, in DeepSeek's or transformers' layout.
 
-        The template, the system prompt and the placeholder are those of `PromptSettings`. Where
-        processor_config.json does not state `num_image_tokens`, config.json's patches are counted.
+        The template, the system prompt and the placeholder come from `PromptSettings`. If
+        processor_config.json has no `num_image_tokens`, it is computed from the image and patch
+        sizes.
 
         Raises:
-            FileNotFoundError: no tokenizer.json, or no image settings.
-            ValueError: a file is broken, or states what cannot be followed. The text names it.
+            FileNotFoundError: tokenizer.json or the image settings are missing.
+            ValueError: a file is invalid, or a setting is not supported. The message has the path.
         """
         folder = Path(folder)
         prompts, images = PromptSettings.from_dir(folder), image_config(folder)
@@ -152,10 +159,10 @@ class Processor:
         )
 
     def image_prompt(self, prompt: str) -> list[int]:
-        """The tokens after which the image tokens of a described image follow.
+        """Returns the tokens of a prompt for image generation; the image tokens follow them.
 
         Raises:
-            ValueError: the prompt holds the text of an image placeholder.
+            ValueError: the prompt contains an image placeholder.
         """
         messages = chat.question_messages(prompt, 0, self.image_tag)
         text = chat.format_conversation(messages, self.sft_format)
@@ -164,7 +171,7 @@ class Processor:
         return tokens
 
     def unconditional(self, tokens: Sequence[int]) -> list[int]:
-        """An image prompt without its words: all but the first and last token become pad."""
+        """Returns the unconditional prompt: all but the first and last token become padding."""
         return [tokens[0], *[self.tokenizer.pad_id] * (len(tokens) - 2), tokens[-1]]
 
     def conversation(
@@ -173,22 +180,22 @@ class Processor:
         images: Sequence[ImageSource] = (),
         allow_urls: bool = False,
     ) -> Example:
-        """The tokens of a conversation, each placeholder expanded, and its prepared images.
+        """Converts a conversation to tokens, with expanded placeholders, and preprocessed images.
 
         Args:
-            messages: a question, or messages with roles "user" and "assistant" (and at first
-                "system"); one that ends with the user is made ready to be answered. A content is a
-                text or a list of parts (see messages.py).
-            images: in the order of the placeholders (`image_tag`), one for each; where there are
-                none, the images come before the first text of the user. Or each message carries
-                its own in "images", for the placeholders in its text, or before a text without; or
-                in the parts of its content.
-            allow_urls: whether remote images are fetched.
+            messages: a question, or a list of messages with the roles "user" and "assistant". The
+                first may have the role "system". If the last is from the user, the tokens end with
+                the start of the answer. A content is a string or a list of parts (see messages.py).
+            images: one per placeholder (`image_tag`), in order. If the messages have no
+                placeholders, the images are put in front of the first user message. Alternatively,
+                each message has its images in "images" or in the parts of its content; images of a
+                message without placeholders are put in front of its text.
+            allow_urls: whether http: and https: URLs are downloaded.
         Returns:
             tokens, and pixels float32[n, S, S, 3].
         Raises:
             ValueError: the numbers of images and placeholders differ, a role or a part is unknown,
-                or turns do not alternate; see also `open_image`.
+                or user and assistant do not alternate; also as `open_image`.
         """
         if isinstance(messages, str):
             messages = chat.question_messages(messages, len(images), self.image_tag)
@@ -198,7 +205,7 @@ class Processor:
         return self.tokens(messages, len(images)), self.pixels(images, allow_urls)
 
     def tokens(self, messages: Sequence[chat.Message], num_images: int) -> list[int]:
-        """The tokens of a conversation of generic roles that has its placeholders, each expanded.
+        """Tokenizes a conversation with generic roles and placeholders, and expands these.
 
         Raises:
             ValueError: the numbers of images and placeholders differ.
@@ -209,30 +216,32 @@ class Processor:
         return self._expand(tokens)
 
     def pixels(self, images: Sequence[ImageSource], allow_urls: bool = False) -> np.ndarray:
-        """Images prepared for the understanding encoder: float32[n, S, S, 3]."""
+        """Preprocesses images for the understanding encoder: float32[n, S, S, 3]."""
         cfg = self.image_config
         prepared = [preprocess(open_image(image, allow_urls), cfg) for image in images]
         empty = np.zeros((0, cfg.image_size, cfg.image_size, 3), np.float32)
         return np.stack(prepared) if prepared else empty
 
     def batch(self, examples: Sequence[Example], pad_to: int | None = None) -> Batch:
-        """Conversations of unequal length and number of images as one batch.
+        """Creates a batch from conversations of different lengths and numbers of images.
 
         Args:
-            examples: what `conversation` gave.
-            pad_to: the length T; by default that of the longest example.
+            examples: results of `conversation`.
+            pad_to: the length T; by default the length of the longest example.
         Raises:
             ValueError: an example is longer than `pad_to`.
         """
         longest = max(len(tokens) for tokens, _ in examples)
         length = longest if pad_to is None else pad_to
         if longest > length:
-            raise ValueError(f"pad_to must hold the longest prompt, got {pad_to=} {longest=}")
+            raise ValueError(
+                f"pad_to must be at least the length of the longest prompt, {pad_to=} {longest=}"
+            )
         size = self.image_config.image_size
-        most = max(len(pixels) for _, pixels in examples)
+        max_images = max(len(pixels) for _, pixels in examples)
         tokens = np.full((len(examples), length), self.tokenizer.pad_id, np.int32)
         token_mask = np.zeros(tokens.shape, bool)
-        pixels = np.zeros((len(examples), most, size, size, 3), np.float32)
+        pixels = np.zeros((len(examples), max_images, size, size, 3), np.float32)
         for row, (row_tokens, row_pixels) in enumerate(examples):
             start = length - len(row_tokens)
             tokens[row, start:] = row_tokens
@@ -242,9 +251,9 @@ class Processor:
         return Batch(tokens, token_mask, image_mask, pixels)
 
     def check_text(self, text: str) -> None:
-        """Raises ValueError for a text that is too long for the trained context.
+        """Raises ValueError if a text is certainly too long for the trained context.
 
-        Does not tokenize all of a long text; check_length compares the exact number.
+        A long text is tokenized in part only. Use check_length for the exact number of tokens.
         """
         if self.tokenizer.is_longer(text, self.trained_context):
             raise ValueError(
@@ -253,7 +262,7 @@ class Processor:
             )
 
     def check_length(self, num_prompt: int, num_new: int) -> None:
-        """Raises ValueError if prompt and new tokens would pass the trained context."""
+        """Raises ValueError if prompt and new tokens exceed the trained context."""
         if num_prompt + num_new > self.trained_context:
             raise ValueError(
                 f"prompt and new tokens must fit the trained context of {self.trained_context} "
@@ -264,7 +273,7 @@ class Processor:
         _check_numbers(num_images, tokens.count(self.tokenizer.image_id), self.image_tag)
 
     def _expand(self, tokens: Sequence[int]) -> list[int]:
-        """Each placeholder as begin of image, its feature slots, end of image."""
+        """Replaces each placeholder by begin-of-image, num_image_tokens ids and end-of-image."""
         tok = self.tokenizer
         block = [tok.image_start_id, *[tok.image_id] * self.num_image_tokens, tok.image_end_id]
         expanded = []

@@ -1,8 +1,8 @@
-"""How a checkpoint folder wants its prompts written: template, system prompt, placeholder.
+"""Reads the prompt settings of a checkpoint folder: template, system prompt and placeholder.
 
-DeepSeek's processor_config.json names its template in `sft_format`. `transformers` stores the
-template itself, a Jinja text, in one of several places. A folder's template is recognised by its
-text and never executed: the folder may come from anywhere.
+DeepSeek's processor_config.json has the name of the template in `sft_format`. `transformers` stores
+the template itself, in Jinja, in one of several files. These templates are recognized by their text
+and never executed, because a folder may come from an untrusted source.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ TEMPLATE_FOLDER, TEMPLATE_KEY = "additional_chat_templates", "chat_template"
 
 MAX_TEMPLATE_BYTES = 2**20
 
-# Parts of a message are joined as by the chat template of deepseek-community/Janus-Pro-1B.
+# Joins the parts of a message like the chat template of deepseek-community/Janus-Pro-1B.
 _TEMPLATE = """\
 {%- for message in messages -%}
 {%- if message['role'] != 'system' -%}
@@ -50,50 +50,50 @@ _TEMPLATE = """\
 
 
 def janus_template(sft_format: str) -> str:
-    """The chat template that writes prompts of one of the two Janus formats in `transformers`."""
+    """Returns the chat template for `transformers` of one of the two Janus formats."""
     user, assistant = chat.JANUS_ROLES[sft_format]
     return _TEMPLATE.replace("ASSISTANT", assistant).replace("USER", user)
 
 
 def _fingerprint(template: str, user: str, assistant: str) -> str:
-    """SHA-256 of a template without its roles and without what Jinja does not read."""
+    """Returns the SHA-256 of a template, ignoring role names and the style of line breaks."""
     text = template.replace("\r\n", "\n").replace("\r", "\n").removesuffix("\n")
     text = text.replace(user, "\0user").replace(assistant, "\0assistant")
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-# Templates whose prompts are those of chat.py, whichever of the two pairs of roles they have.
+# Templates that produce the same prompts as chat.py, with either pair of role names.
 FINGERPRINTS = {
     _fingerprint(janus_template("deepseek"), *chat.JANUS_ROLES["deepseek"]),
-    # earlier exports, which joined the parts of a message otherwise
+    # earlier exports of janus_jax, which joined the parts of a message differently
     "6844fc1f6ffa910fd1a5acd5487ff4cf53ebad31389cc9e43daef375a2bf554a",
-    # transformers' convert_janus_weights_to_hf.py, and so deepseek-community/Janus-Pro-1B and -7B
+    # transformers' convert_janus_weights_to_hf.py, used for deepseek-community/Janus-Pro-1B and -7B
     "f1ec022ee62347ff806af871b48535538b552c42412a4a902418d9e3fb3f7ceb",
-    # a draft of it, which reads only lower-case names of roles
+    # an early version of it, which accepts only lower-case role names
     "5d0d21491abff71a4be90a6ecb4db71124f2152346f66cfe13e8963c50de2f8b",
 }
 
 
 def template_format(template: str) -> str | None:
-    """The `sft_format` whose prompts a chat template writes; None if it is not a known one."""
+    """Returns the `sft_format` that a chat template implements; None if it is unknown."""
     for sft_format, roles in chat.JANUS_ROLES.items():
         if _fingerprint(template, *roles) in FINGERPRINTS:
             return sft_format
     return None
 
 
-def stated_template(folder: Path) -> tuple[Path, str] | None:
-    """A folder's chat template, and the file or folder that holds it; None if there is none.
+def read_chat_template(folder: Path) -> tuple[Path, str] | None:
+    """Reads the chat template of a folder; returns its file or folder, and its text, or None.
 
-    Source: the precedence of `ProcessorMixin.get_processor_dict` in transformers, then that of its
-    tokenizers.
+    The order of precedence is that of `ProcessorMixin.get_processor_dict` in transformers, followed
+    by its tokenizers.
 
     Raises:
-        ValueError: a file is broken, or holds several templates and no default.
+        ValueError: a file is invalid, or has several templates and no default.
     """
-    for path, stated in _stored_templates(folder):
-        if stated is not None:
-            return path, _default_template(path, stated)
+    for path, template in _stored_templates(folder):
+        if template is not None:
+            return path, _default_template(path, template)
     return None
 
 
@@ -115,28 +115,28 @@ def _read_text(path: Path) -> str:
         return data.decode()
 
 
-def _default_template(path: Path, stated: Any) -> str:
-    if isinstance(stated, list):  # as tokenizer_config.json holds several
-        named = [entry for entry in stated if isinstance(entry, dict)]
-        stated = {str(entry.get("name")): entry.get("template") for entry in named}
-    if isinstance(stated, dict):
-        if "default" not in stated:
-            names = shorten(sorted(map(str, stated)))
+def _default_template(path: Path, template: Any) -> str:
+    if isinstance(template, list):  # several templates in tokenizer_config.json
+        entries = [entry for entry in template if isinstance(entry, dict)]
+        template = {str(entry.get("name")): entry.get("template") for entry in entries}
+    if isinstance(template, dict):
+        if "default" not in template:
+            names = shorten(sorted(map(str, template)))
             raise ValueError(f"{path}: expected a template named 'default', got {names}")
-        stated = stated["default"]
-    if not isinstance(stated, str):
-        raise ValueError(f"{path}: a chat template must be a text, got {shorten(stated)}")
-    return stated
+        template = template["default"]
+    if not isinstance(template, str):
+        raise ValueError(f"{path}: a chat template must be a string, got {shorten(template)}")
+    return template
 
 
 @dataclasses.dataclass(frozen=True)
 class PromptSettings:
-    """What a folder's files say of prompts.
+    """The prompt settings of a checkpoint folder.
 
     Attributes:
-        sft_format: name of the template (see chat.py).
-        system_prompt: put before a conversation that brings none.
-        image_tag: the text that stands for one image in a conversation.
+        sft_format: name of the prompt template (see chat.py).
+        system_prompt: default system prompt of conversations.
+        image_tag: the placeholder, a string that stands for one image in a conversation.
     """
 
     sft_format: str
@@ -145,29 +145,30 @@ class PromptSettings:
 
     @classmethod
     def from_dir(cls, folder: str | Path) -> "PromptSettings":
-        """From the processor's files, in DeepSeek's or transformers' layout.
+        """Reads the settings from the processor files, in DeepSeek's or transformers' layout.
 
-        `sft_format` is the stated one, or that of the folder's chat template. Without both it is
-        "deepseek" in DeepSeek's layout, the default of `VLChatProcessor`. The system prompt is the
-        stated one (a key of ours, "system_prompt"), or follows `use_default_system_prompt`; without
-        either it is the default of the processor class: DeepSeek's text in DeepSeek's layout, none
-        in transformers'.
+        * `sft_format` is the value in processor_config.json, or the format of the folder's chat
+          template. If both are missing, it is "deepseek" in DeepSeek's layout, the default of
+          `VLChatProcessor`.
+        * `system_prompt` is the value of "system_prompt", a key that only janus_jax writes, or
+          follows `use_default_system_prompt`. If both are missing, it is the default of the
+          processor class: DeepSeek's text in DeepSeek's layout, and empty in transformers' layout.
 
         Raises:
-            ValueError: a file is broken, the template is unknown or, in transformers' layout,
-                missing, or two statements disagree.
+            ValueError: a file is invalid; the template is unknown or, in transformers' layout,
+                missing; or two settings contradict each other.
         """
         folder = Path(folder)
         path = folder / PROCESSOR
         config = read_json_if_any(path)
         image_tag = config.get("image_tag", IMAGE)
         if not _is_text(image_tag):
-            raise ValueError(f"{path}: image_tag must be a text, got {shorten(image_tag)}")
+            raise ValueError(f"{path}: image_tag must be a string, got {shorten(image_tag)}")
         return cls(_sft_format(folder, config), _system_prompt(folder, config), image_tag)
 
 
 def _is_text(value: Any) -> bool:
-    """Whether it is a string that UTF-8 can hold: JSON can also hold lone surrogates."""
+    """Returns whether a value is a string without lone surrogates, which UTF-8 cannot encode."""
     return isinstance(value, str) and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
@@ -176,22 +177,22 @@ def _sft_format(folder: Path, processor: dict[str, Any]) -> str:
     if "sft_format" in processor:
         with value_errors_of(path):
             chat.check_sft_format(processor["sft_format"])
-    stated, template = processor.get("sft_format"), stated_template(folder)
+    sft_format, template = processor.get("sft_format"), read_chat_template(folder)
     if template is None:
-        if not stated and _is_transformers(folder, processor):  # where transformers raises, too
+        if not sft_format and _is_transformers(folder, processor):  # transformers raises, too
             files = f"{TEMPLATE_FILE}, {LEGACY_TEMPLATE_FILE}, {PROCESSOR} or {TOKENIZER_CONFIG}"
             raise ValueError(f"{folder} has no chat template in {files}; {_advice(path)}")
-        return stated or "deepseek"
+        return sft_format or "deepseek"
     where, text = template
-    known = template_format(text)
-    if not (stated or known):
+    recognized = template_format(text)
+    if not (sft_format or recognized):
         raise ValueError(f"{where}: unknown chat template; {_advice(path)}")
-    if stated and known and stated != known:
+    if sft_format and recognized and sft_format != recognized:
         raise ValueError(
-            f"{path} has sft_format {stated!r}, but the chat template of {known!r} is in {where}: "
-            "remove the wrong one"
+            f"{path} has sft_format {sft_format!r}, but {where} has the chat template of "
+            f"{recognized!r}; remove the wrong one"
         )
-    return stated or known
+    return sft_format or recognized
 
 
 def _advice(path: Path) -> str:
@@ -212,18 +213,18 @@ def _system_prompt(folder: Path, processor: dict[str, Any]) -> str:
         return chat.DEFAULT_SYSTEM_PROMPT if use_default else ""
     prompt = processor["system_prompt"]
     if not _is_text(prompt):
-        raise ValueError(f"{path}: system_prompt must be a text, got {shorten(prompt)}")
+        raise ValueError(f"{path}: system_prompt must be a string, got {shorten(prompt)}")
     is_default = prompt == chat.DEFAULT_SYSTEM_PROMPT
     if (use_default and not is_default) or (use_default is False and is_default):
         raise ValueError(
             f"{path}: use_default_system_prompt is {str(use_default).lower()}, but system_prompt "
-            f"is {shorten(prompt)}: remove the wrong one"
+            f"is {shorten(prompt)}; remove the wrong one"
         )
     return prompt
 
 
 def _is_transformers(folder: Path, processor: dict[str, Any]) -> bool:
-    """Whether the processor's files are for transformers' classes, by the names of the classes."""
+    """Returns whether the processor files name processor classes of transformers."""
     nested = processor.get("image_processor")
     preprocessor = read_json_if_any(folder / PREPROCESSOR)
     for config in (processor, preprocessor, nested if isinstance(nested, dict) else {}):

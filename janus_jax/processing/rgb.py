@@ -1,7 +1,7 @@
-"""Any Pillow image as upright 8-bit RGB, as a person sees it.
+"""Converts any Pillow image to upright 8-bit RGB, as an image viewer shows it.
 
-What is computed per pixel is computed in bands of rows, so that it needs little more memory than
-the image that comes in and the one that goes out.
+Pixels are processed in bands of rows, so that little memory is needed besides the input and the
+output image.
 """
 
 import io
@@ -11,20 +11,20 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 
-_BAND = 2**18  # pixels
+_BAND = 2**18  # pixels per band
 _Box = tuple[int, int, int, int]
 
-# Values that may stand for white in an integer or float image: the smallest that is not below the
-# maximum of the image does.
+# Candidates for the value of white in integer and float images. White is the smallest that is not
+# below the maximum of the image.
 _FLOAT_WHITES = (1.0, 255.0, 65535.0, float(2**31 - 1))
 _INT_WHITES = _FLOAT_WHITES[1:]
 
-# What Pillow multiplies the gray samples of a PNG by, but not the transparent value.
+# Factors by which Pillow scales the gray samples of a PNG, but not its transparent value.
 _GRAY_SCALES = {"L;2": 85, "L;4": 17}
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Upright RGB: EXIF orientation applied, transparent parts on white, 16 bits scaled to 8."""
+    """Applies the EXIF orientation, scales 16 bits to 8, and composites transparency on white."""
     image = _upright(_with_exact_transparency(image))
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         image = _scaled_to_8_bit(image)
@@ -49,7 +49,7 @@ def _bands(size: tuple[int, int]) -> Iterator[_Box]:
 def _assembled(
     mode: str, size: tuple[int, int], make: Callable[[_Box], Image.Image]
 ) -> Image.Image:
-    """The image whose bands `make` gives."""
+    """Assembles an image from bands, each of which `make` returns for its box."""
     whole = Image.new(mode, size)
     for box in _bands(size):
         whole.paste(make(box), box)
@@ -57,8 +57,8 @@ def _assembled(
 
 
 def _scaled_to_8_bit(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float greyscale as 8 bits; Pillow's own conversion only clips at 255."""
-    clear = image.info.get("transparency")  # the gray value that is transparent
+    """Scales 16-bit, 32-bit and float grayscale to 8 bits; Pillow's conversion clips at 255."""
+    transparent = image.info.get("transparency")  # the gray value that is transparent
     white = _white(image)
 
     def scaled(box: _Box) -> Image.Image:
@@ -66,10 +66,10 @@ def _scaled_to_8_bit(image: Image.Image) -> Image.Image:
         return _gray(np.clip(np.rint(values / white * 255), 0, 255))
 
     def alpha(box: _Box) -> Image.Image:
-        return _gray(np.where(_values(image, box) == clear, 0, 255))
+        return _gray(np.where(_values(image, box) == transparent, 0, 255))
 
     whole = _assembled("L", image.size, scaled)
-    if isinstance(clear, int):
+    if isinstance(transparent, int):
         whole.putalpha(_assembled("L", image.size, alpha))
     return whole
 
@@ -85,16 +85,16 @@ def _values(image: Image.Image, box: _Box) -> np.ndarray:
 def _white(image: Image.Image) -> float:
     if image.mode.startswith("I;16"):
         return 65535.0
-    most = max(_values(image, box).max() for box in _bands(image.size))
+    largest = max(_values(image, box).max() for box in _bands(image.size))
     whites = _FLOAT_WHITES if image.mode == "F" else _INT_WHITES
-    return next((white for white in whites if most <= white), most)
+    return next((white for white in whites if largest <= white), largest)
 
 
 def _with_exact_transparency(image: Image.Image) -> Image.Image:
-    """A PNG whose transparent color Pillow compares with other numbers than the file's.
+    """Fixes the transparent color of a PNG for which Pillow compares different value ranges.
 
-    Of 16-bit RGB it keeps the upper 8 bits, and it scales 2-bit and 4-bit gray to 8 bits; the
-    transparent color stays a number of the file. Other images are returned as they are.
+    Pillow keeps only the upper 8 bits of 16-bit RGB, and it scales 2-bit and 4-bit gray to 8 bits,
+    but leaves the transparent color in the file's range. Other images are returned unchanged.
     """
     key, pixels = image.info.get("transparency"), _png_pixels(image)
     if isinstance(key, int) and pixels in _GRAY_SCALES:
@@ -114,40 +114,41 @@ def _with_exact_transparency(image: Image.Image) -> Image.Image:
 
 
 def _png_pixels(image: Image.Image) -> str:
-    """How the file holds the pixels, in Pillow's words; "" unless it is a PNG yet to be decoded."""
+    """Returns Pillow's name of the pixel format of a PNG; "" if decoded, or not a PNG."""
     return image.tile[0].args if isinstance(image, PngImageFile) and image.tile else ""
 
 
 def _alpha_of_16_bits(image: PngImageFile, key: tuple[int, ...]) -> Image.Image:
-    """0 where all 16 bits of a pixel are those of the transparent color, 255 elsewhere."""
+    """Returns alpha: 0 where all 16 bits of a pixel equal the transparent color, else 255."""
     low = _low_bytes(image)
     upper, lower = (np.array(half, np.uint8) for half in np.divmod(key, 256))
 
     def alpha(box: _Box) -> Image.Image:
-        other = np.asarray(image.crop(box)) != upper
-        other |= np.asarray(low.crop(box)) != lower
-        return _gray(np.where(other.any(-1), 255, 0))
+        differs = np.asarray(image.crop(box)) != upper
+        differs |= np.asarray(low.crop(box)) != lower
+        return _gray(np.where(differs.any(-1), 255, 0))
 
     return _assembled("L", image.size, alpha)
 
 
 def _low_bytes(image: PngImageFile) -> Image.Image:
-    """The lower 8 bits of 16-bit RGB, which Pillow drops when it decodes the image."""
+    """Returns the lower 8 bits of 16-bit RGB, which Pillow drops when it decodes the image."""
     position = image.fp.tell()
     image.fp.seek(0)
     again = PngImageFile(io.BytesIO(image.fp.read()))
     image.fp.seek(position)
-    # "L" is little endian: the second byte of each sample, which here is the lower one
+    # "L" (little endian) takes the second byte of each sample as the upper one; PNG is big endian,
+    # so that this is the lower byte
     again.tile = [tile._replace(args="RGB;16L") for tile in again.tile]
     return again
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """Applies the EXIF orientation; EXIF data that cannot be read are ignored."""
-    image.load()  # first, so that damaged pixels are an error and not taken for damaged EXIF data
+    """Applies the EXIF orientation; ignores EXIF data that cannot be read."""
+    image.load()  # outside of the try block: damaged pixels must raise
     try:
-        turned = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
-        return ImageOps.exif_transpose(image) if turned else image
+        is_rotated = image.getexif().get(ExifTags.Base.Orientation, 1) != 1
+        return ImageOps.exif_transpose(image) if is_rotated else image
     except MemoryError:
         raise
     except Exception:  # Pillow raises errors of many types for damaged EXIF data
