@@ -82,10 +82,10 @@ def test_bos_is_added_where_a_template_adds_none(golden, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (dict(sft_format="plain"), "sft_format deepseek or deepseek_old, not 'plain'"),
+        (dict(sft_format="plain"), "sft_format deepseek or deepseek_old, got 'plain'"),
         (dict(sft_format=["x"]), r"sft_format must be one of .*, got \['x'\]"),
-        (dict(image_tag="<begin_of_image>"), "the image_tag <image_placeholder>, not '<begin_of"),
-        (dict(system_prompt="Rhyme."), "DeepSeek's system prompt or none, not 'Rhyme.'"),
+        (dict(image_tag="<begin_of_image>"), "image_tag must be <image_placeholder> .*got"),
+        (dict(system_prompt="Rhyme."), "DeepSeek's system prompt or none, got 'Rhyme.'"),
     ],
 )
 def test_what_transformers_cannot_hold_is_refused(settings, says, golden, tmp_path):

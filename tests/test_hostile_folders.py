@@ -166,7 +166,7 @@ def test_json_of_any_size_is_not_read(tmp_path):
 def test_an_index_that_names_no_file_beside_it(tmp_path, name):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    assert f"{index} must name files beside it, got '" in refusal(open_checkpoint, tmp_path)
+    assert f"{index} must name files in its own folder, got '" in refusal(open_checkpoint, tmp_path)
 
 
 def test_absent_shards_are_counted(tmp_path):
@@ -174,7 +174,8 @@ def test_absent_shards_are_counted(tmp_path):
     names = {f"t{i}": f"{i:04d}\0.safetensors" for i in range(1000)}
     index.write_text(json.dumps({"weight_map": names}))
     told = refusal(open_checkpoint, tmp_path, FileNotFoundError)
-    assert "1000 of 1000 are missing: '0000\\x00.safetensors', " in told and told.endswith(", ...")
+    assert told.startswith(f"1000 of the 1000 shards named in {index} are missing: ")
+    assert "'0000\\x00.safetensors', " in told and told.endswith(", ...")
 
 
 def test_a_file_that_became_shorter_is_named(tmp_path):

@@ -119,7 +119,7 @@ def test_compressed_members_are_not_unpacked(saved, name):
 @pytest.mark.parametrize("name", ["m/byteorder", "m/data.pkl"])
 def test_members_of_any_size_are_not_read(saved, name):
     write(saved, {**members_of(saved), name: bytes(2**24 + 1)})
-    assert f"'{name}' has {2**24 + 1} bytes, more than" in refusal(saved)
+    assert f"'{name}' has {2**24 + 1} bytes, expected at most" in refusal(saved)
 
 
 def test_overlapping_members_are_refused(saved):
@@ -144,7 +144,7 @@ def test_a_directory_of_any_size_is_not_read(saved):
         file.truncate(2**31)  # sparse
         file.seek(0, io.SEEK_END)
         file.write(struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, 2**31 - 64, 64, 0))
-    assert f"its zip directory has {2**31 - 64} bytes, more than" in refusal(saved)
+    assert f"its zip directory has {2**31 - 64} bytes, expected at most" in refusal(saved)
 
 
 def test_sizes_beyond_32_bits_in_the_extra_field(saved, tmp_path):
@@ -230,17 +230,17 @@ def tensor_pickle(shape, strides=(1,), offset=0, size=12):
 @pytest.mark.parametrize(
     ("shape", "strides", "told"),
     [
-        ((2**40,), (0,), "exceeds the file"),
-        ((0, 2**62, 2**62), (1, 1, 1), "the shape (0, 4611686018427387904, 46"),
-        ((1,) * 65, (1,) * 65, "the shape (1, 1, 1"),
-        ((2**70,), (0,), "the shape (1180591620717411303424,)"),
-        ((-1,), (1,), "the shape (-1,)"),
-        ((True,), (1,), "the shape (True,)"),
-        ("ab", (1, 1), "the shape 'ab'"),
+        ((2**40,), (0,), "is larger than the file"),
+        ((0, 2**62, 2**62), (1, 1, 1), "an invalid shape: (0, 4611686018427387904, 46"),
+        ((1,) * 65, (1,) * 65, "an invalid shape: (1, 1, 1"),
+        ((2**70,), (0,), "an invalid shape: (1180591620717411303424,)"),
+        ((-1,), (1,), "an invalid shape: (-1,)"),
+        ((True,), (1,), "an invalid shape: (True,)"),
+        ("ab", (1, 1), "an invalid shape: 'ab'"),
         ((2,), (2**40,), "needs 4398046511108 bytes, its storage has 48"),
-        ((2,), (1, 1), "of shape (2,) has strides (1, 1)"),
-        ((2,), (-1,), "of shape (2,) has strides (-1,)"),
-        ((2,), (2**70,), "of shape (2,) has strides (1180591620717411303424,)"),
+        ((2,), (1, 1), "of shape (2,) has invalid strides (1, 1)"),
+        ((2,), (-1,), "of shape (2,) has invalid strides (-1,)"),
+        ((2,), (2**70,), "of shape (2,) has invalid strides (1180591620717411303424,)"),
     ],
 )
 def test_sizes_that_no_tensor_has(saved, shape, strides, told):

@@ -79,7 +79,7 @@ def tensors_of(folder, adapter=None) -> dict[str, np.ndarray]:
     opened = open_folder(folder, adapter)
     stored = stored_params(opened)
     steps = export_steps(table_for(opened.layout, opened.cfg), list(stored.kinds))
-    return {s.torch: s.op.torch(tuple(map(stored.read, s.paths))) for s in steps}
+    return {s.torch: s.op.to_torch(tuple(map(stored.read, s.paths))) for s in steps}
 
 
 def assert_same_tensors(ours, theirs: torch.nn.Module, base: torch.nn.Module, adapted: int) -> None:
@@ -138,7 +138,7 @@ def test_an_adapter_of_a_part_of_the_model(base, tmp_path, part, targets):
     theirs, folder = base
     if targets is None:
         from_peft(theirs.get_submodule(part), tmp_path, r=2, target_modules=["fc1"])
-        with pytest.raises(ValueError, match=r"2 of unknown modules: base_model.model.fc1.lora_A"):
+        with pytest.raises(ValueError, match=r"2 for unknown modules: base_model.model.fc1.lora_A"):
             params_of(folder, tmp_path)
         return
     merged, whole = copy.deepcopy(theirs), copy.deepcopy(theirs)
@@ -186,7 +186,7 @@ def assert_deepseek(deepseek, adapter, merged, adapted: int) -> None:
     named, folder = deepseek
     opened, params = open_folder(folder), params_of(folder, adapter)
     steps = export_steps(table_for("deepseek", opened.cfg), list(params))
-    ours = {s.torch: s.op.torch(tuple(np.asarray(params[p]) for p in s.paths)) for s in steps}
+    ours = {s.torch: s.op.to_torch(tuple(np.asarray(params[p]) for p in s.paths)) for s in steps}
     assert_same_tensors(ours, merged, named, adapted)
 
 

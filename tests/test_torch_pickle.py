@@ -118,7 +118,7 @@ def test_a_pickle_that_calls_something_is_named_and_not_executed(tmp_path, place
 def test_every_way_to_name_a_global_is_refused(tmp_path, data):
     path = save(tmp_path / "m.bin", {"a": torch.zeros(2)})
     replace_pickle(path, data)
-    with pytest.raises(ValueError, match=r"its pickle (names|uses) .*, and only tensors are read"):
+    with pytest.raises(ValueError, match=r"its pickle (names|uses) .*, and only tensors are"):
         read_torch_file(path)
 
 
@@ -208,13 +208,13 @@ def test_a_tensor_larger_than_its_storage(tmp_path):
 def test_a_storage_that_is_not_there(tmp_path):
     path = save(tmp_path / "m.bin", {"a": torch.zeros(10)})
     rewrite(path, lambda name, data: None if "/data/" in name else data)
-    with pytest.raises(ValueError, match=r"it lacks .*data/0"):
+    with pytest.raises(ValueError, match=r"refers to .*data/0', which is missing"):
         read_torch_file(path)
 
 
 def test_other_kinds_of_file(tmp_path):
     legacy = save(tmp_path / "old.bin", {"a": torch.zeros(2)}, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"pickle from before torch 1\.6"):
+    with pytest.raises(ValueError, match=r"pickle in the format before torch 1\.6"):
         read_torch_file(legacy)
     text = tmp_path / "text.bin"
     text.write_text("version https://git-lfs.github.com/spec/v1")
