@@ -63,7 +63,7 @@ def adapter(written, tmp_path):
 def expected(factors):
     """Parameters by path as stored, those of LAYERS with their updates, float32."""
     stored = stored_params(open_folder(SMALL))
-    params = {path: stored.read(path).astype(np.float32) for path in stored.kinds}
+    params = {path: stored.read(path).astype(np.float32) for path in stored.metadata}
     return params | {p: params[p] + np.float32(SCALE) * (a @ b) for p, (a, b) in factors.items()}
 
 
@@ -150,7 +150,7 @@ def test_converting_merges_and_an_orbax_folder_takes_an_adapter(
     for folder in (tmp_path / "a", tmp_path / "b"):
         found = stored_params(open_folder(folder))
         for path, value in one.items():
-            assert found.kinds[path][0] == value.dtype
+            assert found.metadata[path][0] == value.dtype
             np.testing.assert_array_equal(found.read(path), value, err_msg=path)
     with pytest.raises(SystemExit):
         convert([str(SMALL), str(written), "--adapter", str(written), "--overwrite"])

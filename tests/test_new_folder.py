@@ -162,6 +162,6 @@ def test_a_conversion_killed_at_any_moment_leaves_a_whole_folder_or_none(golden,
         process.wait(timeout=60)
         if (tmp_path / "o").exists():
             stored = stored_params(open_folder(tmp_path / "o"))
-            assert len(stored.kinds) > 100
+            assert len(stored.metadata) > 100
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     assert names(tmp_path) == ["o"]

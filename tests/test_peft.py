@@ -78,7 +78,7 @@ def tensors_of(folder, adapter=None) -> dict[str, np.ndarray]:
     """The parameters in PyTorch's layout, by PyTorch's names."""
     opened = open_folder(folder, adapter)
     stored = stored_params(opened)
-    steps = export_steps(table_for(opened.layout, opened.cfg), list(stored.kinds))
+    steps = export_steps(table_for(opened.layout, opened.cfg), list(stored.metadata))
     return {s.torch: s.op.to_torch(tuple(map(stored.read, s.paths))) for s in steps}
 
 

@@ -21,12 +21,12 @@ from janus_jax.interop.load import (
 )
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.processor_files import check_files, copy_files, translate_files
-from janus_jax.interop.rules import Shape, export_steps, torch_shape
+from janus_jax.interop.rules import Shape, Step, export_steps, torch_shape
 from janus_jax.processing.json_files import write_json
 from janus_jax.processing.tokenizer import Tokenizer
 from janus_jax.progress import Report
 
-Kinds = dict[str, tuple[np.dtype, Shape]]
+Metadata = dict[str, tuple[np.dtype, Shape]]  # by tensor name
 
 
 def import_folder(
@@ -57,15 +57,15 @@ def import_folder(
     stored = stored_params(folder)
     checkpoint.save(
         target,
-        {path: stored.read(path) for path in stored.kinds},
+        {path: stored.read(path) for path in stored.metadata},
         config=folder.config,
         files_from=source,
         unused=stored.unused,
         overwrite=overwrite,
         progress=progress,
     )
-    size = sum(math.prod(shape) for _, shape in stored.kinds.values())
-    line = f"{target}: {len(stored.kinds)} parameter arrays with {size:,} values"
+    size = sum(math.prod(shape) for _, shape in stored.metadata.values())
+    line = f"{target}: {len(stored.metadata)} parameter arrays with {size:,} values"
     line += f"; kept {len(stored.unused)} unused tensors in {checkpoint.UNUSED}"
     return [line, *_merge_report(adapter)]
 
@@ -120,25 +120,26 @@ def write_folder(
     needs_image_token = layout == TRANSFORMERS and folder.layout != layout
     image_token_id = Tokenizer.from_dir(source).image_id if needs_image_token else None
     config = write_config(folder.cfg, folder.config, layout, image_token_id)
-    steps = {step.torch: step for step in export_steps(table_for(layout, folder.cfg), stored.kinds)}
-    kinds = {name: _kind(step, stored.kinds) for name, step in steps.items()}
+    table = table_for(layout, folder.cfg)
+    steps = {step.torch: step for step in export_steps(table, stored.metadata)}
+    metadata = {name: _tensor_metadata(step, stored.metadata) for name, step in steps.items()}
     copied, zeros = _unused(folder, stored, layout)
-    kinds |= {name: (array.dtype, array.shape) for name, array in copied.items()} | zeros
+    metadata |= {name: (array.dtype, array.shape) for name, array in copied.items()} | zeros
 
     def read(name: str) -> np.ndarray:
         if name in steps:
             return steps[name].op.to_torch(tuple(map(stored.read, steps[name].paths)))
         return copied[name] if name in copied else np.zeros(zeros[name][1], zeros[name][0])
 
-    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in kinds.values())
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in metadata.values())
     with new_folder(target, overwrite, size) as staging:
         if folder.layout == layout:
             copy_files(source, staging)
         else:
             translate_files(source, staging, layout, folder.cfg)
         write_json(staging / CONFIG, config)
-        write_safetensors(staging, dict(sorted(kinds.items())), read, progress=progress)
-    return _export_report(target, kinds, stored, copied, zeros)
+        write_safetensors(staging, dict(sorted(metadata.items())), read, progress=progress)
+    return _export_report(target, metadata, stored, copied, zeros)
 
 
 def _open(source: Path, adapter: Path | None = None) -> Folder:
@@ -156,34 +157,35 @@ def _check_target(source: Path, target: Path, adapter: Path | None) -> None:
             raise ValueError(f"{name} must not be DST or inside DST, got {folder} and DST {target}")
 
 
-def _kind(step, kinds: Mapping[str, tuple[np.dtype, Shape]]) -> tuple[np.dtype, Shape]:
-    dtypes = {kinds[path][0] for path in step.paths}
+def _tensor_metadata(step: Step, metadata: Mapping) -> tuple[np.dtype, Shape]:
+    """Returns the dtype and shape of a PyTorch tensor from those of its parameters."""
+    dtypes = {metadata[path][0] for path in step.paths}
     if len(dtypes) > 1:
         raise ValueError(
             f"the parameters of {step.torch} must have one dtype, got "
             f"{' and '.join(sorted(map(str, dtypes)))}"
         )
-    return dtypes.pop(), torch_shape(step, {path: kinds[path][1] for path in step.paths})
+    return dtypes.pop(), torch_shape(step, {path: metadata[path][1] for path in step.paths})
 
 
 def _unused(
     folder: Folder, stored: StoredParams, layout: str
-) -> tuple[dict[str, np.ndarray], Kinds]:
+) -> tuple[dict[str, np.ndarray], Metadata]:
     """Returns the unused tensors to copy, and the unused tensors to write as zeros."""
     copied = dict(stored.unused) if folder.layout == layout else {}
     zeros = {}
     if layout == DEEPSEEK:
-        dtype = stored.kinds["und_encoder.pos_embed"][0]
+        dtype = stored.metadata["und_encoder.pos_embed"][0]
         shapes = deepseek.unused_shapes(folder.cfg)
         zeros = {name: (dtype, shape) for name, shape in shapes.items() if name not in copied}
     return copied, zeros
 
 
 def _export_report(
-    target: Path, kinds: Kinds, stored: StoredParams, copied: Mapping, zeros: Mapping
+    target: Path, metadata: Metadata, stored: StoredParams, copied: Mapping, zeros: Mapping
 ) -> list[str]:
-    size = sum(math.prod(shape) for _, shape in kinds.values())
-    lines = [f"{target}: {len(kinds)} tensors with {size:,} values"]
+    size = sum(math.prod(shape) for _, shape in metadata.values())
+    lines = [f"{target}: {len(metadata)} tensors with {size:,} values"]
     if zeros:
         names = " and ".join(sorted({_component(name) for name in zeros}))
         lines.append(f"wrote zeros for {len(zeros)} unused tensors ({names})")
@@ -209,7 +211,7 @@ def inspect_folder(source: Path) -> list[str]:
     lines = [f"{source}: {storage} weights, config in the {folder.layout} layout"]
     counts: dict[str, int] = collections.Counter()
     dtypes = collections.defaultdict(set)
-    for path, (dtype, shape) in stored.kinds.items():
+    for path, (dtype, shape) in stored.metadata.items():
         component = path.split(".")[0]
         counts[component] += math.prod(shape)
         dtypes[component].add(str(dtype))

@@ -352,11 +352,11 @@ def load_vq(folder: Folder) -> VQ:
 class StoredParams:
     """Parameters of a folder in their stored dtypes.
 
-    kinds: dtype and shape by path. read: returns the values of a path.
+    metadata: dtype and shape by path. read: returns the values of a path.
     unused: tensors that the model does not use, by PyTorch name. skipped: the reason for each.
     """
 
-    kinds: Mapping[str, tuple[np.dtype, Shape]]
+    metadata: Mapping[str, tuple[np.dtype, Shape]]
     read: Callable[[str], np.ndarray]
     unused: Mapping[str, np.ndarray]
     skipped: Mapping[str, str]
@@ -375,7 +375,7 @@ def stored_params(folder: Folder) -> StoredParams:
         return stored
 
     def read(path: str) -> np.ndarray:
-        return adapter.merged(path, stored.read(path)).astype(stored.kinds[path][0], copy=False)
+        return adapter.merged(path, stored.read(path)).astype(stored.metadata[path][0], copy=False)
 
     return dataclasses.replace(stored, read=read)
 
@@ -389,18 +389,18 @@ def _stored_torch(folder: Folder) -> StoredParams:
         return step.op.from_torch(source.read(step.torch))[i]
 
     shapes = param_shapes(folder.cfg)
-    kinds = {path: (source.dtype(step.torch), shapes[path]) for path, (step, _) in steps.items()}
+    metadata = {path: (source.dtype(step.torch), shapes[path]) for path, (step, _) in steps.items()}
     unused = {name: source.read(name) for name in plan.skipped}
-    return StoredParams(kinds, read, unused, plan.skipped)
+    return StoredParams(metadata, read, unused, plan.skipped)
 
 
 def _stored_orbax(folder: Folder) -> StoredParams:
     stored = check_stored(folder)
-    kinds = {path: (np.dtype(leaf.dtype), tuple(leaf.shape)) for path, leaf in stored.items()}
+    metadata = {path: (np.dtype(leaf.dtype), tuple(leaf.shape)) for path, leaf in stored.items()}
     path = folder.path / checkpoint.UNUSED
     tensors, _ = read_safetensors(path) if path.is_file() else ({}, [])
     unused = {name: tensor.read() for name, tensor in tensors.items()}
     table = table_for(folder.layout, folder.cfg)
     skipped = {name: " ".join(skip_reasons(table, name)) for name in unused}
     arrays = functools.cache(lambda: dict(checkpoint.restore_numpy(folder.path, stored)))
-    return StoredParams(kinds, lambda path: arrays()[path], unused, skipped)
+    return StoredParams(metadata, lambda path: arrays()[path], unused, skipped)
