@@ -20,10 +20,10 @@ BUNDLED = "janus_tiny"  # the model in assets/
 _MIN_SIMILARITY = 0.8  # difflib's ratio; 1 means equal
 
 
-def check_folder(path: Path | str, fetches: bool = False) -> Path:
+def check_folder(path: Path | str, hub_ids: bool = False) -> Path:
     """Returns the folder if it holds a config.json.
 
-    fetches: whether the caller accepts Hugging Face hub ids as well as folders; it changes the
+    hub_ids: whether the caller accepts Hugging Face hub ids as well as folders; it changes the
       suggestions in messages.
 
     Raises:
@@ -42,29 +42,29 @@ def check_folder(path: Path | str, fetches: bool = False) -> Path:
             f"{name} is {kind}, not a folder; pass the folder ({folder}), which needs {FILES}"
         )
     if not os.path.isdir(path):
-        raise FileNotFoundError(f"{name} is not a folder{suggestion(str(path), fetches)}")
+        raise FileNotFoundError(f"{name} is not a folder{suggestion(str(path), hub_ids)}")
     check_no_adapter(path)
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{name} has no {CONFIG}{_describe(path)}")
     return path
 
 
-def suggestion(name: str, fetches: bool) -> str:
+def suggestion(name: str, hub_ids: bool) -> str:
     """Returns '; did you mean ...?' for a name similar to that of a released model, or ''."""
     last = Path(name).name.lower().replace("_", "-").replace(" ", "-")
-    if last == BUNDLED.replace("_", "-") and fetches:
+    if last == BUNDLED.replace("_", "-") and hub_ids:
         return f"; {BUNDLED} is the default model: omit the argument to load it"
     if "janusflow" in last:
         return "; JanusFlow is not supported"
     ids = {released.split("/")[1].lower(): released for released in RELEASED}
     similar = [each for each in ids if each.startswith(last) and last.startswith("janus")]
     similar = similar or difflib.get_close_matches(last, ids, 1, _MIN_SIMILARITY)
-    suggested = [ids[each] for each in similar if not fetches or ids[each] != name]
+    suggested = [ids[each] for each in similar if not hub_ids or ids[each] != name]
     if not suggested:
         return ""
     question = f"; did you mean {' or '.join(suggested)}?"
     download = f" Download it first: hf download {suggested[0]} --local-dir DIR"
-    return question + ("" if fetches else download)
+    return question + ("" if hub_ids else download)
 
 
 def _describe(folder: Path) -> str:

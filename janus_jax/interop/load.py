@@ -90,7 +90,7 @@ def open_adapter(folder: Folder) -> Adapter | None:
     return read_adapter(folder.adapter, tables, param_shapes(folder.cfg))
 
 
-class OneKey:
+class ConstantRngs:
     """Replaces nnx.Rngs when only shapes are needed; returns the same key every time.
 
     The counter of nnx.Rngs takes quadratic time inside a trace: 11 s instead of 1 s for
@@ -104,7 +104,7 @@ class OneKey:
 @functools.lru_cache(maxsize=2)
 def abstract(cfg: JanusConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """Returns the graph and state of a Janus whose parameters are only shapes and dtypes."""
-    return nnx.split(nnx.eval_shape(lambda: Janus(cfg, rngs=OneKey())))
+    return nnx.split(nnx.eval_shape(lambda: Janus(cfg, rngs=ConstantRngs())))
 
 
 LAYERS = ("und_encoder.blocks", "language_model.layers")  # layers of a stack have equal shapes
@@ -319,10 +319,10 @@ def build_model(cfg: JanusConfig, params: Mapping[str, jax.Array]) -> Janus:
         raise ValueError(
             f"{len(mismatched)} parameters do not match the model's: {abbreviate(mismatched)}"
         )
-    return filled(graphdef, state, lambda path: params[path])
+    return merge_params(graphdef, state, lambda path: params[path])
 
 
-def filled(graphdef: nnx.GraphDef, state: nnx.State, array: Callable[[str], jax.Array]):
+def merge_params(graphdef: nnx.GraphDef, state: nnx.State, array: Callable[[str], jax.Array]):
     """Builds a module from an abstract state and arrays. array: returns a parameter by path."""
     flat = nnx.to_flat_state(state)
     leaves = [(keys, leaf.replace(array(_path(keys)))) for keys, leaf in flat]
@@ -332,7 +332,7 @@ def filled(graphdef: nnx.GraphDef, state: nnx.State, array: Callable[[str], jax.
 @functools.lru_cache(maxsize=2)
 def _abstract_vq(cfg: VQConfig) -> tuple[nnx.GraphDef, nnx.State]:
     """Like `abstract`, for the image tokenizer alone."""
-    return nnx.split(nnx.eval_shape(lambda: VQ(cfg, rngs=OneKey())))
+    return nnx.split(nnx.eval_shape(lambda: VQ(cfg, rngs=ConstantRngs())))
 
 
 def load_vq(folder: Folder) -> VQ:
@@ -345,7 +345,7 @@ def load_vq(folder: Folder) -> VQ:
     def array(path: str) -> jax.Array:
         return jnp.array(stored.read(f"gen_vq.{path}"), jnp.float32)
 
-    return filled(*_abstract_vq(folder.cfg.gen_vq), array)
+    return merge_params(*_abstract_vq(folder.cfg.gen_vq), array)
 
 
 @dataclasses.dataclass(frozen=True)
