@@ -35,7 +35,7 @@ CLASSES = {
     "gen_aligner_config": "MlpProjector",
     "gen_head_config": "vision_head",
 }
-OBJECTS = {  # keys of config.json that must be objects
+OBJECT_KEYS = {  # keys of config.json that must be objects
     DEEPSEEK: ("language_config", *CLASSES, *(f"{part}.params" for part in CLASSES)),
     TRANSFORMERS: ("text_config", "vision_config", "vq_config"),
 }
@@ -50,7 +50,7 @@ SIGLIP_SIZES = {
     "mlp_ratio": SIGLIP.mlp_dim / SIGLIP.width,
 }
 # transformers accepts these keys in any config; they change Llama's masks, cache or layers.
-LLAMA_CHANGES = (
+UNSUPPORTED_LLAMA_KEYS = (
     "sliding_window",
     "attention_chunk_size",
     "kv_sharing_modes",
@@ -106,21 +106,21 @@ def read_config(config: Mapping) -> JanusConfig:
     try:
         cfg = read(config)
         check_sizes(cfg)
-        _check(cfg)
+        _check_divisibility(cfg)
     except (TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"config.json has a value of a wrong type: {error}") from None
     return cfg
 
 
 def _check_objects(config: Mapping, layout: str) -> None:
-    for path in OBJECTS[layout]:
+    for path in OBJECT_KEYS[layout]:
         value = functools.reduce(lambda section, key: section.get(key, {}), path.split("."), config)
         null = layout == TRANSFORMERS and value is None  # transformers then uses its defaults
         if not null and not isinstance(value, Mapping):
             raise config_error(path, "an object", value)
 
 
-def _check(cfg: JanusConfig) -> None:
+def _check_divisibility(cfg: JanusConfig) -> None:
     """Raises ValueError if a size is not divisible by another that must divide it."""
     vision, decoder, vq = cfg.und_encoder, cfg.language_model, cfg.gen_vq
     heads, kv_heads = decoder.num_attention_heads, decoder.num_key_value_heads
@@ -145,7 +145,7 @@ def _check(cfg: JanusConfig) -> None:
 def _llama(section: Mapping, prefix: str) -> LlamaConfig:
     require(section, prefix, model_type="llama", attention_bias=False, mlp_bias=False)
     require(section, prefix, tie_word_embeddings=False, is_causal=True)
-    require_null(section, prefix, *LLAMA_CHANGES)
+    require_null(section, prefix, *UNSUPPORTED_LLAMA_KEYS)
     if section.get("hidden_act") != "swish":  # a synonym of "silu" in transformers
         require(section, prefix, hidden_act="silu")
     sizes = {key: section.get(key, default) for key, default in LLAMA_DEFAULTS.items()}
@@ -271,7 +271,7 @@ def _read_transformers(config: Mapping) -> JanusConfig:
     The top-level tie_word_embeddings is ignored: transformers takes an absent key as true, but
     loads embeddings and heads that are stored separately as separate tensors in any case.
     """
-    text, vision, vq = (config.get(key) or {} for key in OBJECTS[TRANSFORMERS])
+    text, vision, vq = (config.get(key) or {} for key in OBJECT_KEYS[TRANSFORMERS])
     require_null(config, "", "per_layer_config")
     decoder = _llama(text, "text_config.")
     # These default to 2048 (JanusVisionConfig, JanusVQVAEConfig) and must equal the hidden size.

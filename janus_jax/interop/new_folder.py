@@ -61,7 +61,7 @@ def new_folder(
         with _lock(folder) as locked:
             _clean_up(folder, locked)
             _check_replaceable(folder, overwrite, config)
-            _check_room(folder, size)
+            _check_disk_space(folder, size)
             with _partial(folder) as staging:
                 yield staging
                 # Checked again, because another program may have created it in the meantime.
@@ -73,7 +73,7 @@ def new_folder(
                 parent.rmdir()
 
 
-def _check_room(folder: Path, size: int) -> None:
+def _check_disk_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if size > free:
         raise OSError(
