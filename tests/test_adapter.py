@@ -1,4 +1,4 @@
-"""Adapters on the small checkpoint: merged as it is read, and refused by name."""
+"""LoRA adapters on the small checkpoint: merged while it is read, or refused by name."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def factors():
 
 @pytest.fixture(scope="module")
 def written(factors, tmp_path_factory):
-    """An adapter folder with DeepSeek's names."""
+    """A LoRA adapter folder with DeepSeek's module names."""
     folder, cfg = tmp_path_factory.mktemp("written") / "adapter", open_folder(SMALL).cfg
     write_adapter(folder, table_for("deepseek", cfg), param_shapes(cfg), factors, 5.0, "the/base")
     return folder
@@ -55,13 +55,13 @@ def written(factors, tmp_path_factory):
 
 @pytest.fixture
 def adapter(written, tmp_path):
-    """A copy of it to change."""
+    """A copy of the LoRA adapter that a test can change."""
     return shutil.copytree(written, tmp_path / "adapter")
 
 
 @pytest.fixture(scope="module")
 def expected(factors):
-    """Parameters by path as stored, those of LAYERS with their updates, float32."""
+    """Stored parameters by path in float32, with the updates of LAYERS added."""
     stored = stored_params(open_folder(SMALL))
     params = {path: stored.read(path).astype(np.float32) for path in stored.metadata}
     return params | {p: params[p] + np.float32(SCALE) * (a @ b) for p, (a, b) in factors.items()}
@@ -127,7 +127,7 @@ def test_a_sharded_load_holds_one_merged_tensor_at_a_time(written, expected, mon
 
     monkeypatch.setattr(Adapter, "merged", watched)
     found = merged(SMALL, written, sharding=sharding_for(mesh))
-    assert len(alive) == 1 + 3  # the second layer lies in a tensor with two others
+    assert len(alive) == 1 + 3  # the tensor of the second layer holds two other layers
     assert_same(found, expected)
     assert len(found[f"{LAYERS[0]}.kernel"].sharding.device_set) == 2
 
@@ -179,7 +179,7 @@ def test_an_adapter_in_place_of_a_model(written, adapter, capsys):
     with pytest.raises(ValueError, match=message) as caught:
         load(written)
     assert f"--model BASE --adapter {written}" in str(caught.value)
-    shutil.copy(SMALL / "config.json", adapter)  # as some trainers write it
+    shutil.copy(SMALL / "config.json", adapter)  # some trainers write it
     with pytest.raises(ValueError, match="is a LoRA adapter"):
         open_folder(adapter)
     with pytest.raises(SystemExit) as stopped:
@@ -202,7 +202,7 @@ def test_an_adapter_beside_full_weights(written, expected, tmp_path):
     assert not (target / "adapter_config.json").exists()
     open_folder(target)
     (both / "adapter_config.json").unlink()
-    (both / "adapter_config.json").symlink_to("missing")  # as a hub cache that lost a file
+    (both / "adapter_config.json").symlink_to("missing")  # like a hub cache with a missing file
     with pytest.raises(ValueError, match=rule):
         open_folder(both)
 
@@ -253,7 +253,7 @@ def test_settings_that_are_not_supported(adapter, changed, message):
     ],
 )
 def test_settings_that_change_nothing(adapter, expected, changed):
-    if "rank_pattern" in changed:  # and so the fused qkv has the rank of the others
+    if "rank_pattern" in changed:  # so that the fused qkv has the same rank as the others
         changed |= dict(alpha_pattern={}, target_modules=[*MODULES])
     if "target_modules" in changed and isinstance(changed["target_modules"], str):
         changed["target_modules"] = rf"{'|'.join(MODULES)}|vision_model\..*qkv"

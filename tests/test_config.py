@@ -1,4 +1,4 @@
-"""config.json of both layouts: what is read, filled in, written and refused."""
+"""config.json in both layouts: reading, defaults, writing, and unsupported values."""
 
 import copy
 import dataclasses
@@ -192,7 +192,7 @@ def test_a_deepseek_vl_model_is_named(golden):
 
 
 def test_the_decoder_s_own_tie_word_embeddings_decides(golden):
-    """What transformers writes for an untied model whose config did not say so."""
+    """transformers writes this for an untied model whose config did not have the key."""
     for config in (
         checkpoints.TRANSFORMERS_CONFIG,
         json.loads((golden / "janus" / "config.json").read_text()),
@@ -220,7 +220,7 @@ def test_rope_theta_is_read_where_transformers_reads_it():
     old = edited(edited(config, "text_config.rope_parameters", None), "text_config.rope_theta", 6e4)
     assert read_config(old).language_model.rope_theta == 6e4
     both = edited(new, "text_config.rope_scaling", {"type": "default"})
-    assert read_config(both).language_model.rope_theta == 1e4  # nothing of rope_parameters counts
+    assert read_config(both).language_model.rope_theta == 1e4  # rope_parameters is ignored
 
 
 @pytest.mark.parametrize(("layer", "select"), [(-1, -1), (-2, -2), (2, -1), (1, -2), (9, -1)])

@@ -1,4 +1,4 @@
-"""python -m convert: what it says, what it leaves behind, and that wrong input gives one line."""
+"""python -m convert: its output, the files it leaves, and one-line errors for wrong input."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def run(capsys):
-    """Runs a command in this process: (status, stdout, stderr)."""
+    """Runs a command in this process; returns (status, stdout, stderr)."""
 
     def call(*args):
         status = 0
@@ -39,7 +39,7 @@ def run(capsys):
 
 @pytest.fixture
 def refused(run, tmp_path):
-    """Runs a command that must fail: nothing is left behind; gives its one line."""
+    """Runs a command that must fail and leave no files; returns its one line."""
 
     def call(*args):
         before = sorted(tmp_path.rglob("*"))
@@ -177,7 +177,7 @@ def test_damaged_headers(golden, refused, tmp_path, fields):
     ],
 )
 def test_tensors_must_fill_the_file(golden, refused, tmp_path, offsets, size, said):
-    """As the safetensors library asks: an offset that is wrong would load other weights."""
+    """The safetensors library requires it too: a wrong offset would load other weights."""
     source = checkpoints.make_single(golden, tmp_path / "s")
     fields = {"dtype": "F32", "shape": [2]}
     header = {name: fields | {"data_offsets": o} for name, o in zip("ab", offsets, strict=True)}

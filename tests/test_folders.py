@@ -1,4 +1,4 @@
-"""What is said of a path that is no checkpoint folder, and of weights that a folder may hold."""
+"""Messages for paths that are not checkpoint folders, and for weights with other names."""
 
 import dataclasses
 import json
@@ -40,7 +40,7 @@ def test_what_is_no_folder(tmp_path, monkeypatch, name, says):
     with pytest.raises(FileNotFoundError) as caught:
         find_folder(name)
     assert says in str(caught.value) and "Download" not in str(caught.value)
-    with pytest.raises(FileNotFoundError) as caught:  # convert and train fetch nothing
+    with pytest.raises(FileNotFoundError) as caught:  # convert and train do not download
         open_folder(name)
     assert says in str(caught.value)
     download = "Download it first: hf download deepseek-ai/"
@@ -124,7 +124,7 @@ def cfg(golden):
 
 
 def named(golden, folder, rename, **changes):
-    """The golden checkpoint under other names; changes: of its config.json."""
+    """The golden checkpoint with renamed tensors; changes: keys of its config.json."""
     state = {rename(name): value for name, value in checkpoints.tensors(golden).items()}
     checkpoints.make_single(golden, folder, state)
     config = json.loads((folder / "config.json").read_text()) | changes

@@ -1,4 +1,4 @@
-"""Weights and JSON files that are damaged, too large or no regular files: one line names each."""
+"""Weights and JSON files that are damaged, too large or not regular: one-line errors."""
 
 import json
 import logging
@@ -88,7 +88,7 @@ def test_headers_and_files_that_are_no_json(tmp_path, text):
 
 
 def test_a_flipped_bit_of_a_header_is_refused_or_renames(tmp_path):
-    """The conversion plan refuses another name; offsets and shapes have one right value."""
+    """The conversion plan refuses other names; offsets and shapes have only one valid value."""
     path = tmp_path / "model.safetensors"
     state = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, np.float16)}
     safetensors.numpy.save_file(state, path)
@@ -188,7 +188,7 @@ def test_a_file_that_became_shorter_is_named(tmp_path):
 
 
 def mutate(rng, data, end):
-    """Flips a bit, deletes some bytes, or inserts some that mean something in JSON."""
+    """Flips a bit, deletes bytes, or inserts bytes that have a meaning in JSON."""
     data, at, kind = bytearray(data), rng.randrange(min(end, len(data))), rng.randrange(3)
     if kind == 0:
         data[at] ^= 1 << rng.randrange(8)
@@ -201,7 +201,7 @@ def mutate(rng, data, end):
 
 @pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_mutated_folders_are_refused_by_name_or_read_as_they_were(golden, tmp_path, count):
-    """Bits, lengths and JSON values of config.json and the weights' header."""
+    """Changes bits, lengths and JSON values of config.json and the weights' header."""
     folder = tmp_path / "m"
     shutil.copytree(golden / "janus_small", folder)
     files = [folder / "config.json", folder / "model.safetensors"]

@@ -1,4 +1,4 @@
-"""The measurement of what loading a folder takes, on the tiny checkpoint; and its random folder."""
+"""The benchmark of loading memory on the tiny checkpoint, and the folder that it generates."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from janus_jax.interop.rules import make_plan
 from janus_jax.interop.tensors import BFLOAT16, Tensor, TensorSource
 from janus_jax.models.janus import JanusConfig
 
-NAMES = (  # of every kind of shape, none large
+NAMES = (  # every kind of shape, all small
     "vision_model.vision_tower.blocks.3.attn.qkv.bias",
     "vision_model.vision_tower.norm.weight",
     "gen_vision_model.quant_conv.weight",

@@ -1,4 +1,4 @@
-"""A folder that is written beside and then appears: kills, late threads, two processes at once."""
+"""Atomic writing of folders: killed processes, late threads, two processes at once."""
 
 import shutil
 import signal
@@ -148,7 +148,7 @@ def test_a_file_system_without_locks_keeps_what_may_be_alive(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_a_conversion_killed_at_any_moment_leaves_a_whole_folder_or_none(golden, tmp_path):
-    """Also with --overwrite: the folder there is always whole, the next conversion cleans up."""
+    """Also with --overwrite: the folder is always complete, the next conversion cleans up."""
     command = [sys.executable, "-m", "convert", "export", golden / "janus_small", tmp_path / "o"]
     command = [*map(str, command), "--layout", "deepseek", "--overwrite"]
     began = time.monotonic()

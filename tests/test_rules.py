@@ -1,4 +1,4 @@
-"""The engine of the conversion tables, and the tables against the real files' listings."""
+"""Conversion rules, and the conversion tables with tensor listings of the released files."""
 
 import gzip
 import json

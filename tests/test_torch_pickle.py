@@ -1,4 +1,4 @@
-"""PyTorch's .bin files without torch: values, layouts, and pickles that try to do something."""
+"""Reading PyTorch's .bin files without torch: values, layouts, and malicious pickles."""
 
 import io
 import pickle
@@ -31,7 +31,7 @@ def save(path, value, **kwargs):
 
 
 def rewrite(path, change):
-    """Passes every zip member through change(name, data) -> data, None to drop it."""
+    """Replaces each zip member by change(name, data); None deletes it."""
     with zipfile.ZipFile(path) as archive:
         members = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
@@ -100,7 +100,7 @@ def test_a_pickle_that_calls_something_is_named_and_not_executed(tmp_path, place
     assert "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
     torch.load(path, weights_only=False)
-    assert (tmp_path / "executed").exists()  # the trap does work where it is executed
+    assert (tmp_path / "executed").exists()  # the trap works if it is executed
 
 
 @pytest.mark.parametrize(
