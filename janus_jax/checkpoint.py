@@ -1,8 +1,8 @@
-"""Our own checkpoint folder: parameters in Orbax beside the files that make it complete.
+"""Reads and writes Orbax checkpoint folders, which also hold the model's other files.
 
 FOLDER/params/               the parameter tree (Orbax), each tensor in its own dtype
-FOLDER/unused.safetensors    tensors of the source that the model does not use, for exporting
-FOLDER/config.json, ...      config, tokenizer and processor files as the source has them
+FOLDER/unused.safetensors    source tensors that the model does not use, kept for exporting
+FOLDER/config.json, ...      config, tokenizer and processor files, copied from the source
 """
 
 import contextlib
@@ -28,15 +28,15 @@ from janus_jax.progress import Report
 
 UNUSED = "unused.safetensors"
 METADATA = "_METADATA"  # Orbax's list of parameters
-MARKS = (METADATA, "_CHECKPOINT_METADATA", "manifest.ocdbt")
-UNREAD = "a parameter cannot be read"
-GROUP_BYTES = 2.5e8  # read at a time
+ORBAX_FILES = (METADATA, "_CHECKPOINT_METADATA", "manifest.ocdbt")
+UNREADABLE = "a parameter cannot be read"
+GROUP_BYTES = 2.5e8  # bytes read at a time
 _REPORT_SECONDS = 0.5
 
 
 def is_orbax(folder: Path | str) -> bool:
-    """Whether a folder is one that `save` wrote, whole or damaged."""
-    return any(os.path.lexists(Path(folder) / PARAMS / name) for name in MARKS)
+    """Returns whether `save` wrote the folder; it may be damaged."""
+    return any(os.path.lexists(Path(folder) / PARAMS / name) for name in ORBAX_FILES)
 
 
 def save(
@@ -49,54 +49,57 @@ def save(
     overwrite: bool = False,
     progress: Report | None = None,
 ) -> None:
-    """Writes a checkpoint folder beside and renames it when it is complete.
+    """Writes an Orbax checkpoint folder atomically.
 
-    Orbax takes a copy of host arrays before it writes, so memory for one copy of `params` is used.
+    Orbax copies host arrays before it writes them, so this uses memory for one copy of `params`.
 
     Args:
+      folder: the folder to write.
       params: arrays by path ('und_encoder.pos_embed'), stored in their own dtype.
       config: contents of config.json, in either PyTorch layout.
       files_from: a checkpoint folder whose tokenizer and processor files are copied.
-      unused: arrays by PyTorch name that an export gives back.
-      progress: called with the bytes that are on the disk and those of the arrays; Orbax compresses
-        them, so that the first number may stay below the second.
+      unused: arrays by PyTorch name that an export writes again.
+      overwrite: whether an existing checkpoint folder is replaced.
+      progress: called with the bytes written to the disk and the total bytes of the arrays. Orbax
+        compresses the arrays, so the first number may stay below the second.
 
     Raises:
       FileExistsError: the folder exists and `overwrite` is not set.
-      OSError: it could not be written; nothing is left behind.
+      OSError: the folder could not be written; nothing is left behind.
+      ValueError: as `new_folder`.
     """
     unused = unused or {}
     size = sum(array.nbytes for arrays in (params, unused) for array in arrays.values())
-    with new_folder(Path(folder), overwrite, size) as beside:
-        copy_files(Path(files_from), beside)
-        write_json(beside / CONFIG, config)
-        kinds = {name: (array.dtype, array.shape) for name, array in unused.items()}
-        write_safetensors_file(beside / UNUSED, kinds, unused.__getitem__)
+    with new_folder(Path(folder), overwrite, size) as staging:
+        copy_files(Path(files_from), staging)
+        write_json(staging / CONFIG, config)
+        metadata = {name: (array.dtype, array.shape) for name, array in unused.items()}
+        write_safetensors_file(staging / UNUSED, metadata, unused.__getitem__)
         tree = traverse_util.unflatten_dict(dict(params), sep=".")
-        # in a thread, for which an interrupt waits: Orbax's own threads would write on otherwise,
-        # into a folder that is deleted
+        # An interrupt waits for this thread. Otherwise Orbax's own threads would continue to write
+        # into a folder that is being deleted.
         with ThreadPoolExecutor(1) as pool:
-            writing = pool.submit(_write, folder, beside / PARAMS, tree)
+            future = pool.submit(_write, folder, staging / PARAMS, tree)
             if progress is not None:
-                _report_growth(writing, beside, size, progress)
-            writing.result()
+                _report_growth(future, staging, size, progress)
+            future.result()
 
 
-def _report_growth(writing: Future, folder: Path, size: int, progress: Report) -> None:
-    """Reports the bytes in a folder until it is written."""
+def _report_growth(future: Future, folder: Path, size: int, progress: Report) -> None:
+    """Reports the bytes in a folder until `future`, which writes it, is done."""
     written = 0
-    while wait([writing], _REPORT_SECONDS).not_done:
+    while wait([future], _REPORT_SECONDS).not_done:
         written = min(max(written, _bytes_in(folder)), size)
         progress(written, size)
 
 
 def _bytes_in(folder: Path) -> int:
-    """Of all files, while some of them come and go."""
+    """Returns the size of all files in a folder; some may be deleted at the same time."""
     total = 0
-    for place, _, names in os.walk(folder):
+    for parent, _, names in os.walk(folder):
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                total += os.path.getsize(os.path.join(place, name))
+                total += os.path.getsize(os.path.join(parent, name))
     return total
 
 
@@ -105,17 +108,17 @@ def _write(folder: Path | str, target: Path, tree: Mapping) -> None:
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(target, tree)
 
-    orbax_errors.call(OSError, f"{folder} could not be written", write)
+    orbax_errors.call(OSError, f"cannot write {folder}", write)
 
 
 def stored_params(folder: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shape and stored dtype of every parameter by path; reads no values.
+    """Returns the shape and dtype of each stored parameter by path; reads no values.
 
     Raises:
       ValueError: the folder is damaged.
     """
     params = Path(folder).resolve() / PARAMS
-    what = f"{params} is damaged: its list of parameters cannot be read"
+    message = f"{params} is damaged: its list of parameters cannot be read"
     try:
         bounded_size(params / METADATA, MAX_JSON_BYTES)
     except (FileNotFoundError, ValueError) as error:
@@ -129,7 +132,7 @@ def stored_params(folder: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
         flat = traverse_util.flatten_dict(metadata.tree, sep=".")
         return {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for path, leaf in flat.items()}
 
-    return orbax_errors.call(ValueError, what, read)
+    return orbax_errors.call(ValueError, message, read)
 
 
 def restore(
@@ -137,62 +140,68 @@ def restore(
     params: Mapping[str, jax.ShapeDtypeStruct],
     progress: Report | None = None,
 ) -> dict[str, jax.Array]:
-    """Reads parameters, each straight to its own sharding, and gives it its dtype there.
+    """Reads parameters directly into their shardings and casts them on the device.
 
-    params: shape, dtype and sharding wanted, by path; others that are stored are not read. They are
-    read in groups of GROUP_BYTES, or of one parameter that is larger; no more than that is in
-    memory beside them.
-    progress: called with the bytes read so far and in all.
+    Parameters are read in groups of at most GROUP_BYTES, or one at a time if they are larger; the
+    extra memory needed is that of one group.
+
+    Args:
+      folder: a folder written by `save`.
+      params: expected shape, dtype and sharding by path; other stored parameters are not read.
+      progress: called with the bytes read so far and the total.
+
+    Returns:
+      Arrays by path.
 
     Raises:
       ValueError: the folder is damaged.
     """
-    stored = stored_params(folder)
-    stored = {path: leaf for path, leaf in stored.items() if path in params}
+    stored = {path: leaf for path, leaf in stored_params(folder).items() if path in params}
     folder = Path(folder).resolve() / PARAMS
 
     def read() -> dict[str, jax.Array]:
         restored, done, total = {}, 0, sum(map(size, stored.values()))
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
             for group in _groups(stored):
-                wanted = {path: params[path].update(dtype=stored[path].dtype) for path in group}
-                restored |= _restore_group(reader, folder, wanted, params)
+                abstract = {path: params[path].update(dtype=stored[path].dtype) for path in group}
+                restored |= _restore_group(reader, folder, abstract, params)
                 done += sum(size(stored[path]) for path in group)
                 if progress is not None:
                     progress(done, total)
         return restored
 
-    return orbax_errors.call(ValueError, f"{folder} is damaged: {UNREAD}", read)
+    return orbax_errors.call(ValueError, f"{folder} is damaged: {UNREADABLE}", read)
 
 
 def _restore_group(
-    reader: ocp.Checkpointer, folder: Path, wanted: Mapping, params: Mapping
+    reader: ocp.Checkpointer, folder: Path, abstract: Mapping, params: Mapping
 ) -> dict[str, jax.Array]:
-    tree = traverse_util.unflatten_dict(wanted, sep=".")
-    how = ocp.args.PyTreeRestore(
+    """Reads parameters with the dtypes in `abstract` and casts them to those in `params`."""
+    tree = traverse_util.unflatten_dict(abstract, sep=".")
+    args = ocp.args.PyTreeRestore(
         item=tree,
         restore_args=ocp.checkpoint_utils.construct_restore_args(tree),
         partial_restore=True,
     )
-    read = traverse_util.flatten_dict(reader.restore(folder, args=how), sep=".")
-    # waited for, or the arrays of many groups would be there at once
-    return {p: jax.block_until_ready(array.astype(params[p].dtype)) for p, array in read.items()}
+    arrays = traverse_util.flatten_dict(reader.restore(folder, args=args), sep=".")
+    # Blocks, because otherwise the arrays of many groups would be in memory at the same time.
+    return {p: jax.block_until_ready(array.astype(params[p].dtype)) for p, array in arrays.items()}
 
 
 def size(leaf: jax.ShapeDtypeStruct) -> int:
-    """Bytes of an array."""
+    """Returns the number of bytes of an array."""
     return math.prod(leaf.shape) * leaf.dtype.itemsize
 
 
 def _groups(stored: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
-    group, held = [], 0
+    """Splits paths into groups of at most GROUP_BYTES, or of one larger array."""
+    group, group_size = [], 0
     for path, leaf in stored.items():
-        own = size(leaf)
-        if group and held + own > GROUP_BYTES:
+        if group and group_size + size(leaf) > GROUP_BYTES:
             yield group
-            group, held = [], 0
+            group, group_size = [], 0
         group.append(path)
-        held += own
+        group_size += size(leaf)
     if group:
         yield group
 
@@ -200,7 +209,10 @@ def _groups(stored: Mapping[str, jax.ShapeDtypeStruct]) -> Iterator[list[str]]:
 def restore_numpy(
     folder: Path | str, paths: Collection[str]
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Reads parameters into host memory, in the dtypes they are stored in, by groups as restore.
+    """Reads parameters into host memory in their stored dtypes, in groups like `restore`.
+
+    Yields:
+      Path and array.
 
     Raises:
       ValueError: the folder is damaged.
@@ -209,15 +221,15 @@ def restore_numpy(
     folder = Path(folder).resolve() / PARAMS
     for group in _groups(stored):
         read = functools.partial(_read_numpy, folder, group)
-        yield from orbax_errors.call(ValueError, f"{folder} is damaged: {UNREAD}", read).items()
+        yield from orbax_errors.call(ValueError, f"{folder} is damaged: {UNREADABLE}", read).items()
 
 
 def _read_numpy(folder: Path, group: list[str]) -> dict[str, np.ndarray]:
-    args = dict.fromkeys(group, ocp.RestoreArgs(restore_type=np.ndarray))
-    how = ocp.args.PyTreeRestore(
+    restore_args = dict.fromkeys(group, ocp.RestoreArgs(restore_type=np.ndarray))
+    args = ocp.args.PyTreeRestore(
         item=traverse_util.unflatten_dict(dict.fromkeys(group, 0), sep="."),
-        restore_args=traverse_util.unflatten_dict(args, sep="."),
+        restore_args=traverse_util.unflatten_dict(restore_args, sep="."),
         partial_restore=True,
     )
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        return traverse_util.flatten_dict(reader.restore(folder, args=how), sep=".")
+        return traverse_util.flatten_dict(reader.restore(folder, args=args), sep=".")

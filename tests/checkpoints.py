@@ -1,4 +1,4 @@
-"""Rebuilds the golden checkpoint in every form that people have: see tests/golden/README.md.
+"""Writes the golden checkpoint in all common forms, see tests/golden/README.md.
 
 Written with torch, safetensors and the recorded key map, not with the code under test.
 """
@@ -61,7 +61,7 @@ TRANSFORMERS_CONFIG = {
 
 
 class Trap:
-    """Pickles as a call that makes a folder: if it is there, the pickle was executed."""
+    """Pickles as a call that creates a folder: if it exists, the pickle was executed."""
 
     def __init__(self, path: Path):
         self.path = str(path)
@@ -118,7 +118,7 @@ def make_sharded(golden: Path, folder: Path, kind: str = "safetensors") -> Path:
 
 
 def transformers_tensors(golden: Path) -> dict[str, torch.Tensor]:
-    """The golden tensors under their names in transformers, by the recorded key map."""
+    """The golden tensors with transformers' names, from the recorded key map."""
     key_map = json.loads((golden / "hf_key_map.json").read_text())
     state = {}
     for name, value in tensors(golden).items():
@@ -131,7 +131,7 @@ def transformers_tensors(golden: Path) -> dict[str, torch.Tensor]:
 
 
 def make_transformers(golden: Path, folder: Path) -> Path:
-    """The same weights as transformers' JanusForConditionalGeneration has them."""
+    """The same weights in the layout of transformers' JanusForConditionalGeneration."""
     copy_small_files(golden, folder)
     (folder / "config.json").write_text(json.dumps(TRANSFORMERS_CONFIG))
     safetensors.torch.save_file(transformers_tensors(golden), folder / "model.safetensors")

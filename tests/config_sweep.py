@@ -1,8 +1,8 @@
-"""Edits of a config.json in transformers' layout: what transformers makes of each, and what we do.
+"""Edits of a config.json in transformers' layout, interpreted by transformers and by janus_jax.
 
-An edited config must be refused, or load as the same network. What is the same is seen in
-transformers alone: it loads the same weights with the edited config and with the one that
-`write_config` writes from what was read of it, and both must give the same numbers.
+janus_jax must refuse an edited config or load the same network as transformers. transformers alone
+decides whether the networks are equal: it loads the same weights with the edited config and with
+the config that `write_config` writes after reading it, and both must give the same outputs.
 """
 
 import copy
@@ -30,7 +30,7 @@ IMAGE_TOKEN = 387
 
 
 def base_config() -> dict:
-    """A smaller one than the golden checkpoint's, which loads in a moment."""
+    """A config smaller than the golden checkpoint's, which loads quickly."""
     config = copy.deepcopy(checkpoints.TRANSFORMERS_CONFIG)
     config["text_config"] |= {"num_hidden_layers": 2, "num_key_value_heads": 2}
     vision = {"num_hidden_layers": 1, "image_size": 4, "patch_size": 2, "num_image_tokens": 4}
@@ -129,12 +129,12 @@ EDITS = [
 
 
 def edited(edits) -> dict:
-    """The base config with values put at their places, or taken away."""
+    """The base config with some values replaced or removed."""
     config = base_config()
     for (*sections, key), value in edits:
         section = functools.reduce(lambda found, name: found.get(name), sections, config)
         if not isinstance(section, dict):
-            continue  # an edit before this one took it away
+            continue  # removed by an earlier edit
         if value is ABSENT:
             section.pop(key, None)
         else:
@@ -143,22 +143,22 @@ def edited(edits) -> dict:
 
 
 def pairs(seed: int, number: int):
-    """Two edits each, of different keys; the same for the same seed."""
+    """Pairs of edits of different keys; deterministic for a seed."""
     random_pairs = random.Random(seed)
     rope = [edit for edit in EDITS if "rope" in edit[0][-1]]
     for i in range(number):
-        pool = rope if i % 4 == 0 else EDITS  # a quarter: keys that stand for each other
+        pool = rope if i % 4 == 0 else EDITS  # a quarter: keys that are alternatives
         yield tuple(random_pairs.sample(pool, 2))
 
 
 class OtherNetwork(AssertionError):
-    """The weights of the config that was read are not those of transformers' model."""
+    """The accepted config has other weights than transformers' model."""
 
 
 class Comparison:
-    """Compares edited configs, each with one that states all that was read of it.
+    """Compares each edited config with a config that states all sizes read from it.
 
-    folder: an empty one, which weights are written to.
+    folder: an empty folder for weights.
     """
 
     def __init__(self, folder: Path):
@@ -166,7 +166,7 @@ class Comparison:
         self._stated: dict[JanusConfig, dict[str, np.ndarray] | None] = {}
 
     def __call__(self, config: dict) -> str:
-        """`equal`, or who refuses it and why; raises AssertionError for another network."""
+        """Returns `equal`, or who refuses it and why; raises AssertionError for another network."""
         try:
             cfg = read_config(config)
         except ValueError as error:
@@ -211,7 +211,7 @@ class Comparison:
 
 @torch.no_grad()
 def run_transformers(config: dict, folder: Path) -> dict[str, np.ndarray]:
-    """What JanusForConditionalGeneration computes with a folder's weights and this config.json."""
+    """Outputs of JanusForConditionalGeneration for a folder's weights and this config.json."""
     (folder / "config.json").write_text(json.dumps(config))
     model, info = transformers.JanusForConditionalGeneration.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True
@@ -226,7 +226,7 @@ def run_transformers(config: dict, folder: Path) -> dict[str, np.ndarray]:
     image = torch.linspace(-1, 1, 3 * side * side).reshape(1, 3, side, side)
     found = {"logits": model(input_ids=ids).logits}
     cache = model(input_ids=ids, use_cache=True).past_key_values
-    for i in range(3):  # through the cache, which some keys shorten
+    for i in range(3):  # uses the cache, which some keys shorten
         out = model(input_ids=ids[:, i : i + 1], past_key_values=cache, use_cache=True)
         found[f"step {i}"], cache = out.logits, out.past_key_values
     found["features"] = model.model.get_image_features(image).pooler_output
@@ -240,12 +240,12 @@ def run_transformers(config: dict, folder: Path) -> dict[str, np.ndarray]:
 
 
 def single():
-    """Every edit by itself."""
+    """Each edit alone."""
     return ((edit,) for edit in EDITS)
 
 
 def rope():
-    """Every combination of the values of the keys that state the rotary embedding."""
+    """All combinations of values of the keys for the rotary embedding."""
     keys = ("rope_scaling", "rope_parameters", "rope_theta")
     for values in itertools.product(*(TEXT[key] for key in keys)):
         yield tuple((("text_config", key), v) for key, v in zip(keys, values, strict=True))

@@ -1,4 +1,4 @@
-"""Adapters on the small checkpoint: merged as it is read, and refused by name."""
+"""LoRA adapters on the small checkpoint: merged while it is read, or refused by name."""
 
 import json
 import math
@@ -47,7 +47,7 @@ def factors():
 
 @pytest.fixture(scope="module")
 def written(factors, tmp_path_factory):
-    """An adapter folder with DeepSeek's names."""
+    """A LoRA adapter folder with DeepSeek's module names."""
     folder, cfg = tmp_path_factory.mktemp("written") / "adapter", open_folder(SMALL).cfg
     write_adapter(folder, table_for("deepseek", cfg), param_shapes(cfg), factors, 5.0, "the/base")
     return folder
@@ -55,15 +55,15 @@ def written(factors, tmp_path_factory):
 
 @pytest.fixture
 def adapter(written, tmp_path):
-    """A copy of it to change."""
+    """A copy of the LoRA adapter that a test can change."""
     return shutil.copytree(written, tmp_path / "adapter")
 
 
 @pytest.fixture(scope="module")
 def expected(factors):
-    """Parameters by path as stored, those of LAYERS with their updates, float32."""
+    """Stored parameters by path in float32, with the updates of LAYERS added."""
     stored = stored_params(open_folder(SMALL))
-    params = {path: stored.read(path).astype(np.float32) for path in stored.kinds}
+    params = {path: stored.read(path).astype(np.float32) for path in stored.metadata}
     return params | {p: params[p] + np.float32(SCALE) * (a @ b) for p, (a, b) in factors.items()}
 
 
@@ -121,13 +121,13 @@ def test_a_sharded_load_holds_one_merged_tensor_at_a_time(written, expected, mon
     def watched(self, path, array):
         assert not any(earlier() is not None for earlier in alive)
         found = whole(self, path, array)
-        if path in self.places:
+        if path in self.updates:
             alive.append(weakref.ref(found))
         return found
 
     monkeypatch.setattr(Adapter, "merged", watched)
     found = merged(SMALL, written, sharding=sharding_for(mesh))
-    assert len(alive) == 1 + 3  # the second layer lies in a tensor with two others
+    assert len(alive) == 1 + 3  # the tensor of the second layer holds two other layers
     assert_same(found, expected)
     assert len(found[f"{LAYERS[0]}.kernel"].sharding.device_set) == 2
 
@@ -150,11 +150,11 @@ def test_converting_merges_and_an_orbax_folder_takes_an_adapter(
     for folder in (tmp_path / "a", tmp_path / "b"):
         found = stored_params(open_folder(folder))
         for path, value in one.items():
-            assert found.kinds[path][0] == value.dtype
+            assert found.metadata[path][0] == value.dtype
             np.testing.assert_array_equal(found.read(path), value, err_msg=path)
     with pytest.raises(SystemExit):
         convert([str(SMALL), str(written), "--adapter", str(written), "--overwrite"])
-    assert "is DST or inside it" in capsys.readouterr().err
+    assert "must not be DST or inside DST" in capsys.readouterr().err
 
 
 def test_the_pipeline_merges_and_names_the_adapter(written, small, expected):
@@ -175,11 +175,11 @@ def test_an_adapter_of_the_hub(written, tmp_path, monkeypatch):
 
 
 def test_an_adapter_in_place_of_a_model(written, adapter, capsys):
-    message = r"not a model: use it with the model it was trained on \('the/base'\), --model BASE"
+    message = r"not a model; use it with the model that it was trained on \('the/base'\): --model"
     with pytest.raises(ValueError, match=message) as caught:
         load(written)
     assert f"--model BASE --adapter {written}" in str(caught.value)
-    shutil.copy(SMALL / "config.json", adapter)  # as some trainers write it
+    shutil.copy(SMALL / "config.json", adapter)  # some trainers write it
     with pytest.raises(ValueError, match="is a LoRA adapter"):
         open_folder(adapter)
     with pytest.raises(SystemExit) as stopped:
@@ -192,7 +192,7 @@ def test_an_adapter_beside_full_weights(written, expected, tmp_path):
     both = shutil.copytree(SMALL, tmp_path / "both")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(written / name, both)
-    rule = f"adapter_config.json lies beside full weights: pass --adapter {both} to sample.py"
+    rule = f"adapter_config.json is in a folder with full weights: pass --adapter {both} to"
     for other in (None, written):
         with pytest.raises(ValueError, match=rule):
             open_folder(both, other)
@@ -202,7 +202,7 @@ def test_an_adapter_beside_full_weights(written, expected, tmp_path):
     assert not (target / "adapter_config.json").exists()
     open_folder(target)
     (both / "adapter_config.json").unlink()
-    (both / "adapter_config.json").symlink_to("missing")  # as a hub cache that lost a file
+    (both / "adapter_config.json").symlink_to("missing")  # like a hub cache with a missing file
     with pytest.raises(ValueError, match=rule):
         open_folder(both)
 
@@ -210,7 +210,7 @@ def test_an_adapter_beside_full_weights(written, expected, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(use_dora=True), "'use_dora' = True is not supported: merge the adapter with PEFT"),
+        (dict(use_dora=True), "'use_dora' = True is not supported; merge the adapter with PEFT"),
         (dict(modules_to_save=["lm_head"]), r"'modules_to_save' = \['lm_head'\] is not supported"),
         (dict(lora_bias=True), "'lora_bias' = True is not supported"),
         (dict(bias="all"), "'bias' = 'all' is not supported"),
@@ -227,10 +227,10 @@ def test_an_adapter_beside_full_weights(written, expected, tmp_path):
         (dict(lora_alpha=math.nan), "lora_alpha must be a finite number, got nan"),
         (dict(rank_pattern={"q": 1.5}), "rank_pattern of 'q' must be an integer"),
         (dict(rank_pattern=[1]), "rank_pattern must be an object, got"),
-        (dict(alpha_pattern={"q(": 1}), "alpha_pattern must hold regular expressions, got"),
-        (dict(target_modules=None), "target_modules must name the adapted modules, got none"),
+        (dict(alpha_pattern={"q(": 1}), "alpha_pattern must be a valid regular expression, got"),
+        (dict(target_modules=None), "target_modules must name at least one module, got none"),
         (dict(target_modules=[1]), "target_modules must be a list of names or a regular"),
-        (dict(target_modules="*q"), "target_modules must hold regular expressions, got"),
+        (dict(target_modules="*q"), "target_modules must be a valid regular expression, got"),
         (dict(use_rslora="no"), "use_rslora must be true or false, got 'no'"),
         (dict(layers_to_transform=["1"]), "layers_to_transform must be integers, got"),
     ],
@@ -253,7 +253,7 @@ def test_settings_that_are_not_supported(adapter, changed, message):
     ],
 )
 def test_settings_that_change_nothing(adapter, expected, changed):
-    if "rank_pattern" in changed:  # and so the fused qkv has the rank of the others
+    if "rank_pattern" in changed:  # so that the fused qkv has the same rank as the others
         changed |= dict(alpha_pattern={}, target_modules=[*MODULES])
     if "target_modules" in changed and isinstance(changed["target_modules"], str):
         changed["target_modules"] = rf"{'|'.join(MODULES)}|vision_model\..*qkv"
@@ -301,15 +301,15 @@ def edited(kind: str, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     [
         ("half", f"1 missing: {Q_PROJ}.lora_B.weight$"),
         ("module", f"2 missing: {Q_PROJ}.lora_A.weight, {Q_PROJ}.lora_B.weight$"),
-        ("unknown", "2 of unknown modules: base_model.model.language_model.model.layers.99"),
-        ("untargeted", "2 of modules that target_modules does not name: .*k_proj.lora_A.weight"),
-        ("prefixed", r"4 of unknown .*, \.\.\. \(all begin with 'base_model.model.module.*missing"),
-        ("dora", r"1 that are no part of a LoRA update: base_model.*oj.lora_magnitude_vector$"),
-        ("whole", "1 that are no part of a LoRA update: .*aligner.layers.0.weight$"),
-        ("shape", r"1 of a wrong shape: .* is \(2, 47\), expected \(2, 48\)$"),
-        ("rank", r"2 of a wrong shape: .* is \(1, 48\), expected \(2, 48\), .* is \(48, 1\)"),
-        ("nan", f"1 with values that are not finite: {Q_PROJ}.lora_B.weight$"),
-        ("integer", f"1 of a wrong type: {Q_PROJ}.lora_A.weight is int32"),
+        ("unknown", "2 for unknown modules: base_model.model.language_model.model.layers.99"),
+        ("untargeted", "2 for modules that target_modules does not name: .*k_proj.lora_A.weight"),
+        ("prefixed", r"4 for unknown .*, \.\.\. .all begin with 'base_model.model.module.*missing"),
+        ("dora", r"1 not part of a LoRA update: base_model.*oj.lora_magnitude_vector$"),
+        ("whole", "1 not part of a LoRA update: .*aligner.layers.0.weight$"),
+        ("shape", r"1 with a wrong shape: .* is \(2, 47\), expected \(2, 48\)$"),
+        ("rank", r"2 with a wrong shape: .* is \(1, 48\), expected \(2, 48\), .* is \(48, 1\)"),
+        ("nan", f"1 with NaN or infinite values: {Q_PROJ}.lora_B.weight$"),
+        ("integer", f"1 with a wrong dtype: {Q_PROJ}.lora_A.weight is int32"),
         ("embedding", "1 of the wrong kind for their module: .*lora_embedding_A"),
         ("twice", "1 stored twice: "),
         ("empty", "4 missing: "),
@@ -319,7 +319,7 @@ def test_tensors_that_do_not_fit(adapter, kind, message):
     store(adapter, edited(kind, tensors(adapter)))
     with pytest.raises(ValueError, match=message) as caught:
         open_adapter(open_folder(SMALL, adapter))
-    assert str(caught.value).startswith(f"the adapter {adapter} does not fit the model")
+    assert str(caught.value).startswith(f"the tensors of the LoRA adapter {adapter} do not match")
     assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(adapter)) + 900
 
 
@@ -333,21 +333,21 @@ def test_an_adapter_of_another_model_updates_nothing(adapter):
 def test_an_update_too_large_for_float32(adapter):
     found = tensors(adapter)
     store(adapter, {name: x * np.float32(1e30) for name, x in found.items()})
-    with pytest.raises(ValueError, match=r"the update of .* is not finite"):
+    with pytest.raises(ValueError, match=r"the LoRA update of .* has NaN or infinite values"):
         merged(SMALL, adapter)
 
 
 def test_folders_that_are_no_adapter(adapter, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"the adapter .*absent is not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"the LoRA adapter .*absent is not a folder"):
         merged(SMALL, tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match=r"must hold adapter_config.json.*holds none"):
+    with pytest.raises(FileNotFoundError, match=r"must hold adapter_config.json"):
         merged(SMALL, SMALL)
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
     with pytest.raises(ValueError, match=f"{weights} is truncated"):
         merged(SMALL, adapter)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match=r"looked for adapter_model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"expected one of adapter_model.safetensors"):
         merged(SMALL, adapter)
     (adapter / "adapter_config.json").write_text("{")
     with pytest.raises(ValueError, match=r"adapter_config.json is not valid JSON"):
@@ -362,13 +362,13 @@ def test_only_an_adapter_folder_is_replaced(written, factors, tmp_path):
     write_adapter(first, table, shapes, factors, 1.5, "")
     assert stated(first)["lora_alpha"] == 1.5 and not (first / "stale").exists()
     other = shutil.copytree(SMALL, tmp_path / "other")
-    with pytest.raises(ValueError, match="exists and is never replaced"):
+    with pytest.raises(ValueError, match="exists and is not replaced"):
         write_adapter(other, table, shapes, factors, 1.5, "")
     assert (other / "model.safetensors").is_file()
 
 
 def test_a_file_in_place_of_an_adapter_folder_is_refused_with_what_to_give(tmp_path):
     path = tmp_path / ("a" * 200) / "adapter_model.safetensors"
-    with pytest.raises(FileNotFoundError, match="give the one that holds adapter_config") as caught:
+    with pytest.raises(FileNotFoundError, match="pass the folder that holds adapter_") as caught:
         read_adapter_config(path)
     assert len(str(caught.value)) < 200

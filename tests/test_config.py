@@ -1,4 +1,4 @@
-"""config.json of both layouts: what is read, filled in, written and refused."""
+"""config.json in both layouts: reading, defaults, writing, and unsupported values."""
 
 import copy
 import dataclasses
@@ -57,7 +57,7 @@ def test_every_size_survives_both_layouts(golden):
     gen_vq = dataclasses.replace(cfg.gen_vq, norm_num_groups=8)
     ours = dataclasses.replace(cfg, und_encoder=vision, gen_vq=gen_vq, gen_head_width=20)
     assert read_config(write_config(ours, None, "deepseek")) == ours
-    with pytest.raises(ValueError, match=r"the transformers layout needs 32 groups .*8 is not 32"):
+    with pytest.raises(ValueError, match=r"norm_num_groups of the VQ model must be 32, got 8"):
         write_config(ours, None, "transformers", image_token_id=7)
 
 
@@ -74,24 +74,24 @@ def edited(config, where, value):
 @pytest.mark.parametrize(
     ("where", "value", "says"),
     [
-        ("model_type", "llama", "model_type 'llama', not 'multi_modality' or 'janus'"),
+        ("model_type", "llama", "model_type must be 'multi_modality' or 'janus', got 'llama'"),
         ("vision_gen_enc_config", {}, "JanusFlow model .it has vision_gen_enc_config"),
         ("language_config.tie_word_embeddings", True, "tie_word_embeddings must be False"),
-        ("language_config.rope_scaling", {"type": "linear"}, "rope scaling 'linear'"),
+        ("language_config.rope_scaling", {"type": "linear"}, "rope_type must be .* 'linear'"),
         ("language_config.hidden_act", "gelu", "hidden_act must be 'silu', got 'gelu'"),
         ("language_config.attention_bias", True, "attention_bias must be False, got True"),
         ("language_config.head_dim", 16, "head_dim must be 12, got 16"),
-        ("language_config.num_attention_heads", 5, "hidden_size by heads is not whole: 48 / 5"),
+        ("language_config.num_attention_heads", 5, "hidden_size .48. must be .* heads .5."),
         ("vision_config.cls", "HybridVisionTower", "cls must be .*, got 'HybridVisionTower'"),
-        ("vision_config.params.select_feature", "patch", "select_feature is 'patch'"),
-        ("vision_config.params.select_layer", -4, "select_layer -4 leaves no layer of 2"),
+        ("vision_config.params.select_feature", "patch", "select_feature must be .* got 'patch'"),
+        ("vision_config.params.select_layer", -4, "select_layer must be an index .* got -4"),
         ("aligner_config.params.projector_type", "linear", "projector_type must be .* 'linear'"),
         ("gen_vision_config.cls", "VQ-8", "cls must be 'VQ-16', got 'VQ-8'"),
         ("gen_aligner_config", {}, "gen_aligner_config.params is missing"),
         ("language_config", [], r"language_config must be an object, got \[\]"),
         ("vision_config", None, "vision_config must be an object, got None"),
         ("aligner_config.params", [], r"aligner_config.params must be an object, got \[\]"),
-        ("model_type", [], r"model_type \[\], not"),
+        ("model_type", [], r"model_type must be .*, got \[\]"),
         ("vision_config.params.width", 1e400, "width must be an integer from 1 to"),
         ("language_config.vocab_size", None, "vocab_size .* an integer from 1 to .* None"),
         ("language_config.num_hidden_layers", 1.5, "num_hidden_layers .* got 1.5"),
@@ -99,8 +99,8 @@ def edited(config, where, value):
         ("gen_vision_config.params.ch", 0, "ch of VQConfig must be an integer from 1 to .* got 0"),
         ("gen_vision_config.params.ch_mult", [], r"ch_mult of VQConfig must be 1 to 7 "),
         ("gen_head_config.params.image_token_embed", -1, "gen_head_width of JanusConfig .* got -1"),
-        ("gen_vision_config.params.norm_num_groups", 7, "VQ channels by norm_num_groups is not"),
-        ("language_config.num_attention_heads", 16, "head_dim by 2 is not whole: 3 / 2"),
+        ("gen_vision_config.params.norm_num_groups", 7, "VQ channels .* by norm_num_groups"),
+        ("language_config.num_attention_heads", 16, "head_dim .3. must be divisible by 2"),
         ("language_config.rope_theta", "x", "rope_theta must be a number from 1 .* 'x'"),
         ("language_config.num_key_value_heads", 0, "num_key_value_heads .* an integer from 1 to"),
         ("language_config.rope_parameters", [], r"rope_parameters must be an object, got \[\]"),
@@ -119,7 +119,7 @@ def test_what_is_not_supported_is_refused(golden, where, value, says):
 @pytest.mark.parametrize(
     ("where", "value", "says"),
     [
-        ("text_config.rope_parameters", {"rope_type": "yarn"}, "rope scaling 'yarn'"),
+        ("text_config.rope_parameters", {"rope_type": "yarn"}, "rope_type must be .* 'yarn'"),
         ("text_config.num_attention_heads", 0, "num_attention_heads .* integer from 1 .* got 0"),
         ("text_config.tie_word_embeddings", True, "tie_word_embeddings must be False"),
         ("vision_config.use_qk_norm", True, "use_qk_norm must be False"),
@@ -135,7 +135,7 @@ def test_what_is_not_supported_in_transformers_is_refused(where, value, says):
 @pytest.mark.parametrize(
     ("where", "value", "says"),
     [
-        ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}, "rope scaling 'linear'"),
+        ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}, "rope_type must .*linear"),
         ("text_config.rope_scaling", "linear", "rope_scaling must be an object, got 'linear'"),
         ("text_config.is_causal", False, "is_causal must be True, got False"),
         ("text_config.sliding_window", 0, "sliding_window must be null or absent, got 0"),
@@ -150,7 +150,7 @@ def test_what_is_not_supported_in_transformers_is_refused(where, value, says):
         ("text_config.rope_theta", 1e-300, "rope_theta must be a number from 1 .* got 1e-300"),
         ("vision_config.mlp_ratio", 5e8, "mlp_ratio must be a number from .* got 500000000.0"),
         ("vision_config.mlp_ratio", "ab", "mlp_ratio must be a number from .* got 'ab'"),
-        ("vision_config.patch_size", 8, "patch_size must be 16, the pixels of a .*, got 8"),
+        ("vision_config.patch_size", 8, "patch_size must be 16 .*, got 8"),
         ("vision_config.num_image_tokens", 576, "num_image_tokens must be 16, .* got 576"),
         ("vq_config.channel_multiplier", None, "channel_multiplier must be a list .* got None"),
         ("vq_config.channel_multiplier", [1] * 5000, r"ch_mult of VQConfig must be 1 to 7 "),
@@ -173,7 +173,7 @@ def test_what_transformers_reads_in_another_way_is_refused(where, value, says):
         ("vision_config.params.ignore_head", False, "ignore_head must be True, got False"),
         ("vision_config.params.model_name", "siglip_large_patch16_384", "width must be 1024, got"),
         ("vision_config.params.layers", 10**5, "num_layers .* integer from 1 to 512, got 100000"),
-        ("language_config.rope_scaling", {"rope_type": "yarn"}, "rope scaling 'yarn'"),
+        ("language_config.rope_scaling", {"rope_type": "yarn"}, "rope_type must be .* 'yarn'"),
         ("gen_vision_config.params.num_res_blocks", 99, "num_res_blocks of VQConfig .* got 99"),
     ],
 )
@@ -192,7 +192,7 @@ def test_a_deepseek_vl_model_is_named(golden):
 
 
 def test_the_decoder_s_own_tie_word_embeddings_decides(golden):
-    """What transformers writes for an untied model whose config did not say so."""
+    """transformers writes this for an untied model whose config did not have the key."""
     for config in (
         checkpoints.TRANSFORMERS_CONFIG,
         json.loads((golden / "janus" / "config.json").read_text()),
@@ -220,7 +220,7 @@ def test_rope_theta_is_read_where_transformers_reads_it():
     old = edited(edited(config, "text_config.rope_parameters", None), "text_config.rope_theta", 6e4)
     assert read_config(old).language_model.rope_theta == 6e4
     both = edited(new, "text_config.rope_scaling", {"type": "default"})
-    assert read_config(both).language_model.rope_theta == 1e4  # nothing of rope_parameters counts
+    assert read_config(both).language_model.rope_theta == 1e4  # rope_parameters is ignored
 
 
 @pytest.mark.parametrize(("layer", "select"), [(-1, -1), (-2, -2), (2, -1), (1, -2), (9, -1)])

@@ -1,4 +1,4 @@
-"""Configs that are read give the network that `transformers` makes of them (config_sweep.py)."""
+"""Accepted configs give the same network as in `transformers` (see config_sweep.py)."""
 
 import collections
 import json
@@ -41,7 +41,7 @@ EQUAL = {
 
 @pytest.fixture(scope="module")
 def compare(tmp_path_factory):
-    """Weights of each network that was read are made once."""
+    """Caches the weights of each network."""
     return Comparison(tmp_path_factory.mktemp("configs"))
 
 
@@ -51,7 +51,7 @@ def test_configs_that_are_read_mean_the_same(compare, name):
 
 
 def test_language_config_is_read_as_the_original_s_decoder_does(golden):
-    """MultiModalityConfig makes a LlamaConfig of it, in which every key counts as it does there."""
+    """MultiModalityConfig turns this section into a LlamaConfig, so every key has its meaning."""
     read = 0
     for key, values in config_sweep.TEXT.items():
         for value in values:
@@ -62,7 +62,7 @@ def test_language_config_is_read_as_the_original_s_decoder_does(golden):
             try:
                 ours = read_config(config).language_model
                 theirs = transformers.LlamaConfig(**config["language_config"])
-            except Exception:  # refused by one of the two
+            except Exception:  # one of the two refuses it
                 continue
             names = (*LLAMA_DEFAULTS, "num_key_value_heads", "head_dim", "rms_norm_eps")
             for name in names:
@@ -76,9 +76,9 @@ def test_language_config_is_read_as_the_original_s_decoder_does(golden):
 
 
 def sweep(compare, edits, seconds: float = SECONDS) -> collections.Counter:
-    """How many were equal, refused, ...; raises with the edit for another network.
+    """Counts the results (equal, refused, ...); raises for an edit that gives another network.
 
-    Takes the edits in a random order, the same in each run, and ends after `seconds`.
+    The order of the edits is random but the same in each run. Stops after `seconds`.
     """
     counts, ends = collections.Counter(), time.monotonic() + seconds
     for edit in random.Random(0).sample(edits, len(edits)):

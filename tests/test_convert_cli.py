@@ -1,4 +1,4 @@
-"""python -m convert: what it says, what it leaves behind, and that wrong input gives one line."""
+"""python -m convert: its output, the files it leaves, and one-line errors for wrong input."""
 
 import json
 import os
@@ -23,7 +23,7 @@ ROOT = Path(__file__).parent.parent
 
 @pytest.fixture
 def run(capsys):
-    """Runs a command in this process: (status, stdout, stderr)."""
+    """Runs a command in this process; returns (status, stdout, stderr)."""
 
     def call(*args):
         status = 0
@@ -39,7 +39,7 @@ def run(capsys):
 
 @pytest.fixture
 def refused(run, tmp_path):
-    """Runs a command that must fail: nothing is left behind; gives its one line."""
+    """Runs a command that must fail and leave no files; returns its one line."""
 
     def call(*args):
         before = sorted(tmp_path.rglob("*"))
@@ -55,7 +55,7 @@ def refused(run, tmp_path):
 def test_import_inspect_export(golden, run, tmp_path):
     status, out, err = run(golden / "janus", tmp_path / "orbax")
     assert (status, err) == (0, "")
-    assert "421 parameters, 1,109,891 numbers; 14 unused tensors kept beside" in out
+    assert "421 parameter arrays with 1,109,891 values; kept 14 unused tensors in" in out
     names = {path.name for path in (golden / "janus").glob("*.json")}
     found = {path.name for path in (tmp_path / "orbax").iterdir()}
     assert found == names | {"params", "unused.safetensors"}
@@ -63,14 +63,14 @@ def test_import_inspect_export(golden, run, tmp_path):
         status, out, err = run("inspect", folder)
         assert (status, err) == (0, "")
         assert "gen_vq" in out and "941,195  bfloat16" in out and "1,109,891" in out
-        assert "not used: gen_vision_model.quantize.codebook_used (64 numbers): a train" in out
+        assert "not used: gen_vision_model.quantize.codebook_used (64 values): a train" in out
         assert all(f"vision_tower.attn_pool.{name}" in out for name in ("latent", "mlp.fc2.bias"))
     status, out, err = run("export", tmp_path / "orbax", tmp_path / "d", "--layout", "deepseek")
     assert (status, err) == (0, "") and "427 tensors" in out and "zeros" not in out
     status, out, err = run("export", tmp_path / "d", tmp_path / "hf", "--layout", "transformers")
-    assert (status, err) == (0, "") and "left out 14 unused tensors" in out
+    assert (status, err) == (0, "") and "skipped 14 unused tensors" in out
     status, out, err = run("export", tmp_path / "hf", tmp_path / "z", "--layout", "deepseek")
-    assert (status, err) == (0, "") and "wrote zeros for 14 tensors that nothing reads" in out
+    assert (status, err) == (0, "") and "wrote zeros for 14 unused tensors" in out
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
@@ -105,13 +105,13 @@ def test_dst_that_exists(golden, refused, run, tmp_path):
     (tmp_path / "o" / "mine.txt").write_text("keep")
     for flags in ((), ("--overwrite",)):
         said = refused(golden / "janus", tmp_path / "o", *flags)
-        assert "exists and is never replaced: only an empty folder is" in said
+        assert "exists and is not replaced: it must be empty" in said
     told = refused(golden / "janus", "gs://bucket/o")
     assert "must be a local path, got gs:/" in told
     (tmp_path / "o" / "config.json").write_text("{}")  # as many a project has
     refused(golden / "janus", tmp_path / "o", "--overwrite")
     (tmp_path / "o" / "model.safetensors").touch()
-    assert "exists (--overwrite replaces it)" in refused(golden / "janus", tmp_path / "o")
+    assert "exists; pass --overwrite to replace it" in refused(golden / "janus", tmp_path / "o")
     assert run(golden / "janus", tmp_path / "o", "--overwrite")[0] == 0
     assert not (tmp_path / "o" / "mine.txt").exists() and (tmp_path / "o" / "params").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
@@ -123,7 +123,7 @@ def test_dst_that_holds_src(golden, refused, tmp_path):
     (tmp_path / "a" / "model.safetensors").touch()
     for target in (source, tmp_path / "a"):
         said = refused("export", source, target, "--layout", "deepseek", "--overwrite")
-        assert "is DST or inside it" in said
+        assert "must not be DST or inside DST" in said
     assert len(list(source.iterdir())) > 5
 
 
@@ -142,9 +142,9 @@ def test_pointers_of_git_lfs_are_named(golden, refused, tmp_path):
     source = checkpoints.make_single(golden, tmp_path / "s")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
     (source / "model.safetensors").write_text(pointer)
-    assert "a pointer to them: run git lfs pull" in refused("inspect", source)
+    assert "is a Git LFS pointer, not a weights file" in refused("inspect", source)
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    assert "a pointer to them: run git lfs pull" in refused("inspect", source)
+    assert "is a Git LFS pointer, not a weights file" in refused("inspect", source)
 
 
 @pytest.mark.parametrize(
@@ -171,13 +171,13 @@ def test_damaged_headers(golden, refused, tmp_path, fields):
 @pytest.mark.parametrize(
     ("offsets", "size", "said"),
     [
-        (((0, 8), (0, 8)), 8, "b must be at byte {8}, where what is before it ends, got {0}"),
+        (((0, 8), (0, 8)), 8, "b must be at byte {8}, directly after the data before it, got {0}"),
         (((8, 16), (0, 8)), 24, "the end of the file must be at byte {16}, .* got {24}"),
         (((0, 8), (12, 20)), 20, "b must be at byte {8}, .* got {12}"),
     ],
 )
 def test_tensors_must_fill_the_file(golden, refused, tmp_path, offsets, size, said):
-    """As the safetensors library asks: an offset that is wrong would load other weights."""
+    """The safetensors library requires it too: a wrong offset would load other weights."""
     source = checkpoints.make_single(golden, tmp_path / "s")
     fields = {"dtype": "F32", "shape": [2]}
     header = {name: fields | {"data_offsets": o} for name, o in zip("ab", offsets, strict=True)}
@@ -201,7 +201,7 @@ def test_an_index_names_files_beside_it(golden, refused, tmp_path):
     source = checkpoints.make_sharded(golden, tmp_path / "s")
     index = source / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("model-00002", "../s/model-00002"))
-    assert "must name files beside it, got '../s/model-00002-of-" in refused("inspect", source)
+    assert "in its own folder, got '../s/model-00002-of-" in refused("inspect", source)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -210,7 +210,7 @@ def test_index_that_names_a_missing_shard(golden, refused, tmp_path, kind):
     shard = next(source.glob(f"*-00002-of-00002.{kind}"))
     shard.unlink()
     said = refused(source, tmp_path / "o")
-    assert "names shards of which 1 of" in said and shard.name in said
+    assert "1 of the 2 shards named in " in said and shard.name in said
 
 
 def test_index_and_shards_that_disagree(golden, refused, tmp_path):
@@ -228,7 +228,7 @@ def test_index_and_shards_that_disagree(golden, refused, tmp_path):
     index.write_text(json.dumps({"weight_map": weight_map}))
     said = refused(source, tmp_path / "o")
     assert f"1 stored twice: {names[0]}" in said
-    assert f"1 absent from the shard that the index names: {names[1]}" in said
+    assert f"1 missing in the shard that the index names: {names[1]}" in said
     assert "1 stored but not in the index: stray" in said and "1 unknown: stray" in said
 
 
@@ -259,17 +259,17 @@ def test_a_malicious_pickle_is_not_executed(golden, refused, tmp_path):
     source = checkpoints.make_bin(golden, tmp_path / "s")
     state = checkpoints.tensors(golden) | {"trap": checkpoints.Trap(tmp_path / "executed")}
     torch.save(state, source / "pytorch_model.bin")
-    assert "mkdir, and only tensors are read" in refused(source, tmp_path / "o")
+    assert "mkdir, and only tensors are supported" in refused(source, tmp_path / "o")
     assert not (tmp_path / "executed").exists()
 
 
 def test_folders_without_weights_or_config(golden, refused, tmp_path):
     checkpoints.copy_small_files(golden, tmp_path / "s")
-    assert "holds no weights: looked for model.safetensors" in refused(
+    assert "has no weights: expected one of model.safetensors" in refused(
         tmp_path / "s", tmp_path / "o"
     )
     (tmp_path / "s" / "config.json").unlink()
-    assert "holds no config.json" in refused(tmp_path / "s", tmp_path / "o")
+    assert "has no config.json" in refused(tmp_path / "s", tmp_path / "o")
     (tmp_path / "s" / "config.json").write_text("{")
     assert "is not valid JSON" in refused(tmp_path / "s", tmp_path / "o")
 
@@ -349,7 +349,7 @@ def test_a_disk_without_room_is_seen_before_writing(golden, refused, tmp_path, m
     monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda path: usage)
     folders = (golden / "janus", tmp_path / "new" / "newer" / "o")
     for command in (folders, ("export", *folders, "--layout", "deepseek")):
-        assert "no room on the disk" in refused(*command)
+        assert "not enough disk space for" in refused(*command)
 
 
 def test_a_damaged_orbax_folder(golden, refused, run, tmp_path):

@@ -1,4 +1,4 @@
-"""What an export to another layout keeps of a folder's settings, and what it refuses."""
+"""Settings that an export to another layout keeps, and settings that it refuses."""
 
 import json
 
@@ -15,7 +15,7 @@ from janus_jax.processing.processor import Processor
 
 
 def with_settings(golden, folder, name, **settings):
-    """The golden checkpoint with some keys of one JSON file set."""
+    """The golden checkpoint with some keys of one JSON file changed."""
     checkpoints.make_single(golden, folder)
     path = folder / name
     config = json.loads(path.read_text()) if path.is_file() else {}
@@ -82,10 +82,10 @@ def test_bos_is_added_where_a_template_adds_none(golden, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (dict(sft_format="plain"), "sft_format deepseek or deepseek_old, not 'plain'"),
+        (dict(sft_format="plain"), "sft_format deepseek or deepseek_old, got 'plain'"),
         (dict(sft_format=["x"]), r"sft_format must be one of .*, got \['x'\]"),
-        (dict(image_tag="<begin_of_image>"), "the image_tag <image_placeholder>, not '<begin_of"),
-        (dict(system_prompt="Rhyme."), "DeepSeek's system prompt or none, not 'Rhyme.'"),
+        (dict(image_tag="<begin_of_image>"), "image_tag must be <image_placeholder> .*got"),
+        (dict(system_prompt="Rhyme."), "DeepSeek's system prompt or none, got 'Rhyme.'"),
     ],
 )
 def test_what_transformers_cannot_hold_is_refused(settings, says, golden, tmp_path):
@@ -96,7 +96,7 @@ def test_what_transformers_cannot_hold_is_refused(settings, says, golden, tmp_pa
 
 
 def test_image_settings_inside_processor_config_go_along(golden, tmp_path):
-    """transformers 5 keeps them there; a folder may have them beside a config of DeepSeek's."""
+    """transformers 5 stores templates there; the folder's config may be in DeepSeek's layout."""
     source = with_settings(golden, tmp_path / "s", "processor_config.json")
     images = json.loads((source / "preprocessor_config.json").read_text())
     (source / "preprocessor_config.json").unlink()

@@ -1,4 +1,4 @@
-"""What is said of a path that is no checkpoint folder, and of weights that a folder may hold."""
+"""Messages for paths that are not checkpoint folders, and for weights with other names."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from janus_jax.generation.loading import find_folder
 from janus_jax.interop import load
 from janus_jax.interop.folders import check_folder
 from janus_jax.interop.load import check_weights, open_folder, param_shapes, plan_folder
-from janus_jax.interop.names import few, wrapper
+from janus_jax.interop.names import abbreviate, wrapper_prefix
 
 FILES = "needs config.json, tokenizer.json, .* beside model.safetensors or pytorch_model.bin"
 
@@ -40,7 +40,7 @@ def test_what_is_no_folder(tmp_path, monkeypatch, name, says):
     with pytest.raises(FileNotFoundError) as caught:
         find_folder(name)
     assert says in str(caught.value) and "Download" not in str(caught.value)
-    with pytest.raises(FileNotFoundError) as caught:  # convert and train fetch nothing
+    with pytest.raises(FileNotFoundError) as caught:  # convert and train do not download
         open_folder(name)
     assert says in str(caught.value)
     download = "Download it first: hf download deepseek-ai/"
@@ -50,7 +50,7 @@ def test_what_is_no_folder(tmp_path, monkeypatch, name, says):
 
 def test_the_shipped_model_is_not_a_folder_of_that_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="; janus_tiny is the model that loads where none"):
+    with pytest.raises(FileNotFoundError, match="; janus_tiny is the default model: omit"):
         find_folder("janus_tiny")
 
 
@@ -71,7 +71,7 @@ def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
 def test_a_file_is_not_a_folder(tmp_path, name):
     (tmp_path / name).write_bytes(b"{}")
     kind = "a file" if name == "config.json" else "a weights file"
-    says = rf"{name} is {kind}, not a folder; give the folder \({tmp_path}\), which {FILES}"
+    says = rf"{name} is {kind}, not a folder; pass the folder \({tmp_path}\), which {FILES}"
     for check in (check_folder, find_folder, open_folder):
         with pytest.raises(FileNotFoundError, match=says if len(str(tmp_path)) < 80 else kind):
             check(tmp_path / name)
@@ -81,15 +81,15 @@ def test_a_file_is_not_a_folder(tmp_path, name):
     ("file", "says"),
     [
         ("a.gguf", "; GGUF files are not supported"),
-        ("snapshots/0a1b/config.json", "; give the folder in its hub cache: .*/snapshots/0a1b$"),
-        ("model/config.json", "; give .*/model$"),
+        ("snapshots/0a1b/config.json", "; pass the snapshot .* cache: .*/snapshots/0a1b$"),
+        ("model/config.json", "; pass .*/model$"),
         ("model.safetensors", f"; a checkpoint folder {FILES}"),
     ],
 )
 def test_a_folder_without_a_config(tmp_path, file, says):
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).touch()
-    with pytest.raises(FileNotFoundError, match=f"holds no config.json{says}"):
+    with pytest.raises(FileNotFoundError, match=f"has no config.json{says}"):
         open_folder(tmp_path)
 
 
@@ -97,23 +97,25 @@ def test_a_folder_without_a_config(tmp_path, file, says):
     ("file", "says"),
     [
         ("model-q4_k.gguf", "found model-q4_k.gguf; GGUF files are not supported"),
-        ("model-00001-of-00002.safetensors", "found .*; shards need the index that was saved with"),
-        ("consolidated.pth", "looked for model.safetensors.*, found consolidated.pth$"),
+        ("model-00001-of-00002.safetensors", "found .*; shards need the index file that was saved"),
+        ("consolidated.pth", "expected one of model.safetensors.*, found consolidated.pth$"),
     ],
 )
 def test_weights_of_other_names_are_named(golden, tmp_path, file, says):
     checkpoints.copy_small_files(golden, tmp_path / "f")
     (tmp_path / "f" / file).touch()
-    with pytest.raises(FileNotFoundError, match=f"holds no weights: .*{says}"):
+    with pytest.raises(FileNotFoundError, match=f"has no weights: .*{says}"):
         check_weights(open_folder(tmp_path / "f"))
 
 
 def test_lists_of_names_are_bounded():
-    assert few(["a.b", "a.c", "a.d"]) == "a.b, a.c, a.d"
-    assert few(["a.b.c", "a.b", "a.bc", "a.b.f"]) == "a.b.c, a.b, a.bc, ... (all begin with 'a.')"
-    assert few(["ab", "ac", "ad", "ae"]) == "ab, ac, ad, ..."
-    assert wrapper([]) == wrapper(["module.a", "b"]) == wrapper(["modules.a"]) == ""
-    assert wrapper(["module._orig_mod.a.b", "module._orig_mod.a.c"]) == "module._orig_mod."
+    assert abbreviate(["a.b", "a.c", "a.d"]) == "a.b, a.c, a.d"
+    names = ["a.b.c", "a.b", "a.bc", "a.b.f"]
+    assert abbreviate(names) == "a.b.c, a.b, a.bc, ... (all begin with 'a.')"
+    assert abbreviate(["ab", "ac", "ad", "ae"]) == "ab, ac, ad, ..."
+    assert wrapper_prefix([]) == wrapper_prefix(["module.a", "b"]) == ""
+    assert wrapper_prefix(["modules.a"]) == ""
+    assert wrapper_prefix(["module._orig_mod.a.b", "module._orig_mod.a.c"]) == "module._orig_mod."
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +124,7 @@ def cfg(golden):
 
 
 def named(golden, folder, rename, **changes):
-    """The golden checkpoint under other names; changes: of its config.json."""
+    """The golden checkpoint with renamed tensors; changes: keys of its config.json."""
     state = {rename(name): value for name, value in checkpoints.tensors(golden).items()}
     checkpoints.make_single(golden, folder, state)
     config = json.loads((folder / "config.json").read_text()) | changes
@@ -153,7 +155,7 @@ def test_other_prefixes_are_named_once(golden, tmp_path):
         check_weights(folder)
     text = str(caught.value)
     assert re.search(r"\d+ unknown: .*, \.\.\. \(all begin with 'base_model.model.'\); ", text)
-    assert text.endswith("merge its adapters (merge_and_unload) and save again")
+    assert text.endswith("merge its adapters (merge_and_unload) and save the model again")
     assert len(text) < 1000
 
 
@@ -179,7 +181,8 @@ def test_quantised_weights_are_named(golden, tmp_path, method):
     name, dtype = QUANTISED[method]
     state = {f"language_model.model.layers.0.{name}": torch.ones(3, dtype=dtype)}
     folder = open_folder(checkpoints.make_single(golden, tmp_path / "q", state))
-    with pytest.raises(ValueError, match=f"holds quantised weights .tensor .*{name}, as {method}"):
+    message = f"holds quantised weights .tensor .*{name} is a tensor of {method}"
+    with pytest.raises(ValueError, match=message):
         check_weights(folder)
 
 
@@ -199,7 +202,7 @@ def test_a_quantization_config_counts_only_for_quantised_weights(golden, tmp_pat
     folder = dataclasses.replace(folder, config=folder.config | stated)
     with pytest.raises(ValueError) as caught:
         check_weights(folder)
-    for part in ("json has quantization_config of method 'bitsandbytes'; tensor", "int8", "bfloat"):
+    for part in ("quantization_config with quant_method 'bitsandbytes'; t", "int8", "bfloat"):
         assert part in str(caught.value)
 
 

@@ -1,4 +1,4 @@
-"""Weights and JSON files that are damaged, too large or no regular files: one line names each."""
+"""Weights and JSON files that are damaged, too large or not regular: one-line errors."""
 
 import json
 import logging
@@ -88,7 +88,7 @@ def test_headers_and_files_that_are_no_json(tmp_path, text):
 
 
 def test_a_flipped_bit_of_a_header_is_refused_or_renames(tmp_path):
-    """The conversion plan refuses another name; offsets and shapes have one right value."""
+    """The conversion plan refuses other names; offsets and shapes have only one valid value."""
     path = tmp_path / "model.safetensors"
     state = {"a": np.arange(6, dtype=np.float32).reshape(2, 3), "b": np.ones(3, np.float16)}
     safetensors.numpy.save_file(state, path)
@@ -166,7 +166,7 @@ def test_json_of_any_size_is_not_read(tmp_path):
 def test_an_index_that_names_no_file_beside_it(tmp_path, name):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    assert f"{index} must name files beside it, got '" in refusal(open_checkpoint, tmp_path)
+    assert f"{index} must name files in its own folder, got '" in refusal(open_checkpoint, tmp_path)
 
 
 def test_absent_shards_are_counted(tmp_path):
@@ -174,7 +174,8 @@ def test_absent_shards_are_counted(tmp_path):
     names = {f"t{i}": f"{i:04d}\0.safetensors" for i in range(1000)}
     index.write_text(json.dumps({"weight_map": names}))
     told = refusal(open_checkpoint, tmp_path, FileNotFoundError)
-    assert "1000 of 1000 are missing: '0000\\x00.safetensors', " in told and told.endswith(", ...")
+    assert told.startswith(f"1000 of the 1000 shards named in {index} are missing: ")
+    assert "'0000\\x00.safetensors', " in told and told.endswith(", ...")
 
 
 def test_a_file_that_became_shorter_is_named(tmp_path):
@@ -187,7 +188,7 @@ def test_a_file_that_became_shorter_is_named(tmp_path):
 
 
 def mutate(rng, data, end):
-    """Flips a bit, deletes some bytes, or inserts some that mean something in JSON."""
+    """Flips a bit, deletes bytes, or inserts bytes that have a meaning in JSON."""
     data, at, kind = bytearray(data), rng.randrange(min(end, len(data))), rng.randrange(3)
     if kind == 0:
         data[at] ^= 1 << rng.randrange(8)
@@ -200,7 +201,7 @@ def mutate(rng, data, end):
 
 @pytest.mark.parametrize("count", [40, pytest.param(1000, marks=pytest.mark.slow)])
 def test_mutated_folders_are_refused_by_name_or_read_as_they_were(golden, tmp_path, count):
-    """Bits, lengths and JSON values of config.json and the weights' header."""
+    """Changes bits, lengths and JSON values of config.json and the weights' header."""
     folder = tmp_path / "m"
     shutil.copytree(golden / "janus_small", folder)
     files = [folder / "config.json", folder / "model.safetensors"]

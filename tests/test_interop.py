@@ -1,4 +1,4 @@
-"""Checkpoint folders of every form -> one parameter tree, and back bit for bit."""
+"""Checkpoint folders of every form load the same parameters and export bit for bit."""
 
 import json
 
@@ -35,7 +35,7 @@ def assert_same_params(params, expected):
 
 
 def assert_same_files(folder, expected):
-    """Every tensor equal bit for bit, by names read with safetensors itself."""
+    """All tensors are equal bit for bit; the safetensors library reads the result."""
     state = {}
     for path in sorted(folder.glob("*.safetensors")):
         state |= safetensors.torch.load_file(path)
@@ -56,7 +56,7 @@ def params(golden):
 
 @pytest.fixture(scope="module")
 def folders(golden, tmp_path_factory):
-    """The golden checkpoint in every form, by name."""
+    """The golden checkpoint in every form, by the name of the form."""
     root = tmp_path_factory.mktemp("folders")
     made = {
         "single": checkpoints.make_single(golden, root / "single"),
@@ -123,7 +123,7 @@ def test_loaded_parameters_do_not_depend_on_the_files(golden, tmp_path, params):
     folder = checkpoints.make_single(golden, tmp_path / "m")
     loaded = load(folder, jnp.bfloat16)
     data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(b"\xff" * len(data))  # in place, as cp does
+    (folder / "model.safetensors").write_bytes(b"\xff" * len(data))  # in place, like cp
     assert_same_params(loaded, bf16_everywhere_but_vq(params))
 
 
@@ -159,13 +159,13 @@ def test_transformers_comes_out_bit_for_bit(golden, folders, tmp_path, form):
 def test_there_and_back_keeps_all_but_the_unused(golden, folders, tmp_path):
     export.export_folder(folders["single"], tmp_path / "hf", "transformers", overwrite=False)
     said = export.export_folder(tmp_path / "hf", tmp_path / "back", "deepseek", overwrite=False)
-    assert "wrote zeros for 14 tensors that nothing reads (attn_pool and codebook_used)" in said
+    assert "wrote zeros for 14 unused tensors (attn_pool and codebook_used)" in said
     expected = {}
     for name, value in checkpoints.tensors(golden).items():
         unused = ".attn_pool." in name or name.endswith("codebook_used")
         expected[name] = torch.zeros_like(value) if unused else value
     name = "gen_vision_model.quantize.codebook_used"
-    expected[name] = torch.zeros(65536, dtype=torch.bfloat16)  # the size in the original class
+    expected[name] = torch.zeros(65536, dtype=torch.bfloat16)  # its size in the original class
     assert_same_files(tmp_path / "back", expected)
     back, source = open_folder(tmp_path / "back").cfg, open_folder(golden / "janus").cfg
     assert back == source
@@ -236,7 +236,7 @@ def sizes(folders):
 
 
 def test_orbax_is_read_in_groups(folders, monkeypatch):
-    """So that loading takes little more memory than the parameters do."""
+    """Otherwise loading would need much more memory than the parameters."""
     whole = load(folders["orbax_single"])
     groups, restore = [], ocp.Checkpointer.restore
 

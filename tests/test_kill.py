@@ -45,7 +45,7 @@ def lines(folder: Path) -> int:
 
 def weights(folder: Path) -> dict[str, np.ndarray]:
     stored = stored_params(open_folder(folder))
-    return {path: stored.read(path) for path in stored.kinds}
+    return {path: stored.read(path) for path in stored.metadata}
 
 
 @pytest.mark.slow

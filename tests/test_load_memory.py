@@ -61,7 +61,7 @@ def test_a_folder_that_does_not_load_is_told_in_one_line(golden, capsys):
     status, out, err = run(capsys, "--folder", golden / "listings", "--dtype", "float32")
     assert (status, out) == (2, "")
     assert err.startswith("load_memory: ") and err.count("\n") == 1
-    assert "holds no config.json" in err
+    assert "has no config.json" in err
     status, _, err = run(capsys, "--folder", golden / "janus", "--layers", 1)
     assert status == 2 and "--layers cannot be combined with --folder" in err
     status, _, err = run(capsys, "--layers", 25)

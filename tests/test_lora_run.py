@@ -36,7 +36,7 @@ def lora_run(tmp_path_factory):
 
 def weights(folder, adapter=None):
     stored = stored_params(open_folder(folder, adapter))
-    return {path: stored.read(path) for path in stored.kinds}
+    return {path: stored.read(path) for path in stored.metadata}
 
 
 def test_lora_trains_and_keeps_adapters_alone_and_is_merged_in_the_model(lora_run):

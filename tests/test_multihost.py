@@ -205,7 +205,7 @@ def test_two_processes_go_on_from_one_and_write_the_model(whole, tmp_path):
     assert (output / "checkpoints" / "4.damaged").is_dir()
     assert_same_run(output, 2, whole, range(3, last + 1))
     one, other = (stored_params(open_folder(folder / "model")) for folder in (output, whole))
-    for path in one.kinds:
+    for path in one.metadata:
         np.testing.assert_allclose(one.read(path), other.read(path), atol=1e-4, err_msg=path)
 
 

@@ -1,4 +1,4 @@
-"""A folder that is written beside and then appears: kills, late threads, two processes at once."""
+"""Atomic writing of folders: killed processes, late threads, two processes at once."""
 
 import shutil
 import signal
@@ -148,7 +148,7 @@ def test_a_file_system_without_locks_keeps_what_may_be_alive(tmp_path, monkeypat
 
 @pytest.mark.slow
 def test_a_conversion_killed_at_any_moment_leaves_a_whole_folder_or_none(golden, tmp_path):
-    """Also with --overwrite: the folder there is always whole, the next conversion cleans up."""
+    """Also with --overwrite: the folder is always complete, the next conversion cleans up."""
     command = [sys.executable, "-m", "convert", "export", golden / "janus_small", tmp_path / "o"]
     command = [*map(str, command), "--layout", "deepseek", "--overwrite"]
     began = time.monotonic()
@@ -162,6 +162,6 @@ def test_a_conversion_killed_at_any_moment_leaves_a_whole_folder_or_none(golden,
         process.wait(timeout=60)
         if (tmp_path / "o").exists():
             stored = stored_params(open_folder(tmp_path / "o"))
-            assert len(stored.kinds) > 100
+            assert len(stored.metadata) > 100
     subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     assert names(tmp_path) == ["o"]

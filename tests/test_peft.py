@@ -1,4 +1,4 @@
-"""Adapters that PEFT wrote, merged by us, and adapters that we wrote, merged by PEFT."""
+"""LoRA adapters written by PEFT and merged here, and written here and merged by PEFT."""
 
 import copy
 import json
@@ -61,7 +61,7 @@ CASES = {
 
 
 def from_peft(model: torch.nn.Module, folder, **settings) -> torch.nn.Module:
-    """Writes an adapter with random factors; the model that PEFT merges it into."""
+    """Writes a LoRA adapter with random factors; returns the model that PEFT merged it into."""
     torch.manual_seed(1)
     config = peft.LoraConfig(init_lora_weights=False, **settings)
     adapted = peft.get_peft_model(copy.deepcopy(model), config)
@@ -75,15 +75,15 @@ def params_of(folder, adapter=None, dtype=jnp.float32):
 
 
 def tensors_of(folder, adapter=None) -> dict[str, np.ndarray]:
-    """The parameters in PyTorch's layout, by PyTorch's names."""
+    """The parameters in PyTorch's layout by PyTorch name."""
     opened = open_folder(folder, adapter)
     stored = stored_params(opened)
-    steps = export_steps(table_for(opened.layout, opened.cfg), list(stored.kinds))
-    return {s.torch: s.op.torch(tuple(map(stored.read, s.paths))) for s in steps}
+    steps = export_steps(table_for(opened.layout, opened.cfg), list(stored.metadata))
+    return {s.torch: s.op.to_torch(tuple(map(stored.read, s.paths))) for s in steps}
 
 
 def assert_same_tensors(ours, theirs: torch.nn.Module, base: torch.nn.Module, adapted: int) -> None:
-    """Compares what both have; `adapted` of them differ from the base."""
+    """Compares the shared tensors; `adapted` of them must differ from the base."""
     expected, before = theirs.state_dict(), base.state_dict()
     shared = [name for name in ours if name in expected]
     for name in shared:
@@ -93,7 +93,7 @@ def assert_same_tensors(ours, theirs: torch.nn.Module, base: torch.nn.Module, ad
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
-    """A model of transformers, and the folder it wrote."""
+    """A model of transformers and the folder that it saved."""
     theirs = tiny_pair()[0]
     folder = tmp_path_factory.mktemp("base")
     theirs.save_pretrained(folder)
@@ -101,7 +101,7 @@ def base(tmp_path_factory):
 
 
 def assert_same_logits(params, theirs, cfg) -> None:
-    """Text logits after two images a row, and logits of the image head."""
+    """Text logits after two images per row, and logits of the image head."""
     ours = build_model(cfg, params)
     tokens, pixels = two_images_a_row()
     images = channels_first(pixels.reshape(4, 16, 16, 3))
@@ -134,11 +134,11 @@ def test_an_adapter_of_peft_gives_peft_s_logits(base, tmp_path):
     [("model", ["q_proj", "fc1"]), ("model.language_model", ["v_proj"]), ("model.aligner", None)],
 )
 def test_an_adapter_of_a_part_of_the_model(base, tmp_path, part, targets):
-    """The part that PEFT wrapped is known by the names, unless it is too small a part."""
+    """Module names identify the part of the model that PEFT wrapped, unless it is too small."""
     theirs, folder = base
     if targets is None:
         from_peft(theirs.get_submodule(part), tmp_path, r=2, target_modules=["fc1"])
-        with pytest.raises(ValueError, match=r"2 of unknown modules: base_model.model.fc1.lora_A"):
+        with pytest.raises(ValueError, match=r"2 for unknown modules: base_model.model.fc1.lora_A"):
             params_of(folder, tmp_path)
         return
     merged, whole = copy.deepcopy(theirs), copy.deepcopy(theirs)
@@ -149,7 +149,7 @@ def test_an_adapter_of_a_part_of_the_model(base, tmp_path, part, targets):
 
 
 class Named(torch.nn.Module):
-    """Modules of DeepSeek's names, one for each weight of two or more axes of a checkpoint."""
+    """Modules with DeepSeek's names, one for each weight with at least two axes."""
 
     def __init__(self, tensors: dict[str, torch.Tensor]):
         super().__init__()
@@ -176,17 +176,17 @@ class Named(torch.nn.Module):
 
 @pytest.fixture(scope="module")
 def deepseek(golden):
-    """The small checkpoint: modules in torch, float32, and the folder."""
+    """The small checkpoint: torch modules in float32, and the folder."""
     folder = golden / "janus_small"
     return Named(safetensors.torch.load_file(folder / "model.safetensors")), folder
 
 
 def assert_deepseek(deepseek, adapter, merged, adapted: int) -> None:
-    """Compares parameters in float32, to which the stored bfloat16 is cast before the sum."""
+    """Compares parameters in float32; the stored bfloat16 is cast before the sum."""
     named, folder = deepseek
     opened, params = open_folder(folder), params_of(folder, adapter)
     steps = export_steps(table_for("deepseek", opened.cfg), list(params))
-    ours = {s.torch: s.op.torch(tuple(np.asarray(params[p]) for p in s.paths)) for s in steps}
+    ours = {s.torch: s.op.to_torch(tuple(np.asarray(params[p]) for p in s.paths)) for s in steps}
     assert_same_tensors(ours, merged, named, adapted)
 
 
@@ -197,7 +197,7 @@ DEEPSEEK_TARGETS = [
 
 
 def test_an_adapter_with_deepseek_s_names(deepseek, tmp_path):
-    """Fused qkv, aligners, both heads and embeddings; the pooling head's are not used."""
+    """Fused qkv, aligners, both heads and embeddings; updates of the pooling head are ignored."""
     settings = dict(r=3, lora_alpha=5, target_modules=DEEPSEEK_TARGETS)
     merged = from_peft(deepseek[0], tmp_path, rank_pattern={"qkv": 4}, **settings)
     names = safetensors.torch.load_file(tmp_path / ADAPTER_WEIGHTS[0])
@@ -206,7 +206,7 @@ def test_an_adapter_with_deepseek_s_names(deepseek, tmp_path):
 
 
 def test_an_adapter_of_deepseek_s_decoder_alone_in_a_bin_file(deepseek, tmp_path):
-    """As those have it who wrap model.language_model, since the whole has no forward."""
+    """Users wrap model.language_model, because DeepSeek's whole model has no forward method."""
     named, _ = deepseek
     decoder = copy.deepcopy(named.language_model)
     targets = dict(target_modules=["o_proj", "lm_head"], r=2)
@@ -219,7 +219,7 @@ def test_an_adapter_of_deepseek_s_decoder_alone_in_a_bin_file(deepseek, tmp_path
 
 
 def test_an_adapter_with_the_other_layout_s_names(deepseek, tmp_path):
-    """transformers' names on a folder in DeepSeek's layout; rounded once to bfloat16."""
+    """transformers' module names on a folder in DeepSeek's layout; rounded once to bfloat16."""
     _, folder = deepseek
     cfg = open_folder(folder).cfg
     factors = random_factors(cfg, "und_encoder.blocks.0.attn.q_proj", "gen_head.proj")
@@ -265,7 +265,7 @@ def test_peft_loads_an_adapter_that_we_wrote(base, tmp_path):
 
 
 def test_peft_loads_a_fused_qkv_that_we_wrote(deepseek, tmp_path):
-    """Two of three layers are adapted: one update of twice the rank, nothing in the third."""
+    """Two of three layers have factors: one update of twice the rank, zeros for the third."""
     named, folder = deepseek
     cfg, block = open_folder(folder).cfg, "und_encoder.blocks.0.attn"
     factors = random_factors(cfg, f"{block}.q_proj", f"{block}.v_proj", "und_aligner.layers.0")

@@ -1,4 +1,4 @@
-"""The engine of the conversion tables, and the tables against the real files' listings."""
+"""Conversion rules, and the conversion tables with tensor listings of the released files."""
 
 import gzip
 import json
@@ -32,9 +32,9 @@ EXPECTED = {
 STORED = {"net.0.q.weight": (3, 2), "net.0.k.weight": (3, 2), "net.0.fused": (12,)}
 
 
-def source(shapes: dict, dtype=np.float32, faults=None) -> TensorSource:
+def source(shapes: dict, dtype=np.float32, problems=None) -> TensorSource:
     tensors = {n: Tensor(Path("x"), 0, np.dtype(dtype), tuple(s)) for n, s in shapes.items()}
-    return TensorSource(Path("folder"), tensors, faults or {})
+    return TensorSource(Path("folder"), tensors, problems or {})
 
 
 @pytest.mark.parametrize(
@@ -51,17 +51,17 @@ def source(shapes: dict, dtype=np.float32, faults=None) -> TensorSource:
 )
 def test_every_transform_has_an_inverse(name, shape, ours):
     array = np.arange(np.prod(shape), dtype=np.float32).reshape(shape)
-    parts = TRANSFORMS[name].ours(array)
+    parts = TRANSFORMS[name].from_torch(array)
     assert [part.shape for part in parts] == ours
     assert all(np.shares_memory(part, array) for part in parts)  # views: nothing is read
-    np.testing.assert_array_equal(TRANSFORMS[name].torch(parts), array)
+    np.testing.assert_array_equal(TRANSFORMS[name].to_torch(parts), array)
 
 
 def test_conv_and_qkv_put_elements_where_they_belong():
     conv = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
-    assert TRANSFORMS["conv2d"].ours(conv)[0][3, 4, 2, 1] == conv[1, 2, 3, 4]
+    assert TRANSFORMS["conv2d"].from_torch(conv)[0][3, 4, 2, 1] == conv[1, 2, 3, 4]
     qkv = np.arange(6 * 5).reshape(6, 5)
-    assert TRANSFORMS["split_qkv"].ours(qkv)[1][4, 0] == qkv[2, 4]
+    assert TRANSFORMS["split_qkv"].from_torch(qkv)[1][4, 0] == qkv[2, 4]
 
 
 def test_plan_matches_and_skips():
@@ -89,8 +89,8 @@ def test_all_faults_come_together_on_one_line():
     }
     expected = EXPECTED | {"ours.1.q.kernel": (2, 3)}
     with pytest.raises(ValueError) as caught:
-        faults = {"stored twice": ["net.0.k.bias"]}
-        make_plan(TABLE, source(stored, faults=faults), expected)
+        problems = {"stored twice": ["net.0.k.bias"]}
+        make_plan(TABLE, source(stored, problems=problems), expected)
     text = str(caught.value)
     assert "\n" not in text
     assert "1 stored twice: net.0.k.bias" in text
@@ -113,7 +113,7 @@ def test_a_layer_beyond_the_config_is_unknown():
 
 
 def test_integers_are_not_weights():
-    with pytest.raises(ValueError, match=r"3 of a wrong type: net.0.q.weight is int8, expected"):
+    with pytest.raises(ValueError, match=r"3 with a wrong dtype: net.0.q.weight is int8, expected"):
         make_plan(TABLE, source(STORED, np.int8), EXPECTED)
 
 

@@ -9,7 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from janus_jax import load, sharding
 from janus_jax.generation import codec, image, samplers
-from janus_jax.interop.load import OneKey
+from janus_jax.interop.load import ConstantRngs
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.training.lora import LoRAConfig, add_adapters
 
@@ -39,9 +39,9 @@ def adapted_paths(pipeline):
     """Of the golden model's parameters, with an adapter on every layer that may have one."""
 
     def build():
-        model = Janus(pipeline.model.cfg, rngs=OneKey())
+        model = Janus(pipeline.model.cfg, rngs=ConstantRngs())
         targets = r"(?!gen_vq\.|language_model\.lm_head|gen_head\.out).*"
-        add_adapters(model, LoRAConfig(4, 8.0, targets), rngs=OneKey())
+        add_adapters(model, LoRAConfig(4, 8.0, targets), rngs=ConstantRngs())
         return model
 
     flat = nnx.to_flat_state(nnx.state(nnx.eval_shape(build)))

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 def weights(folder):
     stored = stored_params(open_folder(folder))
-    return {path: stored.read(path) for path in stored.kinds}
+    return {path: stored.read(path) for path in stored.metadata}
 
 
 def lines(folder):

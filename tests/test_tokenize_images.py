@@ -286,8 +286,9 @@ def test_one_run_at_a_time(run, refused, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tokenize_images, "write_records", meanwhile)
     status, said, _ = run(*args)
-    rule = "a folder must be written to by one run at a time, another one has"
-    assert told == [f"tokenize_images: {rule} {tmp_path / 'tokens'}\n"]
+    hint = "wait until it ends, or use another folder"
+    message = f"{tmp_path / 'tokens'} is in use by another run; {hint}"
+    assert told == [f"tokenize_images: {message}\n"]
     assert status == 0 and "3 images tokenized" in said
     assert len(open_source("tar", tmp_path / "tokens")) == 3
 

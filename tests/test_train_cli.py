@@ -213,7 +213,7 @@ def test_the_tokenizer_s_settings_are_checked_first(settings, message, tmp_path,
     [
         (dict(init="nowhere"), "init must be a checkpoint folder: "),
         (dict(init="golden"), "init must be a model of 96 pixels a side, got 64 pixels"),
-        (dict(init="empty"), "empty holds no config.json"),
+        (dict(init="empty"), "empty has no config.json"),
         (dict(init="golden", output="golden"), "init and output must be two folders"),
         (dict(batch_size=0), "batch_size must be at least 1, got 0"),
     ],

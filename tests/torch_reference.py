@@ -19,7 +19,7 @@ from transformers import (
     LlamaConfig,
 )
 
-from janus_jax.interop.load import OneKey, build_model, load_params, open_folder
+from janus_jax.interop.load import ConstantRngs, build_model, load_params, open_folder
 from janus_jax.models.janus import Janus, merge_features
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -120,7 +120,7 @@ def call(module: nnx.Module, *args):
 
 def rebuilt(model, cfg):
     """The same weights in a model of another config; cast where cfg stores another type."""
-    graph, wanted = nnx.split(nnx.eval_shape(lambda: type(model)(cfg, rngs=OneKey())))
+    graph, wanted = nnx.split(nnx.eval_shape(lambda: type(model)(cfg, rngs=ConstantRngs())))
 
     def cast(old, new):
         return np.asarray(old).astype(new.dtype)

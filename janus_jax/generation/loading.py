@@ -61,7 +61,7 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
     if path_or_hub_id == "":
         raise ValueError("a folder or a hub id must be given, got ''")
     folder, name = Path(path_or_hub_id), str(path_or_hub_id)
-    return _fetch(name) if _is_hub_id(name) else check_folder(folder, fetches=True)
+    return _fetch(name) if _is_hub_id(name) else check_folder(folder, hub_ids=True)
 
 
 def find_adapter(path_or_hub_id: str | Path | None) -> Path | None:
@@ -93,7 +93,7 @@ def _fetch(name: str) -> Path:
         raise FileNotFoundError(
             f"{name} is no folder here, and cannot be fetched from the Hugging Face hub: "
             f"{reason.rstrip('.')}"
-            + suggestion(name, fetches=True)
+            + suggestion(name, hub_ids=True)
         ) from error
 
 

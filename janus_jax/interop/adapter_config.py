@@ -1,7 +1,7 @@
-"""adapter_config.json of a LoRA adapter in PEFT's format: ranks, scales and target modules.
+"""Reads adapter_config.json of a LoRA adapter in PEFT's format: ranks, scales and target modules.
 
-Names and meanings are those of PEFT's LoraConfig. Settings that change what an adapter computes
-and are not implemented are refused by name.
+Keys have the names and meanings of PEFT's LoraConfig. Settings that are not implemented and change
+the result of an adapter are refused by name.
 """
 
 import dataclasses
@@ -17,27 +17,33 @@ from janus_jax.interop.readers import SAFETENSORS, TORCH_BIN
 from janus_jax.paths import value_errors_of
 from janus_jax.processing.json_files import read_json
 
-# Initial values of the factors that leave the base weights as they are; others, such as pissa,
-# olora, corda, loftq and lora_ga, subtract their first update from the base weights.
-INITIAL = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
-_READ = (
+# Initialisations that do not change the base weights. Others, such as pissa, olora, corda, loftq
+# and lora_ga, subtract the initial update from the base weights.
+SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
+_SUPPORTED = (
     "peft_type r lora_alpha rank_pattern alpha_pattern use_rslora bias init_lora_weights"
     " target_modules exclude_modules layers_to_transform layers_pattern"
 )
-# fan_in_fan_out concerns layers that PyTorch's Janus does not have: PEFT resets it for the others.
+# fan_in_fan_out affects only layer types that the PyTorch model does not have; for others PEFT
+# resets it.
 _WITHOUT_EFFECT = (
     "auto_mapping base_model_name_or_path ensure_weight_tying eva_config fan_in_fan_out"
     " inference_mode lora_dropout megatron_core peft_version qalora_group_size revision task_type"
 )
-_KNOWN = frozenset(f"{_READ} {_WITHOUT_EFFECT}".split())
-_INSTEAD = "merge the adapter with PEFT (merge_and_unload) and load the merged model instead"
+_KNOWN = frozenset(f"{_SUPPORTED} {_WITHOUT_EFFECT}".split())
+_MERGE_HINT = "merge the adapter with PEFT (merge_and_unload) and load the merged model instead"
 
-Names = str | tuple[str, ...]  # a regular expression, or names that end as the module's name does
+# A regular expression for the whole module name, or a list of names or suffixes ("q_proj").
+Names = str | tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Targets:
-    """The modules that an adapter adapts, by name: `module in targets`, as PEFT decides it."""
+    """The modules that an adapter updates; `module in targets` follows PEFT's rules.
+
+    modules, excluded: target_modules and exclude_modules. layers: layers_to_transform; empty means
+    all. patterns: layers_pattern.
+    """
 
     modules: Names
     excluded: Names
@@ -45,20 +51,21 @@ class Targets:
     patterns: tuple[str, ...]
 
     def __contains__(self, module: str) -> bool:
-        if _named(self.excluded, module) or not _named(self.modules, module):
+        if _matches(self.excluded, module) or not _matches(self.modules, module):
             return False
-        direct = isinstance(self.modules, str) or module in self.modules
-        return direct or not self.layers or self._layer(module) in self.layers
+        exact = isinstance(self.modules, str) or module in self.modules
+        return exact or not self.layers or self._layer(module) in self.layers
 
     def _layer(self, module: str) -> int | None:
+        """Returns the layer index in a module name, or None if it has none."""
         for pattern in self.patterns or (r"[^.]*",):
             start = r"(?:^|.*?\.)" if self.patterns else r".*?\."
-            if found := re.match(rf"{start}{pattern}\.(\d+)\.", module):
-                return int(found[found.re.groups])  # the last group, whatever the pattern has
+            if match := re.match(rf"{start}{pattern}\.(\d+)\.", module):
+                return int(match[match.re.groups])  # the last group; the pattern may have others
         return None
 
 
-def _named(names: Names, module: str) -> bool:
+def _matches(names: Names, module: str) -> bool:
     if isinstance(names, str):
         return bool(names) and re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
@@ -66,7 +73,7 @@ def _named(names: Names, module: str) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class AdapterConfig:
-    """What adapter_config.json states of the update of each module."""
+    """The settings in adapter_config.json that determine the update of each module."""
 
     rank: int
     alpha: float
@@ -76,18 +83,19 @@ class AdapterConfig:
     targets: Targets
 
     def rank_of(self, module: str) -> int:
-        """Rank of a module's update."""
+        """Returns the rank of a module's update."""
         return _by_pattern(self.rank_pattern, module, self.rank)
 
     def scale_of(self, module: str) -> float:
-        """What the product of a module's two factors is multiplied by."""
+        """Returns the factor by which the product B A of a module is multiplied."""
         rank = self.rank_of(module)
         alpha = _by_pattern(self.alpha_pattern, module, self.alpha)
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
 
-def _by_pattern(pattern: Mapping, module: str, default):
-    for key, value in pattern.items():
+def _by_pattern(patterns: Mapping, module: str, default):
+    """Returns the value of the first pattern that matches the module, or the default."""
+    for key, value in patterns.items():
         if re.match(rf"(.*\.)?({key})$", module):
             return value
     return default
@@ -97,18 +105,19 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
     """Reads a folder's adapter_config.json.
 
     Raises:
-      FileNotFoundError: there is none.
-      ValueError: it is damaged, or states what is not supported.
+      FileNotFoundError: the folder or the file is missing.
+      ValueError: the file is damaged, or has a setting that is not supported.
     """
     path = folder / ADAPTER_CONFIG
     if not folder.is_dir():
-        shown = shorten_text(str(folder))
+        name = shorten_text(str(folder))
         raise FileNotFoundError(
-            f"the adapter {shown} is not a folder; give the one that holds {ADAPTER_CONFIG}"
+            f"the LoRA adapter {name} is not a folder; pass the folder that holds {ADAPTER_CONFIG}"
         )
     if not path.is_file():
-        rule = f"an adapter folder must hold {ADAPTER_CONFIG}, as PEFT writes it"
-        raise FileNotFoundError(f"{rule}; {folder} holds none")
+        raise FileNotFoundError(
+            f"the LoRA adapter folder {folder} must hold {ADAPTER_CONFIG}, as written by PEFT"
+        )
     config = read_json(path)
     with value_errors_of(path):
         _check_supported(config)
@@ -116,18 +125,18 @@ def read_adapter_config(folder: Path) -> AdapterConfig:
 
 
 def _check_supported(config: Mapping) -> None:
+    """Raises ValueError for settings that are not implemented."""
     if config.get("peft_type") != "LORA":
-        got = _got(config.get("peft_type"))
-        raise ValueError(f"peft_type must be 'LORA', {got}: {_INSTEAD}")
-    wrong = [key for key, value in config.items() if key not in _KNOWN and value]
+        peft_type = shorten(config.get("peft_type"))
+        raise ValueError(f"peft_type must be 'LORA', got {peft_type}; {_MERGE_HINT}")
+    unsupported = [key for key, value in config.items() if key not in _KNOWN and value]
     if config.get("bias", "none") != "none":
-        wrong.append("bias")
-    initial = config.get("init_lora_weights", True)
-    if initial not in INITIAL:
-        wrong.append("init_lora_weights")
-    if wrong:
-        stated = ", ".join(f"{shorten(key)} = {shorten(config[key])}" for key in wrong[:3])
-        raise ValueError(f"{stated} is not supported: {_INSTEAD}")
+        unsupported.append("bias")
+    if config.get("init_lora_weights", True) not in SUPPORTED_INITS:
+        unsupported.append("init_lora_weights")
+    if unsupported:
+        settings = ", ".join(f"{shorten(key)} = {shorten(config[key])}" for key in unsupported[:3])
+        raise ValueError(f"{settings} is not supported; {_MERGE_HINT}")
 
 
 def _parse(config: Mapping) -> AdapterConfig:
@@ -149,7 +158,7 @@ def _parse(config: Mapping) -> AdapterConfig:
 def _targets(config: Mapping) -> Targets:
     modules, excluded = (_names(config, f"{kind}_modules") for kind in ("target", "exclude"))
     if not modules:
-        raise ValueError("target_modules must name the adapted modules, got none")
+        raise ValueError("target_modules must name at least one module, got none")
     layers = config.get("layers_to_transform")
     layers = [] if layers is None else layers if isinstance(layers, list) else [layers]
     if not all(type(layer) is int for layer in layers):
@@ -167,14 +176,16 @@ def _names(config: Mapping, key: str) -> Names:
         _check_regex(key, value)
         return value
     if not isinstance(value, (list, tuple)) or not all(isinstance(name, str) for name in value):
-        raise ValueError(f"{key} must be a list of names or a regular expression, {_got(value)}")
+        raise ValueError(
+            f"{key} must be a list of names or a regular expression, got {shorten(value)}"
+        )
     return tuple(value)
 
 
 def _object(config: Mapping, key: str) -> Mapping:
     value = config.get(key) or {}
     if not isinstance(value, Mapping):
-        raise ValueError(f"{key} must be an object, {_got(value)}")
+        raise ValueError(f"{key} must be an object, got {shorten(value)}")
     return value
 
 
@@ -182,42 +193,40 @@ def _check_regex(key: str, text: str) -> None:
     try:
         re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{key} must hold regular expressions, {_got(text)}: {error}") from None
-
-
-def _got(value) -> str:
-    return f"got {shorten(value)}"
+        raise ValueError(
+            f"{key} must be a valid regular expression, got {shorten(text)}: {error}"
+        ) from None
 
 
 def check_no_adapter(folder: Path) -> None:
-    """Raises ValueError where a folder that is given as a model is an adapter."""
+    """Raises ValueError if a folder that is passed as a model is a LoRA adapter."""
     path = folder / ADAPTER_CONFIG
     if not path.is_file() or ((folder / CONFIG).is_file() and _has_weights(folder)):
         return
     base = read_json(path).get("base_model_name_or_path")
     base = f" ({shorten(base)})" if base else ""
-    shown = str(folder)  # whole: it is part of a command to copy
+    # The path is not shortened, because it is part of a command to copy.
     raise ValueError(
-        f"{shown} is a LoRA adapter ({ADAPTER_CONFIG}), not a model: use it with the model it was "
-        f"trained on{base}, --model BASE --adapter {shown}, or merge it first, python -m convert "
-        f"BASE DST --adapter {shown}"
+        f"{folder} is a LoRA adapter ({ADAPTER_CONFIG}), not a model; use it with the model that "
+        f"it was trained on{base}: --model BASE --adapter {folder}, or merge it first: "
+        f"python -m convert BASE DST --adapter {folder}"
     )
 
 
-def check_adapter_beside(folder: Path, adapter: Path | None) -> None:
-    """Raises ValueError where an adapter lies beside full weights and is not the one to merge.
+def check_unmerged_adapter(folder: Path, adapter: Path | None) -> None:
+    """Raises ValueError if a model folder also holds a LoRA adapter that will not be merged.
 
-    adapter: the folder of the one to merge, which may be the model's own.
+    folder: a folder with full weights. adapter: the LoRA adapter that will be merged, or None; it
+      may be in `folder` itself.
     """
     path = folder / ADAPTER_CONFIG
-    # as a link, too, that leads to a missing file
+    # lexists is also true for a link to a missing file.
     if not os.path.lexists(path) or (adapter is not None and _same(adapter, folder)):
         return
-    shown = str(folder)  # whole: it is part of a command to copy
+    # The path is not shortened, because it is part of a command to copy.
     raise ValueError(
-        f"{path} lies beside full weights: pass --adapter {shown} to sample.py "
-        "or python -m convert to merge that adapter into them, or remove the file if it is merged "
-        "already"
+        f"{path} is in a folder with full weights: pass --adapter {folder} to sample.py or python "
+        "-m convert to merge this LoRA adapter, or delete the file if it is already merged"
     )
 
 
@@ -226,6 +235,6 @@ def _same(one: Path, other: Path) -> bool:
 
 
 def _has_weights(folder: Path) -> bool:
-    ends = ("", ".index.json")
-    files = [f"{name}{end}" for name in (SAFETENSORS, TORCH_BIN) for end in ends]
+    suffixes = ("", ".index.json")
+    files = [f"{name}{suffix}" for name in (SAFETENSORS, TORCH_BIN) for suffix in suffixes]
     return any((folder / name).exists() for name in (*files, PARAMS))

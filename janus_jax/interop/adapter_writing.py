@@ -1,4 +1,4 @@
-"""A LoRA adapter in PEFT's format from the factors of our linear layers."""
+"""Writes a LoRA adapter in PEFT's format from the factors of janus_jax's linear layers."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -25,16 +25,16 @@ def write_adapter(
 ) -> None:
     """Writes adapter_config.json and adapter_model.safetensors; replaces an adapter folder.
 
-    A tensor of the layout that holds n adapted layers (DeepSeek's fused qkv) gets one update of n
-    times the rank: A stacks their rows; B is block diagonal, with zeros in the rows of layers that
-    are not adapted. Its alpha is n times as large too, so the scale stays.
+    A PyTorch tensor that holds n adapted layers (DeepSeek's fused qkv) gets one update of n times
+    the rank: A stacks their rows; B is block diagonal, with zeros in the rows of layers without
+    LoRA factors. Its alpha is also n times as large, so that the scale stays the same.
 
     Args:
       target: the folder to write.
-      table: of the layout whose module names are written.
+      table: conversion table of the layout whose module names are written.
       shapes: shape of each of the model's parameters by path.
-      factors: by the path of an adapted kernel; all of one rank.
-      alpha: the kernel acts as kernel + alpha / rank * a @ b.
+      factors: LoRA factors by the path of their kernel; all have the same rank.
+      alpha: the kernel is replaced by kernel + alpha / rank * a @ b.
       base: folder or hub id of the model that the adapter was trained on.
 
     Raises:
@@ -45,20 +45,23 @@ def write_adapter(
         if adapted := [path for path in step.paths if path in factors]:
             module = step.torch.removesuffix(WEIGHT)
             multiples[module] = len(adapted)
-            pair = _joined([factors.get(p) for p in step.paths], [shapes[p] for p in step.paths])
+            pair = _fuse([factors.get(p) for p in step.paths], [shapes[p] for p in step.paths])
             names = (f"{PEFT}{module}.{part}" for part in LINEAR)
             tensors |= dict(zip(names, pair, strict=True))
     rank = next(iter(factors.values()))[0].shape[1]
     config = _config(multiples, rank, alpha, base)
-    kinds = {name: (tensor.dtype, tensor.shape) for name, tensor in sorted(tensors.items())}
+    metadata = {name: (tensor.dtype, tensor.shape) for name, tensor in sorted(tensors.items())}
     size = sum(tensor.nbytes for tensor in tensors.values())
-    with new_folder(target, overwrite=True, size=size, config=ADAPTER_CONFIG) as beside:
-        write_json(beside / ADAPTER_CONFIG, config)
-        write_safetensors_file(beside / ADAPTER_WEIGHTS[0], kinds, tensors.__getitem__)
+    with new_folder(target, overwrite=True, size=size, config=ADAPTER_CONFIG) as staging:
+        write_json(staging / ADAPTER_CONFIG, config)
+        write_safetensors_file(staging / ADAPTER_WEIGHTS[0], metadata, tensors.__getitem__)
 
 
-def _joined(parts: Sequence[Factors | None], shapes: Sequence[Shape]) -> Factors:
-    """A and B, in PyTorch's shapes, of the tensor that holds these layers; None is not adapted."""
+def _fuse(parts: Sequence[Factors | None], shapes: Sequence[Shape]) -> Factors:
+    """Returns A and B, in PyTorch's shapes, of a tensor that holds several layers.
+
+    parts: the factors of each layer, None for a layer without. shapes: of the layers' kernels.
+    """
     down = np.concatenate([part[0].T for part in parts if part is not None])
     up = np.zeros((sum(outputs for _, outputs in shapes), len(down)), np.float32)
     row = column = 0
@@ -72,9 +75,9 @@ def _joined(parts: Sequence[Factors | None], shapes: Sequence[Shape]) -> Factors
 
 
 def _config(multiples: Mapping[str, int], rank: int, alpha: float, base: str) -> dict:
-    """Contents of adapter_config.json; multiples: adapted layers in each module."""
+    """Returns the contents of adapter_config.json. multiples: adapted layers per module."""
     alpha = int(alpha) if alpha == int(alpha) else alpha
-    joined = {module: number for module, number in multiples.items() if number > 1}
+    fused = {module: count for module, count in multiples.items() if count > 1}
     return {
         "peft_type": "LORA",
         "task_type": None,
@@ -83,8 +86,8 @@ def _config(multiples: Mapping[str, int], rank: int, alpha: float, base: str) ->
         "r": rank,
         "lora_alpha": alpha,
         "lora_dropout": 0.0,
-        "rank_pattern": {module: number * rank for module, number in joined.items()},
-        "alpha_pattern": {module: number * alpha for module, number in joined.items()},
+        "rank_pattern": {module: count * rank for module, count in fused.items()},
+        "alpha_pattern": {module: count * alpha for module, count in fused.items()},
         "use_rslora": False,
         "use_dora": False,
         "bias": "none",

@@ -1,12 +1,12 @@
-"""What a value of config.json must be; refused by its key, and before it costs time or memory."""
+"""Checks values of config.json; invalid ones are refused by key before they cost time or memory."""
 
 import dataclasses
 from collections.abc import Mapping
 
 from janus_jax.checks import shorten
 
-# Largest sizes that are accepted, several times those of any Janus. A larger one means a damaged
-# file, which must be refused before it costs minutes and gigabytes.
+# The largest sizes accepted, several times those of any Janus model. A larger size means that the
+# file is damaged; it is refused before it costs minutes and gigabytes.
 LARGEST_SIZE = 2**17
 LARGEST_SIZES = {
     "num_layers": 512,
@@ -22,54 +22,60 @@ LARGEST_SIZES = {
     "codebook_size": 2**22,
     "max_position_embeddings": 2**31 - 1,
 }
-MOST_LEVELS = 7  # of the VQ model: each halves the resolution
-# Beyond these, a value vanishes or overflows in float32, or leaves nothing of what it is added to.
+MAX_LEVELS = 7  # levels of the VQ model; each halves the resolution
+# Outside these ranges, a value vanishes or overflows in float32, or absorbs what it is added to.
 RANGES = {"rms_norm_eps": (1e-12, 1.0), "rope_theta": (1.0, 1e12), "mlp_ratio": (1e-6, 1e6)}
 
 
-def refusal(where: str, wanted: str, value) -> ValueError:
-    """The error for a value of config.json; where: its key, with the keys it is in."""
-    return ValueError(f"config.json: {where} must be {wanted}, got {shorten(value)}")
+def config_error(key: str, expected: str, value) -> ValueError:
+    """Returns the error for a value of config.json. key: with the keys of its parent objects."""
+    return ValueError(f"config.json: {key} must be {expected}, got {shorten(value)}")
 
 
-def get(section: Mapping, key: str, where: str):
-    """A value that has no default."""
+def get_required(section: Mapping, key: str, prefix: str):
+    """Returns the value of a key that has no default.
+
+    prefix: here and below, the keys of the parent objects, such as "vision_config.params.".
+    """
     if key not in section:
-        raise ValueError(f"config.json: {where}.{key} is missing")
+        raise ValueError(f"config.json: {prefix}{key} is missing")
     return section[key]
 
 
-def require(section: Mapping, where: str, **wanted) -> None:
-    """Refuses a stated value that the networks do not implement; absent means the only one."""
-    for key, value in wanted.items():
+def require(section: Mapping, prefix: str, **supported) -> None:
+    """Raises ValueError for a value other than the supported one; an absent key is accepted."""
+    for key, value in supported.items():
         if section.get(key, value) != value:
-            raise refusal(f"{where}{key}", repr(value), section[key])
+            raise config_error(f"{prefix}{key}", repr(value), section[key])
 
 
-def require_null(section: Mapping, where: str, *keys: str) -> None:
-    """Refuses keys that change the network and have a value."""
+def require_null(section: Mapping, prefix: str, *keys: str) -> None:
+    """Raises ValueError if an unsupported key, which would change the network, has a value."""
     for key in keys:
         if section.get(key) is not None:
-            raise refusal(f"{where}{key}", "null or absent", section[key])
+            raise config_error(f"{prefix}{key}", "null or absent", section[key])
 
 
-def real(name: str, value, where: str) -> float:
-    """A real number in its range (RANGES), as a float; JSON may have it as an integer."""
+def check_float(name: str, value, prefix: str) -> float:
+    """Returns a number as a float after checking its range (RANGES); accepts JSON integers."""
     low, high = RANGES[name]
-    if type(value) not in (int, float) or not low <= value <= high:  # an int of any length, too
-        raise refusal(f"{where}{name}", f"a number from {low:g} to {high:g}", value)
+    if type(value) not in (int, float) or not low <= value <= high:  # an int may have any length
+        raise config_error(f"{prefix}{name}", f"a number from {low:g} to {high:g}", value)
     return float(value)
 
 
-def size(name: str, value, where: str, largest: int = LARGEST_SIZE) -> int:
-    """An integer from 1 to `largest`."""
+def check_size(name: str, value, prefix: str, largest: int = LARGEST_SIZE) -> int:
+    """Returns the value if it is an integer from 1 to `largest`."""
     if type(value) is not int or not 0 < value <= largest:
-        raise refusal(f"{where}{name}", f"an integer from 1 to {largest}", value)
+        raise config_error(f"{prefix}{name}", f"an integer from 1 to {largest}", value)
     return value
 
 
 def check_sizes(cfg) -> None:
-    """Every size of a model config and of those in it; select_layer is counted from the end."""
+    """Checks all sizes of a model config and its nested configs.
+
+    select_layer is not a size: it is negative.
+    """
     for field in dataclasses.fields(cfg):
         value = getattr(cfg, field.name)
         name = f"{field.name} of {type(cfg).__name__}"
@@ -77,21 +83,21 @@ def check_sizes(cfg) -> None:
         if dataclasses.is_dataclass(value):
             check_sizes(value)
         elif field.type is int and field.name != "select_layer":
-            size(name, value, "", largest)
+            check_size(name, value, "", largest)
         elif field.type == tuple[int, ...]:
-            if not 0 < len(value) <= MOST_LEVELS:
-                raise refusal(name, f"1 to {MOST_LEVELS} integers", value)
+            if not 0 < len(value) <= MAX_LEVELS:
+                raise config_error(name, f"1 to {MAX_LEVELS} integers", value)
             for each in value:
-                size(name, each, "", largest)
+                check_size(name, each, "", largest)
 
 
-def mlp_dim(width, ratio, where: str) -> int:
-    """Hidden width of SigLIP's MLP, as both layouts compute it."""
-    return int(size("width", width, where) * real("mlp_ratio", ratio, where))
+def mlp_dim(width, ratio, prefix: str) -> int:
+    """Returns the hidden width of SigLIP's MLP, as both layouts compute it."""
+    return int(check_size("width", width, prefix) * check_float("mlp_ratio", ratio, prefix))
 
 
-def multipliers(name: str, value, where: str) -> tuple:
-    """A list of the VQ model's channel multipliers."""
+def check_multipliers(name: str, value, prefix: str) -> tuple:
+    """Returns the VQ model's channel multipliers as a tuple if they are a list."""
     if not isinstance(value, (list, tuple)):
-        raise refusal(f"{where}{name}", "a list of integers", value)
+        raise config_error(f"{prefix}{name}", "a list of integers", value)
     return tuple(value)

@@ -1,6 +1,6 @@
-"""JanusConfig -> config.json, in DeepSeek's layout and in that of `transformers`.
+"""Converts a JanusConfig to config.json, in DeepSeek's layout or that of `transformers`.
 
-What `config.py` reads, every size stated.
+The inverse of `config.py`; every size is written explicitly.
 """
 
 import math
@@ -23,25 +23,32 @@ from janus_jax.models.vq import VQConfig
 def write_config(
     cfg: JanusConfig, source: Mapping | None, layout: str, image_token_id: int | None = None
 ) -> dict:
-    """Contents of a config.json; the source's own if it already has this layout.
+    """Returns the contents of a config.json in the given layout.
 
-    image_token_id: id of `<image_placeholder>`, which only the `transformers` layout states.
+    Args:
+      cfg: the model's sizes.
+      source: contents of the original config.json, or None; returned unchanged if it already has
+        the layout.
+      layout: DEEPSEEK or TRANSFORMERS.
+      image_token_id: id of `<image_placeholder>`; only the `transformers` layout needs it.
 
     Raises:
       ValueError: the layout cannot express this model.
     """
     if source is not None and layout_of(source) == layout:
         return dict(source)
-    dtype = _stated_dtype(source)
+    dtype = _source_dtype(source)
     if layout == DEEPSEEK:
         return _write_deepseek(cfg, dtype)
     _check_transformers(cfg)
     if image_token_id is None:
-        raise ValueError("the transformers layout needs a tokenizer.json with <image_placeholder>")
+        raise ValueError(
+            "the transformers layout needs the token <image_placeholder> in tokenizer.json"
+        )
     return _write_transformers(cfg, dtype, image_token_id)
 
 
-def _stated_dtype(source: Mapping | None) -> str:
+def _source_dtype(source: Mapping | None) -> str:
     source = source or {}
     decoder = source.get("text_config") or source.get("language_config") or {}
     for section in (source, decoder):
@@ -52,7 +59,7 @@ def _stated_dtype(source: Mapping | None) -> str:
 
 
 def _ratio(width: int, mlp_dim: int) -> float:
-    """Number r for which int(width * r), as both layouts compute it, is mlp_dim."""
+    """Returns a ratio r with int(width * r) == mlp_dim, which is how both layouts compute it."""
     ratio = mlp_dim / width
     return ratio if int(width * ratio) == mlp_dim else math.nextafter(ratio, math.inf)
 
@@ -124,17 +131,20 @@ def _section(kind: str, params: dict) -> dict:
 
 
 def _check_transformers(cfg: JanusConfig) -> None:
-    """What JanusForConditionalGeneration keeps fixed."""
+    """Raises ValueError if JanusForConditionalGeneration cannot represent the model."""
     vision, vq, width = cfg.und_encoder, cfg.gen_vq, cfg.language_model.hidden_size
-    fixed = (
-        ("32 groups in the VQ model's norms", vq.norm_num_groups, 32),
-        ("an image head as wide as the decoder", cfg.gen_head_width, width),
-        ("every vision layer in use (select_layer -1)", vision.select_layer, -1),
-        ("vision patches as large as image tokens", vision.patch_size, vq.downsample),
+    constraints = (
+        ("norm_num_groups of the VQ model", vq.norm_num_groups, 32),
+        ("the width of gen_head (the decoder's hidden size)", cfg.gen_head_width, width),
+        ("select_layer (the last vision layer)", vision.select_layer, -1),
+        ("the vision patch_size (pixels of an image token)", vision.patch_size, vq.downsample),
     )
-    for what, value, wanted in fixed:
-        if value != wanted:
-            raise ValueError(f"the transformers layout needs {what}: {value} is not {wanted}")
+    for what, value, expected in constraints:
+        if value != expected:
+            raise ValueError(
+                f"the transformers layout cannot express this model: {what} must be {expected}, "
+                f"got {value}"
+            )
 
 
 def _write_transformers(cfg: JanusConfig, dtype: str, image_token_id: int) -> dict:

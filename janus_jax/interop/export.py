@@ -1,4 +1,4 @@
-"""What `python -m convert` does: folders in, folders out, on the host, without a device mesh."""
+"""The commands of `python -m convert`, which read and write checkpoint folders on the host."""
 
 import collections
 import math
@@ -21,12 +21,12 @@ from janus_jax.interop.load import (
 )
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.processor_files import check_files, copy_files, translate_files
-from janus_jax.interop.rules import Shape, export_steps, torch_shape
+from janus_jax.interop.rules import Shape, Step, export_steps, torch_shape
 from janus_jax.processing.json_files import write_json
 from janus_jax.processing.tokenizer import Tokenizer
 from janus_jax.progress import Report
 
-Kinds = dict[str, tuple[np.dtype, Shape]]
+Metadata = dict[str, tuple[np.dtype, Shape]]  # by tensor name
 
 
 def import_folder(
@@ -36,30 +36,38 @@ def import_folder(
     adapter: Path | None = None,
     progress: Report | None = None,
 ) -> list[str]:
-    """Writes an Orbax folder from any readable one; returns what to tell the user.
+    """Converts a checkpoint folder of any kind to an Orbax folder.
 
-    adapter: a LoRA adapter in PEFT's format to merge, or None.
-    progress: called with the bytes written so far and in all. Orbax compresses them, so that the
-      first number may stay below the second.
+    Args:
+      source: the folder to read.
+      target: the folder to write.
+      overwrite: whether an existing checkpoint folder is replaced.
+      adapter: a LoRA adapter in PEFT's format to merge, or None.
+      progress: called with the bytes written so far and the total. Orbax compresses the arrays, so
+        the first number may stay below the second.
+
+    Returns:
+      Lines of a report for the user.
 
     Raises:
       FileNotFoundError, FileExistsError, ValueError: as `open_folder`, `make_plan`, `new_folder`.
     """
-    _check_apart(source, target, adapter)
+    _check_target(source, target, adapter)
     folder = _open(source, adapter)
     stored = stored_params(folder)
     checkpoint.save(
         target,
-        {path: stored.read(path) for path in stored.kinds},
+        {path: stored.read(path) for path in stored.metadata},
         config=folder.config,
         files_from=source,
         unused=stored.unused,
         overwrite=overwrite,
         progress=progress,
     )
-    numbers = sum(math.prod(shape) for _, shape in stored.kinds.values())
-    said = f"{target}: {len(stored.kinds)} parameters, {numbers:,} numbers"
-    return [f"{said}; {len(stored.unused)} unused tensors kept beside", *_merge_report(adapter)]
+    size = sum(math.prod(shape) for _, shape in stored.metadata.values())
+    line = f"{target}: {len(stored.metadata)} parameter arrays with {size:,} values"
+    line += f"; kept {len(stored.unused)} unused tensors in {checkpoint.UNUSED}"
+    return [line, *_merge_report(adapter)]
 
 
 def export_folder(
@@ -70,17 +78,29 @@ def export_folder(
     adapter: Path | None = None,
     progress: Report | None = None,
 ) -> list[str]:
-    """Writes PyTorch safetensors in a layout from any readable folder; returns what to say.
+    """Converts a checkpoint folder of any kind to PyTorch safetensors in the given layout.
 
-    The tensors that DeepSeek's class expects and Janus does not use (SigLIP's pooling head,
-    codebook_used) come from the source; zeros are written for those that it lacks.
-    adapter: a LoRA adapter in PEFT's format to merge, or None.
-    progress: called with the bytes written so far and in all.
+    DeepSeek's class expects tensors that Janus does not use (SigLIP's pooling head, codebook_used).
+    In that layout they are copied from the source, or written as zeros if the source has none.
+
+    Args:
+      source: the folder to read.
+      target: the folder to write.
+      layout: DEEPSEEK or TRANSFORMERS.
+      overwrite: whether an existing checkpoint folder is replaced.
+      adapter: a LoRA adapter in PEFT's format to merge, or None.
+      progress: called with the bytes written so far and the total.
+
+    Returns:
+      Lines of a report for the user.
+
+    Raises:
+      FileNotFoundError, FileExistsError, ValueError: as `open_folder`, `make_plan`, `new_folder`.
     """
-    _check_apart(source, target, adapter)
+    _check_target(source, target, adapter)
     folder = _open(source, adapter)
-    said = write_folder(folder, stored_params(folder), target, layout, overwrite, progress)
-    return [*said, *_merge_report(adapter)]
+    report = write_folder(folder, stored_params(folder), target, layout, overwrite, progress)
+    return [*report, *_merge_report(adapter)]
 
 
 def _merge_report(adapter: Path | None) -> list[str]:
@@ -95,30 +115,31 @@ def write_folder(
     overwrite: bool,
     progress: Report | None = None,
 ) -> list[str]:
-    """As export_folder, with `stored` for the parameters and `folder` for all else."""
+    """Like export_folder, but takes the parameters from `stored` and all else from `folder`."""
     source = folder.path
-    stated_anew = layout == TRANSFORMERS and folder.layout != layout
-    image_token_id = Tokenizer.from_dir(source).image_id if stated_anew else None
+    needs_image_token = layout == TRANSFORMERS and folder.layout != layout
+    image_token_id = Tokenizer.from_dir(source).image_id if needs_image_token else None
     config = write_config(folder.cfg, folder.config, layout, image_token_id)
-    steps = {step.torch: step for step in export_steps(table_for(layout, folder.cfg), stored.kinds)}
-    kinds = {name: _kind(step, stored.kinds) for name, step in steps.items()}
-    kept, zeros = _unused(folder, stored, layout)
-    kinds |= {name: (array.dtype, array.shape) for name, array in kept.items()} | zeros
+    table = table_for(layout, folder.cfg)
+    steps = {step.torch: step for step in export_steps(table, stored.metadata)}
+    metadata = {name: _tensor_metadata(step, stored.metadata) for name, step in steps.items()}
+    copied, zeros = _unused(folder, stored, layout)
+    metadata |= {name: (array.dtype, array.shape) for name, array in copied.items()} | zeros
 
     def read(name: str) -> np.ndarray:
         if name in steps:
-            return steps[name].op.torch(tuple(map(stored.read, steps[name].paths)))
-        return kept[name] if name in kept else np.zeros(zeros[name][1], zeros[name][0])
+            return steps[name].op.to_torch(tuple(map(stored.read, steps[name].paths)))
+        return copied[name] if name in copied else np.zeros(zeros[name][1], zeros[name][0])
 
-    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in kinds.values())
-    with new_folder(target, overwrite, size) as beside:
+    size = sum(dtype.itemsize * math.prod(shape) for dtype, shape in metadata.values())
+    with new_folder(target, overwrite, size) as staging:
         if folder.layout == layout:
-            copy_files(source, beside)
+            copy_files(source, staging)
         else:
-            translate_files(source, beside, layout, folder.cfg)
-        write_json(beside / CONFIG, config)
-        write_safetensors(beside, dict(sorted(kinds.items())), read, progress=progress)
-    return _export_report(target, kinds, stored, kept, zeros)
+            translate_files(source, staging, layout, folder.cfg)
+        write_json(staging / CONFIG, config)
+        write_safetensors(staging, dict(sorted(metadata.items())), read, progress=progress)
+    return _export_report(target, metadata, stored, copied, zeros)
 
 
 def _open(source: Path, adapter: Path | None = None) -> Folder:
@@ -127,46 +148,51 @@ def _open(source: Path, adapter: Path | None = None) -> Folder:
     return folder
 
 
-def _check_apart(source: Path, target: Path, adapter: Path | None) -> None:
-    target, read = Path(target).resolve(), {"SRC": source, "--adapter": adapter}
-    for name, folder in read.items():
+def _check_target(source: Path, target: Path, adapter: Path | None) -> None:
+    """Raises ValueError if writing the target would replace a folder that is read."""
+    target, inputs = Path(target).resolve(), {"SRC": source, "--adapter": adapter}
+    for name, folder in inputs.items():
         folder = None if folder is None else Path(folder).resolve()
         if folder and target in (folder, *folder.parents):
-            raise ValueError(f"{name} {folder} is DST or inside it: {target}")
+            raise ValueError(f"{name} must not be DST or inside DST, got {folder} and DST {target}")
 
 
-def _kind(step, kinds: Mapping[str, tuple[np.dtype, Shape]]) -> tuple[np.dtype, Shape]:
-    dtypes = {kinds[path][0] for path in step.paths}
+def _tensor_metadata(step: Step, metadata: Mapping) -> tuple[np.dtype, Shape]:
+    """Returns the dtype and shape of a PyTorch tensor from those of its parameters."""
+    dtypes = {metadata[path][0] for path in step.paths}
     if len(dtypes) > 1:
-        raise ValueError(f"{step.torch} would mix {' and '.join(sorted(map(str, dtypes)))}")
-    return dtypes.pop(), torch_shape(step, {path: kinds[path][1] for path in step.paths})
+        raise ValueError(
+            f"the parameters of {step.torch} must have one dtype, got "
+            f"{' and '.join(sorted(map(str, dtypes)))}"
+        )
+    return dtypes.pop(), torch_shape(step, {path: metadata[path][1] for path in step.paths})
 
 
 def _unused(
     folder: Folder, stored: StoredParams, layout: str
-) -> tuple[dict[str, np.ndarray], Kinds]:
-    """Unused tensors that go along, and those to be written as zeros."""
-    kept = dict(stored.unused) if folder.layout == layout else {}
+) -> tuple[dict[str, np.ndarray], Metadata]:
+    """Returns the unused tensors to copy, and the unused tensors to write as zeros."""
+    copied = dict(stored.unused) if folder.layout == layout else {}
     zeros = {}
     if layout == DEEPSEEK:
-        dtype = stored.kinds["und_encoder.pos_embed"][0]
+        dtype = stored.metadata["und_encoder.pos_embed"][0]
         shapes = deepseek.unused_shapes(folder.cfg)
-        zeros = {name: (dtype, shape) for name, shape in shapes.items() if name not in kept}
-    return kept, zeros
+        zeros = {name: (dtype, shape) for name, shape in shapes.items() if name not in copied}
+    return copied, zeros
 
 
 def _export_report(
-    target: Path, kinds: Kinds, stored: StoredParams, kept: Mapping, zeros: Mapping
+    target: Path, metadata: Metadata, stored: StoredParams, copied: Mapping, zeros: Mapping
 ) -> list[str]:
-    numbers = sum(math.prod(shape) for _, shape in kinds.values())
-    said = [f"{target}: {len(kinds)} tensors, {numbers:,} numbers"]
+    size = sum(math.prod(shape) for _, shape in metadata.values())
+    lines = [f"{target}: {len(metadata)} tensors with {size:,} values"]
     if zeros:
         names = " and ".join(sorted({_component(name) for name in zeros}))
-        said.append(f"wrote zeros for {len(zeros)} tensors that nothing reads ({names})")
-    dropped = [name for name in stored.unused if name not in kept]
-    if dropped:
-        said.append(f"left out {len(dropped)} unused tensors that this layout does not have")
-    return said
+        lines.append(f"wrote zeros for {len(zeros)} unused tensors ({names})")
+    skipped = [name for name in stored.unused if name not in copied]
+    if skipped:
+        lines.append(f"skipped {len(skipped)} unused tensors that this layout does not have")
+    return lines
 
 
 def _component(name: str) -> str:
@@ -174,14 +200,18 @@ def _component(name: str) -> str:
 
 
 def inspect_folder(source: Path) -> list[str]:
-    """Lines that say what a folder holds: components, numbers, dtypes, and what is skipped."""
+    """Describes a folder's weights.
+
+    Returns:
+      Lines for the user: components, their parameter counts and dtypes, and unused tensors.
+    """
     folder = _open(source)
     stored = stored_params(folder)
-    kind = "Orbax" if folder.orbax else "PyTorch"
-    lines = [f"{source}: {kind} weights, config in the {folder.layout} layout"]
+    storage = "Orbax" if folder.orbax else "PyTorch"
+    lines = [f"{source}: {storage} weights, config in the {folder.layout} layout"]
     counts: dict[str, int] = collections.Counter()
     dtypes = collections.defaultdict(set)
-    for path, (dtype, shape) in stored.kinds.items():
+    for path, (dtype, shape) in stored.metadata.items():
         component = path.split(".")[0]
         counts[component] += math.prod(shape)
         dtypes[component].add(str(dtype))
@@ -193,6 +223,6 @@ def inspect_folder(source: Path) -> list[str]:
     for name in stored.unused:
         reasons[stored.skipped[name]].append(name)
     for reason, names in reasons.items():
-        numbers = sum(stored.unused[name].size for name in names)
-        lines.append(f"  not used: {', '.join(names)} ({numbers:,} numbers): {reason}")
+        size = sum(stored.unused[name].size for name in names)
+        lines.append(f"  not used: {', '.join(names)} ({size:,} values): {reason}")
     return lines

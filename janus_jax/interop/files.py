@@ -1,4 +1,4 @@
-"""The files of a checkpoint folder: which ones are small, and tensors written as a stream."""
+"""The files of a checkpoint folder: small files to copy, and safetensors written as a stream."""
 
 import json
 import math
@@ -13,18 +13,18 @@ from janus_jax.processing.json_files import write_json
 from janus_jax.progress import Report
 
 CONFIG = "config.json"
-PARAMS = "params"  # the folder of an Orbax checkpoint's parameters
-ADAPTER_CONFIG = "adapter_config.json"  # of a LoRA adapter in PEFT's format
+PARAMS = "params"  # subfolder with the parameters of an Orbax folder
+ADAPTER_CONFIG = "adapter_config.json"  # config of a LoRA adapter in PEFT's format
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 SHARD_BYTES = 5 * 10**9
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 
 
 def small_files(folder: Path) -> list[Path]:
-    """Config, tokenizer and processor files of a checkpoint folder."""
-    found = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
-    others = (".index.json", ADAPTER_CONFIG)  # of weights that are not copied
-    return sorted(p for p in found if p.is_file() and not p.name.endswith(others))
+    """Returns the config, tokenizer and processor files of a checkpoint folder."""
+    paths = {path for pattern in SMALL_FILES for path in folder.glob(pattern)}
+    excluded = (".index.json", ADAPTER_CONFIG)  # they belong to weights that are not copied
+    return sorted(p for p in paths if p.is_file() and not p.name.endswith(excluded))
 
 
 def write_safetensors(
@@ -34,14 +34,18 @@ def write_safetensors(
     shard_bytes: int = SHARD_BYTES,
     progress: Report | None = None,
 ) -> None:
-    """Writes a folder's weights tensor by tensor: one file, or shards with an index.
+    """Writes a folder's weights one tensor at a time: a single file, or shards with an index.
 
-    tensors: dtype and shape by name; read: the values of one name, asked for once, in order.
-    progress: called with the bytes written so far and in all.
+    Args:
+      folder: an existing folder.
+      tensors: dtype and shape by name.
+      read: returns the values of a tensor; called once per name, in order.
+      shard_bytes: maximum bytes of a shard, unless a single tensor is larger.
+      progress: called with the bytes written so far and the total.
     """
     shards, total = _shards(tensors, shard_bytes)
     if progress is not None:
-        read = _reporting(read, tensors, total, progress)
+        read = _with_progress(read, tensors, total, progress)
     if len(shards) == 1:
         write_safetensors_file(folder / SAFETENSORS, shards[0], read)
         return
@@ -54,34 +58,35 @@ def write_safetensors(
     write_json(folder / f"{SAFETENSORS}.index.json", index)
 
 
-def _reporting(
+def _with_progress(
     read: Callable[[str], np.ndarray],
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     total: int,
     progress: Report,
 ) -> Callable[[str], np.ndarray]:
-    """`read`, which reports what is written when it is called: all tensors before its own."""
+    """Wraps `read` so that each call first reports the bytes of all tensors written before."""
     done = 0
 
-    def reading(name: str) -> np.ndarray:
+    def read_and_report(name: str) -> np.ndarray:
         nonlocal done
         progress(done, total)
         dtype, shape = tensors[name]
         done += dtype.itemsize * math.prod(shape)
         return read(name)
 
-    return reading
+    return read_and_report
 
 
 def _shards(tensors: Mapping, shard_bytes: int) -> tuple[list[dict], int]:
-    shards, held, total = [{}], 0, 0
+    """Splits tensors into shards; also returns the total number of bytes."""
+    shards, shard_size, total = [{}], 0, 0
     for name, (dtype, shape) in tensors.items():
         size = dtype.itemsize * math.prod(shape)
-        if shards[-1] and held + size > shard_bytes:
+        if shards[-1] and shard_size + size > shard_bytes:
             shards.append({})
-            held = 0
+            shard_size = 0
         shards[-1][name] = (dtype, shape)
-        held, total = held + size, total + size
+        shard_size, total = shard_size + size, total + size
     return shards, total
 
 
@@ -90,14 +95,14 @@ def write_safetensors_file(
     tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
     read: Callable[[str], np.ndarray],
 ) -> None:
-    """Writes one safetensors file; only one tensor is in memory at a time."""
+    """Writes one safetensors file; holds only one tensor in memory at a time."""
     header, end = {"__metadata__": {"format": "pt"}}, 0
     for name, (dtype, shape) in tensors.items():
         start, end = end, end + dtype.itemsize * math.prod(shape)
         fields = {"dtype": DTYPE_NAMES[dtype], "shape": shape, "data_offsets": (start, end)}
         header[name] = fields
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data starts aligned, so readers can map it
+    text += b" " * (-len(text) % 8)  # aligns the data, so that readers can memory-map it
     with os_errors_of(path), path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, (dtype, _) in tensors.items():

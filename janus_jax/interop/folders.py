@@ -1,4 +1,4 @@
-"""Whether a path is a checkpoint folder; if not, what to give in its place."""
+"""Checks that a path is a checkpoint folder; if it is not, suggests what to pass instead."""
 
 import difflib
 import os
@@ -7,7 +7,7 @@ from pathlib import Path
 from janus_jax.checks import shorten_text
 from janus_jax.interop.adapter_config import check_no_adapter
 from janus_jax.interop.files import CONFIG
-from janus_jax.interop.quantised import GGUF
+from janus_jax.interop.quantised import GGUF_UNSUPPORTED
 from janus_jax.interop.readers import WEIGHT_SUFFIXES
 
 FILES = (
@@ -15,62 +15,64 @@ FILES = (
     "preprocessor_config.json beside model.safetensors or pytorch_model.bin (or shards with an "
     "index)"
 )
-KNOWN = ("deepseek-ai/Janus-Pro-1B", "deepseek-ai/Janus-Pro-7B", "deepseek-ai/Janus-1.3B")
-SHIPPED = "janus_tiny"
-_CLOSE = 0.8  # of difflib's ratio, in which 1 is the same
+RELEASED = ("deepseek-ai/Janus-Pro-1B", "deepseek-ai/Janus-Pro-7B", "deepseek-ai/Janus-1.3B")
+BUNDLED = "janus_tiny"  # the model in assets/
+_MIN_SIMILARITY = 0.8  # difflib's ratio; 1 means equal
 
 
-def check_folder(path: Path | str, fetches: bool = False) -> Path:
-    """The folder, if it is one with a config.json.
+def check_folder(path: Path | str, hub_ids: bool = False) -> Path:
+    """Returns the folder if it holds a config.json.
 
-    fetches: whether the caller takes ids of the Hugging Face hub in place of a folder.
+    hub_ids: whether the caller accepts Hugging Face hub ids as well as folders; it changes the
+      suggestions in messages.
 
     Raises:
-      FileNotFoundError: it is none; the message says what is missing and what to give.
+      FileNotFoundError: it is not a checkpoint folder; the message says what is missing and what to
+        pass instead.
       ValueError: it is a LoRA adapter.
     """
     path = Path(path)
-    shown = shorten_text(str(path))
+    name = shorten_text(str(path))
     if path.suffix.lower() == ".gguf" and not os.path.isdir(path):
-        raise FileNotFoundError(f"{shown} is not a folder; {GGUF}, which needs {FILES}")
+        raise FileNotFoundError(f"{name} is not a folder; {GGUF_UNSUPPORTED}, which needs {FILES}")
     if os.path.isfile(path):  # Path.is_file raises if the name is too long
         kind = "a weights file" if path.suffix.lower() in WEIGHT_SUFFIXES else "a file"
         folder = path.absolute().parent
         raise FileNotFoundError(
-            f"{shown} is {kind}, not a folder; give the folder ({folder}), which needs {FILES}"
+            f"{name} is {kind}, not a folder; pass the folder ({folder}), which needs {FILES}"
         )
     if not os.path.isdir(path):
-        raise FileNotFoundError(f"{shown} is not a folder{suggestion(str(path), fetches)}")
+        raise FileNotFoundError(f"{name} is not a folder{suggestion(str(path), hub_ids)}")
     check_no_adapter(path)
     if not (path / CONFIG).is_file():
-        raise FileNotFoundError(f"{shown} holds no {CONFIG}{_inside(path)}")
+        raise FileNotFoundError(f"{name} has no {CONFIG}{_describe(path)}")
     return path
 
 
-def suggestion(name: str, fetches: bool) -> str:
-    """'; did you mean ...' for a name like that of a released model, or ''."""
+def suggestion(name: str, hub_ids: bool) -> str:
+    """Returns '; did you mean ...?' for a name similar to that of a released model, or ''."""
     last = Path(name).name.lower().replace("_", "-").replace(" ", "-")
-    if last == SHIPPED.replace("_", "-") and fetches:
-        return f"; {SHIPPED} is the model that loads where none is given"
+    if last == BUNDLED.replace("_", "-") and hub_ids:
+        return f"; {BUNDLED} is the default model: omit the argument to load it"
     if "janusflow" in last:
         return "; JanusFlow is not supported"
-    ids = {known.split("/")[1].lower(): known for known in KNOWN}
-    close = [each for each in ids if each.startswith(last) and last.startswith("janus")]
-    close = close or difflib.get_close_matches(last, ids, 1, _CLOSE)
-    found = [ids[each] for each in close if not fetches or ids[each] != name]
-    if not found:
+    ids = {released.split("/")[1].lower(): released for released in RELEASED}
+    similar = [each for each in ids if each.startswith(last) and last.startswith("janus")]
+    similar = similar or difflib.get_close_matches(last, ids, 1, _MIN_SIMILARITY)
+    suggested = [ids[each] for each in similar if not hub_ids or ids[each] != name]
+    if not suggested:
         return ""
-    means = f"; did you mean {' or '.join(found)}?"
-    download = f" Download it first: hf download {found[0]} --local-dir DIR"
-    return means + ("" if fetches else download)
+    question = f"; did you mean {' or '.join(suggested)}?"
+    download = f" Download it first: hf download {suggested[0]} --local-dir DIR"
+    return question + ("" if hub_ids else download)
 
 
-def _inside(folder: Path) -> str:
-    """What is known of a folder without a config.json."""
+def _describe(folder: Path) -> str:
+    """Explains what a folder without a config.json holds, or what it needs."""
     if any(folder.glob("*.gguf")):
-        return f"; {GGUF}"
+        return f"; {GGUF_UNSUPPORTED}"
     if snapshots := sorted(folder.glob(f"snapshots/*/{CONFIG}")):
-        return f"; give the folder in its hub cache: {snapshots[-1].parent}"
+        return f"; pass the snapshot folder in the hub cache: {snapshots[-1].parent}"
     if (folder / "model" / CONFIG).is_file():
-        return f"; give {folder / 'model'}"
+        return f"; pass {folder / 'model'}"
     return f"; a checkpoint folder needs {FILES}"

@@ -1,4 +1,4 @@
-"""From a checkpoint folder of any kind to parameters on devices, one tensor at a time."""
+"""Loads checkpoint folders of any kind and places parameters on devices one tensor at a time."""
 
 import dataclasses
 import functools
@@ -16,11 +16,11 @@ from janus_jax import checkpoint
 from janus_jax.checks import shorten, shorten_text
 from janus_jax.interop import deepseek, transformers
 from janus_jax.interop.adapter import Adapter, read_adapter
-from janus_jax.interop.adapter_config import check_adapter_beside
+from janus_jax.interop.adapter_config import check_unmerged_adapter
 from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS, layout_of, read_config
 from janus_jax.interop.files import CONFIG
 from janus_jax.interop.folders import check_folder
-from janus_jax.interop.names import few, listed
+from janus_jax.interop.names import abbreviate, summarize_problems
 from janus_jax.interop.quantised import check_not_quantised
 from janus_jax.interop.readers import open_checkpoint, read_safetensors
 from janus_jax.interop.rules import Plan, Shape, Table, make_plan, skip_reasons
@@ -31,17 +31,19 @@ from janus_jax.paths import value_errors_of
 from janus_jax.processing.json_files import read_json
 from janus_jax.progress import Report
 
-FLOAT32_PATHS = r"gen_vq\."  # colours decoded in bfloat16 show bands
-ALIGNMENT = 64  # bytes, of jax's CPU buffers
-COLUMNS = 16  # copied at a time: a transposed copy is five times as fast as in one go
+FLOAT32_PATHS = r"gen_vq\."  # images decoded in bfloat16 show colour banding
+ALIGNMENT = 64  # bytes; the alignment of JAX's CPU buffers
+COLUMNS = 16  # copied at a time, which makes a transposed copy five times as fast
 ShardingFor = Callable[[str, Shape], jax.sharding.Sharding | None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Folder:
-    """A checkpoint folder: its config.json, the layout that file has, and the sizes it states.
+    """A checkpoint folder.
 
-    adapter: the folder of a LoRA adapter that is merged into the weights where they are read.
+    config: contents of config.json. layout: that of config.json. cfg: the model's sizes.
+    orbax: whether the weights are stored in Orbax.
+    adapter: folder of a LoRA adapter that is merged into the weights as they are read, or None.
     """
 
     path: Path
@@ -55,16 +57,16 @@ class Folder:
 def open_folder(path: Path | str, adapter: Path | str | None = None) -> Folder:
     """Reads a folder's config.json and determines what kind of folder it is.
 
-    adapter: a LoRA adapter in PEFT's format to merge into its weights, or None.
+    adapter: a LoRA adapter in PEFT's format to merge into the weights, or None.
 
     Raises:
-      FileNotFoundError: no folder, or no config.json in it.
-      ValueError: JanusFlow, another model, or an unsupported value; an adapter in place of a model,
-        or one beside the weights that is not to be merged.
+      FileNotFoundError: the folder or its config.json is missing.
+      ValueError: the config is of JanusFlow or another model, or has an unsupported value; the
+        folder is a LoRA adapter, or holds one in addition to the weights that will not be merged.
     """
     path = check_folder(path)
     adapter = None if adapter is None else Path(adapter)
-    check_adapter_beside(path, adapter)
+    check_unmerged_adapter(path, adapter)
     config = read_json(path / CONFIG)
     with value_errors_of(path):
         layout, cfg = layout_of(config), read_config(config)
@@ -72,12 +74,12 @@ def open_folder(path: Path | str, adapter: Path | str | None = None) -> Folder:
 
 
 def table_for(layout: str, cfg: JanusConfig) -> Table:
-    """Conversion table of a PyTorch layout."""
+    """Returns the conversion table of a PyTorch layout."""
     return (deepseek if layout == DEEPSEEK else transformers).table(cfg)
 
 
 def open_adapter(folder: Folder) -> Adapter | None:
-    """The folder's adapter matched with its sizes; None if it has none.
+    """Opens the LoRA adapter of a folder and matches it with the model; None if there is none.
 
     Raises:
       FileNotFoundError, ValueError: as read_adapter.
@@ -88,10 +90,11 @@ def open_adapter(folder: Folder) -> Adapter | None:
     return read_adapter(folder.adapter, tables, param_shapes(folder.cfg))
 
 
-class OneKey:
-    """Stands in for nnx.Rngs where shapes are all that is wanted.
+class ConstantRngs:
+    """Replaces nnx.Rngs when only shapes are needed; returns the same key every time.
 
-    Counting keys inside a trace takes quadratic time: 11 s instead of 1 s for Janus-Pro-1B.
+    The counter of nnx.Rngs takes quadratic time inside a trace: 11 s instead of 1 s for
+    Janus-Pro-1B.
     """
 
     def params(self) -> jax.Array:
@@ -100,18 +103,18 @@ class OneKey:
 
 @functools.lru_cache(maxsize=2)
 def abstract(cfg: JanusConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """A Janus whose parameters are shapes and dtypes, in its two parts."""
-    return nnx.split(nnx.eval_shape(lambda: Janus(cfg, rngs=OneKey())))
+    """Returns the graph and state of a Janus whose parameters are only shapes and dtypes."""
+    return nnx.split(nnx.eval_shape(lambda: Janus(cfg, rngs=ConstantRngs())))
 
 
-LAYERS = ("und_encoder.blocks", "language_model.layers")  # all of a stack have the same shapes
+LAYERS = ("und_encoder.blocks", "language_model.layers")  # layers of a stack have equal shapes
 
 
 def param_shapes(cfg: JanusConfig) -> dict[str, Shape]:
-    """Shape of every parameter of a Janus by path; allocates none.
+    """Returns the shape of each parameter of a Janus by path; allocates no parameters.
 
-    Builds one layer of each stack, so that a config that does not fit its weights is refused
-    before many layers are built.
+    Builds only one layer of each stack, so that a config with many layers that does not match its
+    weights is refused quickly.
     """
     counts = (cfg.und_encoder.num_layers, cfg.language_model.num_hidden_layers)
     _, state = abstract(_one_layer_each(cfg))
@@ -121,13 +124,14 @@ def param_shapes(cfg: JanusConfig) -> dict[str, Shape]:
         if stack is None:
             shapes |= {path: one[path] for path in paths}
             continue
-        rest = [path.removeprefix(f"{stack}.0.") for path in paths]
+        names = [path.removeprefix(f"{stack}.0.") for path in paths]
         for i in range(counts[LAYERS.index(stack)]):
-            shapes |= {f"{stack}.{i}.{name}": one[f"{stack}.0.{name}"] for name in rest}
+            shapes |= {f"{stack}.{i}.{name}": one[f"{stack}.0.{name}"] for name in names}
     return shapes
 
 
 def _stack(path: str) -> str | None:
+    """Returns the layer stack that a parameter path is in, or None."""
     return next((stack for stack in LAYERS if path.startswith(f"{stack}.")), None)
 
 
@@ -156,7 +160,7 @@ def plan_folder(folder: Folder) -> tuple[TensorSource, Plan]:
 
 
 def check_weights(folder: Folder) -> None:
-    """Raises ValueError unless a folder's weights fit its config.json; reads no values."""
+    """Raises ValueError unless a folder's weights match its config.json; reads no values."""
     if folder.orbax:
         check_stored(folder)
     else:
@@ -172,17 +176,18 @@ def load_params(
     paths: Container[str] | None = None,
     progress: Report | None = None,
 ) -> dict[str, jax.Array]:
-    """Reads a folder's parameters and places each before the next is read.
+    """Reads a folder's parameters; places each on the devices before it reads the next.
 
     Args:
-      folder: PyTorch weights in either layout, or an Orbax folder; an adapter of an opened one is
-        merged in float32, before the cast to `dtype`.
-      cfg: the sizes, as `open_folder(folder).cfg` gives them.
-      sharding_for: sharding of a parameter by path and shape; None is the default device.
-      dtype: storage dtype of all parameters but those of float32_paths.
-      float32_paths: regular expression, matched from the beginning of a path.
-      paths: of the parameters to read; None is all.
-      progress: called with the bytes of the folder read so far and in all.
+      folder: a folder with PyTorch weights in either layout, or an Orbax folder. A LoRA adapter in
+        `Folder.adapter` is merged in float32, before the cast to `dtype`.
+      cfg: the model config, usually `open_folder(folder).cfg`.
+      sharding_for: returns the sharding of a parameter from its path and shape; None means the
+        default device.
+      dtype: dtype of all parameters except those that match float32_paths.
+      float32_paths: regular expression, matched at the beginning of a path.
+      paths: paths of the parameters to read; None means all.
+      progress: called with the bytes of the folder read so far and the total.
 
     Returns:
       Arrays by path, for `build_model`.
@@ -190,46 +195,47 @@ def load_params(
     opened = folder if isinstance(folder, Folder) else open_folder(folder)
     opened = dataclasses.replace(opened, cfg=cfg)
     adapter = open_adapter(opened)
-    exact = re.compile(float32_paths)
+    float32_pattern = re.compile(float32_paths)
 
-    def kind(path: str) -> np.dtype:
-        return np.dtype(jnp.float32 if exact.match(path) else dtype)
+    def dtype_of(path: str) -> np.dtype:
+        return np.dtype(jnp.float32 if float32_pattern.match(path) else dtype)
 
     if opened.orbax:
-        return _restore(opened, sharding_for, kind, paths, progress, adapter)
+        return _restore(opened, sharding_for, dtype_of, paths, progress, adapter)
     source, plan = plan_folder(opened)
     params = {}
     steps = [step for step in plan.steps if paths is None or any(p in paths for p in step.paths)]
     sizes = [source.size(step.torch) for step in steps]
     for step, done in zip(steps, itertools.accumulate(sizes), strict=True):
-        for path, view in zip(step.paths, step.op.ours(source.read(step.torch)), strict=True):
+        for path, view in zip(step.paths, step.op.from_torch(source.read(step.torch)), strict=True):
             if paths is not None and path not in paths:
                 continue
             sharding = sharding_for(path, view.shape)
             if adapter is not None:
                 view = adapter.merged(path, view)
-            params[path] = _place(view, sharding, kind(path))
+            params[path] = _place(view, sharding, dtype_of(path))
         if progress is not None:
             progress(done, sum(sizes))
     return params
 
 
 def _place(view: np.ndarray, sharding: jax.sharding.Sharding | None, dtype) -> jax.Array:
-    """Puts a view of a file on devices; only the parts that they hold are read and cast."""
+    """Casts a view of a file and places it on devices; reads only the shards of local devices."""
 
-    def part(index: tuple) -> np.ndarray:
+    def shard(index: tuple) -> np.ndarray:
         return _copy(view[index], dtype)
 
     if sharding is None:
-        return jax.block_until_ready(jax.device_put(part(())))
-    array = jax.make_array_from_callback(view.shape, sharding, part)
-    return jax.block_until_ready(array)  # or copies of many tensors would queue up on the host
+        return jax.block_until_ready(jax.device_put(shard(())))
+    array = jax.make_array_from_callback(view.shape, sharding, shard)
+    # Blocks, because otherwise copies of many tensors would accumulate on the host.
+    return jax.block_until_ready(array)
 
 
 def _copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """C-ordered copy in another dtype, aligned so that a CPU device takes it over as it is.
+    """Returns a C-ordered copy in another dtype, aligned so that a CPU device can keep it.
 
-    It must be a copy for the same reason: the device would keep the file's own memory.
+    It must not be a view, because the CPU device would then use the memory-mapped file itself.
     """
     size = dtype.itemsize * view.size
     raw = np.empty(size + ALIGNMENT, np.uint8)
@@ -247,29 +253,31 @@ def _copy(view: np.ndarray, dtype: np.dtype) -> np.ndarray:
 def _restore(
     folder: Folder,
     sharding_for: ShardingFor,
-    kind: Callable[[str], np.dtype],
+    dtype_of: Callable[[str], np.dtype],
     paths: Container[str] | None,
     progress: Report | None,
     adapter: Adapter | None,
 ) -> dict[str, jax.Array]:
+    """Implements load_params for an Orbax folder."""
     stored = check_stored(folder)
-    here = jnp.zeros(()).sharding  # the default device
-    wanted = {
+    default_sharding = jnp.zeros(()).sharding  # the default device
+    abstract_params = {
         path: jax.ShapeDtypeStruct(
-            shape, kind(path), sharding=sharding_for(path, shape) or here
+            shape, dtype_of(path), sharding=sharding_for(path, shape) or default_sharding
         )
         for path, shape in param_shapes(folder.cfg).items()
         if paths is None or path in paths
     }
     if adapter is None:
-        return checkpoint.restore(folder.path, wanted, progress)
-    plain = {path: leaf for path, leaf in wanted.items() if path not in adapter.places}
-    sizes = {path: checkpoint.size(stored[path]) for path in wanted}
-    done, total = sum(sizes[path] for path in plain), sum(sizes.values())
+        return checkpoint.restore(folder.path, abstract_params, progress)
+    unchanged = {p: leaf for p, leaf in abstract_params.items() if p not in adapter.updates}
+    sizes = {path: checkpoint.size(stored[path]) for path in abstract_params}
+    done, total = sum(sizes[path] for path in unchanged), sum(sizes.values())
     report = progress and (lambda read, _: progress(read, total))
-    params = checkpoint.restore(folder.path, plain, report)
-    for path, array in checkpoint.restore_numpy(folder.path, wanted.keys() - plain.keys()):
-        leaf, done = wanted[path], done + sizes[path]
+    params = checkpoint.restore(folder.path, unchanged, report)
+    updated = abstract_params.keys() - unchanged.keys()
+    for path, array in checkpoint.restore_numpy(folder.path, updated):
+        leaf, done = abstract_params[path], done + sizes[path]
         params[path] = _place(adapter.merged(path, array), leaf.sharding, leaf.dtype)
         if progress is not None:
             progress(done, total)
@@ -277,42 +285,45 @@ def _restore(
 
 
 def check_stored(folder: Folder) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes in an Orbax folder, which must be those of the model.
+    """Returns the shapes and dtypes stored in an Orbax folder after checking them with the model.
 
     Raises:
-      ValueError: missing, unknown or misshapen parameters; the message names a few of each.
+      ValueError: parameters are missing, unknown or have a wrong shape; the message has the count
+        and the first names of each kind.
     """
     expected, stored = param_shapes(folder.cfg), checkpoint.stored_params(folder.path)
     shared = [path for path in expected if path in stored]
-    faults = {
+    problems = {
         "missing": [path for path in expected if path not in stored],
         "unknown": [shorten_text(path) for path in stored if path not in expected],
-        "of a wrong shape": [
+        "with a wrong shape": [
             f"{p} is {shorten(stored[p].shape)}, expected {expected[p]}"
             for p in shared
             if tuple(stored[p].shape) != expected[p]
         ],
     }
-    if text := listed(faults):
-        raise ValueError(f"{folder.path} does not fit its config.json, parameters {text}")
+    if text := summarize_problems(problems):
+        raise ValueError(f"the parameters in {folder.path} do not match its config.json: {text}")
     return stored
 
 
 def build_model(cfg: JanusConfig, params: Mapping[str, jax.Array]) -> Janus:
-    """A Janus with these arrays as its parameters, without initialising it first.
+    """Builds a Janus from parameter arrays, without initialising parameters first.
 
     Raises:
-      ValueError: `params` are not exactly the model's, by path.
+      ValueError: the paths in `params` are not exactly those of the model's parameters.
     """
     graphdef, state = abstract(cfg)
-    astray = sorted({_path(keys) for keys, _ in nnx.to_flat_state(state)} ^ set(params))
-    if astray:
-        raise ValueError(f"{len(astray)} parameters do not match the model's: {few(astray)}")
-    return filled(graphdef, state, lambda path: params[path])
+    mismatched = sorted({_path(keys) for keys, _ in nnx.to_flat_state(state)} ^ set(params))
+    if mismatched:
+        raise ValueError(
+            f"{len(mismatched)} parameters do not match the model's: {abbreviate(mismatched)}"
+        )
+    return merge_params(graphdef, state, lambda path: params[path])
 
 
-def filled(graphdef: nnx.GraphDef, state: nnx.State, array: Callable[[str], jax.Array]):
-    """The module with these arrays, by path, as its parameters. state: abstract."""
+def merge_params(graphdef: nnx.GraphDef, state: nnx.State, array: Callable[[str], jax.Array]):
+    """Builds a module from an abstract state and arrays. array: returns a parameter by path."""
     flat = nnx.to_flat_state(state)
     leaves = [(keys, leaf.replace(array(_path(keys)))) for keys, leaf in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
@@ -320,39 +331,43 @@ def filled(graphdef: nnx.GraphDef, state: nnx.State, array: Callable[[str], jax.
 
 @functools.lru_cache(maxsize=2)
 def _abstract_vq(cfg: VQConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """As abstract, of the image tokenizer alone."""
-    return nnx.split(nnx.eval_shape(lambda: VQ(cfg, rngs=OneKey())))
+    """Like `abstract`, for the image tokenizer alone."""
+    return nnx.split(nnx.eval_shape(lambda: VQ(cfg, rngs=ConstantRngs())))
 
 
 def load_vq(folder: Folder) -> VQ:
-    """A folder's image tokenizer alone, on the default device; of an Orbax folder the host reads
-    all parameters."""
+    """Loads only the image tokenizer of a folder, in float32 on the default device.
+
+    For an Orbax folder this reads all parameters into host memory.
+    """
     stored = stored_params(folder)
 
     def array(path: str) -> jax.Array:
         return jnp.array(stored.read(f"gen_vq.{path}"), jnp.float32)
 
-    return filled(*_abstract_vq(folder.cfg.gen_vq), array)
+    return merge_params(*_abstract_vq(folder.cfg.gen_vq), array)
 
 
 @dataclasses.dataclass(frozen=True)
 class StoredParams:
-    """Parameters of a folder as stored: dtype and shape by path, values when asked for.
+    """Parameters of a folder in their stored dtypes.
 
-    `unused` holds what the model does not use, by PyTorch name; `skipped` says why.
+    metadata: dtype and shape by path. read: returns the values of a path.
+    unused: tensors that the model does not use, by PyTorch name. skipped: the reason for each.
     """
 
-    kinds: Mapping[str, tuple[np.dtype, Shape]]
+    metadata: Mapping[str, tuple[np.dtype, Shape]]
     read: Callable[[str], np.ndarray]
     unused: Mapping[str, np.ndarray]
     skipped: Mapping[str, str]
 
 
 def stored_params(folder: Folder) -> StoredParams:
-    """Opens a folder's parameters on the host in their own dtypes.
+    """Opens a folder's parameters on the host in their stored dtypes.
 
-    Values of PyTorch folders are views of the files; an Orbax folder is read whole at the first. An
-    adapter is merged in float32 and the sum rounded to the parameter's dtype.
+    Values of a PyTorch folder are views of its memory-mapped files. For an Orbax folder, the first
+    read loads all parameters into host memory. A LoRA adapter is merged in float32, and the sum is
+    rounded to the parameter's dtype.
     """
     stored = _stored_orbax(folder) if folder.orbax else _stored_torch(folder)
     adapter = open_adapter(folder)
@@ -360,32 +375,32 @@ def stored_params(folder: Folder) -> StoredParams:
         return stored
 
     def read(path: str) -> np.ndarray:
-        return adapter.merged(path, stored.read(path)).astype(stored.kinds[path][0], copy=False)
+        return adapter.merged(path, stored.read(path)).astype(stored.metadata[path][0], copy=False)
 
     return dataclasses.replace(stored, read=read)
 
 
 def _stored_torch(folder: Folder) -> StoredParams:
     source, plan = plan_folder(folder)
-    places = {path: (step, i) for step in plan.steps for i, path in enumerate(step.paths)}
+    steps = {path: (step, i) for step in plan.steps for i, path in enumerate(step.paths)}
 
     def read(path: str) -> np.ndarray:
-        step, i = places[path]
-        return step.op.ours(source.read(step.torch))[i]
+        step, i = steps[path]
+        return step.op.from_torch(source.read(step.torch))[i]
 
     shapes = param_shapes(folder.cfg)
-    kinds = {path: (source.dtype(step.torch), shapes[path]) for path, (step, _) in places.items()}
+    metadata = {path: (source.dtype(step.torch), shapes[path]) for path, (step, _) in steps.items()}
     unused = {name: source.read(name) for name in plan.skipped}
-    return StoredParams(kinds, read, unused, plan.skipped)
+    return StoredParams(metadata, read, unused, plan.skipped)
 
 
 def _stored_orbax(folder: Folder) -> StoredParams:
     stored = check_stored(folder)
-    kinds = {path: (np.dtype(leaf.dtype), tuple(leaf.shape)) for path, leaf in stored.items()}
+    metadata = {path: (np.dtype(leaf.dtype), tuple(leaf.shape)) for path, leaf in stored.items()}
     path = folder.path / checkpoint.UNUSED
     tensors, _ = read_safetensors(path) if path.is_file() else ({}, [])
     unused = {name: tensor.read() for name, tensor in tensors.items()}
     table = table_for(folder.layout, folder.cfg)
     skipped = {name: " ".join(skip_reasons(table, name)) for name in unused}
     arrays = functools.cache(lambda: dict(checkpoint.restore_numpy(folder.path, stored)))
-    return StoredParams(kinds, lambda path: arrays()[path], unused, skipped)
+    return StoredParams(metadata, lambda path: arrays()[path], unused, skipped)

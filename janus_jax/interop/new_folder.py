@@ -1,9 +1,10 @@
-"""A folder that appears under its name when it is complete, and not before.
+"""Writes a folder atomically: it appears under its final name only when it is complete.
 
-Hidden names beside FOLDER while a process writes it, or after a process was killed:
-.FOLDER.lock               held with flock by the process that writes FOLDER
-.FOLDER.XXXXXXXX.partial   what it has written so far; after the exchange, what FOLDER was before
-.FOLDER.XXXXXXXX.replaced  what FOLDER was before, where the system cannot exchange two folders
+These hidden files and folders exist beside FOLDER while a process writes it, or after a process was
+killed:
+.FOLDER.lock               lock file, held with flock by the process that writes FOLDER
+.FOLDER.XXXXXXXX.partial   the new folder so far; after the exchange, the previous FOLDER
+.FOLDER.XXXXXXXX.replaced  the previous FOLDER, if the system cannot exchange two folders
 """
 
 import atexit
@@ -24,67 +25,74 @@ from janus_jax.paths import check_local, open_lock, sibling, size_text
 
 WEIGHTS = ("*.safetensors", "*.bin", PARAMS)
 PARTIAL, REPLACED = "partial", "replaced"
-QUIET_SECONDS, MOST_SECONDS = 0.2, 20  # of waiting for threads that outlive a failed write
-AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of Linux: fcntl.h, fs.h
+# After a failed write, threads may still write into the folder: delete it until it has been absent
+# for QUIET_SECONDS, for at most MAX_SECONDS.
+QUIET_SECONDS, MAX_SECONDS = 0.2, 20
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # Linux constants from fcntl.h and fs.h
 
 
 @contextlib.contextmanager
 def new_folder(
     folder: Path, overwrite: bool = False, size: int = 0, config: str = CONFIG
 ) -> Iterator[Path]:
-    """A temporary sibling that becomes `folder` on success and disappears on any error.
+    """Yields a temporary sibling that becomes `folder` on success and is deleted after an error.
 
-    Before that, what killed processes left beside `folder` is removed, and a `folder` that such a
-    process had moved away is restored.
+    Before it writes, it deletes the leftovers of killed processes beside `folder`, and restores a
+    `folder` that such a process had moved away.
 
-    size: bytes about to be written, as far as known. config: the file that, beside weights, marks
-    a folder that may be replaced.
+    Args:
+      folder: the folder to write.
+      overwrite: whether an existing checkpoint folder is replaced.
+      size: bytes that will be written, as far as known.
+      config: a folder may be replaced if it holds this file and weights.
 
     Raises:
       FileExistsError: `folder` exists and `overwrite` is not set.
-      OSError: the disk has no room.
-      ValueError: `folder` is not on a disk, another process is writing it, or it is there and
-        neither empty nor a checkpoint folder.
+      OSError: the disk does not have enough free space.
+      ValueError: `folder` is a URL, another process is writing it, or it exists and is neither
+        empty nor a checkpoint folder.
     """
     check_local("the folder to write", folder)
     folder = Path(folder).resolve()
-    _check_replaced(folder, overwrite, config)
+    _check_replaceable(folder, overwrite, config)
     new = [parent for parent in folder.parents if not parent.exists()]
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
         with _lock(folder) as locked:
             _clean_up(folder, locked)
-            _check_replaced(folder, overwrite, config)
-            _check_room(folder, size)
-            with _partial(folder) as beside:
-                yield beside
-                # again: another program may have put something there meanwhile
-                _check_replaced(folder, overwrite, config)
-                _replace(beside, folder)
+            _check_replaceable(folder, overwrite, config)
+            _check_disk_space(folder, size)
+            with _partial(folder) as staging:
+                yield staging
+                # Checked again, because another program may have created it in the meantime.
+                _check_replaceable(folder, overwrite, config)
+                _replace(staging, folder)
     finally:
-        for parent in new:  # empty after a failure, and only then
+        for parent in new:  # rmdir removes only empty folders: those left by a failure
             with contextlib.suppress(OSError):
                 parent.rmdir()
 
 
-def _check_room(folder: Path, size: int) -> None:
+def _check_disk_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder.parent).free
     if size > free:
-        needs = f"it needs {size_text(size)}, {size_text(free)} are free"
-        raise OSError(f"no room on the disk for {folder}: {needs}")
+        raise OSError(
+            f"not enough disk space for {folder}: it needs {size_text(size)}, "
+            f"{size_text(free)} are free"
+        )
 
 
-def _check_replaced(folder: Path, overwrite: bool, config: str) -> None:
-    """Raises FileExistsError or ValueError if there is something that must not be replaced."""
+def _check_replaceable(folder: Path, overwrite: bool, config: str) -> None:
+    """Raises FileExistsError or ValueError if `folder` exists and must not be replaced."""
     if not os.path.lexists(folder):
         return
     if not _is_checkpoint_or_empty(folder, config):
         raise ValueError(
-            f"{folder} exists and is never replaced: only an empty folder is, or a checkpoint "
-            f"folder, which holds {config} and weights"
+            f"{folder} exists and is not replaced: it must be empty, or a checkpoint folder with "
+            f"{config} and weights"
         )
     if not overwrite:
-        raise FileExistsError(f"{folder} exists (--overwrite replaces it)")
+        raise FileExistsError(f"{folder} already exists; pass --overwrite to replace it")
 
 
 def _is_checkpoint_or_empty(folder: Path, config: str) -> bool:
@@ -96,16 +104,16 @@ def _is_checkpoint_or_empty(folder: Path, config: str) -> bool:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Keeps other processes from writing to the folder; gives whether the file system can.
+    """Locks the folder against other writers; yields False if the file system has no locks.
 
-    The lock ends with its process, however that ends. Where a shared file system keeps locks to
-    one host, it keeps out processes of that host only.
+    The lock is released when its process ends, even if it is killed. On a shared file system that
+    keeps locks local to a host, it only excludes processes on the same host.
     """
     path = folder.with_name(f".{folder.name}.lock")
-    while (file := _locked(path, folder)) is not None:
+    while (file := _acquire(path, folder)) is not None:
         with file:
-            if not _is_at(file, path):
-                continue  # the process that held the lock has removed the file
+            if not _is_file_at(file, path):
+                continue  # the previous holder of the lock has deleted the file
             try:
                 yield True
             finally:
@@ -114,7 +122,8 @@ def _lock(folder: Path) -> Iterator[bool]:
     yield False
 
 
-def _locked(path: Path, folder: Path) -> BinaryIO | None:
+def _acquire(path: Path, folder: Path) -> BinaryIO | None:
+    """Opens and locks a file; returns None if the file system has no locks."""
     file = open_lock(path)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -122,13 +131,14 @@ def _locked(path: Path, folder: Path) -> BinaryIO | None:
     except BlockingIOError:
         file.close()
         raise ValueError(f"another process is writing {folder}; wait until it ends") from None
-    except OSError:  # this file system has no locks
+    except OSError:  # the file system has no locks
         file.close()
         path.unlink(missing_ok=True)
         return None
 
 
-def _is_at(file: BinaryIO, path: Path) -> bool:
+def _is_file_at(file: BinaryIO, path: Path) -> bool:
+    """Returns whether `path` is still the open file."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:
@@ -136,13 +146,15 @@ def _is_at(file: BinaryIO, path: Path) -> bool:
 
 
 def _clean_up(folder: Path, locked: bool) -> None:
-    """Restores the folder if it was moved away; with the lock held, removes what is left over."""
+    """Restores the folder if it was moved away; deletes leftovers if the lock is held."""
     pattern = re.compile(rf"\.{re.escape(folder.name)}\.[0-9a-f]{{8}}\.({PARTIAL}|{REPLACED})")
-    left = [Path(entry) for entry in os.scandir(folder.parent) if pattern.fullmatch(entry.name)]
-    moved = [path for path in left if path.suffix == f".{REPLACED}"]
+    leftovers = [
+        Path(entry) for entry in os.scandir(folder.parent) if pattern.fullmatch(entry.name)
+    ]
+    moved = [path for path in leftovers if path.suffix == f".{REPLACED}"]
     if moved and not os.path.lexists(folder):
         max(moved, key=lambda path: path.stat().st_mtime).rename(folder)
-    for path in left:
+    for path in leftovers:
         if locked and path.is_dir() and not path.is_symlink():
             _delete(path)
 
@@ -153,29 +165,29 @@ def _sibling(folder: Path, kind: str) -> Path:
 
 @contextlib.contextmanager
 def _partial(folder: Path) -> Iterator[Path]:
-    beside = _sibling(folder, PARTIAL)
-    beside.mkdir()
+    staging = _sibling(folder, PARTIAL)
+    staging.mkdir()
     try:
-        yield beside
+        yield staging
     except BaseException as error:
-        _delete_for_good(beside)
-        if isinstance(error, OSError) and error.errno is not None:  # such as a full disk
-            error.filename = str(error.filename or folder).replace(str(beside), str(folder))
+        _delete_until_gone(staging)
+        if isinstance(error, OSError) and error.errno is not None:  # for example a full disk
+            error.filename = str(error.filename or folder).replace(str(staging), str(folder))
         raise
-    _delete(beside)  # what was there before, if anything
+    _delete(staging)  # the previous folder, if it was exchanged
 
 
-def _replace(beside: Path, folder: Path) -> None:
+def _replace(staging: Path, folder: Path) -> None:
     if not folder.exists():
-        beside.rename(folder)
+        staging.rename(folder)
         return
-    if _exchange(beside, folder):
+    if _exchange(staging, folder):
         return
     old = _sibling(folder, REPLACED)
     try:
         folder.rename(old)
-        beside.rename(folder)
-    except BaseException:  # after an interrupt, too, the old folder must be back
+        staging.rename(folder)
+    except BaseException:  # the old folder must also be restored after an interrupt
         if not folder.exists():
             old.rename(folder)
         raise
@@ -183,7 +195,7 @@ def _replace(beside: Path, folder: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchanges two folders in one step, so that a kill leaves either; False if it cannot be."""
+    """Exchanges two folders atomically; returns False if the system cannot."""
     rename = _renameat2()
     if rename is None:
         return False
@@ -193,21 +205,21 @@ def _exchange(one: Path, other: Path) -> bool:
 def _renameat2():
     if not sys.platform.startswith("linux"):
         return None
-    return getattr(ctypes.CDLL(None), "renameat2", None)  # glibc from 2.28, musl has none
+    return getattr(ctypes.CDLL(None), "renameat2", None)  # glibc has it since 2.28, musl does not
 
 
 def _delete(folder: Path) -> None:
     try:
         shutil.rmtree(folder, ignore_errors=True)
-    except BaseException:  # an interrupt must not leave a part of the folder
+    except BaseException:  # an interrupt must not leave a partly deleted folder
         shutil.rmtree(folder, ignore_errors=True)
         raise
 
 
-def _delete_for_good(folder: Path) -> None:
-    """Deletes a folder into which threads of a failed write may write on, until it stays away."""
+def _delete_until_gone(folder: Path) -> None:
+    """Deletes a folder repeatedly, because threads of a failed write may still write into it."""
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    end, quiet = time.monotonic() + MOST_SECONDS, 0.0
+    end, quiet = time.monotonic() + MAX_SECONDS, 0.0
     while quiet < QUIET_SECONDS and time.monotonic() < end:
         if os.path.lexists(folder):
             _delete(folder)

@@ -1,8 +1,9 @@
-"""Tokenizer and processor files of one PyTorch layout rewritten for the other.
+"""Translates tokenizer and processor files from one PyTorch layout to the other.
 
-What both read alike is copied. DeepSeek's processor names its template (`sft_format`); that of
-`transformers` holds it as a chat template. Keys of the other side are kept where they do no harm,
-so that a folder which goes there and back keeps its template and system prompt.
+Files that both layouts read in the same way are copied. DeepSeek's processor names its template
+(`sft_format`), the processor of `transformers` stores it as a chat template. Keys of the other
+layout are kept if they have no effect, so that a folder that is converted there and back keeps its
+template and system prompt.
 """
 
 import shutil
@@ -51,9 +52,9 @@ SHARED_IMAGE_KEYS = (
 
 
 def check_files(folder: Path) -> None:
-    """Raises ValueError where a tokenizer or processor file is no JSON object, or refused.
+    """Raises ValueError if a tokenizer or processor file is not a JSON object or is refused.
 
-    As when the folder is loaded, and with the same text; but files may be missing.
+    The checks and messages are those of loading the folder, but files may be missing.
     """
     for name in (PREPROCESSOR, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION):
         read_json_if_any(folder / name)
@@ -62,7 +63,7 @@ def check_files(folder: Path) -> None:
 
 
 def _image_size(folder: Path) -> int | None:
-    """None where a folder has no image settings."""
+    """Returns the image size, or None if the folder has no image settings."""
     nested = read_json_if_any(folder / PROCESSOR).get("image_processor")
     if nested is None and not (folder / PREPROCESSOR).is_file():
         return None
@@ -78,42 +79,47 @@ def copy_files(source: Path, target: Path) -> None:
 
 
 def translate_files(source: Path, target: Path, layout: str, cfg: JanusConfig) -> None:
-    """Copies a folder's small files and rewrites the processor's for another layout.
+    """Copies a folder's small files and translates the processor files to another layout.
+
+    layout: the layout of `target`. cfg: the model's sizes.
 
     Raises:
-      ValueError: the layout cannot express the folder's template, system prompt or placeholder.
+      ValueError: the layout cannot express the folder's template, system prompt or image
+        placeholder.
     """
     prompts = PromptSettings.from_dir(source)
     if prompts.image_tag != IMAGE:
         raise ValueError(
-            f"{source / PROCESSOR}: another layout needs the image_tag {IMAGE}, "
-            f"not {shorten(prompts.image_tag)}"
+            f"{source / PROCESSOR}: image_tag must be {IMAGE} to convert to another layout, got "
+            f"{shorten(prompts.image_tag)}"
         )
     if layout == DEEPSEEK:
-        _copy_all_but_templates(source, target)
+        _copy_without_templates(source, target)
         _to_deepseek(target, cfg, prompts)
     else:
         _check_expressible(source / PROCESSOR, prompts)
         tokenizer = Tokenizer.from_dir(source)
-        _copy_all_but_templates(source, target)
+        _copy_without_templates(source, target)
         _to_transformers(target, cfg, prompts, tokenizer)
 
 
 def _check_expressible(path: Path, prompts: PromptSettings) -> None:
+    """Raises ValueError if the transformers layout cannot express these prompt settings."""
     if prompts.sft_format not in JANUS_ROLES:
-        known = " or ".join(JANUS_ROLES)
+        supported = " or ".join(JANUS_ROLES)
         raise ValueError(
-            f"{path}: the transformers layout needs sft_format {known}, not {prompts.sft_format!r}"
+            f"{path}: the transformers layout only supports sft_format {supported}, got "
+            f"{prompts.sft_format!r}"
         )
     if prompts.system_prompt not in ("", DEFAULT_SYSTEM_PROMPT):
         raise ValueError(
-            f"{path}: the transformers layout needs DeepSeek's system prompt or none, "
-            f"not {shorten(prompts.system_prompt)}"
+            f"{path}: the transformers layout only supports DeepSeek's system prompt or none, got "
+            f"{shorten(prompts.system_prompt)}"
         )
 
 
-def _copy_all_but_templates(source: Path, target: Path) -> None:
-    """Copies the small files without any chat template: that in use is written anew, or named."""
+def _copy_without_templates(source: Path, target: Path) -> None:
+    """Copies the small files without chat templates, which the target layout stores differently."""
     copy_files(source, target)
     for name in (TEMPLATE_FILE, LEGACY_TEMPLATE_FILE):
         (target / name).unlink(missing_ok=True)
@@ -123,12 +129,12 @@ def _copy_all_but_templates(source: Path, target: Path) -> None:
         write_json(target / TOKENIZER_CONFIG, config)
 
 
-def _write_image_settings(folder: Path, processor: dict, named: dict) -> None:
-    """Writes preprocessor_config.json: what both layouts share, and what `named` adds."""
+def _write_image_settings(folder: Path, processor: dict, settings: dict) -> None:
+    """Writes preprocessor_config.json: the keys that both layouts share, and `settings`."""
     images = read_json_if_any(folder / PREPROCESSOR) or processor.get("image_processor")
     if images:
         shared = {key: images[key] for key in SHARED_IMAGE_KEYS if key in images}
-        write_json(folder / PREPROCESSOR, shared | named)
+        write_json(folder / PREPROCESSOR, shared | settings)
 
 
 def _to_deepseek(folder: Path, cfg: JanusConfig, prompts: PromptSettings) -> None:
@@ -139,25 +145,27 @@ def _to_deepseek(folder: Path, cfg: JanusConfig, prompts: PromptSettings) -> Non
         "image_size": size,
     }
     _write_image_settings(folder, processor, images)
-    named = {
+    settings = {
         "processor_class": "VLChatProcessor",
         "image_tag": IMAGE_TOKENS["image_token"],
         "num_image_tokens": cfg.und_encoder.num_tokens,
         "sft_format": prompts.sft_format,
     }
     if prompts.system_prompt != DEFAULT_SYSTEM_PROMPT:
-        named["system_prompt"] = prompts.system_prompt
-    write_json(folder / PROCESSOR, _kept(processor) | named)
-    own = read_json_if_any(folder / GENERATION)
+        settings["system_prompt"] = prompts.system_prompt
+    write_json(folder / PROCESSOR, _preserved_settings(processor) | settings)
+    generation = read_json_if_any(folder / GENERATION)
     (folder / GENERATION).unlink(missing_ok=True)
-    drawing = {name: own[name] for name in ("guidance_scale", "temperature") if name in own}
-    if drawing:  # what the model draws best with; DeepSeek's code reads none
-        write_json(folder / GENERATION, drawing)
+    keys = ("guidance_scale", "temperature")
+    sampling = {key: generation[key] for key in keys if key in generation}
+    if sampling:  # the model's recommended sampling settings; DeepSeek's code ignores the file
+        write_json(folder / GENERATION, sampling)
 
 
-def _kept(processor: dict) -> dict:
-    ours = ("add_special_token", "ignore_id", "mask_prompt", "sft_format", "system_prompt")
-    return {key: processor[key] for key in ours if key in processor}
+def _preserved_settings(processor: dict) -> dict:
+    """Returns DeepSeek's settings, which `transformers` ignores, from a processor config."""
+    keys = ("add_special_token", "ignore_id", "mask_prompt", "sft_format", "system_prompt")
+    return {key: processor[key] for key in keys if key in processor}
 
 
 def _to_transformers(
@@ -173,26 +181,26 @@ def _to_transformers(
         "size": {"height": size, "width": size},
     }
     _write_image_settings(folder, processor, images)
-    named = {
+    settings = {
         "processor_class": "JanusProcessor",
         "num_image_tokens": cfg.und_encoder.num_tokens,
         "use_default_system_prompt": prompts.system_prompt == DEFAULT_SYSTEM_PROMPT,
     }
-    write_json(folder / PROCESSOR, _kept(processor) | named)
+    write_json(folder / PROCESSOR, _preserved_settings(processor) | settings)
     _write_tokenizer(folder, tokenizer.bos_id)
     write_file(folder / TEMPLATE_FILE, janus_template(prompts.sft_format).encode())
     _write_generation_config(folder, tokenizer)
 
 
 def _write_tokenizer(folder: Path, bos_id: int) -> None:
-    """Names the image tokens, and makes tokenizer.json itself add BOS.
+    """Names the image tokens in tokenizer_config.json, and lets tokenizer.json itself add BOS.
 
-    DeepSeek's files leave BOS to the tokenizer class; the class that reads a tokenizer.json as it
-    is adds none.
+    In DeepSeek's layout the tokenizer class adds BOS; PreTrainedTokenizerFast, which uses
+    tokenizer.json as it is, does not.
     """
     config = read_json_if_any(folder / TOKENIZER_CONFIG)
-    named = {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": IMAGE_TOKENS}
-    write_json(folder / TOKENIZER_CONFIG, config | IMAGE_TOKENS | named)
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", "extra_special_tokens": IMAGE_TOKENS}
+    write_json(folder / TOKENIZER_CONFIG, config | IMAGE_TOKENS | settings)
     bos, tokenizer = read_special_token(folder, "bos_token", BOS)[0], read_json(folder / TOKENIZER)
     steps = tokenizer.get("post_processor") or {"type": "Sequence", "processors": []}
     steps = steps["processors"] if steps["type"] == "Sequence" else [steps]
@@ -214,7 +222,7 @@ def _write_tokenizer(folder: Path, bos_id: int) -> None:
 
 def _write_generation_config(folder: Path, tokenizer: Tokenizer) -> None:
     settings = {
-        "guidance_scale": 5,  # transformers' default, and DeepSeek's
+        "guidance_scale": 5,  # the default of transformers and of DeepSeek's code
         "temperature": 1.0,
         **read_json_if_any(folder / GENERATION),
         "generation_kwargs": {"boi_token_id": tokenizer.image_start_id},

@@ -1,4 +1,4 @@
-"""Quantised checkpoints, which are refused by the key or the tensor that says so."""
+"""Detects quantised checkpoints, which are refused with the key or tensor that reveals them."""
 
 import re
 from collections.abc import Mapping
@@ -6,12 +6,12 @@ from collections.abc import Mapping
 from janus_jax.checks import shorten, shorten_text
 from janus_jax.interop.tensors import TensorSource
 
-# of config.json: transformers', MLX's, and that of older compressed-tensors
+# Keys of config.json: transformers, MLX, older versions of compressed-tensors.
 KEYS = ("quantization_config", "quantization", "compression_config")
 SECTIONS = ("language_config", "text_config")
 QUANTISED_DTYPES = ("F8_", "F6_", "F4", "U16", "U32")  # of safetensors; MLX packs bits in U32
-# Names of the tensors that each method stores with, or instead of, a weight.
-MARKS = {
+# Names of the tensors that each method stores beside a weight, or instead of it.
+TENSOR_NAMES = {
     "bitsandbytes, 4 bits": re.compile(
         r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)"
     ),
@@ -22,44 +22,54 @@ MARKS = {
     ),
     "MLX": re.compile(r".*\.(scales|biases)"),
 }
-ADVICE = (
-    "only float32, float16 and bfloat16 weights are supported: use the checkpoint that this one "
-    "was made from, such as deepseek-ai/Janus-Pro-7B, or dequantise it and save it as bfloat16"
+FLOAT_WEIGHTS_ONLY = (
+    "only float32, float16 and bfloat16 weights are supported: use the original checkpoint, such "
+    "as deepseek-ai/Janus-Pro-7B, or dequantise this one and save it as bfloat16"
 )
 
-GGUF = "GGUF files are not supported; use a checkpoint folder such as deepseek-ai/Janus-Pro-1B"
+GGUF_UNSUPPORTED = (
+    "GGUF files are not supported; use a checkpoint folder such as deepseek-ai/Janus-Pro-1B"
+)
 
 
 def check_not_quantised(config: Mapping, source: TensorSource) -> None:
-    """Raises ValueError for quantised weights; a config may say so of weights that are floats."""
-    named = _stated(config)
-    tensor = _marked(source) or (named and _not_float(source))
+    """Raises ValueError if the weights are quantised.
+
+    A quantisation key in config.json alone is not an error: the weights may be plain floats.
+    """
+    key = _quantisation_key(config)
+    tensor = _quantised_name(source) or (key and _non_float_weight(source))
     if tensor:
-        why = f"{named}; {tensor}" if named else tensor
-        raise ValueError(f"{source.folder} holds quantised weights ({why}); {ADVICE}")
+        reason = f"{key}; {tensor}" if key else tensor
+        raise ValueError(
+            f"{source.folder} holds quantised weights ({reason}); {FLOAT_WEIGHTS_ONLY}"
+        )
 
 
-def _stated(config: Mapping) -> str:
+def _quantisation_key(config: Mapping) -> str:
+    """Describes the first quantisation key in config.json; '' if there is none."""
     sections = {"": config} | {f"{key}.": config.get(key) for key in SECTIONS}
-    for where, section in sections.items():
+    for prefix, section in sections.items():
         for key in KEYS:
-            stated = section.get(key) if isinstance(section, Mapping) else None
-            if stated is not None:
-                method = stated.get("quant_method") if isinstance(stated, Mapping) else None
-                said = "" if method is None else f" of method {shorten(method)}"
-                return f"config.json has {where}{key}{said}"
+            value = section.get(key) if isinstance(section, Mapping) else None
+            if value is not None:
+                method = value.get("quant_method") if isinstance(value, Mapping) else None
+                suffix = "" if method is None else f" with quant_method {shorten(method)}"
+                return f"config.json has {prefix}{key}{suffix}"
     return ""
 
 
-def _marked(source: TensorSource) -> str:
-    for method, pattern in MARKS.items():
+def _quantised_name(source: TensorSource) -> str:
+    """Describes the first tensor that has a name of a quantisation method; '' if none has."""
+    for method, pattern in TENSOR_NAMES.items():
         for name in source.names:
             if pattern.fullmatch(name):
-                return f"tensor {shorten_text(name)}, as {method} names it"
+                return f"tensor {shorten_text(name)} is a tensor of {method}"
     return ""
 
 
-def _not_float(source: TensorSource) -> str:
+def _non_float_weight(source: TensorSource) -> str:
+    """Describes the first weight that is not floating point; '' if there is none."""
     for name in source.names:
         if source.dtype(name).kind not in "fV" and name.endswith(".weight"):
             return f"tensor {shorten_text(name)} is {source.dtype(name)}"

@@ -1,9 +1,10 @@
-"""One table converts both ways: a row names a PyTorch tensor, our path and the transform between.
+"""Conversion tables between PyTorch tensors and janus_jax parameters, used in both directions.
 
-Names are templates: `{i}` stands for a layer number, `{p:a|b}` for one of the words (listed on both
-sides); a placeholder of one side has the same value on the other. Reading matches PyTorch names,
-writing matches our paths, and both use the same rows. PyTorch keeps linear kernels [out, in] and
-convolutions OIHW; ours are [in, out] and HWIO.
+Each row (a Rule) holds a PyTorch tensor name, the paths of the parameters stored in that tensor,
+and the transform between them. Names are templates: `{i}` matches a layer number, `{p:a|b}` one of
+the listed words (listed on both sides); a placeholder has the same value on both sides. Reading
+matches PyTorch names, writing matches parameter paths, and both use the same rows. PyTorch stores
+linear kernels as [out, in] and convolution kernels as OIHW; janus_jax uses [in, out] and HWIO.
 """
 
 import dataclasses
@@ -14,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import numpy as np
 
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.interop.names import advice, few, listed
+from janus_jax.interop.names import abbreviate, hint, summarize_problems
 from janus_jax.interop.tensors import TensorSource
 
 Shape = tuple[int, ...]
@@ -22,57 +23,57 @@ Shape = tuple[int, ...]
 
 @dataclasses.dataclass(frozen=True)
 class Transform:
-    """Array op from PyTorch's layout to one array for each of our paths, and its inverse."""
+    """An array operation from a PyTorch tensor to one array per parameter path, and its inverse."""
 
-    ours: Callable[[np.ndarray], tuple[np.ndarray, ...]]
-    torch: Callable[[tuple[np.ndarray, ...]], np.ndarray]
+    from_torch: Callable[[np.ndarray], tuple[np.ndarray, ...]]
+    to_torch: Callable[[tuple[np.ndarray, ...]], np.ndarray]
 
 
-def _thirds(x: np.ndarray) -> tuple[np.ndarray, ...]:
+def _split_in_three(x: np.ndarray) -> tuple[np.ndarray, ...]:
     if x.shape[0] % 3:
-        raise ValueError(f"{x.shape[0]} rows do not split in 3")
+        raise ValueError(f"expected a number of rows divisible by 3, got {x.shape[0]}")
     return tuple(x.reshape(3, x.shape[0] // 3, *x.shape[1:]))
 
 
-def _rank(x: np.ndarray, rank: int) -> np.ndarray:
+def _check_rank(x: np.ndarray, rank: int) -> np.ndarray:
     if x.ndim != rank:
-        raise ValueError(f"{x.ndim} dimensions, expected {rank}")
+        raise ValueError(f"expected {rank} dimensions, got {x.ndim}")
     return x
 
 
-def _first(x: np.ndarray) -> np.ndarray:
+def _squeeze_leading(x: np.ndarray) -> np.ndarray:
     if x.shape[:1] != (1,):
-        raise ValueError(f"shape {x.shape} has no leading 1")
+        raise ValueError(f"expected a leading dimension of size 1, got shape {x.shape}")
     return x[0]
 
 
-def _unit_kernel(x: np.ndarray) -> np.ndarray:
-    if _rank(x, 4).shape[2:] != (1, 1):
-        raise ValueError(f"kernel of {x.shape[2:]}, expected (1, 1)")
+def _squeeze_1x1(x: np.ndarray) -> np.ndarray:
+    if _check_rank(x, 4).shape[2:] != (1, 1):
+        raise ValueError(f"expected a 1 x 1 kernel, got {x.shape[2:]}")
     return x[:, :, 0, 0]
 
 
 TRANSFORMS = {
     "same": Transform(lambda x: (x,), lambda a: a[0]),
-    "linear": Transform(lambda x: (_rank(x, 2).T,), lambda a: a[0].T),
+    "linear": Transform(lambda x: (_check_rank(x, 2).T,), lambda a: a[0].T),
     "conv2d": Transform(
-        lambda x: (_rank(x, 4).transpose(2, 3, 1, 0),), lambda a: a[0].transpose(3, 2, 0, 1)
+        lambda x: (_check_rank(x, 4).transpose(2, 3, 1, 0),), lambda a: a[0].transpose(3, 2, 0, 1)
     ),
     "pointwise": Transform(
-        lambda x: (_unit_kernel(x).T,), lambda a: a[0].T[:, :, np.newaxis, np.newaxis]
+        lambda x: (_squeeze_1x1(x).T,), lambda a: a[0].T[:, :, np.newaxis, np.newaxis]
     ),
     "split_qkv": Transform(
-        lambda x: tuple(part.T for part in _thirds(_rank(x, 2))),
+        lambda x: tuple(part.T for part in _split_in_three(_check_rank(x, 2))),
         lambda a: np.concatenate([part.T for part in a]),
     ),
-    "split_qkv_bias": Transform(lambda x: _thirds(_rank(x, 1)), np.concatenate),
-    "squeeze_leading": Transform(lambda x: (_first(x),), lambda a: a[0][np.newaxis]),
+    "split_qkv_bias": Transform(lambda x: _split_in_three(_check_rank(x, 1)), np.concatenate),
+    "squeeze_leading": Transform(lambda x: (_squeeze_leading(x),), lambda a: a[0][np.newaxis]),
 }
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """One row: PyTorch name template, our path templates, name of the transform."""
+    """One row of a table: PyTorch name template, parameter path templates, transform name."""
 
     torch: str
     paths: tuple[str, ...]
@@ -80,13 +81,13 @@ class Rule:
 
     @property
     def op(self) -> Transform:
-        """The transform of that name."""
+        """The transform itself."""
         return TRANSFORMS[self.transform]
 
 
 @dataclasses.dataclass(frozen=True)
 class Skip:
-    """A tensor that the model does not use: a regex over its PyTorch name, and why."""
+    """Tensors that the model does not use: a regex that matches their PyTorch name, and why."""
 
     torch: str
     reason: str
@@ -94,7 +95,7 @@ class Skip:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """The rows of one checkpoint layout."""
+    """The conversion table of one checkpoint layout."""
 
     rules: tuple[Rule, ...]
     skips: tuple[Skip, ...]
@@ -102,7 +103,7 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One PyTorch tensor and the parameters it holds."""
+    """The conversion of one PyTorch tensor: its name, its parameters' paths, and the transform."""
 
     torch: str
     paths: tuple[str, ...]
@@ -111,7 +112,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What to do with every tensor: convert it, or leave it out for a reason."""
+    """The tensors to convert, and the tensors to skip with the reason."""
 
     steps: tuple[Step, ...]
     skipped: Mapping[str, str]
@@ -123,27 +124,28 @@ PLACEHOLDER = re.compile(r"\{(\w+)(?::([^}]*))?\}")
 @functools.cache
 def _regex(template: str) -> re.Pattern:
     parts, end = [], 0
-    for found in PLACEHOLDER.finditer(template):
-        parts.append(re.escape(template[end : found.start()]))
-        parts.append(f"(?P<{found[1]}>{found[2] or '0|[1-9][0-9]*'})")
-        end = found.end()
+    for match in PLACEHOLDER.finditer(template):
+        parts.append(re.escape(template[end : match.start()]))
+        parts.append(f"(?P<{match[1]}>{match[2] or '0|[1-9][0-9]*'})")
+        end = match.end()
     return re.compile("".join(parts) + re.escape(template[end:]))
 
 
 def _fill(template: str, values: Mapping[str, str]) -> str:
-    return PLACEHOLDER.sub(lambda found: values[found[1]], template)
+    return PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
 def _match(templates: Sequence[str], name: str) -> dict[str, str] | None:
+    """Returns the placeholders' values in the first template that matches; None if none does."""
     for template in templates:
-        found = _regex(template).fullmatch(name)
-        if found:
-            return found.groupdict()
+        match = _regex(template).fullmatch(name)
+        if match:
+            return match.groupdict()
     return None
 
 
 def find_steps(table: Table, name: str) -> list[Step]:
-    """Every way the rules read a PyTorch tensor; exactly one in a sound table."""
+    """Returns one step per rule that matches a PyTorch name; a valid table has at most one."""
     steps = []
     for rule in table.rules:
         values = _match([rule.torch], name)
@@ -153,43 +155,43 @@ def find_steps(table: Table, name: str) -> list[Step]:
 
 
 def skip_reasons(table: Table, name: str) -> list[str]:
-    """Reasons of the skip rows that name a PyTorch tensor."""
+    """Returns the reasons of the skip rows that match a PyTorch name."""
     return [skip.reason for skip in table.skips if re.fullmatch(skip.torch, name)]
 
 
-def _writers(table: Table, path: str) -> dict[str, Step]:
-    """PyTorch tensors, by name, that hold a parameter; exactly one in a sound table."""
-    found = {}
+def _steps_for_path(table: Table, path: str) -> dict[str, Step]:
+    """Returns the steps, by PyTorch name, that write a parameter; a valid table has exactly one."""
+    steps = {}
     for rule in table.rules:
         values = _match(rule.paths, path)
         if values is not None:
             name = _fill(rule.torch, values)
-            found[name] = Step(name, tuple(_fill(p, values) for p in rule.paths), rule.op)
-    return found
+            steps[name] = Step(name, tuple(_fill(p, values) for p in rule.paths), rule.op)
+    return steps
 
 
 def export_steps(table: Table, paths: Collection[str]) -> list[Step]:
-    """PyTorch tensors, in order of name, that hold exactly these parameters.
+    """Returns the steps, sorted by PyTorch name, that write exactly these parameters.
 
     Raises:
-      ValueError: parameters that no row, or more than one, writes.
+      ValueError: no row, or more than one, writes a parameter, or a row also needs a parameter that
+        is not in `paths`.
     """
-    steps, faults = {}, []
+    steps, problems = {}, []
     for path in paths:
-        found = _writers(table, path)
-        if len(found) != 1:
-            faults.append(f"{path} ({len(found)} rows)")
-        steps.update(found)
-    absent = sorted({p for step in steps.values() for p in step.paths} - set(paths))
-    if faults or absent:
-        astray = faults + absent
-        raise ValueError(f"{len(astray)} parameters that cannot be written: {few(astray)}")
+        writers = _steps_for_path(table, path)
+        if len(writers) != 1:
+            problems.append(f"{path} ({len(writers)} rows)")
+        steps.update(writers)
+    problems += sorted({p for step in steps.values() for p in step.paths} - set(paths))
+    if problems:
+        raise ValueError(f"{len(problems)} parameters cannot be written: {abbreviate(problems)}")
     return [steps[name] for name in sorted(steps)]
 
 
 def torch_shape(step: Step, shapes: Mapping[str, Shape]) -> Shape:
-    """Shape of a PyTorch tensor from those of our parameters; allocates no elements."""
-    return step.op.torch(tuple(_hollow(shapes[path]) for path in step.paths)).shape
+    """Returns a PyTorch tensor's shape from those of its parameters; allocates no data."""
+    return step.op.to_torch(tuple(_shape_only(shapes[path]) for path in step.paths)).shape
 
 
 def make_plan(table: Table, source: TensorSource, expected: Mapping[str, Shape]) -> Plan:
@@ -198,61 +200,62 @@ def make_plan(table: Table, source: TensorSource, expected: Mapping[str, Shape])
     expected: shape of each of the model's parameters by path.
 
     Raises:
-      ValueError: one line that counts all unknown, missing, doubled and misshapen tensors and
-        names a few of each.
+      ValueError: tensors are unknown, missing, duplicated, or have a wrong shape or dtype. The
+        message is one line with the count and the first names of each kind.
     """
-    faults = {kind: list(map(shorten_text, names)) for kind, names in source.faults.items()}
+    problems = {kind: list(map(shorten_text, names)) for kind, names in source.problems.items()}
     steps, skipped = [], {}
     for name in source.names:
-        found, reasons = find_steps(table, name), skip_reasons(table, name)
-        if len(found) + len(reasons) > 1:
-            faults.setdefault("matched by two rows", []).append(name)
+        matches, reasons = find_steps(table, name), skip_reasons(table, name)
+        if len(matches) + len(reasons) > 1:
+            problems.setdefault("matched by two rows", []).append(name)
         elif reasons:
             skipped[name] = reasons[0]
-        elif not found or not all(path in expected for path in found[0].paths):
-            faults.setdefault("unknown", []).append(shorten_text(name))
+        elif not matches or not all(path in expected for path in matches[0].paths):
+            problems.setdefault("unknown", []).append(shorten_text(name))
         else:
-            steps.append(found[0])
-    _check_targets(table, steps, expected, faults)
+            steps.append(matches[0])
+    _check_targets(table, steps, expected, problems)
     for step in steps:
-        _check_tensor(step, source, expected, faults)
-    if text := listed(faults):
-        text += advice(source.names)
-        raise ValueError(f"{source.folder} does not fit its config.json, tensors {text}")
+        _check_tensor(step, source, expected, problems)
+    if text := summarize_problems(problems):
+        text += hint(source.names)
+        raise ValueError(f"the tensors in {source.folder} do not match its config.json: {text}")
     return Plan(tuple(steps), skipped)
 
 
 def _check_targets(
-    table: Table, steps: list[Step], expected: Mapping[str, Shape], faults: dict[str, list[str]]
+    table: Table, steps: list[Step], expected: Mapping[str, Shape], problems: dict[str, list[str]]
 ) -> None:
+    """Adds parameters that no tensor, or more than one, sets."""
     writers: dict[str, list[str]] = {}
     for step in steps:
         for path in step.paths:
             writers.setdefault(path, []).append(step.torch)
-    doubled = [f"{p} by {' and '.join(names)}" for p, names in writers.items() if len(names) > 1]
-    missing = {next(iter(_writers(table, p)), p): None for p in expected if p not in writers}
-    named = {name for names in faults.values() for name in names}
-    faults["set twice"] = doubled
-    faults["missing"] = [name for name in missing if name not in named]
+    duplicates = [f"{p} by {' and '.join(names)}" for p, names in writers.items() if len(names) > 1]
+    missing = {next(iter(_steps_for_path(table, p)), p): None for p in expected if p not in writers}
+    reported = {name for names in problems.values() for name in names}
+    problems["set twice"] = duplicates
+    problems["missing"] = [name for name in missing if name not in reported]
 
 
 def _check_tensor(
-    step: Step, source: TensorSource, expected: Mapping[str, Shape], faults: dict[str, list[str]]
+    step: Step, source: TensorSource, expected: Mapping[str, Shape], problems: dict[str, list[str]]
 ) -> None:
+    """Adds a tensor that has a wrong shape or a wrong dtype."""
     shape, dtype = source.shape(step.torch), source.dtype(step.torch)
     try:
-        ours = [part.shape for part in step.op.ours(_hollow(shape))]
+        shapes = [part.shape for part in step.op.from_torch(_shape_only(shape))]
     except ValueError:
-        ours = []
-    if ours != [expected[path] for path in step.paths]:
-        wanted = torch_shape(step, expected)
-        text = f"{step.torch} is {shorten(shape)}, expected {wanted}"
-        faults.setdefault("of a wrong shape", []).append(text)
-    if dtype.kind not in "fV":  # ml_dtypes.bfloat16 is of numpy's kind V
+        shapes = []
+    if shapes != [expected[path] for path in step.paths]:
+        text = f"{step.torch} is {shorten(shape)}, expected {torch_shape(step, expected)}"
+        problems.setdefault("with a wrong shape", []).append(text)
+    if dtype.kind not in "fV":  # ml_dtypes.bfloat16 has NumPy's kind V
         text = f"{step.torch} is {dtype}, expected floating point"
-        faults.setdefault("of a wrong type", []).append(text)
+        problems.setdefault("with a wrong dtype", []).append(text)
 
 
-def _hollow(shape: Shape) -> np.ndarray:
-    """An array of this shape on one byte of memory: transforms of it tell shapes."""
+def _shape_only(shape: Shape) -> np.ndarray:
+    """Returns an array of this shape on one byte of memory, to compute shapes of transforms."""
     return np.broadcast_to(np.zeros((), np.uint8), shape)

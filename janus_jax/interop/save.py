@@ -1,4 +1,4 @@
-"""From a model in memory to a checkpoint folder in DeepSeek's layout."""
+"""Saves a model in memory as a checkpoint folder in DeepSeek's layout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -20,10 +20,10 @@ from janus_jax.processing.json_files import write_json
 def save_deepseek(
     folder: Path | str, model: Janus, write_small_files: Callable[[Path], None], dtype=jnp.bfloat16
 ) -> None:
-    """Writes a model's parameters and config; an existing checkpoint folder is replaced.
+    """Writes a model's parameters and config; replaces an existing checkpoint folder.
 
-    write_small_files: writes the tokenizer's and processor's files into a folder.
-    dtype: of every tensor in the file.
+    write_small_files: writes the tokenizer and processor files into the given folder.
+    dtype: the dtype of every tensor in the file.
     """
     params = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(nnx.state(model))}
     shapes = {path: value.shape for path, value in params.items()}
@@ -32,10 +32,10 @@ def save_deepseek(
 
     def read(name: str) -> np.ndarray:
         parts = (np.asarray(params[path]).astype(dtype) for path in steps[name].paths)
-        return steps[name].op.torch(tuple(parts))
+        return steps[name].op.to_torch(tuple(parts))
 
-    with new_folder(Path(folder), overwrite=True) as beside:
-        write_small_files(beside)
-        write_json(beside / CONFIG, write_config(model.cfg, None, DEEPSEEK))
-        kinds = {name: (dtype, torch_shape(step, shapes)) for name, step in steps.items()}
-        write_safetensors(beside, kinds, read)
+    with new_folder(Path(folder), overwrite=True) as staging:
+        write_small_files(staging)
+        write_json(staging / CONFIG, write_config(model.cfg, None, DEEPSEEK))
+        metadata = {name: (dtype, torch_shape(step, shapes)) for name, step in steps.items()}
+        write_safetensors(staging, metadata, read)

@@ -1,4 +1,4 @@
-"""A checkpoint file seen as named byte ranges: nothing is read until a tensor is asked for."""
+"""Lazy tensors: named byte ranges of checkpoint files that are read on demand."""
 
 import dataclasses
 import math
@@ -9,14 +9,18 @@ import ml_dtypes
 import numpy as np
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
-MAX_RANK = 64  # of an array in NumPy
+MAX_RANK = 64  # NumPy's maximum number of dimensions
 
 
 def is_shape(shape, dtype: np.dtype) -> bool:
-    """Whether an array can have this shape: a tuple of integers that are not too large."""
-    sizes = isinstance(shape, tuple) and all(type(n) is int and 0 <= n < 2**63 for n in shape)
+    """Returns whether `shape` is a tuple of sizes that an array of this dtype can have.
+
+    At most MAX_RANK non-negative integers; neither a size nor the bytes of the array (counted
+    without the dimensions of size 0) reach 2**63.
+    """
+    integers = isinstance(shape, tuple) and all(type(n) is int and 0 <= n < 2**63 for n in shape)
     return (
-        sizes
+        integers
         and len(shape) <= MAX_RANK
         and math.prod(n for n in shape if n) * dtype.itemsize < 2**63
     )
@@ -24,7 +28,10 @@ def is_shape(shape, dtype: np.dtype) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """Where one tensor lies: `strides` (in elements) is None for a C-contiguous one."""
+    """The location of one tensor in a file.
+
+    file: the file. offset: of its first byte. strides: in elements; None if it is C-contiguous.
+    """
 
     file: Path
     offset: int
@@ -34,60 +41,60 @@ class Tensor:
 
     @property
     def end(self) -> int:
-        """Offset of the byte after a contiguous one."""
+        """Offset of the first byte after a contiguous tensor."""
         return self.offset + self.dtype.itemsize * math.prod(self.shape)
 
     def read(self) -> np.ndarray:
-        """Read-only view of the file; pages are touched when elements are used."""
+        """Returns a read-only view of the memory-mapped file; data is read as elements are used."""
         size = math.prod(self.shape)
         if size == 0:
             return np.zeros(self.shape, self.dtype)
         if self.strides is None:
             return self._map(size).reshape(self.shape)
         span = 1 + sum((n - 1) * s for n, s in zip(self.shape, self.strides, strict=True))
-        steps = tuple(s * self.dtype.itemsize for s in self.strides)
+        byte_strides = tuple(s * self.dtype.itemsize for s in self.strides)
         flat = self._map(span)
-        return np.lib.stride_tricks.as_strided(flat, self.shape, steps, writeable=False)
+        return np.lib.stride_tricks.as_strided(flat, self.shape, byte_strides, writeable=False)
 
     def _map(self, count: int) -> np.ndarray:
         size = (count * self.dtype.itemsize,)
         try:
             raw = np.memmap(self.file, np.uint8, "r", self.offset, size)
-        except ValueError as error:  # it was longer when it was opened
+        except ValueError as error:  # the file has become shorter since its header was read
             raise ValueError(f"{self.file} has changed since it was opened: {error}") from None
-        # A plain ndarray: np.memmap would keep its own type (and its warnings) through every view.
+        # A plain ndarray, because every view of an np.memmap keeps that type and its warnings.
         return np.asarray(raw).view(self.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorSource:
-    """Every tensor of a checkpoint folder by its PyTorch name.
+    """All tensors of a checkpoint folder by PyTorch name.
 
-    `faults` holds what the files contradict each other in (kind -> names); the conversion plan
-    reports them together with its own findings.
+    `problems` maps kinds of inconsistencies between the files to tensor names. The conversion plan
+    reports them together with those that it finds itself.
     """
 
     folder: Path
     tensors: Mapping[str, Tensor]
-    faults: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
+    problems: Mapping[str, list[str]] = dataclasses.field(default_factory=dict)
 
     @property
     def names(self) -> tuple[str, ...]:
-        """PyTorch names of all tensors."""
+        """The PyTorch names of all tensors."""
         return tuple(self.tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape as stored, in PyTorch's layout; reads nothing."""
+        """Returns the stored shape, in PyTorch's layout; reads no data."""
         return self.tensors[name].shape
 
     def dtype(self, name: str) -> np.dtype:
-        """Dtype as stored (ml_dtypes.bfloat16 for bfloat16); reads nothing."""
+        """Returns the stored dtype (ml_dtypes.bfloat16 for bfloat16); reads no data."""
         return self.tensors[name].dtype
 
     def size(self, name: str) -> int:
-        """Bytes of a tensor as stored; reads nothing."""
+        """Returns the number of bytes of the stored tensor; reads no data."""
         return self.dtype(name).itemsize * math.prod(self.shape(name))
 
     def read(self, name: str) -> np.ndarray:
-        """Read-only array (ml_dtypes.bfloat16 where stored so), backed by the file."""
+        """Returns a read-only array in the stored dtype, backed by the memory-mapped file."""
         return self.tensors[name].read()

@@ -1,10 +1,10 @@
-"""Names of the `transformers` layout (`JanusForConditionalGeneration`)."""
+"""Conversion table of the `transformers` layout (`JanusForConditionalGeneration`)."""
 
 from janus_jax.interop.deepseek import (
+    BLOCKS_PATH,
     CODEBOOK_USED,
     INV_FREQ,
-    OUR_BLOCKS,
-    OUR_VQ,
+    VQ_PATH,
     affine,
     attention_rules,
     llama_rules,
@@ -20,7 +20,7 @@ VQ = "model.vqmodel"
 
 
 def table(cfg: JanusConfig) -> Table:
-    """Rows for a model of these sizes (only the aligners' depths matter)."""
+    """Returns the table for a model config; only the aligners' depths matter."""
     rules = (
         *_vision_rules(),
         *_aligner_rules("model.aligner", "und_aligner", cfg.und_aligner_depth),
@@ -34,7 +34,7 @@ def table(cfg: JanusConfig) -> Table:
         *_middle_rules(),
         *llama_rules("model.language_model", "lm_head"),
     )
-    positions = "the numbers 0 to T - 1"
+    positions = "the position indices 0 to T - 1"
     skips = (
         Skip(r"model\.vision_model\.embeddings\.position_ids", positions),
         Skip(r"model\.vqmodel\.quantize\.codebook_used", CODEBOOK_USED),
@@ -50,10 +50,10 @@ def _vision_rules() -> tuple[Rule, ...]:
     return (
         *affine(f"{tower}.embeddings.patch_embedding", "und_encoder.patch_embed", "conv2d"),
         Rule(position, ("und_encoder.pos_embed",), "same"),
-        *affine(f"{BLOCKS}.self_attn.{attn}", f"{OUR_BLOCKS}.attn.{attn}", "linear"),
-        *affine(f"{BLOCKS}.self_attn.projection_layer", f"{OUR_BLOCKS}.attn.out_proj", "linear"),
-        *affine(f"{BLOCKS}.{mlp}", f"{OUR_BLOCKS}.{mlp}", "linear"),
-        *norm(f"{BLOCKS}.layer_norm{{n:1|2}}", f"{OUR_BLOCKS}.norm{{n:1|2}}"),
+        *affine(f"{BLOCKS}.self_attn.{attn}", f"{BLOCKS_PATH}.attn.{attn}", "linear"),
+        *affine(f"{BLOCKS}.self_attn.projection_layer", f"{BLOCKS_PATH}.attn.out_proj", "linear"),
+        *affine(f"{BLOCKS}.{mlp}", f"{BLOCKS_PATH}.{mlp}", "linear"),
+        *norm(f"{BLOCKS}.layer_norm{{n:1|2}}", f"{BLOCKS_PATH}.norm{{n:1|2}}"),
         *norm(f"{tower}.post_layernorm", "und_encoder.norm"),
     )
 
@@ -65,18 +65,18 @@ def _aligner_rules(torch: str, path: str, depth: int) -> tuple[Rule, ...]:
 
 
 def _level_rules(coder: str, levels: str, scaling: str) -> tuple[Rule, ...]:
-    torch, ours = f"{VQ}.{coder}.{levels}.{{i}}", f"gen_vq.{coder}.levels.{{i}}"
+    torch, path = f"{VQ}.{coder}.{levels}.{{i}}", f"gen_vq.{coder}.levels.{{i}}"
     return (
-        *resnet_rules(f"{torch}.block.{{j}}", f"{ours}.res.{{j}}"),
-        *attention_rules(f"{torch}.attn.{{j}}", f"{ours}.attn.{{j}}"),
-        *affine(f"{torch}.{scaling}.conv", f"{ours}.{scaling}", "conv2d"),
+        *resnet_rules(f"{torch}.block.{{j}}", f"{path}.res.{{j}}"),
+        *attention_rules(f"{torch}.attn.{{j}}", f"{path}.attn.{{j}}"),
+        *affine(f"{torch}.{scaling}.conv", f"{path}.{scaling}", "conv2d"),
     )
 
 
 def _middle_rules() -> tuple[Rule, ...]:
-    torch, ours = f"{VQ}.{{c:encoder|decoder}}.mid", f"{OUR_VQ}.mid"
+    torch, path = f"{VQ}.{{c:encoder|decoder}}.mid", f"{VQ_PATH}.mid"
     return (
-        *resnet_rules(f"{torch}.block_1", f"{ours}.0"),
-        *attention_rules(f"{torch}.attn_1", f"{ours}.1"),
-        *resnet_rules(f"{torch}.block_2", f"{ours}.2"),
+        *resnet_rules(f"{torch}.block_1", f"{path}.0"),
+        *attention_rules(f"{torch}.attn_1", f"{path}.1"),
+        *resnet_rules(f"{torch}.block_2", f"{path}.2"),
     )

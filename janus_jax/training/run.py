@@ -269,11 +269,11 @@ def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> N
             array = adapter.merged(path, array)
         return array.astype(dtype) if path.split(".")[0] in parts else array
 
-    kinds = {
+    metadata = {
         path: (dtype if path.split(".")[0] in parts else kind, shape)
-        for path, (kind, shape) in stored.kinds.items()
+        for path, (kind, shape) in stored.metadata.items()
     }
-    changed = dataclasses.replace(stored, kinds=kinds, read=read)
+    changed = dataclasses.replace(stored, metadata=metadata, read=read)
     for line in write_folder(setup.source, changed, folder, setup.source.layout, overwrite=True):
         logging.info(line)
 

@@ -22,8 +22,8 @@ from janus_jax.interop.load import (
     Folder,
     abstract,
     check_weights,
-    filled,
     load_params,
+    merge_params,
     open_folder,
 )
 from janus_jax.models.janus import Janus, JanusConfig
@@ -194,7 +194,7 @@ class Setup:
         leaves = dict(flat(state))
 
         def make(params: Params) -> Janus:
-            return filled(graph, state, lambda path: params.get(path, leaves[path]))
+            return merge_params(graph, state, lambda path: params.get(path, leaves[path]))
 
         return make
 
