@@ -28,8 +28,7 @@ from janus_jax.models.attention import (
     positions_from_mask,
     segment_mask,
 )
-from janus_jax.models.kv_cache import init_cache
-from janus_jax.models.llama import Llama, apply_rope, rope_angles
+from janus_jax.models.llama import Llama, apply_rope, init_cache, rope_angles
 
 logits_of = jax.jit(Llama.logits)
 

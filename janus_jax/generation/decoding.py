@@ -16,8 +16,8 @@ from jax.sharding import Mesh
 from janus_jax import sharding
 from janus_jax.models.attention import causal_mask, decode_mask, positions_from_mask
 from janus_jax.models.janus import Janus
-from janus_jax.models.kv_cache import KVCache, init_cache
-from janus_jax.models.llama import Llama, LlamaConfig
+from janus_jax.models.kv_cache import KVCache
+from janus_jax.models.llama import Llama, LlamaConfig, init_cache
 
 _SMALL_BUCKETS = (32, 64, 128)
 
