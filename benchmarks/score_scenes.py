@@ -30,7 +30,7 @@ from janus_jax.data.mixture import open_parts
 from janus_jax.data.questions import sample_question
 from janus_jax.data.scene_batches import sample_scenes
 from janus_jax.data.sources import open_source
-from janus_jax.generation.loading import STATED, TINY, DrawingDefaults, find_folder
+from janus_jax.generation.loading import GENERATION_KEYS, TINY, ImageDefaults, find_folder
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.processing.json_files import write_json
 
@@ -68,19 +68,19 @@ def score_images(
     return float(np.mean([checker.satisfies(*pair) for pair in zip(wanted, found, strict=True)]))
 
 
-def try_drawing(pipeline: Pipeline) -> dict[DrawingDefaults, float]:
+def try_drawing(pipeline: Pipeline) -> dict[ImageDefaults, float]:
     """Score of each way to draw on the tuning prompts of training compositions."""
     prompts = [p for kind in scenes.KINDS for p in split_prompts("train", kind)[0]]
-    ways = itertools.starmap(DrawingDefaults, itertools.product(GUIDANCE, TEMPERATURES))
+    ways = itertools.starmap(ImageDefaults, itertools.product(GUIDANCE, TEMPERATURES))
     return {way: score_images(pipeline, prompts, SEED + 1, **way._asdict()) for way in ways}
 
 
-def score_split(pipeline: Pipeline, split: str, drawing: DrawingDefaults) -> dict:
+def score_split(pipeline: Pipeline, split: str, settings: ImageDefaults) -> dict:
     """Score of every kind that the split has, and their mean, as GenEval's overall score."""
     by_kind = {}
     for kind in scenes.KINDS:
         if prompts := split_prompts(split, kind)[1]:
-            score = score_images(pipeline, prompts, SEED, **drawing._asdict())
+            score = score_images(pipeline, prompts, SEED, **settings._asdict())
             by_kind[kind] = dict(prompts=len(prompts), score=round(score, 4))
     mean = np.mean([entry["score"] for entry in by_kind.values()])
     shared = [by_kind[kind]["score"] for kind in by_kind if scenes.prompts("held_out", kind)]
@@ -184,7 +184,7 @@ def score(model: str | None, keep_drawing: bool) -> dict:
     pipeline = load(model, dtype="float32")
     seen = training_scenes()
     tried = {} if keep_drawing else try_drawing(pipeline)
-    chosen = max(tried, key=tried.get) if tried else pipeline.drawing
+    chosen = max(tried, key=tried.get) if tried else pipeline.image_defaults
     return dict(
         sha256=weights_digests(find_folder(model)),
         generation=dict(
@@ -219,7 +219,7 @@ def main() -> None:
     flags = parser.parse_args()
     record = score(flags.model, flags.keep_drawing)
     if flags.set_drawing:
-        chosen = {name: record["generation"][own] for own, name in STATED.items()}
+        chosen = {name: record["generation"][own] for own, name in GENERATION_KEYS.items()}
         write_json(Path(flags.model or TINY) / "generation_config.json", chosen)
     text = json.dumps(record, indent=1) + "\n"
     print(text, end="")

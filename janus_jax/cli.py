@@ -260,7 +260,7 @@ def draw(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") ->
     names = ("guidance_weight", "temperature", "top_k", "top_p")
     asked = {name: getattr(flags, name) for name in names}
     settings = asked | {
-        name: own for name, own in pipeline.drawing._asdict().items() if asked[name] is None
+        name: own for name, own in pipeline.image_defaults._asdict().items() if asked[name] is None
     }
     dtype = np.dtype(pipeline.model.cfg.language_model.dtype).name
     made = {"model": pipeline.name, "settings": json.dumps(settings | {"dtype": dtype})}

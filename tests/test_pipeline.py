@@ -126,7 +126,7 @@ def test_no_config_json_lengthens_the_trained_context(golden):
     model = type("Model", (), {"cfg": JanusConfig.janus_pro_1b()})()
     assert model.cfg.language_model.max_position_embeddings == 16384
     processor = Processor.from_dir(golden / "janus")
-    loaded = pipelines.Pipeline(model, processor, "name", loading.DrawingDefaults())
+    loaded = pipelines.Pipeline(model, processor, "name", loading.ImageDefaults())
     assert loaded.processor.trained_context == 4096
 
 
@@ -329,12 +329,12 @@ def test_public_names_are_there():
 
 
 def test_the_checkpoint_states_how_it_draws(small, golden, tmp_path):
-    assert small.drawing == (5.0, 1.0)  # the folder states none
+    assert small.image_defaults == (5.0, 1.0)  # the folder states none
     shutil.copytree(golden / "janus_small", tmp_path / "janus_small")
     stated = tmp_path / "janus_small" / "generation_config.json"
     stated.write_text('{"guidance_scale": 2, "temperature": 0}')
     own = janus_jax.load(tmp_path / "janus_small", dtype="float32")
-    assert own.drawing == (2.0, 0.0)
+    assert own.image_defaults == (2.0, 0.0)
     drawn = own.generate_images("a red cat")
     want = small.generate_images("a red cat", temperature=0, guidance_weight=2.0)
     np.testing.assert_array_equal(drawn.indices, want.indices)

@@ -97,13 +97,13 @@ def _fetch(name: str) -> Path:
         ) from error
 
 
-def shown_name(path_or_hub_id: str | Path | None, adapter: str | Path | None) -> str:
+def display_name(path_or_hub_id: str | Path | None, adapter: str | Path | None) -> str:
     """What a loaded model is called in the metadata of its images."""
     name = TINY.name if path_or_hub_id is None else str(path_or_hub_id)
     return name if adapter is None else f"{name} with adapter {adapter}"
 
 
-def placement(mesh: Mesh | None, cfg: JanusConfig) -> ShardingFor:
+def parameter_shardings(mesh: Mesh | None, cfg: JanusConfig) -> ShardingFor:
     """The sharding of each parameter; without a mesh None, which is the default device.
 
     Raises:
@@ -116,10 +116,10 @@ def placement(mesh: Mesh | None, cfg: JanusConfig) -> ShardingFor:
 
 
 # what generation_config.json calls them, as transformers does
-STATED = {"guidance_weight": "guidance_scale", "temperature": "temperature"}
+GENERATION_KEYS = {"guidance_weight": "guidance_scale", "temperature": "temperature"}
 
 
-class DrawingDefaults(NamedTuple):
+class ImageDefaults(NamedTuple):
     """How a checkpoint draws where nothing else is asked.
 
     Where it states nothing, as the original code does (generation_inference.py).
@@ -129,17 +129,20 @@ class DrawingDefaults(NamedTuple):
     temperature: float = 1.0
 
     @classmethod
-    def from_dir(cls, folder: Path) -> "DrawingDefaults":
-        """Reads generation_config.json, where STATED has the names.
+    def from_dir(cls, folder: Path) -> "ImageDefaults":
+        """Reads generation_config.json, where GENERATION_KEYS has the names.
 
         Raises:
             ValueError: one is not a number that float32 keeps, or the temperature is below 0.
         """
         path = folder / GENERATION
         stated = read_json_if_any(path)
-        found = {own: stated[name] for own, name in STATED.items() if stated.get(name) is not None}
-        where = {own: f"{STATED[own]} in {path}" for own in found}
-        defaults = cls(**{own: checks.check_kept_number(where[own], found[own]) for own in found})
+        numbers = {
+            field: checks.check_kept_number(f"{key} in {path}", stated[key])
+            for field, key in GENERATION_KEYS.items()
+            if stated.get(key) is not None
+        }
+        defaults = cls(**numbers)
         if (temperature := defaults.temperature) < 0:
             raise ValueError(f"temperature in {path} must be at least 0, got {temperature}")
         return defaults

@@ -40,14 +40,14 @@ class Pipeline:
         model: Janus,
         processor: Processor,
         name: str,
-        drawing: loading.DrawingDefaults,
+        image_defaults: loading.ImageDefaults,
         mesh: Mesh | None = None,
     ):
         context = min(processor.trained_context, model.cfg.language_model.max_position_embeddings)
         self.model = model
         self.processor = dataclasses.replace(processor, trained_context=context)
         self.name = name
-        self.drawing = drawing
+        self.image_defaults = image_defaults
         self.mesh = mesh
 
     def generate_images(
@@ -143,10 +143,10 @@ class Pipeline:
     ) -> tuple[float, samplers.Sampling]:
         """Checked, and the checkpoint's own where they are None."""
         if guidance_weight is None:
-            guidance_weight = self.drawing.guidance_weight
+            guidance_weight = self.image_defaults.guidance_weight
         guidance_weight = checks.check_number("guidance_weight", guidance_weight)
         if temperature is None:
-            temperature = self.drawing.temperature
+            temperature = self.image_defaults.temperature
         size = self.model.cfg.gen_vq.codebook_size
         return guidance_weight, samplers.make_sampling(temperature, top_k, top_p, size)
 
@@ -390,9 +390,10 @@ def load(
     folder = loading.find_folder(path_or_hub_id)
     opened = open_folder(folder, loading.find_adapter(adapter))
     cfg = opened.cfg.with_dtype(dtype)
-    place = loading.placement(mesh, cfg)
+    place = loading.parameter_shardings(mesh, cfg)
     processor = Processor.from_dir(folder)
     loading.check_processor(folder, processor, cfg)
-    drawing = loading.DrawingDefaults.from_dir(folder)
+    image_defaults = loading.ImageDefaults.from_dir(folder)
     model = build_model(cfg, load_params(opened, cfg, place, dtype, progress=progress))
-    return Pipeline(model, processor, loading.shown_name(path_or_hub_id, adapter), drawing, mesh)
+    name = loading.display_name(path_or_hub_id, adapter)
+    return Pipeline(model, processor, name, image_defaults, mesh)
