@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 from torch_reference import call, rebuilt, tiny_pair, uniform
 
-from janus_jax.models.linear import in_float32, linear
+from janus_jax.models.linear import linear, with_float32_output
 from janus_jax.models.siglip import Siglip
 
 BFLOAT16 = jnp.bfloat16
@@ -112,10 +112,13 @@ def test_gradients_are_those_of_a_rounded_product():
     def loss(multiply, x, kernel):
         return jnp.sum(multiply(x, kernel).astype(BFLOAT16).astype(jnp.float32) ** 2)
 
-    def wide(x, kernel):
-        return in_float32(lambda x, kernel, **options: jax.lax.dot(x, kernel, **options), x, kernel)
+    def dot(x, kernel, **options):
+        return jax.lax.dot(x, kernel, **options)
 
-    grads = jax.grad(loss, argnums=(1, 2))(wide, x, kernel)
+    def float32_dot(x, kernel):
+        return with_float32_output(dot, x, kernel)
+
+    grads = jax.grad(loss, argnums=(1, 2))(float32_dot, x, kernel)
     expected = jax.grad(loss, argnums=(1, 2))(jax.lax.dot, x, kernel)
     for got, want in zip(grads, expected, strict=True):
         assert got.dtype == BFLOAT16

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from janus_jax.models.linear import dot_of_rows, gelu, linear, with_bias
+from janus_jax.models.linear import add_bias, flat_matmul, gelu, linear
 
 
 class Aligner(nnx.Module):
@@ -42,5 +42,5 @@ class GenHead(nnx.Module):
         """float[..., D] -> float32[..., codebook_size]."""
         x = gelu(self.proj(hidden))
         kernel = self.out.kernel[...].astype(self.dtype)
-        logits = dot_of_rows(x, kernel, preferred_element_type=jnp.float32)
-        return with_bias(logits, self.out.bias[...])
+        logits = flat_matmul(x, kernel, preferred_element_type=jnp.float32)
+        return add_bias(logits, self.out.bias[...])

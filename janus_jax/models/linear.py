@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-OUTPUT = "linear_output"  # what remat.py may keep
+LINEAR_OUTPUT = "linear_output"  # what remat.py may keep
 
 
 class Linear(nnx.Linear):
@@ -20,10 +20,10 @@ class Linear(nnx.Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        out = self.dot_general(x, kernel, wide=self.bias is not None)
+        out = self.dot_general(x, kernel, float32_output=self.bias is not None)
         if self.bias is not None:
-            out = with_bias(out, self.bias[...]).astype(self.dtype)
-        return checkpoint_name(out, OUTPUT)
+            out = add_bias(out, self.bias[...]).astype(self.dtype)
+        return checkpoint_name(out, LINEAR_OUTPUT)
 
 
 def linear(
@@ -39,12 +39,12 @@ def linear(
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        dot_general=product,
+        dot_general=matmul,
         rngs=rngs,
     )
 
 
-def with_bias(out: jax.Array, bias: jax.Array) -> jax.Array:
+def add_bias(out: jax.Array, bias: jax.Array) -> jax.Array:
     """out + bias: float32[..., F] and float[F] -> float32[..., F].
 
     The bias is broadcast explicitly, for programs that set JAX_NUMPY_RANK_PROMOTION=raise.
@@ -52,13 +52,18 @@ def with_bias(out: jax.Array, bias: jax.Array) -> jax.Array:
     return out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
 
 
-def product(x: jax.Array, kernel: jax.Array, wide: bool) -> jax.Array:
-    """x @ kernel of one type, float[..., D] and float[D, F], as float[..., F] or, wide, float32."""
-    return in_float32(dot_of_rows, x, kernel) if wide else dot_of_rows(x, kernel)
+def matmul(x: jax.Array, kernel: jax.Array, float32_output: bool) -> jax.Array:
+    """Returns x @ kernel: float[..., D] and float[D, F] of one dtype -> float[..., F].
+
+    The output has the dtype of the inputs, or float32 if float32_output is set.
+    """
+    if float32_output:
+        return with_float32_output(flat_matmul, x, kernel)
+    return flat_matmul(x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def in_float32(multiply: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
+def with_float32_output(multiply: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """multiply(x, kernel), a product or a convolution, as float32, with its gradients as they are.
 
     JAX's own gradients would multiply float32 with bfloat16, which GPUs have no kernel for. Nothing
@@ -68,16 +73,16 @@ def in_float32(multiply: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array
     return multiply(x, kernel, preferred_element_type=jnp.float32)
 
 
-def _in_float32_forward(multiply: Callable, x: jax.Array, kernel: jax.Array):
-    return in_float32(multiply, x, kernel), (x, kernel)
+def _float32_output_forward(multiply: Callable, x: jax.Array, kernel: jax.Array):
+    return with_float32_output(multiply, x, kernel), (x, kernel)
 
 
-def _in_float32_backward(multiply: Callable, factors, gradient: jax.Array):
+def _float32_output_backward(multiply: Callable, factors, gradient: jax.Array):
     _, pull_back = jax.vjp(multiply, *factors)
     return pull_back(gradient.astype(factors[0].dtype))
 
 
-in_float32.defvjp(_in_float32_forward, _in_float32_backward)
+with_float32_output.defvjp(_float32_output_forward, _float32_output_backward)
 
 
 @jax.checkpoint
@@ -89,7 +94,7 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
-def dot_of_rows(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
+def flat_matmul(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
     """x @ kernel: float[..., D] and float[D, F] -> float[..., F], leading axes of x made one.
 
     options: of jax.lax.dot_general.

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
 from janus_jax.models.kv_cache import KVCache
-from janus_jax.models.linear import dot_of_rows, embed_lookup, linear
+from janus_jax.models.linear import embed_lookup, flat_matmul, linear
 from janus_jax.models.norms import RMSNorm
 from janus_jax.models.remat import block_call
 
@@ -207,4 +207,4 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Text logits: float[..., D] -> float32[..., V]."""
         kernel = self.lm_head.kernel[...].astype(self.cfg.dtype)
-        return dot_of_rows(hidden, kernel, preferred_element_type=jnp.float32)
+        return flat_matmul(hidden, kernel, preferred_element_type=jnp.float32)

@@ -5,13 +5,13 @@ from collections.abc import Callable
 import jax
 from flax import nnx
 
-from janus_jax.models.linear import OUTPUT
+from janus_jax.models.linear import LINEAR_OUTPUT
 
 POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(OUTPUT),
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-REMATS = ("none", *POLICIES)
+REMAT_CHOICES = ("none", *POLICIES)
 
 
 def block_call(block: type[nnx.Module], remat: str) -> Callable:

@@ -12,7 +12,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
-from janus_jax.models.linear import gelu, in_float32, linear, with_bias
+from janus_jax.models.linear import add_bias, gelu, linear, with_float32_output
 from janus_jax.models.norms import LayerNorm
 from janus_jax.models.remat import block_call
 
@@ -106,7 +106,7 @@ class Block(nnx.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def _convolve(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
+def _patch_conv(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
     """Patches side by side: float[B, Y, X, 3], float[P, P, 3, W] -> float[B, Y / P, X / P, W]."""
     axes = ("NHWC", "HWIO", "NHWC")
     steps = kernel.shape[:2]
@@ -119,8 +119,9 @@ class PatchEmbed(nnx.Conv):
     """A convolution over patches whose output is rounded once, as that of linear.Linear."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = in_float32(_convolve, x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return with_bias(out, self.bias[...]).astype(self.dtype)
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        out = with_float32_output(_patch_conv, x, kernel)
+        return add_bias(out, self.bias[...]).astype(self.dtype)
 
 
 class Siglip(nnx.Module):
