@@ -1,4 +1,4 @@
-"""What the backward pass computes again instead of keeping it from the forward pass."""
+"""Rematerialisation: what the backward pass recomputes instead of saving it."""
 
 from collections.abc import Callable
 
@@ -15,8 +15,13 @@ REMAT_CHOICES = ("none", *POLICIES)
 
 
 def block_call(block: type[nnx.Module], remat: str) -> Callable:
-    """A block's __call__: "none" keeps everything, "dots" the linear layers' outputs (attention
-    and what is computed element by element comes again), "full" only what goes into the block.
+    """Returns the __call__ of a block class, wrapped according to `remat`.
+
+    remat: what is saved for the backward pass; the rest is recomputed.
+        "none": everything.
+        "dots": the inputs of the block and the outputs of its linear layers; attention and
+            elementwise operations are recomputed.
+        "full": only the inputs of the block.
     """
     if remat == "none":
         return block.__call__
