@@ -67,14 +67,14 @@ def test_every_row_is_used(adapted_paths):
     "path", ["language_model.layers.0.self_attn.k_norm.scale", "xlanguage_model.norm.scale", ""]
 )
 def test_a_parameter_without_a_row_is_named(path):
-    with pytest.raises(ValueError, match=f"must match parameter {path}, 0 do: none"):
+    with pytest.raises(ValueError, match=f"must match parameter {path}, but 0 match: none"):
         sharding.spec_for(path)
 
 
 def test_a_parameter_with_two_rows_is_named(monkeypatch):
     extra = (*sharding.PARAMETER_SPECS, (r"language_model\..*", P()))
     monkeypatch.setattr(sharding, "PARAMETER_SPECS", extra)
-    with pytest.raises(ValueError, match=r"parameter language_model.norm.scale, 2 do: "):
+    with pytest.raises(ValueError, match=r"parameter language_model.norm.scale, but 2 match: "):
         sharding.spec_for("language_model.norm.scale")
 
 
@@ -97,13 +97,13 @@ def test_meshes_are_read_from_text():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model=2", "a mesh is written data=1,fsdp=1,tensor=1, .* got 'model=2'"),
+        ("model=2", "a mesh must be given as data=1,fsdp=1,tensor=1, .* got 'model=2'"),
         ("data=2,data=2", "each axis at most once, got 'data=2,data=2'"),
         ("data=-1", "got 'data=-1'"),
         ("data=1.5", "got 'data=1.5'"),
         ("", "got ''"),
         ("data=0", "mesh axis data must be an integer of at least 1, got 0"),
-        ("data=3,tensor=3", "data=3,fsdp=1,tensor=3 needs 9 devices, there are 8"),
+        ("data=3,tensor=3", "data=3,fsdp=1,tensor=3 needs 9 devices, but there are only 8"),
     ],
 )
 def test_meshes_that_cannot_be_are_refused(text, message):
