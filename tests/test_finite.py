@@ -113,23 +113,24 @@ def test_a_damaged_encoder_of_pixels_ends_encoding(small, photo, path):
 def test_finite_weights_that_overflow_are_told_apart(small):
     message = "all weights of language_model, gen_embed, .* are finite, so a value overflowed; "
     with damaged(small.model, NORM, 3e38):
-        with pytest.raises(ValueError, match=DRAWN + message + ".* nearer to 1 than 5$"):
+        with pytest.raises(ValueError, match=DRAWN + message + ".* closer to 1 than 5$"):
             generate(small)
 
 
 def test_guidance_that_overflows_ends_a_drawing(small):
     """Many logits would be infinite, and as likely as each other."""
     assert generate(small, guidance_weight=1e30).indices.max() < 128
-    with pytest.raises(ValueError, match=r"or try a guidance_weight nearer to 1 than 3e\+38$"):
+    with pytest.raises(ValueError, match=r"or try a guidance_weight closer to 1 than 3e\+38$"):
         generate(small, guidance_weight=3e38)
 
 
 def test_the_command_ends_in_one_line(small, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("janus_jax.generation.pipeline.load", lambda *_, **__: small)
-    drawing = ("--prompt", "a cat", "--num_images", "1", "--output_dir", str(tmp_path))
-    for asked in (drawing, ("--question", "Hello", "--max_new_tokens", "12")):
+    image_flags = ("--prompt", "a cat", "--num_images", "1", "--output_dir", str(tmp_path))
+    text_flags = ("--question", "Hello", "--max_new_tokens", "12")
+    for flags in (image_flags, text_flags):
         with damaged(small.model, NORM), pytest.raises(SystemExit) as stopped:
-            cli.main(list(asked))
+            cli.main(list(flags))
         out, err = capsys.readouterr()
         assert (stopped.value.code, out) == (2, "")
         assert err.splitlines()[-1].startswith("sample.py: ") and NORM in err
@@ -140,11 +141,12 @@ def test_no_program_calls_back(small):
     """Programs with callbacks are never kept in the persistent compilation cache."""
     guidance_weight, sampling = small._image_settings()
     prompt = small.image_prompt("a cat")
-    drawing = image.make_requests([prompt], 1, 0, guidance_weight, sampling, 0)
+    image_requests = image.make_requests([prompt], 1, 0, guidance_weight, sampling, 0)
     batch = small.processor.batch(small.examples(["Hello"], [[]], NEW))
-    writing = text.make_requests(batch, 0, sampling, 0)
+    text_requests = text.make_requests(batch, 0, sampling, 0)
+    generate_tokens = text.generate_tokens.__wrapped__
     programs = (
-        jax.make_jaxpr(image.draw.__wrapped__)(small.model, drawing),
-        jax.make_jaxpr(text.write.__wrapped__, static_argnums=2)(small.model, writing, NEW),
+        jax.make_jaxpr(image.generate_batch.__wrapped__)(small.model, image_requests),
+        jax.make_jaxpr(generate_tokens, static_argnums=2)(small.model, text_requests, NEW),
     )
     assert not any("callback" in str(program) for program in programs)

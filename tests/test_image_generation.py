@@ -80,7 +80,9 @@ def test_sampling_with_the_recorded_noise_gives_the_recorded_tokens(pipeline, re
     sampling = samplers.make_sampling(float(recorded["gumbel_temperature"]), None, None, 128)
     noise = recorded["gumbel"]
     _, indices = _walk(
-        pipeline, requests, lambda step, logits: samplers.pick(logits, noise[step], sampling)
+        pipeline,
+        requests,
+        lambda step, logits: samplers.sample_token(logits, noise[step], sampling),
     )
     np.testing.assert_array_equal(indices, recorded["gumbel_tokens"])
 
@@ -101,9 +103,9 @@ def test_images_of_one_prompt_differ_and_repeat(small, five):
 
 def test_chunks_change_nothing_and_share_one_program(small, five):
     small.generate_images(PROMPT, num_images=2)
-    before = image.draw._cache_size()
+    before = image.generate_batch._cache_size()
     chunked = small.generate_images(PROMPT, num_images=5, seed=3, max_batch=2)
-    assert image.draw._cache_size() == before  # 2 + 2 + 1 images
+    assert image.generate_batch._cache_size() == before  # 2 + 2 + 1 images
     np.testing.assert_array_equal(chunked.indices, five.indices)
     np.testing.assert_array_equal(chunked.pixels, five.pixels)
 
@@ -131,7 +133,7 @@ def test_another_batch_moves_logits_by_no_more_than_rounding(small):
 
 
 def test_a_new_prompt_or_setting_compiles_nothing(small, five):
-    before = image.draw._cache_size()
+    before = image.generate_batch._cache_size()
     changes = [
         {"guidance_weight": 2.5},
         {"temperature": 0.3},
@@ -141,10 +143,10 @@ def test_a_new_prompt_or_setting_compiles_nothing(small, five):
     for i, change in enumerate(changes):
         prompt = f"{'a very ' * i}long sentence on some blue and round thing"
         small.generate_images(prompt, num_images=5, **change)
-    assert image.draw._cache_size() == before
+    assert image.generate_batch._cache_size() == before
     small.generate_images(PROMPT, num_images=5, top_k=3, top_p=0.5)
     small.generate_images(PROMPT, num_images=5, top_k=128, top_p=0.1)
-    assert image.draw._cache_size() == before + 1
+    assert image.generate_batch._cache_size() == before + 1
 
 
 def test_top_k_1_is_greedy(pipeline, recorded):
@@ -166,7 +168,7 @@ def test_the_text_head_takes_no_part(small, requests):
     headless = nnx.clone(small.model)
     del headless.language_model.lm_head
     whole, without = (
-        jax.make_jaxpr(image.draw.__wrapped__)(model, requests)
+        jax.make_jaxpr(image.generate_batch.__wrapped__)(model, requests)
         for model in (small.model, headless)
     )
     assert len(whole.in_avals) == len(without.in_avals) + 1
@@ -214,7 +216,7 @@ def test_chunks_are_even_and_full_multiples_of_the_shards(total, most, shards, s
 
 def test_the_memory_bound_is_that_of_the_cache(small):
     decoder = small.model.cfg.language_model
-    number = decoding.batch_within_memory(decoder, 2 * (64 + 15), None)
+    number = decoding.default_max_batch(decoder, 2 * (64 + 15), None)
     caches = jax.eval_shape(lambda: decoding.init_cache(decoder, 2 * number, 64 + 15))
     taken = sum(x.size * x.dtype.itemsize for x in (*caches.keys, *caches.values))
     assert 0.99 * decoding.CACHE_BYTES < taken <= decoding.CACHE_BYTES

@@ -120,7 +120,7 @@ def test_greedy_text_tokens_equal_torch_s():
     image_mask = tokens == IMAGE_TOKEN
     never = np.int32(-1)  # as an end of the answer
     requests = text.Requests(tokens, token_mask, image_mask, pixels, NO_SEED, GREEDY, never)
-    got = text.write(ours, requests, 12)
+    got = text.generate_tokens(ours, requests, 12)
     np.testing.assert_array_equal(got, expected[:, 40:])
     assert len(np.unique(got)) > 10
 
@@ -144,7 +144,7 @@ def test_greedy_image_tokens_equal_torch_s():
     everything, index = np.ones((3, 10), bool), np.arange(3, dtype=np.uint32)
     weight = np.float32(3)
     requests = image.Requests(tokens, everything, index, NO_SEED, weight, GREEDY)
-    indices = image.draw(ours, requests).indices
+    indices = image.generate_batch(ours, requests).indices
     np.testing.assert_array_equal(indices, drawn_by_torch(theirs, tokens, 3.0))
     assert len(np.unique(indices)) > 10
 

@@ -29,13 +29,13 @@ ANSWERED = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "
     ("settings", "message"),
     [
         ({"prompts": []}, "prompts must hold at least one, got none"),
-        ({"prompts": " "}, "a prompt must be a text that is not empty, got ' '"),
-        ({"prompts": ["a", 3]}, "prompt 2 of 2, 3: a prompt must be a text that is not empty, "),
+        ({"prompts": " "}, "a prompt must be a non-empty string, got ' '"),
+        ({"prompts": ["a", 3]}, "prompt 2 of 2, 3: a prompt must be a non-empty string, "),
         ({"prompts": [{"content": "b" * 40}, "a"]}, r"prompt 1 of 2, {'content': 'b{40}'}: a "),
         ({"prompts": ["a", "b " * 999]}, r"prompt 2 of 2, '(b ){15,}.*\.\.\..*': .* of 512 tokens"),
-        ({"prompts": None}, "a prompt must be a text that is not empty, got None"),
-        ({"prompts": b"red"}, "a prompt must be a text that is not empty, got b'red'"),
-        ({"prompts": {"role": "user"}}, "a prompt must be a text that is not empty, got {'role'"),
+        ({"prompts": None}, "a prompt must be a non-empty string, got None"),
+        ({"prompts": b"red"}, "a prompt must be a non-empty string, got b'red'"),
+        ({"prompts": {"role": "user"}}, "a prompt must be a non-empty string, got {'role'"),
         ({"prompts": "\udcff"}, "a text must be valid Unicode"),
         ({"temperature": 1e39}, "temperature must be a finite number, got 1e\\+39"),
         ({"prompts": "a " * 5000}, r"must fit the trained context of 512 tokens, got \d+ \+ 16"),
@@ -230,14 +230,14 @@ def test_processor_files_of_another_model_are_refused(golden, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     path = tmp_path / "processor_config.json"
     path.write_text(path.read_text().replace('"num_image_tokens": 16', '"num_image_tokens": 576'))
-    with pytest.raises(ValueError, match=r"64 pixels and 576 tokens, config\.json takes 64 pixels"):
+    with pytest.raises(ValueError, match=r"64 pixels and 576 tokens per image, but config"):
         pipelines.load(tmp_path)
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(pipeline, golden):
     decoder = dataclasses.replace(pipeline.model.cfg.language_model, vocab_size=100)
     cfg = dataclasses.replace(pipeline.model.cfg, language_model=decoder)
-    with pytest.raises(ValueError, match=r"tokenizer\.json has ids up to \d+, .* of 100"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json has token ids up to \d+, .* is 100"):
         loading.check_processor(golden / "janus", pipeline.processor, cfg)
 
 
@@ -261,7 +261,7 @@ def test_a_hub_id_is_fetched_only_if_there_is_no_such_folder(tmp_path, monkeypat
     assert loading.find_folder("org/there") == Path("org/there")
     with pytest.raises(FileNotFoundError, match="a/b/c is not a folder"):
         loading.find_folder("a/b/c")
-    with pytest.raises(ValueError, match="a folder or a hub id must be given, got ''"):
+    with pytest.raises(ValueError, match=r"expected a checkpoint folder or a .* hub id, got ''"):
         loading.find_folder("")
     assert asked == []
     assert loading.find_folder("org/Name-1.3B") == tmp_path

@@ -169,14 +169,14 @@ def test_the_cache_is_sharded_by_rows_and_heads(sharded):
     requests = image.make_requests([(tokens, tokens)], 4, 0, 5.0, sampling, 0)
     seen = []
 
-    def shapes(drawing):
-        keys = drawing.context.cache.keys[0]
+    def shapes(state):
+        keys = state.context.cache.keys[0]
         return keys.shape, keys.addressable_shards[0].data.shape
 
-    requests = image._take(requests, np.arange(4), sharded.mesh)
-    drawing = image._begin(sharded.model, requests, sharded.mesh)
-    seen.append(shapes(drawing))
-    seen.append(shapes(image._draw_tokens(sharded.model, requests, drawing, 3)))
+    requests = image._select(requests, np.arange(4), sharded.mesh)
+    state = image._init_state(sharded.model, requests, sharded.mesh)
+    seen.append(shapes(state))
+    seen.append(shapes(image._generate_tokens(sharded.model, requests, state, 3)))
     assert seen == [((8, 47, 4, 12), (2, 47, 2, 12))] * 2
 
 
@@ -200,7 +200,7 @@ def test_tokens_and_pixels_are_whole_on_every_device(golden, sharded, small, mon
 
         return call
 
-    monkeypatch.setattr(codec, "with_pixels", recorded(codec.with_pixels))
+    monkeypatch.setattr(codec, "decode_batch", recorded(codec.decode_batch))
     monkeypatch.setattr(codec, "encode_pixels", recorded(codec.encode_pixels))
     codes = np.load(golden / "janus_vq.npz")["codes"]
     codes = np.resize(codes, (5, codes.shape[1]))
