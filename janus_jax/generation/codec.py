@@ -66,8 +66,8 @@ def decode_pixels(
 
     Also returns bool[B], whether all decoded values of an image were finite.
 
-    Each device decodes one image at a time. The activations are large (75 MB per layer for 384 x
-    384 pixels), and so the result does not depend on the batch or the mesh.
+    Each device decodes one image at a time, because the activations are large: 75 MB per layer for
+    384 x 384 pixels. The pixels of an image therefore do not depend on the batch or the mesh.
     """
 
     def decode(vq: VQ, indices: jax.Array) -> tuple[jax.Array, jax.Array]:

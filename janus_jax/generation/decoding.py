@@ -35,10 +35,11 @@ def bucket_length(length: int) -> int:
 
 
 def default_max_batch(cfg: LlamaConfig, slots: int, mesh: Mesh | None) -> int:
-    """Returns how many requests have a key/value cache of at most CACHE_BYTES on each device.
+    """Returns the number of requests whose key/value cache fits in CACHE_BYTES on each device.
 
-    slots: cached positions of one request, over all of its rows.
-    Returns at least one request for each batch shard of the mesh.
+    The number is at least one for each batch shard of the mesh.
+
+    slots: number of cached positions of one request, over all of its rows.
     """
     width = 2 * cfg.num_key_value_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
     tensor = 1 if mesh is None else mesh.shape["tensor"]
