@@ -1,4 +1,4 @@
-"""bfloat16 beside bfloat16 in torch: no layer is farther from float32, on random tiny weights."""
+"""In bfloat16, no layer has a larger error than in torch (random tiny weights)."""
 
 import copy
 
@@ -19,7 +19,7 @@ IMAGES = 64
 
 @pytest.fixture(scope="module")
 def models():
-    """torch in bfloat16, ours in float32 and in bfloat16, all with the same weights."""
+    """A torch model in bfloat16, and ours in float32 and bfloat16, with the same weights."""
     theirs, exact = tiny_pair()
     rough = copy.deepcopy(theirs).to(torch.bfloat16)
     # the weights that both round alike

@@ -1,4 +1,4 @@
-"""Choosing an index: against NumPy, by counting, and by what must not matter."""
+"""Sampling: compared with NumPy, by frequencies, and what must not change the result."""
 
 import jax
 import jax.numpy as jnp

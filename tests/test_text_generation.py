@@ -1,4 +1,4 @@
-"""Writing text: against the recordings of the original, alone, in batches and streamed."""
+"""Text generation: compared with recordings of the original, alone, in batches and streamed."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ def conversations(golden):
 
 @pytest.fixture(scope="module")
 def requests(pipeline, conversations):
-    """The recorded batch; greedy, and with a stop token that never comes."""
+    """Requests for the recorded batch, greedy, with an eos_id that no token equals."""
     processor = pipeline.processor
     examples = [processor.conversation(*pair) for pair in zip(*conversations, strict=True)]
     batch = processor.batch(examples)
@@ -136,11 +136,11 @@ def test_chunks_of_conversations_give_the_same_answers(
 
 def test_two_images_in_one_row_and_none_in_the_other(small, golden):
     images = [golden / "preprocess" / name for name in ("img0_50x120.png", "img2_64x64.png")]
-    asked = ["Which is larger?", "Hello"]
-    batch = small.answer(asked, [images, []], max_new_tokens=NEW)
-    assert batch[0] == small.answer(asked[0], images, max_new_tokens=NEW)
-    assert batch[0] != small.answer(asked[0], images[::-1], max_new_tokens=NEW)
-    assert batch[1] == small.answer(asked[1], max_new_tokens=NEW)
+    questions = ["Which is larger?", "Hello"]
+    batch = small.answer(questions, [images, []], max_new_tokens=NEW)
+    assert batch[0] == small.answer(questions[0], images, max_new_tokens=NEW)
+    assert batch[0] != small.answer(questions[0], images[::-1], max_new_tokens=NEW)
+    assert batch[1] == small.answer(questions[1], max_new_tokens=NEW)
 
 
 def test_sampling_follows_the_seed(small):
@@ -152,11 +152,11 @@ def test_sampling_follows_the_seed(small):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_pieces_of_a_stream_join_to_the_answer(small, golden, temperature):
-    asked = ("Was ist das?", golden / "preprocess" / "img0_50x120.png")
+    args = ("Was ist das?", golden / "preprocess" / "img0_50x120.png")
     settings = {"max_new_tokens": NEW, "temperature": temperature, "seed": 2}
-    pieces = list(small.stream(*asked, **settings))
+    pieces = list(small.stream(*args, **settings))
     assert len(pieces) > 2
-    assert "".join(pieces) == small.answer(*asked, **settings)
+    assert "".join(pieces) == small.answer(*args, **settings)
 
 
 def test_a_character_of_several_tokens_is_one_piece(small, monkeypatch):
