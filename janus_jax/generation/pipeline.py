@@ -93,8 +93,8 @@ class Pipeline:
                 disables this filter.
             top_p: nucleus sampling, in (0, 1]: of the tokens that top_k keeps, sample only from the
                 smallest set whose probability reaches top_p. None disables this filter.
-            max_batch: the most images to generate at once. Default: as many as have their key/value
-                cache in 4 GiB on each device.
+            max_batch: the most images to generate at once. Default: as many as fit 4 GiB of
+                key/value cache on each device.
             progress: a function that is called during generation with the number of image tokens
                 generated so far and the total number.
         Returns:
@@ -138,7 +138,7 @@ class Pipeline:
                 chunk has at least one image for each of the data * fsdp batch shards.
             settings: guidance_weight, temperature, top_k and top_p; see generate_images.
         Returns:
-            An iterator over Images of at most max_batch images each.
+            An iterator over Images, each with one chunk of at most max_batch images.
         Raises:
             ValueError: see generate_images. NaN or infinite values are reported while iterating.
         Source: generation_inference.py of the original code, which generates one batch.
@@ -219,25 +219,25 @@ class Pipeline:
         answer is the one that the conversation gets alone; docs/sampling.md describes the limits.
 
         Args:
-            conversation: a question as a string; or a list of messages
+            conversation: a question as a string; a list of messages
                 {"role": "user" or "assistant", "content": text}, which may start with a message of
                 the role "system" and must end with one of the role "user"; or a list of several
                 such conversations. The content of a message may also be a list of parts, as in
                 transformers and OpenAI's API, and a message may have its own images in a field
                 "images" (see processing/messages.py).
-            images: the images that no message has in its own field or parts: one image or a list
-                of images, each a path, a file: or data: URL, bytes, a Pillow image or an array
-                uint8[H, W, 3]. They take the places of the image placeholders in the text, in
-                order. If there is no placeholder, they come before the first text of the user. For
-                a list of conversations, a list of images for each conversation.
+            images: an image or a list of images, each a path, a file: or data: URL, bytes, a Pillow
+                image or an array uint8[H, W, 3]; for a list of conversations, such a list for each
+                of them. The images take the places of the image placeholders in the text, in order.
+                Without placeholders, they come before the first text of the user. Do not pass
+                images for messages that have their own.
             max_new_tokens: the maximum length of an answer in tokens, at least 1.
             temperature: sampling temperature, at least 0; 0 is greedy.
             top_k: sample only from the k most likely tokens, at most the vocabulary size. None
                 disables this filter.
             top_p: nucleus sampling, in (0, 1]; see generate_images. None disables this filter.
             seed: random seed, an integer in [0, 2**64). No effect at temperature 0.
-            max_batch: the most conversations to answer at once. Default: as many as have their
-                key/value cache in 4 GiB on each device.
+            max_batch: the most conversations to answer at once. Default: as many as fit 4 GiB of
+                key/value cache on each device.
             allow_urls: download images at http: and https: URLs, each within 30 s and of at most
                 64 MiB. Otherwise, such a URL raises an error.
         Returns:
