@@ -172,7 +172,7 @@ def check_devices() -> None:
     """Raises ValueError if JAX finds no device, or none of the requested platform."""
     try:
         jax.devices()
-    except (RuntimeError, AssertionError) as error:  # AssertionError: no plugin
+    except (RuntimeError, AssertionError) as error:  # AssertionError if a plugin is missing
         reason = str(error).partition(" (set JAX_PLATFORMS")[0]
         reason = f" ({reason})" if reason else ""
         requested = jax.config.jax_platforms
@@ -185,9 +185,9 @@ def check_devices() -> None:
 
 
 def _remedy(platforms: str) -> str:
-    """Names the extra of janus_jax that installs support for the first of the platforms.
+    """Returns advice to install the extra of janus_jax for the first of the platforms.
 
-    Returns an empty string if there is none.
+    The advice is an empty string for platforms without an extra.
     """
     extras = {"cuda": "[cuda12] or janus_jax[cuda13]", "tpu": "[tpu]"}
     platform = {"gpu": "cuda"}.get(first := platforms.split(",")[0], first)
