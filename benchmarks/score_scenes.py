@@ -32,7 +32,7 @@ from janus_jax.data.mixture import open_parts
 from janus_jax.data.questions import sample_question
 from janus_jax.data.scene_batches import sample_scenes
 from janus_jax.data.sources import open_source
-from janus_jax.generation.loading import STATED, TINY, DrawingDefaults, find_folder
+from janus_jax.generation.loading import GENERATION_KEYS, TINY, ImageDefaults, find_folder
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.processing.json_files import write_json
 
@@ -70,19 +70,19 @@ def score_images(
     return float(np.mean([checker.satisfies(*pair) for pair in pairs]))
 
 
-def tune(pipeline: Pipeline) -> dict[DrawingDefaults, float]:
+def tune(pipeline: Pipeline) -> dict[ImageDefaults, float]:
     """Returns the score of each (guidance weight, temperature) on the tuning prompts of "train"."""
     prompts = [p for kind in scenes.KINDS for p in split_prompts("train", kind)[0]]
-    settings = itertools.starmap(DrawingDefaults, itertools.product(GUIDANCE, TEMPERATURES))
+    settings = itertools.starmap(ImageDefaults, itertools.product(GUIDANCE, TEMPERATURES))
     return {one: score_images(pipeline, prompts, SEED + 1, **one._asdict()) for one in settings}
 
 
-def score_split(pipeline: Pipeline, split: str, drawing: DrawingDefaults) -> dict:
+def score_split(pipeline: Pipeline, split: str, drawing: ImageDefaults) -> dict:
     """Returns the score of each kind with prompts in the split, and their mean as in GenEval."""
     by_kind = {}
     for kind in scenes.KINDS:
         if prompts := split_prompts(split, kind)[1]:
-            score = score_images(pipeline, prompts, SEED, **drawing._asdict())
+            score = score_images(pipeline, prompts, SEED, **settings._asdict())
             by_kind[kind] = dict(prompts=len(prompts), score=round(score, 4))
     mean = np.mean([entry["score"] for entry in by_kind.values()])
     shared = [by_kind[kind]["score"] for kind in by_kind if scenes.prompts("held_out", kind)]
@@ -201,7 +201,7 @@ def score(model: str | None, keep_drawing: bool) -> dict:
     pipeline = load(model, dtype="float32")
     seen = training_scenes()
     scores = {} if keep_drawing else tune(pipeline)
-    chosen = max(scores, key=scores.get) if scores else pipeline.drawing
+    chosen = max(scores, key=scores.get) if scores else pipeline.image_defaults
     return dict(
         sha256=weights_digests(find_folder(model)),
         generation=dict(
@@ -236,7 +236,7 @@ def main() -> None:
     flags = parser.parse_args()
     record = score(flags.model, flags.keep_drawing)
     if flags.set_drawing:
-        chosen = {name: record["generation"][own] for own, name in STATED.items()}
+        chosen = {name: record["generation"][own] for own, name in GENERATION_KEYS.items()}
         write_json(Path(flags.model or TINY) / "generation_config.json", chosen)
     text = json.dumps(record, indent=1) + "\n"
     print(text, end="")

@@ -293,7 +293,7 @@ def generate(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline"
 
     names = ("guidance_weight", "temperature", "top_k", "top_p")
     settings = {name: getattr(flags, name) for name in names}
-    for name, default in pipeline.drawing._asdict().items():
+    for name, default in pipeline.image_defaults._asdict().items():
         if settings[name] is None:
             settings[name] = default
     dtype = np.dtype(pipeline.model.cfg.language_model.dtype).name

@@ -9,10 +9,10 @@ from flax import nnx
 
 @contextlib.contextmanager
 def damaged(model: nnx.Module, path: str, value: float = np.nan, row: int = 0) -> Iterator[None]:
-    """Puts a value into one weight, the first of a row, and the old one back in the end.
+    """Sets the first weight of a row to a value, and restores it afterwards.
 
-    Shapes and places stay what they are, so the programs are those of a whole model: an array that
-    device_put commits to its place would have others compiled.
+    The array keeps its shape and device without being committed to it, so that no program has to be
+    compiled again, as would be the case after device_put.
     """
     parameter = model
     for name in path.split("."):

@@ -1,4 +1,4 @@
-"""Aligners, the embedding of drawn tokens and the image head, against torch and the recordings."""
+"""Aligners, image-token embeddings and image head, compared with torch and the recordings."""
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ def test_bfloat16_is_near_float32():
 
 
 def test_logits_of_bfloat16_are_not_rounded_to_bfloat16():
-    """Without jit, which would keep more digits of the hidden layer than the formula here."""
+    """Without jit, which would keep more digits of the hidden layer than this formula does."""
     exact = tiny_pair()[1]
     head = rebuilt(exact, exact.cfg.with_dtype(jnp.bfloat16)).gen_head
     x = uniform(3, 5, 32)

@@ -17,7 +17,7 @@ from janus_jax.models.attention import (
 
 
 def qkv(key_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """q of 3 positions and 4 heads, k and v of 5 positions; numbers up to 3."""
+    """Returns q with 3 positions and 4 heads, k and v with 5 positions; values up to 3."""
     q = 3 * uniform(2, 3, 4, 8, seed=1)
     k, v = (3 * uniform(2, 5, key_heads, 8, seed=seed) for seed in (2, 3))
     return q, k, v
@@ -42,8 +42,10 @@ def test_equals_torch_with_grouped_heads(key_heads):
 
 
 def test_bfloat16_inputs_get_a_float32_softmax():
-    """Logits up to 30 would be off by 0.1 in bfloat16, weights by a tenth; the rounding of weights
-    and output, 2**-8 each, is all that may be lost."""
+    """Only the weights and the output may be rounded, by 2**-8 each.
+
+    In bfloat16, logits up to 30 would be off by 0.1, and the weights by a tenth.
+    """
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(2))
     ours = jax.jit(attention)(4 * q, k, v, None)
     exact = jax.jit(attention)(*(x.astype(jnp.float32) for x in (4 * q, k, v)), None)
@@ -77,7 +79,7 @@ def test_decode_mask_rows():
 
 
 def test_decode_mask_continues_causal_mask():
-    """The row of a decode step is the row that the whole sequence's mask has there."""
+    """The mask of a decode step equals that row of the causal mask of the whole sequence."""
     prompt = jnp.array([[0, 0, 1, 1]], bool)
     whole = causal_mask(jnp.array([[0, 0, 1, 1, 1, 1]], bool), 7)
     for length in (4, 5):

@@ -33,7 +33,7 @@ def test_another_layout_keeps_how_it_draws_and_system_prompt(golden, tmp_path):
     assert stated["use_default_system_prompt"] is False
     export.export_folder(tmp_path / "hf", tmp_path / "back", "deepseek", overwrite=False)
     for folder in (tmp_path / "hf", tmp_path / "back"):
-        assert loading.DrawingDefaults.from_dir(folder) == (1.5, 0.5)
+        assert loading.ImageDefaults.from_dir(folder) == (1.5, 0.5)
         assert Processor.from_dir(folder).system_prompt == ""
 
 

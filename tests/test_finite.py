@@ -1,4 +1,4 @@
-"""Weights that are not finite: every request ends with an error that names the part."""
+"""NaN or infinite weights: every request fails with an error that names the module."""
 
 import jax
 import numpy as np
@@ -9,10 +9,10 @@ from janus_jax import cli
 from janus_jax.data.tokenize_images import Encoder
 from janus_jax.generation import image, text
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")  # nothing is compared with recordings
+pytestmark = pytest.mark.usefixtures("quick_compiles")  # no comparison with recordings
 
-DRAWN = "image-token logits must be finite, got NaN or infinite values: "
-WRITTEN = "text logits must be finite, got NaN or infinite values: "
+IMAGE_LOGITS = "image-token logits must be finite, got NaN or infinite values: "
+TEXT_LOGITS = "text logits must be finite, got NaN or infinite values: "
 NORM = "language_model.norm.scale"
 NEW = 12
 
@@ -23,7 +23,7 @@ def photo(golden):
 
 
 def generate(small, **settings):
-    """Two images at once."""
+    """Generates two images in one batch."""
     return small.generate_images("a cat", num_images=2, **settings)
 
 
@@ -31,22 +31,22 @@ def generate(small, **settings):
 def test_a_damaged_norm_ends_every_path(small, value):
     weights = rf"the weights in {NORM} are not finite; use an undamaged copy of the checkpoint$"
     with damaged(small.model, NORM, value):
-        with pytest.raises(ValueError, match=DRAWN + weights):
+        with pytest.raises(ValueError, match=IMAGE_LOGITS + weights):
             generate(small)
-        with pytest.raises(ValueError, match=DRAWN + weights):  # in several programs
+        with pytest.raises(ValueError, match=IMAGE_LOGITS + weights):  # in several programs
             generate(small, max_batch=1, progress=lambda *_: None)
-        with pytest.raises(ValueError, match=DRAWN + weights):
+        with pytest.raises(ValueError, match=IMAGE_LOGITS + weights):
             next(small.stream_images("a cat", num_images=2))
-        with pytest.raises(ValueError, match=WRITTEN + weights):
+        with pytest.raises(ValueError, match=TEXT_LOGITS + weights):
             small.answer("Hello", max_new_tokens=NEW)
-        with pytest.raises(ValueError, match=WRITTEN + weights):
+        with pytest.raises(ValueError, match=TEXT_LOGITS + weights):
             next(small.stream("Hello", max_new_tokens=NEW))
 
 
 def test_one_damaged_logit_of_many_ends_a_drawing(small):
-    """The original raises at the softmax."""
+    """The original code raises an error in the softmax."""
     with damaged(small.model, "gen_head.out.bias"):
-        with pytest.raises(ValueError, match=DRAWN + r"the weights in gen_head\.out\.bias are not"):
+        with pytest.raises(ValueError, match=IMAGE_LOGITS + r"the weights in gen_head\.out\.bias "):
             generate(small)
         with damaged(small.model, "gen_head.proj.bias"):
             with pytest.raises(ValueError, match=r"gen_head\.out\.bias \(and 1 more tensor\) are"):
@@ -54,10 +54,10 @@ def test_one_damaged_logit_of_many_ends_a_drawing(small):
 
 
 def test_a_damaged_token_ends_a_drawing_where_it_is_met(small):
-    """The first logits are finite; those after the first token are not."""
+    """The logits of the first token are finite; those of the second are not."""
     first = generate(small).indices[0, 0]
     with damaged(small.model, "gen_embed.embedding", row=first):
-        with pytest.raises(ValueError, match=DRAWN + r"the weights in gen_embed\.embedding are"):
+        with pytest.raises(ValueError, match=IMAGE_LOGITS + r"the weights in gen_embed\.embed"):
             generate(small)
 
 
@@ -113,23 +113,24 @@ def test_a_damaged_encoder_of_pixels_ends_encoding(small, photo, path):
 def test_finite_weights_that_overflow_are_told_apart(small):
     message = "all weights of language_model, gen_embed, .* are finite, so a value overflowed; "
     with damaged(small.model, NORM, 3e38):
-        with pytest.raises(ValueError, match=DRAWN + message + ".* nearer to 1 than 5$"):
+        with pytest.raises(ValueError, match=IMAGE_LOGITS + message + ".* closer to 1 than 5$"):
             generate(small)
 
 
 def test_guidance_that_overflows_ends_a_drawing(small):
-    """Many logits would be infinite, and as likely as each other."""
+    """Otherwise many logits would be infinite, and their tokens equally likely."""
     assert generate(small, guidance_weight=1e30).indices.max() < 128
-    with pytest.raises(ValueError, match=r"or try a guidance_weight nearer to 1 than 3e\+38$"):
+    with pytest.raises(ValueError, match=r"or try a guidance_weight closer to 1 than 3e\+38$"):
         generate(small, guidance_weight=3e38)
 
 
 def test_the_command_ends_in_one_line(small, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr("janus_jax.generation.pipeline.load", lambda *_, **__: small)
-    drawing = ("--prompt", "a cat", "--num_images", "1", "--output_dir", str(tmp_path))
-    for asked in (drawing, ("--question", "Hello", "--max_new_tokens", "12")):
+    image_flags = ("--prompt", "a cat", "--num_images", "1", "--output_dir", str(tmp_path))
+    text_flags = ("--question", "Hello", "--max_new_tokens", "12")
+    for flags in (image_flags, text_flags):
         with damaged(small.model, NORM), pytest.raises(SystemExit) as stopped:
-            cli.main(list(asked))
+            cli.main(list(flags))
         out, err = capsys.readouterr()
         assert (stopped.value.code, out) == (2, "")
         assert err.splitlines()[-1].startswith("sample.py: ") and NORM in err
@@ -137,14 +138,15 @@ def test_the_command_ends_in_one_line(small, capsys, monkeypatch, tmp_path):
 
 
 def test_no_program_calls_back(small):
-    """Programs with callbacks are never kept in the persistent compilation cache."""
+    """JAX never stores programs with callbacks in its persistent compilation cache."""
     guidance_weight, sampling = small._image_settings()
     prompt = small.image_prompt("a cat")
-    drawing = image.make_requests([prompt], 1, 0, guidance_weight, sampling, 0)
+    image_requests = image.make_requests([prompt], 1, 0, guidance_weight, sampling, 0)
     batch = small.processor.batch(small.examples(["Hello"], [[]], NEW))
-    writing = text.make_requests(batch, 0, sampling, 0)
+    text_requests = text.make_requests(batch, 0, sampling, 0)
+    generate_tokens = text.generate_tokens.__wrapped__
     programs = (
-        jax.make_jaxpr(image.draw.__wrapped__)(small.model, drawing),
-        jax.make_jaxpr(text.write.__wrapped__, static_argnums=2)(small.model, writing, NEW),
+        jax.make_jaxpr(image.generate_batch.__wrapped__)(small.model, image_requests),
+        jax.make_jaxpr(generate_tokens, static_argnums=2)(small.model, text_requests, NEW),
     )
     assert not any("callback" in str(program) for program in programs)

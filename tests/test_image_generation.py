@@ -1,4 +1,4 @@
-"""Drawing images: against the recordings of the original, and what must not change an image."""
+"""Image generation: compared with recordings of the original, and what must not change it."""
 
 import dataclasses
 import json
@@ -22,7 +22,7 @@ def recorded(golden):
 
 @pytest.fixture(scope="module")
 def requests(pipeline, golden):
-    """Two images of the recorded prompt, greedy."""
+    """Requests for two images of the recorded prompt, greedy."""
     settings = json.loads((golden / "t2i.json").read_text())
     return _requests(pipeline, [PROMPT], settings["parallel_size"], settings["cfg_weight"])
 
@@ -41,7 +41,7 @@ _decode_step = jax.jit(image.decode_step)
 
 
 def _walk(pipeline, requests, choose):
-    """Draws step by step: choose(step, logits) -> indices. Returns logits and indices."""
+    """Generates step by step with choose(step, logits) -> indices; returns logits and indices."""
     logits, context = _prefill(pipeline.model, requests)
     seen, chosen = [logits], [choose(0, logits)]
     for step in range(1, pipeline.model.cfg.num_image_tokens):
@@ -80,14 +80,16 @@ def test_sampling_with_the_recorded_noise_gives_the_recorded_tokens(pipeline, re
     sampling = samplers.make_sampling(float(recorded["gumbel_temperature"]), None, None, 128)
     noise = recorded["gumbel"]
     _, indices = _walk(
-        pipeline, requests, lambda step, logits: samplers.pick(logits, noise[step], sampling)
+        pipeline,
+        requests,
+        lambda step, logits: samplers.sample_token(logits, noise[step], sampling),
     )
     np.testing.assert_array_equal(indices, recorded["gumbel_tokens"])
 
 
 @pytest.fixture(scope="module")
 def five(small):
-    """Five sampled images of the recorded prompt, drawn at once."""
+    """Five sampled images of the recorded prompt, generated in one batch."""
     return small.generate_images(PROMPT, num_images=5, seed=3)
 
 
@@ -101,9 +103,9 @@ def test_images_of_one_prompt_differ_and_repeat(small, five):
 
 def test_chunks_change_nothing_and_share_one_program(small, five):
     small.generate_images(PROMPT, num_images=2)
-    before = image.draw._cache_size()
+    before = image.generate_batch._cache_size()
     chunked = small.generate_images(PROMPT, num_images=5, seed=3, max_batch=2)
-    assert image.draw._cache_size() == before  # 2 + 2 + 1 images
+    assert image.generate_batch._cache_size() == before  # 2 + 2 + 1 images
     np.testing.assert_array_equal(chunked.indices, five.indices)
     np.testing.assert_array_equal(chunked.pixels, five.pixels)
 
@@ -118,7 +120,7 @@ def test_a_prompt_gives_in_a_batch_what_it_gives_alone(small, five):
 
 
 def test_another_batch_moves_logits_by_no_more_than_rounding(small):
-    """The bound stated in docs/sampling.md; with more padding, too."""
+    """The bound that docs/sampling.md states; it also holds with more padding."""
     alone = _requests(small, [OTHER], 1)
 
     def greedy(step, logits):
@@ -131,7 +133,7 @@ def test_another_batch_moves_logits_by_no_more_than_rounding(small):
 
 
 def test_a_new_prompt_or_setting_compiles_nothing(small, five):
-    before = image.draw._cache_size()
+    before = image.generate_batch._cache_size()
     changes = [
         {"guidance_weight": 2.5},
         {"temperature": 0.3},
@@ -141,15 +143,15 @@ def test_a_new_prompt_or_setting_compiles_nothing(small, five):
     for i, change in enumerate(changes):
         prompt = f"{'a very ' * i}long sentence on some blue and round thing"
         small.generate_images(prompt, num_images=5, **change)
-    assert image.draw._cache_size() == before
+    assert image.generate_batch._cache_size() == before
     small.generate_images(PROMPT, num_images=5, top_k=3, top_p=0.5)
     small.generate_images(PROMPT, num_images=5, top_k=128, top_p=0.1)
-    assert image.draw._cache_size() == before + 1
+    assert image.generate_batch._cache_size() == before + 1
 
 
 def test_top_k_1_is_greedy(pipeline, recorded):
-    drawn = pipeline.generate_images(PROMPT, num_images=2, top_k=1, top_p=0.5)
-    np.testing.assert_array_equal(drawn.indices, recorded["greedy_tokens"])
+    generated = pipeline.generate_images(PROMPT, num_images=2, top_k=1, top_p=0.5)
+    np.testing.assert_array_equal(generated.indices, recorded["greedy_tokens"])
 
 
 def test_guidance_weight_1_needs_no_rows_without_words(small):
@@ -158,7 +160,7 @@ def test_guidance_weight_1_needs_no_rows_without_words(small):
     guided = _requests(small, [PROMPT], 2, guidance_weight=2.0, temperature=1.0)
     guided = dataclasses.replace(guided, guidance_weight=np.float32(1))
     np.testing.assert_array_equal(
-        *(next(image.generate(small.model, asked))[0] for asked in (without, guided))
+        *(next(image.generate(small.model, batch))[0] for batch in (without, guided))
     )
 
 
@@ -166,7 +168,7 @@ def test_the_text_head_takes_no_part(small, requests):
     headless = nnx.clone(small.model)
     del headless.language_model.lm_head
     whole, without = (
-        jax.make_jaxpr(image.draw.__wrapped__)(model, requests)
+        jax.make_jaxpr(image.generate_batch.__wrapped__)(model, requests)
         for model in (small.model, headless)
     )
     assert len(whole.in_avals) == len(without.in_avals) + 1
@@ -175,11 +177,11 @@ def test_the_text_head_takes_no_part(small, requests):
 
 def test_progress_reaches_the_end_and_changes_nothing(small, five):
     seen = []
-    drawn = small.generate_images(
-        PROMPT, 5, seed=3, max_batch=2, progress=lambda *told: seen.append(told)
+    generated = small.generate_images(
+        PROMPT, 5, seed=3, max_batch=2, progress=lambda *report: seen.append(report)
     )
-    np.testing.assert_array_equal(drawn.indices, five.indices)
-    np.testing.assert_array_equal(drawn.pixels, five.pixels)
+    np.testing.assert_array_equal(generated.indices, five.indices)
+    np.testing.assert_array_equal(generated.pixels, five.pixels)
     done, total = zip(*seen, strict=True)
     assert set(total) == {5 * 16}
     assert done[0] == 0 and done[-1] == 5 * 16 and list(done) == sorted(done)
@@ -195,10 +197,10 @@ def test_bfloat16_draws_with_a_float32_image_tokenizer(golden):
     assert model.gen_vq.codebook[...].dtype == jnp.float32
     logits, _ = _prefill(model, _requests(pipeline, [PROMPT], 1))
     assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
-    drawn = pipeline.generate_images(PROMPT, num_images=1)
-    assert drawn.pixels.shape == (1, 64, 64, 3) and drawn.pixels.dtype == np.uint8
-    assert len(np.unique(drawn.indices)) > 1
-    np.testing.assert_array_equal(pipeline.decode_indices(drawn.indices), drawn.pixels)
+    generated = pipeline.generate_images(PROMPT, num_images=1)
+    assert generated.pixels.shape == (1, 64, 64, 3) and generated.pixels.dtype == np.uint8
+    assert len(np.unique(generated.indices)) > 1
+    np.testing.assert_array_equal(pipeline.decode_indices(generated.indices), generated.pixels)
 
 
 @pytest.mark.parametrize(
@@ -214,7 +216,7 @@ def test_chunks_are_even_and_full_multiples_of_the_shards(total, most, shards, s
 
 def test_the_memory_bound_is_that_of_the_cache(small):
     decoder = small.model.cfg.language_model
-    number = decoding.batch_within_memory(decoder, 2 * (64 + 15), None)
+    number = decoding.default_max_batch(decoder, 2 * (64 + 15), None)
     caches = jax.eval_shape(lambda: decoding.init_cache(decoder, 2 * number, 64 + 15))
     taken = sum(x.size * x.dtype.itemsize for x in (*caches.keys, *caches.values))
     assert 0.99 * decoding.CACHE_BYTES < taken <= decoding.CACHE_BYTES

@@ -1,4 +1,4 @@
-"""Janus as a whole: released sizes, the names of its parameters, features in a sequence, types."""
+"""The whole model: released sizes, parameter counts, image features in a sequence, dtypes."""
 
 import dataclasses
 
@@ -43,7 +43,7 @@ PARTS = (
 
 
 def parameter_counts(cfg: JanusConfig) -> dict[str, int]:
-    """Elements of each part; two shallow models stand for the real depth, slow to trace."""
+    """Number of elements of each part, extrapolated from two shallow models, which trace faster."""
 
     def shallow(layers: int) -> dict[str, int]:
         encoder = dataclasses.replace(cfg.und_encoder, num_layers=layers)
@@ -67,7 +67,7 @@ def parameter_counts(cfg: JanusConfig) -> dict[str, int]:
     ],
 )
 def test_released_parameter_counts(name, aligner, gen_aligner, gen_head, language_model):
-    """Elements of each component in the released files, less `attn_pool` and `codebook_used`."""
+    """The counts are those of the released files without `attn_pool` and `codebook_used`."""
     cfg = getattr(JanusConfig, name)()
     assert parameter_counts(cfg) == {
         "und_encoder": 303688704,
@@ -118,15 +118,15 @@ def test_greedy_text_tokens_equal_torch_s():
         pad_token_id=0,
     )
     image_mask = tokens == IMAGE_TOKEN
-    never = np.int32(-1)  # as an end of the answer
+    never = np.int32(-1)  # an eos_id that no token equals
     requests = text.Requests(tokens, token_mask, image_mask, pixels, NO_SEED, GREEDY, never)
-    got = text.write(ours, requests, 12)
+    got = text.generate_tokens(ours, requests, 12)
     np.testing.assert_array_equal(got, expected[:, 40:])
     assert len(np.unique(got)) > 10
 
 
-def drawn_by_torch(theirs, tokens: np.ndarray, guidance_weight: float) -> np.ndarray:
-    """The loop of generation_inference.py, greedy: tokens [B, 2, P] -> indices [B, 16]."""
+def generated_by_torch(theirs, tokens: np.ndarray, guidance_weight: float) -> np.ndarray:
+    """Runs the greedy loop of generation_inference.py: tokens [B, 2, P] -> indices [B, 16]."""
     embeds, indices = theirs.get_input_embeddings()(torch.tensor(tokens).flatten(0, 1)), []
     for _ in range(16):
         hidden = theirs.model.language_model(inputs_embeds=embeds).last_hidden_state[:, -1]
@@ -144,13 +144,13 @@ def test_greedy_image_tokens_equal_torch_s():
     everything, index = np.ones((3, 10), bool), np.arange(3, dtype=np.uint32)
     weight = np.float32(3)
     requests = image.Requests(tokens, everything, index, NO_SEED, weight, GREEDY)
-    indices = image.draw(ours, requests).indices
-    np.testing.assert_array_equal(indices, drawn_by_torch(theirs, tokens, 3.0))
+    indices = image.generate_batch(ours, requests).indices
+    np.testing.assert_array_equal(indices, generated_by_torch(theirs, tokens, 3.0))
     assert len(np.unique(indices)) > 10
 
 
 def test_padded_text_with_images_equals_the_row_alone():
-    """The second row's first three tokens count as padding: the rest is what it is without them."""
+    """The first three tokens of the second row are padding; they must not change the others."""
     _, ours = tiny_pair()
     tokens, pixels = two_images_a_row()
     token_mask = np.arange(40) >= np.array([[0], [3]])
@@ -161,7 +161,7 @@ def test_padded_text_with_images_equals_the_row_alone():
 
 
 def test_merged_embeddings_equal_the_recording(golden):
-    """Row 1 of the recording has no image; its features are there and must not be used."""
+    """Row 1 of the recording has no image; its features exist but must not be used."""
     recording = np.load(golden / "janus_processor.npz")
     janus = golden_janus()
     image_mask = recording["images_seq_mask"]
@@ -207,7 +207,7 @@ def test_with_dtype_leaves_the_vq_in_float32():
 
 @pytest.mark.parametrize("param_dtype", [jnp.bfloat16, jnp.float32])
 def test_bfloat16_is_near_float32(param_dtype):
-    """Text, images and both stacks: 5 % of the largest logit, a few roundings of 2**-8 a block."""
+    """Within 5 % of the largest logit: a few roundings of 2**-8 in each block."""
     _, exact = tiny_pair()
     tokens, pixels = two_images_a_row()
     args = (tokens, pixels, counting(2, 40), causal(2, 40))

@@ -93,6 +93,6 @@ def test_the_scores_told_are_those_of_the_record(page):
 
 def test_it_draws_in_the_way_that_was_best_when_it_was_scored(janus):
     generation = record()["generation"]
-    assert janus.drawing == (generation["guidance_weight"], generation["temperature"])
+    assert janus.image_defaults == (generation["guidance_weight"], generation["temperature"])
     best = max(generation["tuning_scores"], key=lambda tried: tried["score"])
-    assert janus.drawing == (best["guidance_weight"], best["temperature"])
+    assert janus.image_defaults == (best["guidance_weight"], best["temperature"])

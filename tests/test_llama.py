@@ -1,5 +1,5 @@
-"""The decoder against `transformers` (random weights, grouped heads), against recordings of the
-original, and against itself: cache, causality, padding and packing."""
+"""The decoder, compared with transformers (random weights, grouped heads), with recordings of the
+original code, and with itself: cache, causality, padding and packing."""
 
 import dataclasses
 
@@ -28,8 +28,7 @@ from janus_jax.models.attention import (
     positions_from_mask,
     segment_mask,
 )
-from janus_jax.models.kv_cache import init_cache
-from janus_jax.models.llama import Llama, apply_rope, rope_angles
+from janus_jax.models.llama import Llama, apply_rope, init_cache, rope_angles
 
 logits_of = jax.jit(Llama.logits)
 
@@ -66,7 +65,7 @@ def tokens_of(batch: int, length: int) -> np.ndarray:
 
 
 def test_rope_equals_torch_to_the_last_trained_position():
-    """Released sizes. A frequency's last float32 bit, 3e-8, turns position 4095 by 1.2e-4."""
+    """Released sizes. The last float32 bit of a frequency, 3e-8, turns position 4095 by 1.2e-4."""
     config = transformers.LlamaConfig(hidden_size=2048, num_attention_heads=16, rope_theta=1e4)
     rotary = LlamaRotaryEmbedding(config)
     for first, atol in ((0, 1e-5), (4080, 2e-4)):
@@ -124,7 +123,7 @@ def test_left_padded_batch_equals_torch(pair):
 
 
 def test_every_layer_equals_the_recording(recording):
-    """It holds the embeddings, the output of each layer but the last, and the normed end."""
+    """The recording has the embeddings, all layers' outputs but the last, and the final norm's."""
     llama, expected = golden_janus().language_model, recording["plain_hidden_states"]
     tokens = recording["plain_input_ids"]
     angles = rope_angles(counting(2, 12), llama.cfg.head_dim, llama.cfg.rope_theta)
@@ -148,7 +147,7 @@ def test_rope_theta_and_epsilon_come_from_the_config(recording):
 
 
 def test_left_padded_images_and_text_equal_the_recording(recording, prompt):
-    """As the original's direct forward does: positions 0..T-1, whatever the padding."""
+    """As in the forward pass of the original code, positions are 0..T-1 also with padding."""
     llama, (embeds, token_mask) = golden_janus().language_model, prompt
     hidden, _ = call(llama, embeds, counting(3, 74), causal_mask(token_mask))
     expected = recording["mm_last_hidden_state"][token_mask]
@@ -158,7 +157,7 @@ def test_left_padded_images_and_text_equal_the_recording(recording, prompt):
 
 
 def test_greedy_tokens_equal_the_recording(recording, prompt):
-    """Prefill once, then one position at a time, as `generate` of the original does."""
+    """Prefill, then one position at a time, as `generate` of the original code does."""
     llama, (embeds, token_mask) = golden_janus().language_model, jax.tree.map(jnp.asarray, prompt)
     length, steps = embeds.shape[1], 12
     size = length + steps
@@ -181,7 +180,7 @@ def test_greedy_tokens_equal_the_recording(recording, prompt):
 
 
 def test_prefill_and_decode_equal_the_full_forward(pair):
-    """A prompt of 5 in one call, two more together, then one at a time; a slot stays unused."""
+    """5 positions in one call, then 2, then one at a time; one slot of the cache stays unused."""
     _, llama = pair
     embeds = jax.jit(Llama.embed)(llama, tokens_of(2, 9))
     full, none = call(llama, embeds, counting(2, 9), causal(2, 9))
@@ -199,7 +198,7 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
 
 
 def test_no_position_sees_a_later_one(pair):
-    """The gradient of position 4's output is nonzero at 0..4 and exactly zero after."""
+    """The gradient of the output at position 4 is nonzero at 0..4 and exactly zero after it."""
     _, llama = pair
     embeds = uniform(1, 8, 32)
 
@@ -212,7 +211,7 @@ def test_no_position_sees_a_later_one(pair):
 
 
 def test_left_padded_rows_equal_the_rows_alone(pair):
-    """Rows of 4 and 12 tokens: the padding's own numbers are never seen."""
+    """Rows of 4 and 12 tokens; the values at padding positions have no effect."""
     _, llama = pair
     tokens, token_mask = tokens_of(2, 12), np.arange(12) >= np.array([[8], [0]])
     positions = positions_from_mask(token_mask)
@@ -224,7 +223,7 @@ def test_left_padded_rows_equal_the_rows_alone(pair):
 
 
 def test_packed_examples_equal_the_examples_alone(pair):
-    """Two examples and padding in one row, positions restarting."""
+    """One row has two examples and padding; positions restart in each example."""
     _, llama = pair
     tokens = tokens_of(1, 9)
     segment_ids = jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 0]])
@@ -237,7 +236,7 @@ def test_packed_examples_equal_the_examples_alone(pair):
 
 
 def test_grouped_heads_equal_repeated_key_heads(pair):
-    """With each key head written twice, the ungrouped model gives the same numbers."""
+    """A model without grouping, whose key heads are repeated twice, gives the same logits."""
     _, grouped = pair
     cfg = dataclasses.replace(grouped.cfg, num_key_value_heads=4)
     graph, _ = nnx.split(nnx.eval_shape(lambda: Llama(cfg, rngs=nnx.Rngs(0))))
@@ -254,7 +253,7 @@ def test_grouped_heads_equal_repeated_key_heads(pair):
 
 
 def test_bfloat16_is_near_float32(pair):
-    """Within 5 % of the largest logit: a few roundings of 2**-8 a block."""
+    """Within 5 % of the largest logit: a few roundings of 2**-8 in each block."""
     _, exact = pair
     cfg = dataclasses.replace(exact.cfg, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     rough = rebuilt(exact, cfg)
@@ -278,7 +277,7 @@ def test_logits_of_bfloat16_are_not_rounded_to_bfloat16(pair):
 
 
 def test_far_positions_stay_apart_in_bfloat16():
-    """bfloat16 cannot tell position 257 from 256; the angles can."""
+    """In bfloat16, positions 256 and 257 are equal; their angles must differ."""
     cos, _ = rope_angles(jnp.array([[256, 257]]), 8, 10000.0)
     assert cos.dtype == jnp.float32
     x = jnp.ones((1, 2, 1, 8), jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""The public object: its arguments, encode and decode, and finding a checkpoint."""
+"""Pipeline and load: argument checks, encoding, decoding, and finding a checkpoint."""
 
 import dataclasses
 import io
@@ -29,13 +29,13 @@ ANSWERED = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "
     ("settings", "message"),
     [
         ({"prompts": []}, "prompts must not be empty"),
-        ({"prompts": " "}, "a prompt must be a text that is not empty, got ' '"),
-        ({"prompts": ["a", 3]}, "prompt 2 of 2, 3: a prompt must be a text that is not empty, "),
+        ({"prompts": " "}, "a prompt must be a non-empty string, got ' '"),
+        ({"prompts": ["a", 3]}, "prompt 2 of 2, 3: a prompt must be a non-empty string, "),
         ({"prompts": [{"content": "b" * 40}, "a"]}, r"prompt 1 of 2, {'content': 'b{40}'}: a "),
         ({"prompts": ["a", "b " * 999]}, r"prompt 2 of 2, '(b ){15,}.*\.\.\..*': .* of 512 tokens"),
-        ({"prompts": None}, "a prompt must be a text that is not empty, got None"),
-        ({"prompts": b"red"}, "a prompt must be a text that is not empty, got b'red'"),
-        ({"prompts": {"role": "user"}}, "a prompt must be a text that is not empty, got {'role'"),
+        ({"prompts": None}, "a prompt must be a non-empty string, got None"),
+        ({"prompts": b"red"}, "a prompt must be a non-empty string, got b'red'"),
+        ({"prompts": {"role": "user"}}, "a prompt must be a non-empty string, got {'role'"),
         ({"prompts": "\udcff"}, "a text must be valid Unicode"),
         ({"temperature": 1e39}, "temperature must be a finite number, got 1e\\+39"),
         ({"prompts": "a " * 5000}, r"must fit the trained context of 512 tokens, got \d+ \+ 16"),
@@ -88,8 +88,8 @@ def test_scalars_of_numpy_and_jax_are_taken_as_numbers(small):
     expected = small.generate_images("a cat", 5, 7, 2.5, 0.75)
     settings = dict(num_images=np.array(5), seed=jnp.array(7), max_batch=np.int8(5))
     settings |= dict(guidance_weight=np.float32(2.5), temperature=jnp.float32(0.75))
-    drawn = small.generate_images("a cat", **settings)
-    np.testing.assert_array_equal(drawn.indices, expected.indices)
+    generated = small.generate_images("a cat", **settings)
+    np.testing.assert_array_equal(generated.indices, expected.indices)
     plain = dict(max_new_tokens=12, temperature=1.5, seed=3)
     scalars = dict(max_new_tokens=np.int64(12), temperature=np.array(1.5), seed=jnp.uint32(3))
     answer = small.answer("Hello", **plain)
@@ -110,7 +110,7 @@ def test_images_come_chunk_by_chunk(small):
     assert [len(part.pixels) for part in parts] == [2, 2, 1]
     whole = small.generate_images("a cat", num_images=5)
     np.testing.assert_array_equal(np.concatenate([part.indices for part in parts]), whole.indices)
-    with pytest.raises(ValueError, match="num_images must be"):  # before the first is asked for
+    with pytest.raises(ValueError, match="num_images must be"):  # before iterating
         small.stream_images("a cat", num_images=0)
 
 
@@ -126,7 +126,7 @@ def test_no_config_json_lengthens_the_trained_context(golden):
     model = type("Model", (), {"cfg": JanusConfig.janus_pro_1b()})()
     assert model.cfg.language_model.max_position_embeddings == 16384
     processor = Processor.from_dir(golden / "janus")
-    loaded = pipelines.Pipeline(model, processor, "name", loading.DrawingDefaults())
+    loaded = pipelines.Pipeline(model, processor, "name", loading.ImageDefaults())
     assert loaded.processor.trained_context == 4096
 
 
@@ -137,7 +137,7 @@ def test_streaming_checks_its_arguments_when_called(pipeline):
         pipeline.stream("a", "nowhere.png")
 
 
-def test_a_image_survives_decoding_and_encoding_as_the_tokenizer_has_it(pipeline, golden):
+def test_an_image_survives_decoding_and_encoding_as_the_tokenizer_has_it(pipeline, golden):
     recorded = np.load(golden / "janus_vq.npz")
     pixels = pipeline.decode_indices(recorded["codes"])
     assert np.abs(pixels.astype(int) - recorded["decoded_uint8"]).max() <= 1
@@ -230,14 +230,14 @@ def test_processor_files_of_another_model_are_refused(golden, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     path = tmp_path / "processor_config.json"
     path.write_text(path.read_text().replace('"num_image_tokens": 16', '"num_image_tokens": 576'))
-    with pytest.raises(ValueError, match=r"64 pixels and 576 tokens, config\.json takes 64 pixels"):
+    with pytest.raises(ValueError, match=r"64 pixels and 576 tokens per image, but config"):
         pipelines.load(tmp_path)
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(pipeline, golden):
     decoder = dataclasses.replace(pipeline.model.cfg.language_model, vocab_size=100)
     cfg = dataclasses.replace(pipeline.model.cfg, language_model=decoder)
-    with pytest.raises(ValueError, match=r"tokenizer\.json has ids up to \d+, .* of 100"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json has token ids up to \d+, .* is 100"):
         loading.check_processor(golden / "janus", pipeline.processor, cfg)
 
 
@@ -248,10 +248,10 @@ def test_the_default_is_the_model_that_ships():
 def test_a_hub_id_is_fetched_only_if_there_is_no_such_folder(tmp_path, monkeypatch):
     import huggingface_hub
 
-    asked = []
+    downloaded = []
 
     def snapshot_download(name, allow_patterns):
-        asked.append(name)
+        downloaded.append(name)
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
@@ -261,11 +261,11 @@ def test_a_hub_id_is_fetched_only_if_there_is_no_such_folder(tmp_path, monkeypat
     assert loading.find_folder("org/there") == Path("org/there")
     with pytest.raises(FileNotFoundError, match="a/b/c is not a folder"):
         loading.find_folder("a/b/c")
-    with pytest.raises(ValueError, match="a folder or a hub id must be given, got ''"):
+    with pytest.raises(ValueError, match=r"expected a checkpoint folder or a .* hub id, got ''"):
         loading.find_folder("")
-    assert asked == []
+    assert downloaded == []
     assert loading.find_folder("org/Name-1.3B") == tmp_path
-    assert asked == ["org/Name-1.3B"]
+    assert downloaded == ["org/Name-1.3B"]
 
 
 def test_a_hub_that_cannot_be_reached_takes_one_line(monkeypatch):
@@ -282,7 +282,7 @@ def test_a_hub_that_cannot_be_reached_takes_one_line(monkeypatch):
 
 @pytest.fixture
 def no_cache(monkeypatch):
-    """JAX's own settings, given back afterwards."""
+    """JAX without a compilation cache; the settings are restored afterwards."""
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     saved = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
@@ -329,15 +329,15 @@ def test_public_names_are_there():
 
 
 def test_the_checkpoint_states_how_it_draws(small, golden, tmp_path):
-    assert small.drawing == (5.0, 1.0)  # the folder states none
+    assert small.image_defaults == (5.0, 1.0)  # the folder sets no defaults
     shutil.copytree(golden / "janus_small", tmp_path / "janus_small")
     stated = tmp_path / "janus_small" / "generation_config.json"
     stated.write_text('{"guidance_scale": 2, "temperature": 0}')
     own = janus_jax.load(tmp_path / "janus_small", dtype="float32")
-    assert own.drawing == (2.0, 0.0)
-    drawn = own.generate_images("a red cat")
-    want = small.generate_images("a red cat", temperature=0, guidance_weight=2.0)
-    np.testing.assert_array_equal(drawn.indices, want.indices)
+    assert own.image_defaults == (2.0, 0.0)
+    generated = own.generate_images("a red cat")
+    expected = small.generate_images("a red cat", temperature=0, guidance_weight=2.0)
+    np.testing.assert_array_equal(generated.indices, expected.indices)
     stated.write_text('{"guidance_scale": "much"}')
     with pytest.raises(ValueError, match="must be a finite number, got 'much'"):
         janus_jax.load(tmp_path / "janus_small", dtype="float32")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from janus_jax.generation.loading import DrawingDefaults
+from janus_jax.generation.loading import ImageDefaults
 from janus_jax.interop.files import small_files
 from janus_jax.processing.processor import Processor
 
@@ -23,7 +23,7 @@ def refused(golden, tmp_path):
         path.write_text(json.dumps(config | values))
         with pytest.raises(ValueError) as error:
             Processor.from_dir(tmp_path)
-            DrawingDefaults.from_dir(tmp_path)
+            ImageDefaults.from_dir(tmp_path)
         assert str(path) in str(error.value) and "\n" not in str(error.value)
         return str(error.value).replace(f"{path}: ", "").replace(f" in {path}", "")
 

@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 
-from janus_jax.generation.loading import DrawingDefaults, check_processor
+from janus_jax.generation.loading import ImageDefaults, check_processor
 from janus_jax.interop.load import open_folder
 from janus_jax.processing.processor import Processor
 from janus_jax.processing.prompt_settings import janus_template
@@ -86,9 +86,9 @@ def use(folder, cfg):
     """Loads the processor and uses it."""
     processor = Processor.from_dir(folder)
     check_processor(folder, processor, cfg)
-    drawing = DrawingDefaults.from_dir(folder)
+    defaults = ImageDefaults.from_dir(folder)
     tokens, pixels = processor.conversation("É  🦙?", [IMAGE])
-    assert np.isfinite(pixels).all() and np.isfinite(np.float32(drawing)).all()
+    assert np.isfinite(pixels).all() and np.isfinite(np.float32(defaults)).all()
     assert max(tokens) < cfg.language_model.vocab_size
     assert processor.tokenizer.decode(tokens).find("É  🦙?") > 0
     processor.image_prompt("a cat")

@@ -1,4 +1,4 @@
-"""Choosing an index: against NumPy, by counting, and by what must not matter."""
+"""Sampling: compared with NumPy, by frequencies, and what must not change the result."""
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +21,7 @@ def _sampling(temperature=1.0, top_k=None, top_p=None):
 
 
 def _kept(logits, **settings):
-    return np.isfinite(samplers.keep_likeliest(jnp.asarray(logits), _sampling(**settings)))
+    return np.isfinite(samplers.filter_logits(jnp.asarray(logits), _sampling(**settings)))
 
 
 def _softmax(x):
@@ -32,13 +32,13 @@ def _softmax(x):
 def test_temperature_0_is_the_argmax_whatever_the_noise(logits):
     noise = np.full_like(logits, 0)
     noise[:, 3] = 1e4
-    chosen = samplers.pick(logits, noise, _sampling(temperature=0, top_k=5, top_p=0.9))
+    chosen = samplers.sample_token(logits, noise, _sampling(temperature=0, top_k=5, top_p=0.9))
     np.testing.assert_array_equal(chosen, logits.argmax(-1))
 
 
 def test_noise_is_scaled_as_if_the_logits_were_divided_by_the_temperature(logits):
     noise = np.random.default_rng(1).gumbel(size=logits.shape).astype(np.float32)
-    chosen = samplers.pick(logits, noise, _sampling(temperature=0.7))
+    chosen = samplers.sample_token(logits, noise, _sampling(temperature=0.7))
     np.testing.assert_array_equal(chosen, (logits / 0.7 + noise).argmax(-1))
 
 
@@ -63,9 +63,9 @@ def test_top_p_1_keeps_all_of_a_whole_codebook():
     peaked = np.linspace(0, -30, 16384, dtype=np.float32)[None]
     for top_p in (1, 1.0, 1 - 1e-12):
         sampling = samplers.make_sampling(1.0, None, top_p, 16384)
-        assert np.isfinite(samplers.keep_likeliest(jnp.asarray(peaked), sampling)).all()
+        assert np.isfinite(samplers.filter_logits(jnp.asarray(peaked), sampling)).all()
     below = samplers.make_sampling(1.0, None, 0.999, 16384)
-    assert not np.isfinite(samplers.keep_likeliest(jnp.asarray(peaked), below)).all()
+    assert not np.isfinite(samplers.filter_logits(jnp.asarray(peaked), below)).all()
 
 
 def test_top_p_counts_what_top_k_left(logits):
@@ -81,19 +81,19 @@ def test_a_temperature_that_overflows_chooses_among_what_is_left(logits, tempera
     index = jnp.arange(200, dtype=jnp.uint32)
     noise = samplers.gumbel_noise(samplers.seed_words(1), index, 0, SIZE)
     sampling = _sampling(temperature=temperature, top_k=3)
-    chosen = samplers.pick(jnp.broadcast_to(logits[0], (200, SIZE)), noise, sampling)
+    chosen = samplers.sample_token(jnp.broadcast_to(logits[0], (200, SIZE)), noise, sampling)
     assert set(np.asarray(chosen)) == set((-logits[0]).argsort()[:3])
 
 
 def test_without_filters_the_logits_are_left_alone(logits):
-    np.testing.assert_array_equal(samplers.keep_likeliest(logits, _sampling()), logits)
+    np.testing.assert_array_equal(samplers.filter_logits(logits, _sampling()), logits)
 
 
 def test_draws_follow_the_softmax():
     logits, number = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32)), 20_000
     index = jnp.arange(number, dtype=jnp.uint32)
     noise = samplers.gumbel_noise(samplers.seed_words(1), index, 0, 4)
-    chosen = samplers.pick(jnp.broadcast_to(logits, (number, 4)), noise, _sampling())
+    chosen = samplers.sample_token(jnp.broadcast_to(logits, (number, 4)), noise, _sampling())
     counts = np.bincount(np.asarray(chosen), minlength=4) / number
     # four standard deviations of the largest
     np.testing.assert_allclose(counts, [0.5, 0.3, 0.15, 0.05], atol=4 * (0.25 / number) ** 0.5)
@@ -165,7 +165,7 @@ def test_logits_that_are_not_finite_give_no_index(logits, bad, settings):
     damaged = logits.copy()
     damaged[1, 4] = bad
     noise = np.zeros_like(logits)
-    chosen = samplers.pick(damaged, noise, _sampling(**settings))
+    chosen = samplers.sample_token(damaged, noise, _sampling(**settings))
     np.testing.assert_array_equal(chosen, [logits[0].argmax(), SIZE, logits[2].argmax()])
 
 
@@ -173,5 +173,5 @@ def test_logits_at_the_ends_of_float32_give_an_index(logits):
     extreme = logits.copy()
     extreme[:, 4], extreme[:, 5] = checks.FLOAT32_MAX, -checks.FLOAT32_MAX
     noise = np.ones_like(logits)
-    chosen = samplers.pick(extreme, noise, _sampling(temperature=3e38, top_k=2))
+    chosen = samplers.sample_token(extreme, noise, _sampling(temperature=3e38, top_k=2))
     assert (np.asarray(chosen) < SIZE).all()

@@ -1,4 +1,4 @@
-"""The sharding table, and that eight devices give what one gives."""
+"""The sharding table, and that eight devices give the same results as one."""
 
 import jax
 import numpy as np
@@ -27,16 +27,16 @@ def test_every_parameter_has_one_row_that_fits_its_shape(pipeline):
     place = sharding.sharding_for(mesh)
     params = _params(pipeline.model)
     assert len(params) > 200
-    split = {path for path, x in params.items() if place(path, x.shape).spec != P()}
-    whole = [p for p in params if p not in split and not p.startswith("gen_vq")]
-    # all that is large is shared out
-    assert max(params[path].size for path in whole) <= 16 * 16 * 3 * 24
-    assert "language_model.layers.0.self_attn.q_proj.kernel" in split
+    sharded_paths = {path for path, x in params.items() if place(path, x.shape).spec != P()}
+    replicated = [p for p in params if p not in sharded_paths and not p.startswith("gen_vq")]
+    # all large parameters are sharded
+    assert max(params[path].size for path in replicated) <= 16 * 16 * 3 * 24
+    assert "language_model.layers.0.self_attn.q_proj.kernel" in sharded_paths
 
 
 @pytest.fixture(scope="module")
 def adapted_paths(pipeline):
-    """Of the golden model's parameters, with an adapter on every layer that may have one."""
+    """Parameter paths of the golden model with a LoRA adapter on every layer that may have one."""
 
     def build():
         model = Janus(pipeline.model.cfg, rngs=ConstantRngs())
@@ -67,14 +67,14 @@ def test_every_row_is_used(adapted_paths):
     "path", ["language_model.layers.0.self_attn.k_norm.scale", "xlanguage_model.norm.scale", ""]
 )
 def test_a_parameter_without_a_row_is_named(path):
-    with pytest.raises(ValueError, match=f"must match parameter {path}, 0 do: none"):
+    with pytest.raises(ValueError, match=f"must match parameter {path}, but 0 match: none"):
         sharding.spec_for(path)
 
 
 def test_a_parameter_with_two_rows_is_named(monkeypatch):
     extra = (*sharding.PARAMETER_SPECS, (r"language_model\..*", P()))
     monkeypatch.setattr(sharding, "PARAMETER_SPECS", extra)
-    with pytest.raises(ValueError, match=r"parameter language_model.norm.scale, 2 do: "):
+    with pytest.raises(ValueError, match=r"parameter language_model.norm.scale, but 2 match: "):
         sharding.spec_for("language_model.norm.scale")
 
 
@@ -97,13 +97,13 @@ def test_meshes_are_read_from_text():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model=2", "a mesh is written data=1,fsdp=1,tensor=1, .* got 'model=2'"),
+        ("model=2", "a mesh must be given as data=1,fsdp=1,tensor=1, .* got 'model=2'"),
         ("data=2,data=2", "each axis at most once, got 'data=2,data=2'"),
         ("data=-1", "got 'data=-1'"),
         ("data=1.5", "got 'data=1.5'"),
         ("", "got ''"),
         ("data=0", "mesh axis data must be an integer of at least 1, got 0"),
-        ("data=3,tensor=3", "data=3,fsdp=1,tensor=3 needs 9 devices, there are 8"),
+        ("data=3,tensor=3", "data=3,fsdp=1,tensor=3 needs 9 devices, but there are only 8"),
     ],
 )
 def test_meshes_that_cannot_be_are_refused(text, message):
@@ -135,21 +135,21 @@ def one_device(small):
 
 
 def test_a_mesh_with_explicit_axes_is_as_good(golden, one_device):
-    """What jax.make_mesh gives where it is told nothing else."""
+    """jax.make_mesh creates such a mesh by default."""
     explicit = (jax.sharding.AxisType.Explicit,) * 3
     mesh = jax.make_mesh((1, 1, 2), sharding.AXES, axis_types=explicit)
     pipeline = load(golden / "janus_small", dtype="float32", mesh=mesh)
-    drawn = pipeline.generate_images(PROMPTS, num_images=4, seed=11)
-    np.testing.assert_array_equal(drawn.indices, one_device.indices)
+    generated = pipeline.generate_images(PROMPTS, num_images=4, seed=11)
+    np.testing.assert_array_equal(generated.indices, one_device.indices)
 
 
 @pytest.mark.parametrize("shape", MESHES)
 def test_eight_devices_draw_what_one_draws(golden, one_device, shape):
     mesh = sharding.make_mesh(*shape)
     pipeline = load(golden / "janus_small", dtype="float32", mesh=mesh)
-    drawn = pipeline.generate_images(PROMPTS, num_images=4, seed=11)
-    np.testing.assert_array_equal(drawn.indices, one_device.indices)
-    np.testing.assert_array_equal(drawn.pixels, one_device.pixels)
+    generated = pipeline.generate_images(PROMPTS, num_images=4, seed=11)
+    np.testing.assert_array_equal(generated.indices, one_device.indices)
+    np.testing.assert_array_equal(generated.pixels, one_device.pixels)
 
 
 @pytest.fixture(scope="module")
@@ -169,27 +169,27 @@ def test_the_cache_is_sharded_by_rows_and_heads(sharded):
     requests = image.make_requests([(tokens, tokens)], 4, 0, 5.0, sampling, 0)
     seen = []
 
-    def shapes(drawing):
-        keys = drawing.context.cache.keys[0]
+    def shapes(state):
+        keys = state.context.cache.keys[0]
         return keys.shape, keys.addressable_shards[0].data.shape
 
-    requests = image._take(requests, np.arange(4), sharded.mesh)
-    drawing = image._begin(sharded.model, requests, sharded.mesh)
-    seen.append(shapes(drawing))
-    seen.append(shapes(image._draw_tokens(sharded.model, requests, drawing, 3)))
+    requests = image._select(requests, np.arange(4), sharded.mesh)
+    state = image._init_state(sharded.model, requests, sharded.mesh)
+    seen.append(shapes(state))
+    seen.append(shapes(image._generate_tokens(sharded.model, requests, state, 3)))
     assert seen == [((8, 47, 4, 12), (2, 47, 2, 12))] * 2
 
 
 def test_images_fill_up_the_devices(sharded, one_device):
-    drawn = sharded.generate_images(PROMPTS[0], num_images=7, seed=11)
-    assert drawn.pixels.shape == (7, 64, 64, 3)
-    np.testing.assert_array_equal(drawn.indices[:4], one_device.indices[:4])
-    np.testing.assert_array_equal(sharded.decode_indices(drawn.indices), drawn.pixels)
-    assert sharded.encode_images(list(drawn.pixels)).shape == (7, 16)
+    generated = sharded.generate_images(PROMPTS[0], num_images=7, seed=11)
+    assert generated.pixels.shape == (7, 64, 64, 3)
+    np.testing.assert_array_equal(generated.indices[:4], one_device.indices[:4])
+    np.testing.assert_array_equal(sharded.decode_indices(generated.indices), generated.pixels)
+    assert sharded.encode_images(list(generated.pixels)).shape == (7, 16)
 
 
 def test_tokens_and_pixels_are_whole_on_every_device(golden, sharded, small, monkeypatch):
-    """So that each of several processes can read them."""
+    """Every process must be able to read them."""
     seen = []
 
     def recorded(function):
@@ -200,7 +200,7 @@ def test_tokens_and_pixels_are_whole_on_every_device(golden, sharded, small, mon
 
         return call
 
-    monkeypatch.setattr(codec, "with_pixels", recorded(codec.with_pixels))
+    monkeypatch.setattr(codec, "decode_batch", recorded(codec.decode_batch))
     monkeypatch.setattr(codec, "encode_pixels", recorded(codec.encode_pixels))
     codes = np.load(golden / "janus_vq.npz")["codes"]
     codes = np.resize(codes, (5, codes.shape[1]))
@@ -213,18 +213,18 @@ def test_tokens_and_pixels_are_whole_on_every_device(golden, sharded, small, mon
 
 def test_eight_devices_answer_what_one_answers(golden, sharded, small):
     image = golden / "preprocess" / "img0_50x120.png"
-    asked = (["What is it?", "Hello"], [[image], []])
-    expected = small.answer(*asked, max_new_tokens=6)
-    assert sharded.answer(*asked, max_new_tokens=6) == expected
+    args = (["What is it?", "Hello"], [[image], []])
+    expected = small.answer(*args, max_new_tokens=6)
+    assert sharded.answer(*args, max_new_tokens=6) == expected
     assert "".join(sharded.stream("What is it?", image, max_new_tokens=6)) == expected[0]
 
 
 def test_eight_devices_find_what_is_not_finite(golden, sharded):
     image = golden / "preprocess" / "img0_50x120.png"
-    asked = (["What is it?", "Hello"], [[image], []])
+    args = (["What is it?", "Hello"], [[image], []])
     with damaged(sharded.model, "und_encoder.norm.scale"):
         with pytest.raises(ValueError, match="SigLIP features must be finite"):
-            sharded.answer(*asked, max_new_tokens=6)
+            sharded.answer(*args, max_new_tokens=6)
     with damaged(sharded.model, "language_model.norm.scale"):
         with pytest.raises(ValueError, match="text logits must be finite"):
             next(sharded.stream("What is it?", image, max_new_tokens=6))

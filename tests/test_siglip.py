@@ -77,7 +77,7 @@ def test_select_layer_leaves_out_the_last_block_but_not_the_norm(recording):
 
 
 def test_tokens_are_row_major(pixels):
-    """A change in the top right patch is seen by token 3 of 16, and by no other."""
+    """A change in the top right patch changes the embedding of token 3 of 16, and no other."""
     siglip = tiny_pair()[1].und_encoder
     changed = pixels.copy()
     changed[:, :4, 12:] += 1
@@ -87,7 +87,7 @@ def test_tokens_are_row_major(pixels):
 
 
 def test_bfloat16_is_near_float32(pixels):
-    """Within 5 % of the largest feature: a few roundings of 2**-8 a block."""
+    """Within 5 % of the largest feature: a few roundings of 2**-8 in each block."""
     exact = tiny_pair()[1].und_encoder
     cfg = dataclasses.replace(exact.cfg, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     features, expected = call(rebuilt(exact, cfg), pixels), call(exact, pixels)

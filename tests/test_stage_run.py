@@ -154,7 +154,7 @@ def test_a_image_that_cannot_be_read_is_told_of_before_the_first_step(tmp_path):
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (dict(prompts=("a", " ")), "a prompt must be a text that is not empty, got ' '"),
+        (dict(prompts=("a", " ")), "a prompt must be a non-empty string, got ' '"),
         (dict(prompts=("a " * 5000,)), "must fit the trained context of 512 tokens"),
         (dict(questions=(("docs/scene.png", "a " * 5000),)), "must fit the trained context of 512"),
     ],

@@ -1,4 +1,4 @@
-"""Writing text: against the recordings of the original, alone, in batches and streamed."""
+"""Text generation: compared with recordings of the original, alone, in batches and streamed."""
 
 import dataclasses
 import functools
@@ -30,7 +30,7 @@ def conversations(golden):
 
 @pytest.fixture(scope="module")
 def requests(pipeline, conversations):
-    """The recorded batch; greedy, and with a stop token that never comes."""
+    """Requests for the recorded batch, greedy, with an eos_id that no token equals."""
     processor = pipeline.processor
     examples = [processor.conversation(*pair) for pair in zip(*conversations, strict=True)]
     batch = processor.batch(examples)
@@ -63,16 +63,16 @@ def test_logits_of_every_step_are_those_of_the_original(pipeline, requests, reco
 
 
 def test_greedy_tokens_are_those_of_the_original(pipeline, requests, recorded):
-    tokens = text.write(pipeline.model, requests, NEW)
+    tokens = text.generate_tokens(pipeline.model, requests, NEW)
     np.testing.assert_array_equal(tokens, recorded["greedy_tokens"])
 
 
 def test_rows_that_ended_are_filled_with_the_stop_token(pipeline, requests, recorded):
     stopping = dataclasses.replace(requests, eos_id=np.int32(recorded["eos_id"]))
-    text.write(pipeline.model, requests, NEW)
-    before = text.write._cache_size()  # another stop token needs no other program
-    tokens = np.asarray(text.write(pipeline.model, stopping, NEW))
-    assert text.write._cache_size() == before
+    text.generate_tokens(pipeline.model, requests, NEW)
+    before = text.generate_tokens._cache_size()  # another stop token needs no other program
+    tokens = np.asarray(text.generate_tokens(pipeline.model, stopping, NEW))
+    assert text.generate_tokens._cache_size() == before
     filled = recorded["eos_tokens"].copy()
     for row in filled:  # the original fills with the pad id, which its demos set to the stop token
         ends = np.flatnonzero(row == recorded["eos_id"])
@@ -89,15 +89,17 @@ def test_writing_stops_when_every_row_has_ended(pipeline, requests, recorded, mo
     streamed = list(text.stream(pipeline.model, stopping, NEW))
     assert [*streamed, int(recorded["eos_id"])] == expected
 
-    steps, write_token = [], text.write_token
+    steps, generate_next_token = [], text.generate_next_token
 
-    def counted(model, requests, writing):
-        jax.debug.callback(lambda step: steps.append(int(step)), writing.step)
-        return write_token(model, requests, writing)
+    def counted(model, requests, state):
+        jax.debug.callback(lambda step: steps.append(int(step)), state.step)
+        return generate_next_token(model, requests, state)
 
-    monkeypatch.setattr(text, "write_token", counted)
-    write = jax.jit(text.write.__wrapped__, static_argnames="max_new_tokens")
-    jax.block_until_ready(write(pipeline.model, stopping, max_new_tokens=NEW))
+    monkeypatch.setattr(text, "generate_next_token", counted)
+    generate_tokens = jax.jit(
+        text.generate_tokens.__wrapped__, static_argnames="max_new_tokens"
+    )
+    jax.block_until_ready(generate_tokens(pipeline.model, stopping, max_new_tokens=NEW))
     jax.effects_barrier()
     assert sorted(steps) == list(range(1, len(expected)))
 
@@ -117,13 +119,13 @@ def test_chunks_of_conversations_give_the_same_answers(
 ):
     settings = {"max_new_tokens": NEW, "temperature": 0.8, "seed": 5}
     expected = small.answer(*conversations, **settings)
-    sizes, write = [], text.write
+    sizes, generate_tokens = [], text.generate_tokens
 
     def counted(model, requests, *rest):
         sizes.append(len(requests.tokens))
-        return write(model, requests, *rest)
+        return generate_tokens(model, requests, *rest)
 
-    monkeypatch.setattr(text, "write", counted)
+    monkeypatch.setattr(text, "generate_tokens", counted)
     if by_memory:
         monkeypatch.setattr(text.decoding, "CACHE_BYTES", 1)
     else:
@@ -134,11 +136,11 @@ def test_chunks_of_conversations_give_the_same_answers(
 
 def test_two_images_in_one_row_and_none_in_the_other(small, golden):
     images = [golden / "preprocess" / name for name in ("img0_50x120.png", "img2_64x64.png")]
-    asked = ["Which is larger?", "Hello"]
-    batch = small.answer(asked, [images, []], max_new_tokens=NEW)
-    assert batch[0] == small.answer(asked[0], images, max_new_tokens=NEW)
-    assert batch[0] != small.answer(asked[0], images[::-1], max_new_tokens=NEW)
-    assert batch[1] == small.answer(asked[1], max_new_tokens=NEW)
+    questions = ["Which is larger?", "Hello"]
+    batch = small.answer(questions, [images, []], max_new_tokens=NEW)
+    assert batch[0] == small.answer(questions[0], images, max_new_tokens=NEW)
+    assert batch[0] != small.answer(questions[0], images[::-1], max_new_tokens=NEW)
+    assert batch[1] == small.answer(questions[1], max_new_tokens=NEW)
 
 
 def test_sampling_follows_the_seed(small):
@@ -150,11 +152,11 @@ def test_sampling_follows_the_seed(small):
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_pieces_of_a_stream_join_to_the_answer(small, golden, temperature):
-    asked = ("Was ist das?", golden / "preprocess" / "img0_50x120.png")
+    args = ("Was ist das?", golden / "preprocess" / "img0_50x120.png")
     settings = {"max_new_tokens": NEW, "temperature": temperature, "seed": 2}
-    pieces = list(small.stream(*asked, **settings))
+    pieces = list(small.stream(*args, **settings))
     assert len(pieces) > 2
-    assert "".join(pieces) == small.answer(*asked, **settings)
+    assert "".join(pieces) == small.answer(*args, **settings)
 
 
 def test_a_character_of_several_tokens_is_one_piece(small, monkeypatch):

@@ -40,7 +40,7 @@ def pixels():
 
 
 def torch_nearest(x: torch.Tensor, codebook: torch.Tensor) -> np.ndarray:
-    """The original's rule (`transformers` leaves out the normalisation): most aligned code."""
+    """The rule of the original code: the nearest normalised code (not so in transformers)."""
     x, codebook = (torch.nn.functional.normalize(v.double(), dim=-1) for v in (x, codebook))
     return torch.cdist(x, codebook).argmin(-1).numpy()
 

@@ -1,5 +1,5 @@
-"""What the module tests compare with: a tiny random Janus of `transformers` beside the same weights
-in janus_jax, and the golden checkpoint in janus_jax."""
+"""Models for the module tests: a tiny random Janus of transformers, the same weights in janus_jax,
+and the golden checkpoint in janus_jax."""
 
 import functools
 import shutil
@@ -27,7 +27,7 @@ IMAGE_TOKEN = 95
 
 
 def random_weights(module: torch.nn.Module) -> torch.nn.Module:
-    """Fills every parameter so that activations stay near 1 and no bias or norm is trivial."""
+    """Fills all parameters so that activations stay near 1 and no bias or norm is trivial."""
     generator = torch.Generator().manual_seed(0)
     for name, weight in module.named_parameters():
         noise = torch.randn(weight.shape, generator=generator)
@@ -43,7 +43,7 @@ def random_weights(module: torch.nn.Module) -> torch.nn.Module:
 
 
 def torch_janus() -> JanusForConditionalGeneration:
-    """Two blocks a tower, two query heads for each key head, 16-pixel images of 4 x 4 tokens."""
+    """Two blocks per stack, two query heads per key head, 16 x 16 pixel images of 4 x 4 tokens."""
     text = LlamaConfig(
         vocab_size=96,
         hidden_size=32,
@@ -86,22 +86,22 @@ def torch_janus() -> JanusForConditionalGeneration:
 
 
 def to_numpy(x) -> np.ndarray:
-    """A torch or JAX array as NumPy."""
+    """Converts a torch or JAX array to NumPy."""
     return x.detach().numpy() if isinstance(x, torch.Tensor) else np.asarray(x)
 
 
 def channels_last(x) -> np.ndarray:
-    """[B, C, Y, X] of torch or a recording -> [B, Y, X, C]."""
+    """Converts [B, C, Y, X] of torch or a recording to [B, Y, X, C]."""
     return np.moveaxis(to_numpy(x), 1, -1)
 
 
 def channels_first(x) -> torch.Tensor:
-    """[B, Y, X, C] -> torch [B, C, Y, X]."""
+    """Converts [B, Y, X, C] to torch [B, C, Y, X]."""
     return torch.tensor(np.moveaxis(np.asarray(x), -1, 1).copy())
 
 
 def uniform(*shape: int, seed: int = 0) -> np.ndarray:
-    """float32 in [-1, 1)."""
+    """Returns random float32 in [-1, 1)."""
     return np.random.default_rng(seed).uniform(-1, 1, shape).astype(np.float32)
 
 
@@ -114,12 +114,12 @@ def assert_close(name: str, ours, theirs, atol: float, rtol: float = 0.0) -> Non
 
 
 def call(module: nnx.Module, *args):
-    """module(*args) under jit."""
+    """Calls module(*args) under jit."""
     return jax.jit(type(module).__call__)(module, *args)
 
 
 def rebuilt(model, cfg):
-    """The same weights in a model of another config; cast where cfg stores another type."""
+    """Returns a model of another config with the same weights, cast to the dtypes of cfg."""
     graph, wanted = nnx.split(nnx.eval_shape(lambda: type(model)(cfg, rngs=ConstantRngs())))
 
     def cast(old, new):
@@ -129,18 +129,18 @@ def rebuilt(model, cfg):
 
 
 def causal(batch: int, length: int) -> np.ndarray:
-    """The mask of unpadded rows, bool[B, T, T]."""
+    """Returns the causal mask of unpadded rows, bool[B, T, T]."""
     return np.tile(np.tril(np.ones((length, length), bool)), (batch, 1, 1))
 
 
 def counting(batch: int, length: int) -> np.ndarray:
-    """Positions 0..T-1 of every row, int32[B, T]."""
+    """Returns positions 0..T-1 for every row, int32[B, T]."""
     return np.tile(np.arange(length, dtype=np.int32), (batch, 1))
 
 
 @jax.jit
 def read_with_images(model: Janus, tokens, pixels, positions, mask):
-    """Text logits of rows whose IMAGE_TOKENs stand for the row's images, pixels [B, n, S, S, 3]."""
+    """Computes text logits of rows whose IMAGE_TOKENs stand for images, pixels [B, n, S, S, 3]."""
     rows = tokens.shape[0]
     features = model.encode_images(pixels.reshape(-1, *pixels.shape[2:]))
     features = features.reshape(rows, -1, features.shape[-1])
@@ -151,7 +151,7 @@ def read_with_images(model: Janus, tokens, pixels, positions, mask):
 
 
 def two_images_a_row() -> tuple[np.ndarray, np.ndarray]:
-    """Tokens [2, 40] with two images of 16 tokens at different places, and their pixels."""
+    """Returns tokens [2, 40] with two images of 16 tokens per row, and the pixels."""
     tokens = np.random.default_rng(3).integers(0, 95, (2, 40)).astype(np.int32)
     for row, starts in enumerate(((1, 20), (4, 23))):
         for start in starts:
@@ -160,14 +160,14 @@ def two_images_a_row() -> tuple[np.ndarray, np.ndarray]:
 
 
 def load_janus(folder: Path) -> Janus:
-    """A checkpoint folder through the converter, in float32."""
+    """Loads a checkpoint folder through the converter, in float32."""
     cfg = open_folder(folder).cfg
     return build_model(cfg, load_params(folder, cfg, lambda path, shape: None, jnp.float32))
 
 
 @functools.cache
 def tiny_pair() -> tuple[JanusForConditionalGeneration, Janus]:
-    """The same random weights in torch and, saved by `transformers` and converted, in janus_jax."""
+    """Returns a torch model and ours with the same random weights, saved and converted."""
     theirs = torch_janus()
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
@@ -176,7 +176,7 @@ def tiny_pair() -> tuple[JanusForConditionalGeneration, Janus]:
 
 @functools.cache
 def golden_janus(config: str = "config.json") -> Janus:
-    """The golden checkpoint, with its config.json or config_variant.json."""
+    """Loads the golden checkpoint with its config.json or config_variant.json."""
     with tempfile.TemporaryDirectory() as folder:
         for name, target in (("config.json", config), ("model.safetensors", "model.safetensors")):
             shutil.copy(GOLDEN / "janus" / target, Path(folder) / name)

@@ -1,6 +1,7 @@
-"""The image tokenizer at work: images -> image tokens -> pixels.
+"""Encoding images to image tokens, and decoding image tokens to pixels.
 
-B or N images, T image tokens, S pixels a side. Always in float32: bands would show in bfloat16.
+B or N images, T image tokens, S height and width in pixels. All computation is float32, because in
+bfloat16 the decoded images show bands.
 """
 
 import functools
@@ -26,9 +27,11 @@ from janus_jax.processing.images import (
 
 
 class Decoded(NamedTuple):
-    """Images and their tokens.
+    """Image tokens and the images decoded from them.
 
-    indices: int32[B, T]. pixels: uint8[B, S, S, 3]. finite: bool[B], whether what was decoded was.
+    indices: int32[B, T].
+    pixels: uint8[B, S, S, 3].
+    finite: bool[B], whether all decoded values of the image were finite.
     """
 
     indices: jax.Array
@@ -38,35 +41,37 @@ class Decoded(NamedTuple):
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def encode_pixels(vq: VQ, pixels: jax.Array, mesh: Mesh | None = None) -> jax.Array:
-    """float32[B, S, S, 3] in [-1, 1] -> int32[B, T], all at once."""
+    """Encodes a batch of images in one call: float32[B, S, S, 3] in [-1, 1] -> int32[B, T]."""
     with jax.default_matmul_precision("highest"):
         return sharding.replicate(vq.encode(pixels), mesh)
 
 
 def check_encoded(indices: np.ndarray, vq: VQ) -> np.ndarray:
-    """What encode_pixels gave, as it is.
+    """Returns the indices unchanged, after checking them.
+
+    indices: what encode_pixels returned.
 
     Raises:
-        ValueError: latents were not finite.
+        ValueError: if the latents were NaN or infinite.
     """
     if (indices >= vq.cfg.codebook_size).any():
-        raise finite.not_finite("VQ encoder latents", {"gen_vq": vq})
+        raise finite.not_finite_error("VQ encoder latents", {"gen_vq": vq})
     return indices
 
 
 def decode_pixels(
     vq: VQ, indices: jax.Array, mesh: Mesh | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Indices int32[B, T] -> pixels uint8[B, S, S, 3], truncated as in the reference.
+    """Decodes image tokens: int32[B, T] -> uint8[B, S, S, 3].
 
     Also returns bool[B], whether all decoded values of an image were finite.
 
-    One image at a time on each device: its activations are large (75 MB a layer at 384 pixels),
-    and an image comes out the same whatever the others and the mesh.
+    Each device decodes one image at a time, because the activations are large: 75 MB per layer for
+    384 x 384 pixels. The pixels of an image therefore do not depend on the batch or the mesh.
     """
 
     def decode(vq: VQ, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-        return jax.lax.map(lambda row: _decode_one(vq, row), indices)
+        return jax.lax.map(lambda row: _decode_image(vq, row), indices)
 
     if mesh is None:
         return decode(vq, indices)
@@ -74,34 +79,37 @@ def decode_pixels(
     return jax.shard_map(decode, mesh=mesh, in_specs=(P(), batch), out_specs=batch)(vq, indices)
 
 
-def _decode_one(vq: VQ, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """int32[T] -> uint8[S, S, 3], and whether all values were finite."""
+def _decode_image(vq: VQ, indices: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Decodes one image: int32[T] -> uint8[S, S, 3], and whether all values were finite."""
     with jax.default_matmul_precision("highest"):
         pixels = vq.decode(indices[None])[0]
     return to_uint8(pixels), jnp.all(jnp.isfinite(pixels))
 
 
 def to_uint8(pixels: jax.Array) -> jax.Array:
-    """float32 in [-1, 1], any shape -> uint8 of it; clipped and truncated, as in the reference."""
+    """Maps float32 in [-1, 1] to uint8, clipping and truncating as the original code does."""
     return jnp.clip((pixels + 1) / 2 * 255, 0, 255).astype(jnp.uint8)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def with_pixels(vq: VQ, indices: jax.Array, mesh: Mesh | None = None) -> Decoded:
-    """Indices int32[B, T] with their pixels, whole on every device."""
+def decode_batch(vq: VQ, indices: jax.Array, mesh: Mesh | None = None) -> Decoded:
+    """Decodes image tokens int32[B, T]; the results are replicated on all devices."""
     return sharding.replicate(Decoded(indices, *decode_pixels(vq, indices, mesh)), mesh)
 
 
 def check_decoded(decoded: Decoded, vq: VQ) -> None:
-    """Raises ValueError if pixels were not finite."""
+    """Raises ValueError if decoded pixels were NaN or infinite."""
     if not np.asarray(decoded.finite).all():
-        raise finite.not_finite("decoded pixels", {"gen_vq": vq})
+        raise finite.not_finite_error("decoded pixels", {"gen_vq": vq})
 
 
-def to_indices(
+def encode_images(
     model: Janus, images: Sequence[ImageSource] | ImageSource, mesh: Mesh | None = None
 ) -> np.ndarray:
-    """See Pipeline.encode_images; one at a time, so another number of images compiles nothing."""
+    """Implements Pipeline.encode_images.
+
+    Encodes one image at a time, so that another number of images needs no compilation.
+    """
     sources = image_list(images)
     checks.check_not_empty("images", sources)
     pixels = [preprocess_generation(load_image(x), model.cfg.image_size) for x in sources]
@@ -110,21 +118,22 @@ def to_indices(
     return check_encoded(np.concatenate(encoded), model.gen_vq)
 
 
-def to_pixels(model: Janus, indices: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
-    """See Pipeline.decode_indices; one at a time on each device, as to_indices."""
+def decode_indices(model: Janus, indices: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
+    """Implements Pipeline.decode_indices; each device decodes one image at a time."""
     indices = np.asarray(indices)
     _check_indices(indices, model.cfg)
-    # the last call is filled up with the last image, whose copies are dropped
-    step, last, decoded = sharding.num_batch_shards(mesh), len(indices) - 1, []
+    # the last call is padded with copies of the last image, which are dropped afterwards
+    step, last, pixels = sharding.num_batch_shards(mesh), len(indices) - 1, []
     for start in range(0, len(indices), step):
         rows = indices[np.minimum(np.arange(start, start + step), last)].astype(np.int32)
-        part = with_pixels(model.gen_vq, sharding.put_batch(rows, mesh), mesh)
-        check_decoded(part, model.gen_vq)
-        decoded.append(np.asarray(part.pixels))
-    return np.concatenate(decoded)[: len(indices)]
+        decoded = decode_batch(model.gen_vq, sharding.put_batch(rows, mesh), mesh)
+        check_decoded(decoded, model.gen_vq)
+        pixels.append(np.asarray(decoded.pixels))
+    return np.concatenate(pixels)[: len(indices)]
 
 
 def _check_indices(indices: np.ndarray, cfg: JanusConfig) -> None:
+    """Raises ValueError if indices are not integers int[N, T] in the range of the codebook."""
     size, length = cfg.gen_vq.codebook_size, cfg.num_image_tokens
     if indices.ndim != 2 or indices.shape[1] != length or not len(indices):
         raise ValueError(f"indices must be int[N, {length}], got {list(indices.shape)}")

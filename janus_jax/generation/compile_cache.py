@@ -1,27 +1,28 @@
-"""Compiled programs kept on disk, so that only the first run of a command compiles them."""
+"""JAX's persistent compilation cache, so that only the first run of a command compiles."""
 
 import os
 from pathlib import Path
 
 import jax
 
-# 0 leaves JAX's own settings alone.
+# Environment variable; the value 0 leaves JAX's settings unchanged.
 SWITCH = "JANUS_JAX_COMPILE_CACHE"
 
-# Programs quicker to compile than this are not worth a file (JAX's own default is 1).
-_SECONDS = 0.2
+# Programs that compile faster than this are not stored (JAX's default is 1 second).
+_MIN_COMPILE_SECONDS = 0.2
 
 
 def cache_dir() -> Path:
-    """Where programs are kept by default: $XDG_CACHE_HOME or ~/.cache, janus_jax/xla."""
+    """Returns the cache folder: janus_jax/xla in $XDG_CACHE_HOME, or else in ~/.cache."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     return Path(home) / "janus_jax" / "xla"
 
 
 def enable() -> None:
-    """Turns on JAX's persistent compilation cache, unless the user has set one or switched it off.
+    """Enables JAX's persistent compilation cache in cache_dir().
 
-    A folder that cannot be made leaves it off: a cache is never a reason to fail.
+    Does nothing if JAX already has a cache folder, if the environment variable
+    JANUS_JAX_COMPILE_CACHE is 0, or if the folder cannot be created.
     """
     if os.environ.get(SWITCH) == "0" or jax.config.jax_compilation_cache_dir:
         return
@@ -31,4 +32,4 @@ def enable() -> None:
     except (OSError, RuntimeError):  # RuntimeError: no home directory
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", _SECONDS)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)

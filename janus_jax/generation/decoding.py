@@ -1,6 +1,6 @@
-"""The decoder, one position at a time: what drawing images and writing text have in common.
+"""Autoregressive decoding, shared by image and text generation.
 
-B rows, P prompt length (a bucket), S cache size, D model width.
+B rows, P prompt length (a bucket length), S cache size, D model width.
 """
 
 import contextlib
@@ -16,54 +16,62 @@ from jax.sharding import Mesh
 from janus_jax import sharding
 from janus_jax.models.attention import causal_mask, decode_mask, positions_from_mask
 from janus_jax.models.janus import Janus
-from janus_jax.models.kv_cache import KVCache, init_cache
-from janus_jax.models.llama import Llama, LlamaConfig
+from janus_jax.models.kv_cache import KVCache
+from janus_jax.models.llama import Llama, LlamaConfig, init_cache
 
 _SMALL_BUCKETS = (32, 64, 128)
 
-# What the keys and values of one batch may take on a device, when max_batch is not given. With it
-# go the parameters and the activations.
+# The most bytes that the key/value cache of one batch may use on each device by default, when
+# max_batch is not given. Parameters and activations need memory in addition.
 CACHE_BYTES = 4 * 2**30
 
 
 def bucket_length(length: int) -> int:
-    """The length a prompt is padded to: 32, 64 or a multiple of 128.
+    """Returns the length to which a prompt is padded: 32, 64 or a multiple of 128.
 
-    Few lengths, so that a new prompt seldom needs a new program.
+    There are few such lengths, so that a new prompt rarely needs a new program.
     """
     return next((b for b in _SMALL_BUCKETS if length <= b), math.ceil(length / 128) * 128)
 
 
-def batch_within_memory(cfg: LlamaConfig, slots: int, mesh: Mesh | None) -> int:
-    """How many entries of `slots` cached positions each have CACHE_BYTES a device; at least one."""
+def default_max_batch(cfg: LlamaConfig, slots: int, mesh: Mesh | None) -> int:
+    """Returns the number of requests whose key/value cache fits in CACHE_BYTES on each device.
+
+    The number is at least one for each batch shard of the mesh.
+
+    slots: number of cached positions of one request, over all of its rows.
+    """
     width = 2 * cfg.num_key_value_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
     tensor = 1 if mesh is None else mesh.shape["tensor"]
     per_device = CACHE_BYTES * tensor // (slots * width * cfg.num_hidden_layers)
     return max(1, per_device) * sharding.num_batch_shards(mesh)
 
 
-def chunk_size(total: int, most: int, shards: int) -> int:
-    """Size of equal chunks of at most `most` entries, a multiple of the shards (so at least that).
+def chunk_size(total: int, max_size: int, shards: int) -> int:
+    """Returns the size of the equal chunks into which `total` requests are split.
+
+    The size is a multiple of `shards`, and at most `max_size` unless that is less than `shards`.
+    The number of chunks is as small as possible, and the last one may be padded.
     """
-    most = max(shards, most // shards * shards)
-    chunks = math.ceil(total / most)
+    max_size = max(shards, max_size // shards * shards)
+    chunks = math.ceil(total / max_size)
     return math.ceil(total / chunks / shards) * shards
 
 
-def in_full_float32(function: Callable) -> Callable:
-    """Lets a function of a Janus multiply float32 as float32, where float32 is its compute type.
+def full_float32_matmuls(function: Callable) -> Callable:
+    """Decorator: runs `function(model, ...)` with full-precision matmuls if the model is float32.
 
-    By default TPUs round the factors to bfloat16 and GPUs to 10 bits, and then an image is not
-    the same in another batch.
+    By default, TPUs round the factors of a float32 product to bfloat16 and GPUs to a 10-bit
+    mantissa. An image would then depend on the batch that it is generated in.
     """
 
     @functools.wraps(function)
-    def exact(model: Janus, *args, **kwargs):
-        full = model.cfg.language_model.dtype == jnp.float32
-        with jax.default_matmul_precision("highest") if full else contextlib.nullcontext():
+    def wrapper(model: Janus, *args, **kwargs):
+        is_float32 = model.cfg.language_model.dtype == jnp.float32
+        with jax.default_matmul_precision("highest") if is_float32 else contextlib.nullcontext():
             return function(model, *args, **kwargs)
 
-    return exact
+    return wrapper
 
 
 @jax.tree_util.register_dataclass
@@ -71,8 +79,8 @@ def in_full_float32(function: Callable) -> Callable:
 class Context:
     """What the decoder has read so far.
 
-    cache: keys and values; its length counts the prompt's padding too.
-    token_mask: bool[B, P], True where a token of the left-padded prompt may be attended to.
+    cache: keys and values; its length includes the padding of the prompts.
+    token_mask: bool[B, P], False for the padding of the left-padded prompts.
     """
 
     cache: KVCache
@@ -82,9 +90,12 @@ class Context:
 def prefill(
     decoder: Llama, embeds: jax.Array, token_mask: jax.Array, num_new: int, mesh: Mesh | None
 ) -> tuple[jax.Array, Context]:
-    """Reads left-padded prompts: float[B, P, D], bool[B, P] -> hidden, float[B, D], at their ends.
+    """Runs the decoder over left-padded prompts.
 
-    The cache has room for exactly num_new positions more.
+    embeds: float[B, P, D].
+    token_mask: bool[B, P].
+    num_new: the number of decode steps that the cache has room for.
+    Returns the hidden states of the last position, float[B, D], and the context.
     """
     batch, length = token_mask.shape
     size = length + num_new
@@ -97,11 +108,15 @@ def prefill(
 def decode_step(
     decoder: Llama, context: Context, embeds: jax.Array
 ) -> tuple[jax.Array, Context]:
-    """Reads one position more: float[B, D] -> hidden, float[B, D]."""
+    """Runs the decoder over one more position.
+
+    embeds: float[B, D].
+    Returns the hidden states, float[B, D], and the new context.
+    """
     cache, token_mask = context.cache, context.token_mask
     attn_mask = decode_mask(token_mask, cache.length, cache.size)
-    # positions count a row's real tokens, so padding on the left changes none of them
-    written = cache.length - token_mask.shape[1]
-    positions = jnp.sum(token_mask, axis=1, keepdims=True, dtype=jnp.int32) + written
+    # positions count only real tokens, so the padding on the left does not change them
+    num_new = cache.length - token_mask.shape[1]
+    positions = jnp.sum(token_mask, axis=1, keepdims=True, dtype=jnp.int32) + num_new
     hidden, cache = decoder(embeds[:, None], positions.astype(jnp.int32), attn_mask, cache)
     return hidden[:, 0], Context(cache, token_mask)

@@ -1,7 +1,7 @@
-"""The error for results that are not finite: it names the part of the model and the weights.
+"""The error for NaN or infinite results; it names the module and the weights that caused them.
 
-The programs detect such results (samplers.pick, VQ.nearest, codec.decode_pixels). The functions
-here run on the host, and only after that.
+The compiled programs detect such results (samplers.sample_token, VQ.nearest, codec.decode_pixels).
+The functions here run on the host, and only after a detection.
 """
 
 from collections.abc import Mapping
@@ -13,30 +13,30 @@ from flax import nnx
 _all_finite = jax.jit(lambda leaves: [jnp.all(jnp.isfinite(leaf)) for leaf in leaves])
 
 
-def not_finite(what: str, modules: Mapping[str, nnx.Module], advice: str = "") -> ValueError:
-    """The error to raise where `what` has NaN or infinite values.
+def not_finite_error(what: str, modules: Mapping[str, nnx.Module], advice: str = "") -> ValueError:
+    """Returns the error to raise if `what` has NaN or infinite values.
 
     Args:
         what: such as "text logits".
-        modules: what it was computed with, by name in the model.
-        advice: what else to change if all their weights are finite.
+        modules: the modules that computed it, by their name in the model.
+        advice: what else the user may change if all weights of the modules are finite.
     """
-    found = f"{what} must be finite, got NaN or infinite values"
-    if damaged := _damaged(modules):
-        others = len(damaged) - 1
+    problem = f"{what} must be finite, got NaN or infinite values"
+    if paths := _non_finite_paths(modules):
+        others = len(paths) - 1
         more = f" (and {others} more tensor{'s' * (others > 1)})" * (others > 0)
-        which = f"the weights in {damaged[0]}{more} are not finite"
-        return ValueError(f"{found}: {which}; use an undamaged copy of the checkpoint")
-    which = f"all weights of {', '.join(modules)} are finite, so a value overflowed"
-    return ValueError(f"{found}: {which}; compare the checkpoint with its source{advice}")
+        cause = f"the weights in {paths[0]}{more} are not finite"
+        return ValueError(f"{problem}: {cause}; use an undamaged copy of the checkpoint")
+    cause = f"all weights of {', '.join(modules)} are finite, so a value overflowed"
+    return ValueError(f"{problem}: {cause}; compare the checkpoint with its source{advice}")
 
 
-def _damaged(modules: Mapping[str, nnx.Module]) -> list[str]:
-    """Paths of the parameters that are not finite."""
+def _non_finite_paths(modules: Mapping[str, nnx.Module]) -> list[str]:
+    """Returns the paths of the parameters that have NaN or infinite values."""
     leaves = {
         ".".join(map(str, (name, *path))): leaf[...]
         for name, module in modules.items()
         for path, leaf in nnx.to_flat_state(nnx.state(module))
     }
     finite = _all_finite(list(leaves.values()))
-    return [path for path, own in zip(leaves, finite, strict=True) if not bool(own)]
+    return [path for path, is_finite in zip(leaves, finite, strict=True) if not bool(is_finite)]

@@ -1,7 +1,9 @@
-"""Drawing images: prompt tokens -> image tokens -> pixels (reference: generation_inference.py).
+"""Image generation: prompt tokens -> image tokens -> pixels.
 
-B images, R rows of an image in the decoder (its prompt, and next to it the prompt without its
-words when guidance is on), P prompt length, T image tokens, V codebook size, S pixels a side.
+B images, R rows per image in the decoder (the prompt, and with guidance also the unconditional
+prompt), P prompt length, T image tokens, D model width, V codebook size, S height and width in
+pixels.
+Source: generation_inference.py of the original code.
 """
 
 import dataclasses
@@ -20,22 +22,23 @@ from janus_jax.generation.samplers import Sampling
 from janus_jax.models.janus import Janus
 from janus_jax.progress import Report
 
-# Calls of a progress report in the course of one chunk, at most.
-_REPORTS = 25
+# The most progress reports while one chunk is generated.
+_MAX_REPORTS = 25
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """What to draw, one entry an image.
+    """A batch of images to generate.
 
-    tokens: int32[B, R, P], left-padded.
-    token_mask: bool[B, P], True but for the padding on the left; the pads that stand for words in
-        a row without them are attended to, as in the reference.
-    index: uint32[B], which image of its prompt this is; with the seed, the source of its noise.
-    seed: uint32[2], of samplers.seed_words.
-    guidance_weight: float32 scalar; None (and R = 1) draws from the prompt alone.
-    sampling: how tokens are chosen.
+    tokens: int32[B, R, P], the left-padded prompts.
+    token_mask: bool[B, P], False for the padding on the left. The pad tokens that replace the words
+        of an unconditional prompt are attended to, as in the original code.
+    index: uint32[B], the number of the image among the images of its prompt. Together with the
+        seed it determines the noise of the image.
+    seed: uint32[2], as samplers.seed_words returns it.
+    guidance_weight: float32 scalar; None (with R = 1) generates without guidance.
+    sampling: how tokens are sampled.
     """
 
     tokens: jax.Array
@@ -48,12 +51,13 @@ class Requests:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Drawing:
-    """Images under way.
+class DecodeState:
+    """The state of the token loop.
 
-    indices: int32[B, T], of which the first `step` are chosen and all but the last of these read.
-    step: int32 scalar.
-    context: the decoder's, of B * R rows.
+    indices: int32[B, T]; the first `step` tokens are sampled, the others are 0. The decoder has
+        read all sampled tokens but the last.
+    step: int32 scalar, number of tokens sampled so far.
+    context: what the decoder has read, B * R rows.
     """
 
     indices: jax.Array
@@ -64,7 +68,12 @@ class Drawing:
 def guided_logits(
     model: Janus, hidden: jax.Array, guidance_weight: np.float32 | None
 ) -> jax.Array:
-    """uncond + w (cond - uncond): hidden, float[B * R, D] -> float32[B, V]."""
+    """Computes image-token logits with classifier-free guidance: uncond + w (cond - uncond).
+
+    hidden: float[B * R, D]; with guidance R = 2, and the cond and uncond rows alternate.
+    guidance_weight: w, or None for R = 1 and no guidance.
+    Returns float32[B, V].
+    """
     logits = model.gen_head(hidden)
     if guidance_weight is None:
         return logits
@@ -72,89 +81,100 @@ def guided_logits(
     return uncond + guidance_weight * (cond - uncond)
 
 
-@decoding.in_full_float32
+@decoding.full_float32_matmuls
 def prefill(
     model: Janus, requests: Requests, mesh: Mesh | None = None
 ) -> tuple[jax.Array, decoding.Context]:
-    """Reads the prompts; returns the first token's guided logits, float32[B, V]."""
+    """Runs the decoder over the prompts.
+
+    Returns the guided logits of the first image token, float32[B, V], and the context.
+    """
     _, rows, length = requests.tokens.shape
     embeds = model.language_model.embed(requests.tokens.reshape(-1, length))
     token_mask = jnp.repeat(requests.token_mask, rows, axis=0)
-    num_new = model.cfg.num_image_tokens - 1  # the last token is never read
+    num_new = model.cfg.num_image_tokens - 1  # the decoder does not read the last token
     hidden, context = decoding.prefill(model.language_model, embeds, token_mask, num_new, mesh)
     return guided_logits(model, hidden, requests.guidance_weight), context
 
 
-@decoding.in_full_float32
+@decoding.full_float32_matmuls
 def decode_step(
     model: Janus, context: decoding.Context, indices: jax.Array, guidance_weight
 ) -> tuple[jax.Array, decoding.Context]:
-    """Reads one token of every image, int32[B]; returns the next one's guided logits."""
+    """Runs the decoder over one image token per image.
+
+    indices: int32[B].
+    Returns the guided logits of the next token, float32[B, V], and the new context.
+    """
     rows = 1 if guidance_weight is None else 2
     embeds = jnp.repeat(model.embed_image_tokens(indices), rows, axis=0)
     hidden, context = decoding.decode_step(model.language_model, context, embeds)
     return guided_logits(model, hidden, guidance_weight), context
 
 
-def _choose(requests: Requests, logits: jax.Array, step) -> jax.Array:
+def _sample(requests: Requests, logits: jax.Array, step) -> jax.Array:
+    """Samples token number `step` of every image: float32[B, V] -> int32[B]."""
     noise = samplers.gumbel_noise(requests.seed, requests.index, step, logits.shape[-1])
-    return samplers.pick(logits, noise, requests.sampling)
+    return samplers.sample_token(logits, noise, requests.sampling)
 
 
-def begin(model: Janus, requests: Requests, mesh: Mesh | None) -> Drawing:
-    """Reads the prompts and chooses the first token of every image."""
+def init_state(model: Janus, requests: Requests, mesh: Mesh | None) -> DecodeState:
+    """Runs the prefill and samples the first token of every image."""
     logits, context = prefill(model, requests, mesh)
     indices = jnp.zeros((len(requests.tokens), model.cfg.num_image_tokens), jnp.int32)
-    indices = indices.at[:, 0].set(_choose(requests, logits, 0))
-    return Drawing(indices, jnp.ones((), jnp.int32), context)
+    indices = indices.at[:, 0].set(_sample(requests, logits, 0))
+    return DecodeState(indices, jnp.ones((), jnp.int32), context)
 
 
-def draw_token(model: Janus, requests: Requests, drawing: Drawing) -> Drawing:
-    """Reads the token chosen last and chooses the next."""
-    indices, step = drawing.indices, drawing.step
+def generate_next_token(model: Janus, requests: Requests, state: DecodeState) -> DecodeState:
+    """Runs one decode step on the last token of every image and samples the next token."""
+    indices, step = state.indices, state.step
     last = jax.lax.dynamic_index_in_dim(indices, step - 1, axis=1, keepdims=False)
-    logits, context = decode_step(model, drawing.context, last, requests.guidance_weight)
-    chosen = _choose(requests, logits, step)
-    indices = jax.lax.dynamic_update_index_in_dim(indices, chosen, step, axis=1)
-    return Drawing(indices, step + 1, context)
+    logits, context = decode_step(model, state.context, last, requests.guidance_weight)
+    sampled = _sample(requests, logits, step)
+    indices = jax.lax.dynamic_update_index_in_dim(indices, sampled, step, axis=1)
+    return DecodeState(indices, step + 1, context)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
-def draw(model: Janus, requests: Requests, mesh: Mesh | None = None) -> codec.Decoded:
-    """The whole way in one program."""
+def generate_batch(model: Janus, requests: Requests, mesh: Mesh | None = None) -> codec.Decoded:
+    """Generates a batch of images in one program, from the prompt to the pixels."""
 
-    def step(drawing: Drawing, _):
-        return draw_token(model, requests, drawing), None
+    def body(state: DecodeState, _):
+        return generate_next_token(model, requests, state), None
 
-    drawing = begin(model, requests, mesh)
-    drawing, _ = jax.lax.scan(step, drawing, length=model.cfg.num_image_tokens - 1)
-    return codec.with_pixels(model.gen_vq, drawing.indices, mesh)
-
-
-_begin = jax.jit(begin, static_argnames="mesh")
+    state = init_state(model, requests, mesh)
+    state, _ = jax.lax.scan(body, state, length=model.cfg.num_image_tokens - 1)
+    return codec.decode_batch(model.gen_vq, state.indices, mesh)
 
 
-@functools.partial(jax.jit, donate_argnames="drawing")
-def _draw_tokens(model: Janus, requests: Requests, drawing: Drawing, count) -> Drawing:
-    return jax.lax.fori_loop(0, count, lambda _, d: draw_token(model, requests, d), drawing)
+_init_state = jax.jit(init_state, static_argnames="mesh")
 
 
-def draw_reporting(
+@functools.partial(jax.jit, donate_argnames="state")
+def _generate_tokens(model: Janus, requests: Requests, state: DecodeState, count) -> DecodeState:
+    """Generates the next `count` tokens of every image."""
+    return jax.lax.fori_loop(0, count, lambda _, s: generate_next_token(model, requests, s), state)
+
+
+def generate_batch_with_progress(
     model: Janus, requests: Requests, mesh: Mesh | None, report: Callable[[int], None]
 ) -> codec.Decoded:
-    """As draw, in a few calls, so that `report(tokens an image has)` is told in between.
+    """Generates the same images as generate_batch, in several calls, and reports progress.
 
-    Not by a callback out of the one program: such a program is never kept in the persistent
-    compilation cache, and every run of sample.py would compile it anew.
+    report: called between the calls with the number of tokens that each image has so far.
+
+    A callback from one program would not do: JAX never stores programs with callbacks in its
+    persistent compilation cache, so every run of sample.py would compile again.
     """
     total = model.cfg.num_image_tokens
-    stride = math.ceil(total / _REPORTS)
-    drawing = _begin(model, requests, mesh)
+    stride = math.ceil(total / _MAX_REPORTS)
+    state = _init_state(model, requests, mesh)
     for done in range(1, total, stride):
         report(done)
-        drawing = _draw_tokens(model, requests, drawing, min(stride, total - done))
-        drawing.step.block_until_ready()
-    return codec.with_pixels(model.gen_vq, drawing.indices, mesh)
+        state = _generate_tokens(model, requests, state, min(stride, total - done))
+        state.step.block_until_ready()
+    return codec.decode_batch(model.gen_vq, state.indices, mesh)
 
 
 def generate(
@@ -164,30 +184,31 @@ def generate(
     mesh: Mesh | None = None,
     progress: Report | None = None,
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Draws any number of images, a chunk at a time, all chunks by the same program.
+    """Generates any number of images, chunk by chunk. All chunks use the same compiled program.
 
     Args:
-        requests: arrays of the host, B entries.
-        max_batch: the most images drawn at once; by default as many as batch_within_memory says.
-            On a mesh, at least one for each group of devices that shares out the batch.
-        progress: called with the image tokens drawn so far and in all.
+        requests: NumPy arrays, B images.
+        max_batch: the most images in one chunk; default: decoding.default_max_batch. With a mesh,
+            a chunk has at least one image for each batch shard.
+        mesh: the devices to use; None is the device that holds the model.
+        progress: called with the number of image tokens generated so far and the total number.
     Yields:
-        indices int32[b, T] and pixels uint8[b, S, S, 3] of the next b images.
+        The indices int32[b, T] and pixels uint8[b, S, S, 3] of the next b images.
     Raises:
-        ValueError: logits or pixels that are not finite.
+        ValueError: if logits or pixels are NaN or infinite.
     """
     total, rows, length = requests.tokens.shape
-    per_image = model.cfg.num_image_tokens
-    slots = rows * (length + per_image - 1)
-    most = max_batch or decoding.batch_within_memory(model.cfg.language_model, slots, mesh)
-    size = decoding.chunk_size(total, most, sharding.num_batch_shards(mesh))
+    num_tokens = model.cfg.num_image_tokens
+    slots = rows * (length + num_tokens - 1)
+    max_size = max_batch or decoding.default_max_batch(model.cfg.language_model, slots, mesh)
+    size = decoding.chunk_size(total, max_size, sharding.num_batch_shards(mesh))
     if progress is not None:
-        progress(0, total * per_image)
+        progress(0, total * num_tokens)
     for start in range(0, total, size):
-        yield _draw_chunk(model, requests, start, size, mesh, progress)
+        yield _generate_chunk(model, requests, start, size, mesh, progress)
 
 
-def _draw_chunk(
+def _generate_chunk(
     model: Janus,
     requests: Requests,
     start: int,
@@ -195,39 +216,39 @@ def _draw_chunk(
     mesh: Mesh | None,
     progress: Report | None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The next `size` images from `start` on, or as many as there are."""
-    total, per_image = len(requests.tokens), model.cfg.num_image_tokens
-    wanted = min(size, total - start)
-    # the last chunk is filled up with its last image, whose copies are dropped
-    chunk = _take(requests, np.minimum(np.arange(start, start + size), total - 1), mesh)
+    """Generates `size` images from number `start` on, or as many as remain."""
+    total, num_tokens = len(requests.tokens), model.cfg.num_image_tokens
+    num_images = min(size, total - start)
+    # the last chunk is padded with copies of its last image, which are dropped afterwards
+    chunk = _select(requests, np.minimum(np.arange(start, start + size), total - 1), mesh)
 
     def report(done: int) -> None:
-        progress(start * per_image + wanted * done, total * per_image)
+        progress(start * num_tokens + num_images * done, total * num_tokens)
 
     if progress is None:
-        drawn = draw(model, chunk, mesh)
+        decoded = generate_batch(model, chunk, mesh)
     else:
-        drawn = draw_reporting(model, chunk, mesh, report)
-    check_generated(model, requests, drawn)
-    indices, pixels = (np.asarray(x)[:wanted] for x in (drawn.indices, drawn.pixels))
+        decoded = generate_batch_with_progress(model, chunk, mesh, report)
+    check_generated(model, requests, decoded)
+    indices, pixels = (np.asarray(x)[:num_images] for x in (decoded.indices, decoded.pixels))
     if progress is not None:
-        report(per_image)
+        report(num_tokens)
     return indices, pixels
 
 
-def check_generated(model: Janus, requests: Requests, drawn: codec.Decoded) -> None:
-    """Raises ValueError if logits or pixels were not finite."""
-    if (np.asarray(drawn.indices) >= model.cfg.gen_vq.codebook_size).any():
-        names, weight = ("language_model", "gen_embed", "gen_aligner", "gen_head"), ""
+def check_generated(model: Janus, requests: Requests, decoded: codec.Decoded) -> None:
+    """Raises ValueError if logits or pixels were NaN or infinite."""
+    if (np.asarray(decoded.indices) >= model.cfg.gen_vq.codebook_size).any():
+        names, advice = ("language_model", "gen_embed", "gen_aligner", "gen_head"), ""
         if requests.guidance_weight is not None:
-            weight = f", or try a guidance_weight nearer to 1 than {requests.guidance_weight:g}"
+            advice = f", or try a guidance_weight closer to 1 than {requests.guidance_weight:g}"
         modules = {name: getattr(model, name) for name in names}
-        raise finite.not_finite("image-token logits", modules, weight)
-    codec.check_decoded(drawn, model.gen_vq)
+        raise finite.not_finite_error("image-token logits", modules, advice)
+    codec.check_decoded(decoded, model.gen_vq)
 
 
-def _take(requests: Requests, index: np.ndarray, mesh: Mesh | None) -> Requests:
-    """The images of that index, placed on the devices."""
+def _select(requests: Requests, index: np.ndarray, mesh: Mesh | None) -> Requests:
+    """Returns the requests with the given numbers, on the devices."""
     rows = (requests.tokens[index], requests.token_mask[index], requests.index[index])
     tokens, token_mask, index = sharding.put_batch(rows, mesh)
     return dataclasses.replace(requests, tokens=tokens, token_mask=token_mask, index=index)
@@ -241,14 +262,16 @@ def make_requests(
     sampling: Sampling,
     pad_id: int,
 ) -> Requests:
-    """Requests for num_images images of each prompt, prompt after prompt.
+    """Makes the requests for num_images images of each prompt, in the order of the prompts.
 
-    Image j of a prompt has the noise of j, whatever the other prompts: a prompt gives in a batch
-    what it gives alone, and the same prompt twice gives the same images twice.
+    The noise of an image depends on the seed and on its number among the images of its prompt, not
+    on the other prompts. A prompt therefore gives the same images alone and in a batch, and a
+    repeated prompt gives the same images again.
 
     Args:
-        prompts: tokens of each prompt with and without its words, equally long.
-        guidance_weight: 1 needs no rows without words, and gets none.
+        prompts: for each prompt, its tokens and those of the unconditional prompt, of equal length.
+        guidance_weight: w in uncond + w (cond - uncond); with 1 the unconditional rows are omitted.
+        pad_id: the token that pads the prompts on the left.
     """
     rows = 1 if guidance_weight == 1 else 2
     length = decoding.bucket_length(max(len(tokens) for tokens, _ in prompts))

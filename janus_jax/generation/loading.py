@@ -1,4 +1,4 @@
-"""What a checkpoint is loaded from and as: its folder, its dtype, processor files that fit."""
+"""Loading a checkpoint: finding its folder, choosing a dtype, checking its processor files."""
 
 import os
 import re
@@ -21,21 +21,22 @@ from janus_jax.processing.tokenizer import TOKENIZER
 
 TINY = Path(__file__).parents[1] / "assets" / "janus_tiny"
 
-# float16 is left out: Janus's activations pass its largest number, and the result is NaN.
+# float16 is not supported: activations of Janus exceed its largest value, which leads to NaN.
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
-# What a checkpoint needs of a hub repository, in either layout.
+# The files of a hub repository that a checkpoint needs, in either layout.
 _HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin")
 
 
 def check_dtype(dtype, mesh: Mesh | None = None) -> jnp.dtype:
-    """The compute and storage type: float32 or bfloat16, by name or as a type; None is the default.
+    """Returns the dtype in which to store and compute: float32 or bfloat16.
 
-    The default is bfloat16 on TPU and GPU, and float32 on CPU, which is no faster in bfloat16.
-    It goes by the devices of the mesh, or else by JAX's default.
+    dtype: a name or a type. None is bfloat16 on TPU and GPU, and float32 on CPU, where bfloat16 is
+        not faster.
+    mesh: its devices determine the default; without a mesh, JAX's default backend does.
 
     Raises:
-        ValueError: another dtype.
+        ValueError: if dtype is neither float32 nor bfloat16.
     """
     if dtype is None:
         platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
@@ -50,64 +51,73 @@ def check_dtype(dtype, mesh: Mesh | None = None) -> jnp.dtype:
 
 
 def find_folder(path_or_hub_id: str | Path | None) -> Path:
-    """The checkpoint folder: the path itself, the shipped janus_tiny (None), or a hub snapshot.
+    """Returns the folder of a checkpoint.
+
+    path_or_hub_id: a folder, or a hub id, whose snapshot is downloaded unless it is a local path.
+        None is the janus_tiny model in this package.
 
     Raises:
-        FileNotFoundError: there is no such folder, and the hub has none or cannot be reached.
-        ValueError: it is an empty text, which is no name for the folder one is in.
+        FileNotFoundError: if there is no such folder, and no such repository on the hub or the hub
+            cannot be reached.
+        ValueError: if path_or_hub_id is an empty string.
     """
     if path_or_hub_id is None:
         return TINY
     if path_or_hub_id == "":
-        raise ValueError("a folder or a hub id must be given, got ''")
+        raise ValueError("expected a checkpoint folder or a Hugging Face hub id, got ''")
     folder, name = Path(path_or_hub_id), str(path_or_hub_id)
     return _fetch(name) if _is_hub_id(name) else check_folder(folder, hub_ids=True)
 
 
 def find_adapter(path_or_hub_id: str | Path | None) -> Path | None:
-    """The folder of a LoRA adapter: the path itself or a hub snapshot; None is none.
+    """Returns the folder of a LoRA adapter, or None for None.
+
+    path_or_hub_id: a folder, or a hub id, whose snapshot is downloaded unless it is a local path.
 
     Raises:
-        FileNotFoundError: the hub has none or cannot be reached.
-        ValueError: it is an empty text.
+        FileNotFoundError: if a hub id does not exist or the hub cannot be reached.
+        ValueError: if path_or_hub_id is an empty string.
     """
     if path_or_hub_id is None:
         return None
     if path_or_hub_id == "":
-        raise ValueError("an adapter must be a folder or a hub id, got ''")
+        raise ValueError("adapter must be a folder or a Hugging Face hub id, got ''")
     name = str(path_or_hub_id)
     return _fetch(name) if _is_hub_id(name) else Path(path_or_hub_id)
 
 
 def _is_hub_id(name: str) -> bool:
+    """Returns whether a name has the form OWNER/NAME and is not a local path."""
     return not os.path.exists(name) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name))
 
 
 def _fetch(name: str) -> Path:
-    import huggingface_hub  # slow to import, and needed here only
+    """Downloads the snapshot of a hub repository; raises FileNotFoundError if that fails."""
+    import huggingface_hub  # slow to import, and used only here
 
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
-    except Exception as error:  # offline, unknown, gated: the library has a class for each
+    except Exception as error:  # offline, unknown, gated: the library has many classes
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise FileNotFoundError(
-            f"{name} is no folder here, and cannot be fetched from the Hugging Face hub: "
-            f"{reason.rstrip('.')}"
-            + suggestion(name, hub_ids=True)
+            f"{name} is not a local folder and cannot be downloaded from the Hugging Face hub: "
+            f"{reason.rstrip('.')}" + suggestion(name, hub_ids=True)
         ) from error
 
 
-def shown_name(path_or_hub_id: str | Path | None, adapter: str | Path | None) -> str:
-    """What a loaded model is called in the metadata of its images."""
+def display_name(path_or_hub_id: str | Path | None, adapter: str | Path | None) -> str:
+    """Returns the name of a loaded model for the metadata of its images."""
     name = TINY.name if path_or_hub_id is None else str(path_or_hub_id)
     return name if adapter is None else f"{name} with adapter {adapter}"
 
 
-def placement(mesh: Mesh | None, cfg: JanusConfig) -> ShardingFor:
-    """The sharding of each parameter; without a mesh None, which is the default device.
+def parameter_shardings(mesh: Mesh | None, cfg: JanusConfig) -> ShardingFor:
+    """Returns a function (path, shape) -> sharding of a parameter.
+
+    Without a mesh, the function returns None, which means the default device.
 
     Raises:
-        ValueError: the mesh does not divide the heads.
+        ValueError: if the axis `tensor` of the mesh does not divide every number of heads.
     """
     if mesh is None:
         return lambda path, shape: None
@@ -115,48 +125,56 @@ def placement(mesh: Mesh | None, cfg: JanusConfig) -> ShardingFor:
     return sharding.sharding_for(mesh)
 
 
-# what generation_config.json calls them, as transformers does
-STATED = {"guidance_weight": "guidance_scale", "temperature": "temperature"}
+# ImageDefaults field -> key in generation_config.json, which is the name in transformers.
+GENERATION_KEYS = {"guidance_weight": "guidance_scale", "temperature": "temperature"}
 
 
-class DrawingDefaults(NamedTuple):
-    """How a checkpoint draws where nothing else is asked.
+class ImageDefaults(NamedTuple):
+    """Default settings of a checkpoint for image generation.
 
-    Where it states nothing, as the original code does (generation_inference.py).
+    The values here, for checkpoints that do not set their own, are those of the original code
+    (generation_inference.py).
     """
 
     guidance_weight: float = 5.0
     temperature: float = 1.0
 
     @classmethod
-    def from_dir(cls, folder: Path) -> "DrawingDefaults":
-        """Reads generation_config.json, where STATED has the names.
+    def from_dir(cls, folder: Path) -> "ImageDefaults":
+        """Reads the keys GENERATION_KEYS of generation_config.json, if the file exists.
 
         Raises:
-            ValueError: one is not a number that float32 keeps, or the temperature is below 0.
+            ValueError: if a value is not a number, is infinite or vanishes in float32, or if the
+                temperature is below 0.
         """
         path = folder / GENERATION
-        stated = read_json_if_any(path)
-        found = {own: stated[name] for own, name in STATED.items() if stated.get(name) is not None}
-        where = {own: f"{STATED[own]} in {path}" for own in found}
-        defaults = cls(**{own: checks.check_float32(where[own], found[own]) for own in found})
+        config = read_json_if_any(path)
+        numbers = {
+            field: checks.check_float32(f"{key} in {path}", config[key])
+            for field, key in GENERATION_KEYS.items()
+            if config.get(key) is not None
+        }
+        defaults = cls(**numbers)
         if (temperature := defaults.temperature) < 0:
             raise ValueError(f"temperature in {path} must be at least 0, got {temperature}")
         return defaults
 
 
 def check_processor(folder: str | Path, processor: Processor, cfg: JanusConfig) -> None:
-    """Raises ValueError unless a folder's processor files prepare what its model takes."""
+    """Raises ValueError if the processor files of a folder do not fit its model.
+
+    Token ids must be in the vocabulary, and image size and tokens per image must be those of cfg.
+    """
     folder, largest = Path(folder), processor.tokenizer.largest_id
     if largest >= cfg.language_model.vocab_size:
         raise ValueError(
-            f"{folder / TOKENIZER} has ids up to {largest}, "
-            f"config.json a vocabulary of {cfg.language_model.vocab_size}"
+            f"{folder / TOKENIZER} has token ids up to {largest}, but the vocabulary size in "
+            f"config.json is {cfg.language_model.vocab_size}"
         )
     size, tokens = processor.image_config.image_size, processor.num_image_tokens
     if (size, tokens) != (cfg.image_size, cfg.und_encoder.num_tokens):
         raise ValueError(
-            f"{folder}: {PREPROCESSOR} and {PROCESSOR} prepare images of {size} pixels and "
-            f"{tokens} tokens, config.json takes {cfg.image_size} pixels and "
+            f"{folder}: {PREPROCESSOR} and {PROCESSOR} set an image size of {size} pixels and "
+            f"{tokens} tokens per image, but config.json expects {cfg.image_size} pixels and "
             f"{cfg.und_encoder.num_tokens} tokens"
         )

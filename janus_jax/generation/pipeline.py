@@ -1,4 +1,4 @@
-"""A checkpoint folder as an object that draws images and answers questions about them."""
+"""The public interface: loads a checkpoint, generates images and answers questions."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -22,10 +22,12 @@ Conversation = str | Sequence[chat.Message]
 
 @dataclasses.dataclass(frozen=True)
 class Images:
-    """N images, prompt after prompt: S pixels a side and T tokens.
+    """N generated images, in the order of their prompts.
 
-    pixels: uint8[N, S, S, 3].
-    indices: int32[N, T], the tokens they were decoded from, row-major.
+    Attributes:
+        pixels: uint8[N, S, S, 3], RGB; S is the image size of the model in pixels.
+        indices: int32[N, T], the image tokens that the pixels were decoded from, in row-major
+            order.
     """
 
     pixels: np.ndarray
@@ -33,21 +35,29 @@ class Images:
 
 
 class Pipeline:
-    """A loaded model with its processor; see load."""
+    """A loaded model with its processor. Create one with `load`.
+
+    Attributes:
+        model: the Janus module.
+        processor: prepares prompts, conversations and images for the model.
+        name: the name of the model in the metadata of generated images.
+        image_defaults: guidance_weight and temperature that generate_images uses by default.
+        mesh: the devices that the model is sharded over, or None.
+    """
 
     def __init__(
         self,
         model: Janus,
         processor: Processor,
         name: str,
-        drawing: loading.DrawingDefaults,
+        image_defaults: loading.ImageDefaults,
         mesh: Mesh | None = None,
     ):
         context = min(processor.trained_context, model.cfg.language_model.max_position_embeddings)
         self.model = model
         self.processor = dataclasses.replace(processor, trained_context=context)
         self.name = name
-        self.drawing = drawing
+        self.image_defaults = image_defaults
         self.mesh = mesh
 
     def generate_images(
@@ -62,40 +72,50 @@ class Pipeline:
         max_batch: int | None = None,
         progress: Report | None = None,
     ) -> Images:
-        """Draws num_images images of each prompt.
+        """Generates `num_images` images for each prompt.
 
-        Image j of a prompt and a seed is the same whatever the other prompts, num_images,
-        max_batch and the mesh, in float32 and on one kind of machine (limits: docs/sampling.md).
+        Image number j of a prompt depends on the prompt, the seed, j, the sampling settings and the
+        weights. It does not depend on the other prompts, num_images, max_batch or the mesh, as long
+        as the model computes in float32 on the same kind of machine. docs/sampling.md describes the
+        limits.
 
         Args:
-            prompts: a description, or P of them, without any template.
-            num_images: images of each prompt.
-            seed: random seed in [0, 2**64).
-            guidance_weight: w in uncond + w (cond - uncond); 1 turns guidance off. None is the
-                checkpoint's own: guidance_scale in its generation_config.json, or else 5.
-            temperature: 0 always takes the likeliest token; None is the checkpoint's own:
-                temperature in its generation_config.json, or else 1.
-            top_k, top_p: sample among the top_k likeliest, and of these the fewest whose
-                probabilities reach top_p, in (0, 1]; None is all.
-            max_batch: the most images drawn at once; by default as many as have their keys and
-                values in 4 GiB on each device.
-            progress: called with the image tokens drawn so far and in all.
+            prompts: one description or a sequence of P descriptions, as plain text without a chat
+                template.
+            num_images: number of images for each prompt.
+            seed: random seed, an integer in [0, 2**64). No effect at temperature 0.
+            guidance_weight: w of classifier-free guidance: logits are uncond + w (cond - uncond).
+                1 disables guidance and halves the work. Default: `guidance_scale` in the
+                checkpoint's generation_config.json, or 5 if that is not set.
+            temperature: sampling temperature, at least 0; 0 is greedy. Default: `temperature` in
+                the checkpoint's generation_config.json, or 1 if that is not set.
+            top_k: sample only from the k most likely tokens, at most the codebook size. None
+                disables this filter.
+            top_p: nucleus sampling, in (0, 1]: of the tokens that top_k keeps, sample only from the
+                smallest set whose probability reaches top_p. None disables this filter.
+            max_batch: the most images to generate at once. Default: as many as fit 4 GiB of
+                key/value cache on each device.
+            progress: a function that is called during generation with the number of image tokens
+                generated so far and the total number.
         Returns:
-            P * num_images images uint8[N, S, S, 3] with their tokens, prompt after prompt.
+            N = P * num_images images, all images of the first prompt first: pixels
+            uint8[N, S, S, 3] and tokens int32[N, T].
         Raises:
-            ValueError: an argument out of its range, or a prompt too long for the trained context.
+            ValueError: if an argument is out of range; if a prompt is empty or, together with its
+                image tokens, longer than the trained context; or if logits or pixels become NaN or
+                infinite.
         Source: generation_inference.py of the original code.
         """
         settings = dict(
             guidance_weight=guidance_weight, temperature=temperature, top_k=top_k, top_p=top_p
         )
-        number = dict(num_images=num_images, max_batch=max_batch)
-        drawn = list(
-            self.stream_images(prompts, seed=seed, progress=progress, **number, **settings)
+        sizes = dict(num_images=num_images, max_batch=max_batch)
+        chunks = list(
+            self.stream_images(prompts, seed=seed, progress=progress, **sizes, **settings)
         )
         return Images(
-            np.concatenate([part.pixels for part in drawn]),
-            np.concatenate([part.indices for part in drawn]),
+            np.concatenate([chunk.pixels for chunk in chunks]),
+            np.concatenate([chunk.indices for chunk in chunks]),
         )
 
     def stream_images(
@@ -108,22 +128,23 @@ class Pipeline:
         progress: Report | None = None,
         **settings: float | None,
     ) -> Iterator[Images]:
-        """As generate_images, at most max_batch images at a time, as soon as they are drawn.
+        """Generates the same images as generate_images, chunk by chunk.
 
-        The arguments are checked at once; the parts, joined, are what generate_images gives. On a
-        mesh a part has at least one image for each group of devices that shares out the batch.
+        The arguments are checked when the method is called. Each chunk is generated when the
+        iterator is advanced. Concatenated, the chunks are what generate_images returns.
 
         Args:
-            prompts and the rest: see generate_images.
-            settings: guidance_weight, temperature, top_k and top_p.
+            prompts, num_images, seed, max_batch, progress: see generate_images. With a mesh, a
+                chunk has at least one image for each of the data * fsdp batch shards.
+            settings: guidance_weight, temperature, top_k and top_p; see generate_images.
         Returns:
-            An iterator of images; it draws when asked for the next ones.
+            An iterator over Images, each with one chunk of at most max_batch images.
         Raises:
-            ValueError: as generate_images.
-        Source: generation_inference.py of the original code, which draws one batch.
+            ValueError: see generate_images. NaN or infinite values are reported while iterating.
+        Source: generation_inference.py of the original code, which generates one batch.
         """
-        several = isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes, Mapping))
-        prompts = list(prompts) if several else [prompts]
+        is_list = isinstance(prompts, Iterable) and not isinstance(prompts, (str, bytes, Mapping))
+        prompts = list(prompts) if is_list else [prompts]
         checks.check_not_empty("prompts", prompts)
         guidance_weight, sampling = self._image_settings(**settings)
         max_batch = checks.check_optional_count("max_batch", max_batch)
@@ -135,23 +156,23 @@ class Pipeline:
             sampling,
             self.processor.tokenizer.pad_id,
         )
-        drawn = image.generate(self.model, requests, max_batch, self.mesh, progress)
-        return (Images(pixels, indices) for indices, pixels in drawn)
+        chunks = image.generate(self.model, requests, max_batch, self.mesh, progress)
+        return (Images(pixels, indices) for indices, pixels in chunks)
 
     def _image_settings(
         self, guidance_weight=None, temperature=None, top_k=None, top_p=None
     ) -> tuple[float, samplers.Sampling]:
-        """Checked, and the checkpoint's own where they are None."""
+        """Checks the settings and replaces None by the defaults of the checkpoint."""
         if guidance_weight is None:
-            guidance_weight = self.drawing.guidance_weight
+            guidance_weight = self.image_defaults.guidance_weight
         guidance_weight = checks.check_number("guidance_weight", guidance_weight)
         if temperature is None:
-            temperature = self.drawing.temperature
+            temperature = self.image_defaults.temperature
         size = self.model.cfg.gen_vq.codebook_size
         return guidance_weight, samplers.make_sampling(temperature, top_k, top_p, size)
 
     def _image_prompts(self, prompts: Sequence[str]) -> list[tuple[list[int], list[int]]]:
-        """image_prompt of each; an error names the one of several that is wrong."""
+        """Applies image_prompt to each prompt; with several prompts, an error names the prompt."""
         tokens = []
         for number, prompt in enumerate(prompts, 1):
             try:
@@ -164,14 +185,17 @@ class Pipeline:
         return tokens
 
     def image_prompt(self, prompt: str) -> tuple[list[int], list[int]]:
-        """The tokens of a description, and of none, that image tokens follow.
+        """Returns the tokens of a prompt and of the unconditional prompt, of equal length.
+
+        The image tokens follow directly after them.
 
         Raises:
-            ValueError: it says nothing, or is too long for the trained context.
+            ValueError: if the prompt is empty or, together with its image tokens, longer than the
+                trained context.
         """
         if not isinstance(prompt, str) or not prompt.strip():
             got = checks.shorten(prompt)
-            raise ValueError(f"a prompt must be a text that is not empty, got {got}")
+            raise ValueError(f"a prompt must be a non-empty string, got {got}")
         self.processor.check_text(prompt)
         tokens = self.processor.image_prompt(prompt)
         self.processor.check_length(len(tokens), self.model.cfg.num_image_tokens)
@@ -189,45 +213,53 @@ class Pipeline:
         max_batch: int | None = None,
         allow_urls: bool = False,
     ) -> str | list[str]:
-        """Answers a question, or goes on with a conversation.
+        """Answers a question about images or text, or continues a conversation.
+
+        A list of conversations is answered in batches. In float32 on the same kind of machine, each
+        answer is the one that the conversation gets alone; docs/sampling.md describes the limits.
 
         Args:
-            conversation: a question; or messages {"role": "user" or "assistant", "content": text},
-                the last one of the user, a first one of the role "system" allowed. The content may
-                be a list of parts as transformers and OpenAI have it (see processing/messages.py).
-                Or a list of conversations: then all are answered at once, each as it would be
-                alone.
-            images: the images (path, file: or data: URL, bytes, Pillow image or uint8[H, W, 3]), in
-                the order of the placeholders in the text; where no message has a placeholder they
-                come before the first text of the user. For a list of conversations, one such list
-                for each.
-            max_new_tokens: the longest answer, in tokens.
-            temperature: 0 always takes the likeliest token, whatever the seed.
-            top_k, top_p: see generate_images.
-            seed: in [0, 2**64); above temperature 0 another one gives another answer, and the same
-                one the same (in float32, on one kind of machine), alone as among others.
-            max_batch: the most conversations answered at once; by default as many as have their
-                keys and values in 4 GiB on each device.
-            allow_urls: fetch images at http: and https: URLs (at most 30 s and 64 MiB each);
-                otherwise such a URL is an error.
+            conversation: a question as a string; a list of messages
+                {"role": "user" or "assistant", "content": text}, which may start with a message of
+                the role "system" and must end with one of the role "user"; or a list of several
+                such conversations. The content of a message may also be a list of parts, as in
+                transformers and OpenAI's API, and a message may have its own images in a field
+                "images" (see processing/messages.py).
+            images: an image or a list of images, each a path, a file: or data: URL, bytes, a Pillow
+                image or an array uint8[H, W, 3]; for a list of conversations, such a list for each
+                of them. The images take the places of the image placeholders in the text, in order.
+                Without placeholders, they come before the first text of the user. Do not pass
+                images for messages that have their own.
+            max_new_tokens: the maximum length of an answer in tokens, at least 1.
+            temperature: sampling temperature, at least 0; 0 is greedy.
+            top_k: sample only from the k most likely tokens, at most the vocabulary size. None
+                disables this filter.
+            top_p: nucleus sampling, in (0, 1]; see generate_images. None disables this filter.
+            seed: random seed, an integer in [0, 2**64). No effect at temperature 0.
+            max_batch: the most conversations to answer at once. Default: as many as fit 4 GiB of
+                key/value cache on each device.
+            allow_urls: download images at http: and https: URLs, each within 30 s and of at most
+                64 MiB. Otherwise, such a URL raises an error.
         Returns:
-            The answer; for a list of conversations, a list of answers.
+            The answer as a string; for a list of conversations, a list of answers.
         Raises:
-            ValueError: an argument out of its range, images that do not fit the placeholders or
-                cannot be read, or a conversation too long for the trained context.
-            FileNotFoundError: there is no image at a path.
+            ValueError: if an argument is out of range; if a message is malformed; if the images do
+                not match the placeholders or cannot be read; if a conversation and max_new_tokens
+                together are longer than the trained context; or if image features or logits become
+                NaN or infinite.
+            FileNotFoundError: if there is no image file at a path.
         Source: inference.py of the original code.
         """
         max_new_tokens = checks.check_count("max_new_tokens", max_new_tokens)
         max_batch = checks.check_optional_count("max_batch", max_batch)
         sampling, seed = self._text_sampling(temperature, top_k, top_p), checks.check_seed(seed)
-        many = not chat.is_conversation(conversation)
-        conversations = conversation if many else [conversation]
+        is_list = not chat.is_conversation(conversation)
+        conversations = conversation if is_list else [conversation]
         checks.check_not_empty("conversations", conversations)
-        image_lists = split_images(images, len(conversations)) if many else [image_list(images)]
+        image_lists = split_images(images, len(conversations)) if is_list else [image_list(images)]
         examples = self.examples(conversations, image_lists, max_new_tokens, allow_urls)
         answers = list(self._answers(examples, max_new_tokens, max_batch, sampling, seed))
-        return answers if many else answers[0]
+        return answers if is_list else answers[0]
 
     def stream(
         self,
@@ -240,22 +272,25 @@ class Pipeline:
         seed: int = 0,
         allow_urls: bool = False,
     ) -> Iterator[str]:
-        """As answer for one conversation, in pieces that never split a character.
+        """Answers one conversation like `answer`, and yields the text while it is generated.
 
-        The arguments are checked at once; the pieces, joined, are the answer.
+        The arguments are checked when the method is called. Tokens are generated when the iterator
+        is advanced. Concatenated, the pieces are what `answer` returns.
 
         Args:
-            conversation, images and the rest: see answer.
+            conversation: one conversation; see answer.
+            images, max_new_tokens, temperature, top_k, top_p, seed, allow_urls: see answer.
         Returns:
-            An iterator of texts that are not empty; it computes a token when asked for the next.
+            An iterator over non-empty strings. A piece never ends in the middle of a character.
         Raises:
-            ValueError, FileNotFoundError: as answer; also for a list of conversations.
+            ValueError, FileNotFoundError: see answer; also ValueError for a list of conversations.
+                NaN or infinite values are reported while iterating.
         Source: inference.py of the original code, which does not stream.
         """
         max_new_tokens = checks.check_count("max_new_tokens", max_new_tokens)
         sampling, seed = self._text_sampling(temperature, top_k, top_p), checks.check_seed(seed)
         if not chat.is_conversation(conversation):
-            raise ValueError("stream takes one conversation, got a list of them")
+            raise ValueError("stream takes one conversation, got a list; use answer for a list")
         image_lists = [image_list(images)]
         examples = self.examples([conversation], image_lists, max_new_tokens, allow_urls)
         requests = self._text_requests(examples, _prompt_length(examples), sampling, seed)
@@ -263,6 +298,7 @@ class Pipeline:
         return TextStream(self.processor.tokenizer).pieces(tokens)
 
     def _decode(self, tokens: np.ndarray) -> str:
+        """Decodes the tokens of an answer up to the first eos_id, int32[M], to text."""
         tokenizer = self.processor.tokenizer
         ends = np.flatnonzero(tokens == tokenizer.eos_id)
         return tokenizer.decode(tokens[: ends[0]] if len(ends) else tokens)
@@ -278,16 +314,16 @@ class Pipeline:
         max_new_tokens: int,
         allow_urls: bool = False,
     ) -> list[Example]:
-        """Conversations and the images of each as tokens and pixels.
+        """Converts conversations and the images of each to tokens and pixels.
 
         Raises:
-            ValueError, FileNotFoundError: as answer.
+            ValueError, FileNotFoundError: see answer.
         """
         for messages in conversations:
             chat.check_unanswered(messages)
         examples = [
-            self.processor.conversation(messages, own, allow_urls)
-            for messages, own in zip(conversations, images, strict=True)
+            self.processor.conversation(messages, message_images, allow_urls)
+            for messages, message_images in zip(conversations, images, strict=True)
         ]
         for tokens, _ in examples:
             self.processor.check_length(len(tokens), max_new_tokens)
@@ -303,51 +339,60 @@ class Pipeline:
     def _answers(
         self, examples: list[Example], max_new_tokens: int, max_batch, sampling, seed: int
     ) -> Iterator[str]:
-        """One answer an example, a chunk at a time."""
+        """Yields one answer per example; generates them chunk by chunk."""
         length = _prompt_length(examples)
         decoder, slots = self.model.cfg.language_model, length + max_new_tokens - 1
-        most = max_batch or decoding.batch_within_memory(decoder, slots, self.mesh)
-        size = decoding.chunk_size(len(examples), most, sharding.num_batch_shards(self.mesh))
+        max_size = max_batch or decoding.default_max_batch(decoder, slots, self.mesh)
+        size = decoding.chunk_size(len(examples), max_size, sharding.num_batch_shards(self.mesh))
         for start in range(0, len(examples), size):
             chunk = examples[start : start + size]
-            # the last chunk is filled up with its last example, whose copies are dropped
-            filled = chunk + chunk[-1:] * (size - len(chunk))
-            requests = self._text_requests(filled, length, sampling, seed)
-            tokens = np.asarray(text.write(self.model, requests, max_new_tokens, self.mesh))
+            # the last chunk is padded with copies of its last example, which are dropped afterwards
+            padded = chunk + chunk[-1:] * (size - len(chunk))
+            requests = self._text_requests(padded, length, sampling, seed)
+            tokens = text.generate_tokens(self.model, requests, max_new_tokens, self.mesh)
+            tokens = np.asarray(tokens)
             text.check_tokens(self.model, requests, tokens, self.mesh)
             yield from map(self._decode, tokens[: len(chunk)])
 
     def encode_images(self, images: Sequence[ImageSource] | ImageSource) -> np.ndarray:
-        """The image tokenizer's tokens of N images, one image at a time.
+        """Encodes N images to image tokens with the image tokenizer, one image at a time.
+
+        Each image is resized so that its short side has S pixels, the image size of the model, and
+        then cropped to the centre S x S pixels.
 
         Args:
-            images: paths, bytes, Pillow images or arrays uint8[H, W, 3], of any size, or one array
-                uint8[N, H, W, 3]: the short side is resized to the model's S and the long one
-                cropped in its centre.
+            images: an image or a list of images of any size, each a path, bytes, a Pillow image or
+                an array uint8[H, W, 3]; or one array uint8[N, H, W, 3].
         Returns:
-            int32[N, T], row-major, indices into the codebook.
+            int32[N, T], indices into the codebook, in row-major order.
         Raises:
-            ValueError: no image, or one that cannot be read.
-            FileNotFoundError: there is no such file.
-        Source: VQModel.encode of the original code; report of Janus, section 3.1 (resizing).
+            ValueError: if there is no image, if an image cannot be read, or if the latents become
+                NaN or infinite.
+            FileNotFoundError: if there is no image file at a path.
+        Source: VQModel.encode of the original code; section 3.1 of the Janus report (resizing).
         """
-        return codec.to_indices(self.model, images, self.mesh)
+        return codec.encode_images(self.model, images, self.mesh)
 
     def decode_indices(self, indices: np.ndarray) -> np.ndarray:
-        """Images of image tokens, one at a time on each device.
+        """Decodes image tokens to images with the image tokenizer.
+
+        Each device decodes one image at a time.
 
         Args:
-            indices: int[N, T], row-major, as encode_images and Images have them.
+            indices: int[N, T], in row-major order, as in Images.indices and as encode_images
+                returns them.
         Returns:
-            uint8[N, S, S, 3], truncated to whole levels as the reference does.
+            uint8[N, S, S, 3], RGB; values are clipped and truncated as in the original code.
         Raises:
-            ValueError: another shape or type, or an index outside the codebook.
+            ValueError: if the shape or dtype is wrong, if an index is outside the codebook, or if
+                the pixels become NaN or infinite.
         Source: VQModel.decode_code and generation_inference.py of the original code.
         """
-        return codec.to_pixels(self.model, indices, self.mesh)
+        return codec.decode_indices(self.model, indices, self.mesh)
 
 
 def _prompt_length(examples: Sequence[Example]) -> int:
+    """Returns the length to which the prompts of all examples are padded."""
     return decoding.bucket_length(max(len(tokens) for tokens, _ in examples))
 
 
@@ -358,29 +403,34 @@ def load(
     adapter: str | Path | None = None,
     progress: Report | None = None,
 ) -> Pipeline:
-    """Loads a checkpoint folder, ready to draw and to answer.
+    """Loads a checkpoint and returns a Pipeline that generates images and answers questions.
 
-    Also turns on JAX's persistent compilation cache (see compile_cache).
+    Also enables JAX's persistent compilation cache; set the environment variable
+    JANUS_JAX_COMPILE_CACHE=0 to prevent that (see docs/sampling.md).
 
     Args:
-        path_or_hub_id: a folder in DeepSeek's or transformers' layout, safetensors or .bin, or as
-            `python -m convert` wrote it; or an id such as "deepseek-ai/Janus-Pro-1B". None is the
-            small model that ships with the package.
-        dtype: "float32" or "bfloat16"; by default bfloat16 on TPU and GPU and float32 on CPU. The
-            image tokenizer is always float32.
-        mesh: devices to share the work and the parameters among (see sharding.make_mesh); None is
-            one device.
-        adapter: a LoRA adapter in PEFT's format (adapter_config.json and its weights), as a folder
-            or hub id, to merge into the model: docs/checkpoints.md. None is no adapter.
-        progress: called with the bytes of weights read so far and in all.
+        path_or_hub_id: a checkpoint folder or a Hugging Face hub id such as
+            "deepseek-ai/Janus-Pro-1B". A folder may have DeepSeek's or transformers' layout, with
+            safetensors or .bin weights, or be written by `python -m convert`. Default: the small
+            model in this package, janus_tiny.
+        dtype: the dtype of weights and computation, "float32" or "bfloat16", as a string or a type.
+            Default: bfloat16 on TPU and GPU, float32 on CPU. The image tokenizer is always float32.
+        mesh: the devices over which batches and parameters are sharded; see sharding.make_mesh.
+            Default: one device.
+        adapter: a LoRA adapter to merge into the weights, as a folder or a hub id in PEFT's format
+            (adapter_config.json and weights); see docs/checkpoints.md. Default: no adapter.
+        progress: a function that is called during loading with the number of bytes of weights read
+            so far and the total number.
     Returns:
         The model with its processor.
     Raises:
-        FileNotFoundError: there is no such folder, or a file is missing from it.
-        ValueError: no device of the requested platform, a wrong dtype, a mesh that does not divide
-            the heads, a broken checkpoint, or an adapter that does not fit it.
-    Source: the folders of MultiModalityCausalLM (the original code) and of transformers'
-    JanusForConditionalGeneration.
+        FileNotFoundError: if the folder or one of its files does not exist, or if a hub id cannot
+            be downloaded.
+        ValueError: if JAX finds no device of the requested platform; if the dtype is not supported;
+            if the axis `tensor` of the mesh does not divide the numbers of attention heads; if a
+            file of the checkpoint is invalid; or if the adapter does not fit the model.
+    Source: the checkpoint folders of MultiModalityCausalLM (the original code) and of
+    JanusForConditionalGeneration in transformers.
     """
     sharding.check_devices()
     if mesh is not None:
@@ -388,11 +438,12 @@ def load(
     dtype = loading.check_dtype(dtype, mesh)
     compile_cache.enable()
     folder = loading.find_folder(path_or_hub_id)
-    opened = open_folder(folder, loading.find_adapter(adapter))
-    cfg = opened.cfg.with_dtype(dtype)
-    place = loading.placement(mesh, cfg)
+    checkpoint = open_folder(folder, loading.find_adapter(adapter))
+    cfg = checkpoint.cfg.with_dtype(dtype)
+    shardings = loading.parameter_shardings(mesh, cfg)
     processor = Processor.from_dir(folder)
     loading.check_processor(folder, processor, cfg)
-    drawing = loading.DrawingDefaults.from_dir(folder)
-    model = build_model(cfg, load_params(opened, cfg, place, dtype, progress=progress))
-    return Pipeline(model, processor, loading.shown_name(path_or_hub_id, adapter), drawing, mesh)
+    image_defaults = loading.ImageDefaults.from_dir(folder)
+    model = build_model(cfg, load_params(checkpoint, cfg, shardings, dtype, progress=progress))
+    name = loading.display_name(path_or_hub_id, adapter)
+    return Pipeline(model, processor, name, image_defaults, mesh)

@@ -1,6 +1,6 @@
-"""Choosing one index from logits: greedy, or sampled with temperature, top-k and top-p.
+"""Sampling tokens from logits: greedy, or with temperature, top-k and top-p.
 
-B batch, V vocabulary (the codebook, where images are drawn).
+B batch, V vocabulary (for image tokens, the codebook size).
 """
 
 import dataclasses
@@ -11,17 +11,17 @@ import numpy as np
 
 from janus_jax.checks import FLOAT32_MAX, check_count, check_number
 
-# The same numbers on every machine, whatever generator a user's settings make the default.
-_GENERATOR = "threefry2x32"
+# A fixed generator, so that a user's JAX settings do not change the random numbers.
+_PRNG_IMPL = "threefry2x32"
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How an index is chosen; the values are traced, so changing one compiles nothing anew.
+    """How tokens are sampled. The values are traced, so another value needs no compilation.
 
     temperature: 0 is greedy.
-    top_k, top_p: None leaves the filter, and the sorting it needs, out of the program.
+    top_k, top_p: None omits the filter, and the sort that it needs, from the program.
     """
 
     temperature: np.float32
@@ -30,10 +30,11 @@ class Sampling:
 
 
 def check_sampling(temperature, top_k, top_p) -> tuple[float, int | None, float | None]:
-    """The settings as Python numbers.
+    """Returns the settings as Python numbers.
 
     Raises:
-        ValueError: temperature < 0, top_k < 1, top_p outside (0, 1], or not a number.
+        ValueError: if a setting is not a number, temperature < 0, top_k < 1, or top_p is outside
+            (0, 1].
     """
     temperature = check_number("temperature", temperature)
     if temperature < 0:
@@ -48,12 +49,13 @@ def check_sampling(temperature, top_k, top_p) -> tuple[float, int | None, float 
 
 
 def make_sampling(temperature, top_k, top_p, size: int) -> Sampling:
-    """Checked settings for choosing among `size` indices.
+    """Checks the settings and returns them for sampling from `size` tokens.
 
-    top_p = 1 is no filter: sums of probabilities in float32 reach 1 before the last of them.
+    top_p = 1 omits the filter, because in float32 the cumulative probability reaches 1 before the
+    last token.
 
     Raises:
-        ValueError: as check_sampling, or top_k above `size`.
+        ValueError: as check_sampling, or if top_k is greater than `size`.
     """
     temperature, top_k, top_p = check_sampling(temperature, top_k, top_p)
     if top_k is not None and top_k > size:
@@ -65,60 +67,76 @@ def make_sampling(temperature, top_k, top_p, size: int) -> Sampling:
     )
 
 
-def keep_likeliest(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """-inf for all but the top_k likeliest and, of those, the fewest that reach top_p.
+def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Sets the logits of all tokens that top_k and top_p exclude to -inf.
 
-    logits: float32[B, V]. At least the likeliest is kept; indices as likely as the last one kept
-    are kept as well. top_p counts the probabilities at the given temperature, after top_k, as
-    `transformers` does.
+    top_k keeps the k most likely tokens. Of these, top_p keeps the smallest set whose probability
+    reaches top_p; as in transformers, probabilities are those at the given temperature, after
+    top_k. The most likely token is always kept, and so are tokens whose logit equals the smallest
+    logit kept.
+
+    logits: float32[B, V]. Returns float32[B, V].
     """
     if sampling.top_k is None and sampling.top_p is None:
         return logits
-    falling = -jnp.sort(-logits, axis=-1)
-    kept = jnp.ones(falling.shape, bool)
+    descending = -jnp.sort(-logits, axis=-1)
+    keep = jnp.ones(descending.shape, bool)
     if sampling.top_k is not None:
-        kept &= jnp.arange(falling.shape[-1], dtype=jnp.int32)[None] < sampling.top_k
+        keep &= jnp.arange(descending.shape[-1], dtype=jnp.int32)[None] < sampling.top_k
     if sampling.top_p is not None:
-        # greedy: all the mass is on the likeliest
+        # at temperature 0 all probability is on the most likely token
         temperature = jnp.maximum(sampling.temperature, 1e-6)
-        likely = jax.nn.softmax(jnp.where(kept, falling, -jnp.inf) / temperature, axis=-1)
-        before = jnp.cumsum(likely, axis=-1) - likely
-        kept &= (before < sampling.top_p) | (jnp.arange(falling.shape[-1]) == 0)[None]
-    last = jnp.take_along_axis(falling, jnp.sum(kept, axis=-1, keepdims=True) - 1, axis=-1)
-    return jnp.where(logits >= last, logits, -jnp.inf)
+        probs = jax.nn.softmax(jnp.where(keep, descending, -jnp.inf) / temperature, axis=-1)
+        before = jnp.cumsum(probs, axis=-1) - probs
+        keep &= (before < sampling.top_p) | (jnp.arange(descending.shape[-1]) == 0)[None]
+    smallest = jnp.take_along_axis(descending, jnp.sum(keep, axis=-1, keepdims=True) - 1, axis=-1)
+    return jnp.where(logits >= smallest, logits, -jnp.inf)
 
 
 def seed_words(seed: int) -> np.ndarray:
-    """A seed in [0, 2**64) as uint32[2], the high word first: JAX has no uint64 by default."""
+    """Splits a seed in [0, 2**64) into uint32[2], high word first.
+
+    By default JAX has no uint64.
+    """
     return np.array(divmod(seed, 2**32), np.uint32)
 
 
 def gumbel_noise(seed: jax.Array, index: jax.Array, step: jax.Array, size: int) -> jax.Array:
-    """The noise of one draw: uint32[2], uint32[B], int32 scalar -> float32[B, size].
+    """Returns Gumbel noise for one step: float32[B, size].
 
-    A row's noise depends on nothing but the seed (see seed_words), its own index and the step: the
-    key is folded with both, so no two draws share one. A key of this generator is two words, and
-    jax.random.key makes [0, seed] of a seed below 2**32.
+    seed: uint32[2], as seed_words returns it.
+    index: uint32[B].
+    step: int32 scalar.
+
+    The noise of a row depends only on the seed, its index and the step: both are folded into the
+    key, so each pair has a key of its own. A threefry key consists of two words; for a seed below
+    2**32, jax.random.key makes the same key, [0, seed].
     """
 
     def row(index: jax.Array) -> jax.Array:
-        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl=_GENERATOR), index)
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl=_PRNG_IMPL), index)
         return jax.random.gumbel(jax.random.fold_in(key, step), (size,), jnp.float32)
 
     return jax.vmap(row)(index)
 
 
-def pick(logits: jax.Array, noise: jax.Array, sampling: Sampling) -> jax.Array:
-    """Chooses an index a row: float32[B, V] twice -> int32[B].
+def sample_token(logits: jax.Array, noise: jax.Array, sampling: Sampling) -> jax.Array:
+    """Samples one token per row by the Gumbel-max trick.
 
-    argmax(logits / temperature + noise) draws from the softmax (the Gumbel-max trick); multiplied
-    by the temperature it also holds at 0, where it is the plain argmax.
-    A row whose logits are not all finite gets V, which is no index: tables look it up as NaN, so
-    all that follows in the row is V, too, and check_tokens finds it.
+    logits: float32[B, V].
+    noise: float32[B, V], as gumbel_noise returns it.
+    Returns int32[B].
+
+    argmax(logits / temperature + noise) is a sample from the softmax. Both terms are multiplied by
+    the temperature, so that temperature 0 gives the plain argmax.
+
+    A row whose logits are not all finite gets V. This is not a token: its embedding is NaN, so that
+    all later tokens of the row are V as well, and the host detects them (text.check_tokens,
+    image.check_generated).
     """
-    kept = keep_likeliest(logits, sampling) > -jnp.inf
-    noisy = logits + sampling.temperature * noise  # may overflow
-    noisy = jnp.clip(noisy, -FLOAT32_MAX, FLOAT32_MAX)
-    chosen = jnp.argmax(jnp.where(kept, noisy, -jnp.inf), axis=-1)
+    keep = filter_logits(logits, sampling) > -jnp.inf
+    # clipped, because a large temperature may overflow
+    noisy = jnp.clip(logits + sampling.temperature * noise, -FLOAT32_MAX, FLOAT32_MAX)
+    sampled = jnp.argmax(jnp.where(keep, noisy, -jnp.inf), axis=-1)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
-    return jnp.where(finite, chosen, logits.shape[-1]).astype(jnp.int32)
+    return jnp.where(finite, sampled, logits.shape[-1]).astype(jnp.int32)

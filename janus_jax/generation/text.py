@@ -1,4 +1,4 @@
-"""Writing text: a conversation with images -> tokens, until the end of the sentence.
+"""Text generation: a conversation with images -> the tokens of the answer.
 
 B conversations, P prompt length, M new tokens, D model width, V vocabulary.
 """
@@ -21,12 +21,13 @@ from janus_jax.models.janus import Janus, merge_features
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Requests:
-    """What to answer, one entry a conversation.
+    """A batch of conversations to answer.
 
-    tokens, token_mask, image_mask, pixels: as processing.Batch has them, padded to a bucket.
-    seed: uint32[2], of samplers.seed_words; every row has the same noise, so that a conversation
-        gets in a batch the answer it gets alone.
-    sampling: how tokens are chosen.
+    tokens, token_mask, image_mask, pixels: as in processing.processor.Batch, padded to a bucket
+        length.
+    seed: uint32[2], as samplers.seed_words returns it. Every row has the same noise, so that a
+        conversation gets the same answer alone and in a batch.
+    sampling: how tokens are sampled.
     eos_id: int32 scalar, the token that ends an answer.
     """
 
@@ -41,13 +42,13 @@ class Requests:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Writing:
-    """Answers under way.
+class DecodeState:
+    """The state of the token loop.
 
-    last: int32[B], the token chosen last, not read yet.
-    done: bool[B], True once a row has ended; from then on it writes eos_id.
-    step: int32 scalar, how many tokens are chosen.
-    context: the decoder's.
+    last: int32[B], the token sampled last, which the decoder has not read yet.
+    done: bool[B], True for answers that have ended; all further tokens of these are eos_id.
+    step: int32 scalar, number of tokens sampled so far.
+    context: what the decoder has read.
     """
 
     last: jax.Array
@@ -57,7 +58,7 @@ class Writing:
 
 
 def embed_prompts(model: Janus, requests: Requests) -> jax.Array:
-    """Token embeddings with the images' features in their slots, float[B, P, D]."""
+    """Embeds the prompts, with image features in the places of the images: float[B, P, D]."""
     embeds = model.language_model.embed(requests.tokens)
     batch, images = requests.pixels.shape[:2]
     if not images:
@@ -67,147 +68,165 @@ def embed_prompts(model: Janus, requests: Requests) -> jax.Array:
     return merge_features(embeds, requests.image_mask, features)
 
 
-@decoding.in_full_float32
+@decoding.full_float32_matmuls
 def prefill(
     model: Janus, requests: Requests, max_new_tokens: int, mesh: Mesh | None = None
 ) -> tuple[jax.Array, decoding.Context]:
-    """Reads the conversations; returns the first new token's logits, float32[B, V]."""
+    """Runs the decoder over the conversations.
+
+    Returns the logits of the first new token, float32[B, V], and the context.
+    """
     embeds = embed_prompts(model, requests)
-    # the last token is never read, so it needs no slot
+    # the decoder does not read the last token, which therefore needs no cache slot
     hidden, context = decoding.prefill(
         model.language_model, embeds, requests.token_mask, max_new_tokens - 1, mesh
     )
     return model.language_model.logits(hidden), context
 
 
-@decoding.in_full_float32
+@decoding.full_float32_matmuls
 def decode_step(
     model: Janus, context: decoding.Context, tokens: jax.Array
 ) -> tuple[jax.Array, decoding.Context]:
-    """Reads one token of every answer, int32[B]; returns the next one's logits, float32[B, V]."""
+    """Runs the decoder over one token per answer.
+
+    tokens: int32[B].
+    Returns the logits of the next token, float32[B, V], and the new context.
+    """
     embeds = model.language_model.embed(tokens)
     hidden, context = decoding.decode_step(model.language_model, context, embeds)
     return model.language_model.logits(hidden), context
 
 
-def _choose(requests: Requests, logits: jax.Array, step, done: jax.Array) -> jax.Array:
+def _sample(requests: Requests, logits: jax.Array, step, done: jax.Array) -> jax.Array:
+    """Samples token number `step` of every answer, or eos_id where it is done: int32[B]."""
     index = jnp.zeros(len(logits), jnp.uint32)
     noise = samplers.gumbel_noise(requests.seed, index, step, logits.shape[-1])
-    chosen = samplers.pick(logits, noise, requests.sampling)
-    return jnp.where(done, requests.eos_id, chosen)
+    sampled = samplers.sample_token(logits, noise, requests.sampling)
+    return jnp.where(done, requests.eos_id, sampled)
 
 
-def _ends(model: Janus, requests: Requests, chosen: jax.Array) -> jax.Array:
-    """Where tokens end an answer, bool[B]: at eos_id, and where pick had no finite logits."""
-    return (chosen == requests.eos_id) | (chosen >= model.cfg.language_model.vocab_size)
+def _ends_answer(model: Janus, requests: Requests, tokens: jax.Array) -> jax.Array:
+    """Returns where a token ends its answer, bool[B].
+
+    An answer ends at eos_id, and at the token V, which stands for logits that are not finite.
+    """
+    return (tokens == requests.eos_id) | (tokens >= model.cfg.language_model.vocab_size)
 
 
-def begin(
+def init_state(
     model: Janus, requests: Requests, max_new_tokens: int, mesh: Mesh | None = None
-) -> Writing:
-    """Reads the conversations and chooses the first token of every answer."""
+) -> DecodeState:
+    """Runs the prefill and samples the first token of every answer."""
     logits, context = prefill(model, requests, max_new_tokens, mesh)
-    first = _choose(requests, logits, 0, jnp.zeros(len(logits), bool))
-    return Writing(first, _ends(model, requests, first), jnp.ones((), jnp.int32), context)
+    first = _sample(requests, logits, 0, jnp.zeros(len(logits), bool))
+    done = _ends_answer(model, requests, first)
+    return DecodeState(first, done, jnp.ones((), jnp.int32), context)
 
 
-def write_token(model: Janus, requests: Requests, writing: Writing) -> Writing:
-    """Reads the token chosen last and chooses the next."""
-    logits, context = decode_step(model, writing.context, writing.last)
-    chosen = _choose(requests, logits, writing.step, writing.done)
-    done = writing.done | _ends(model, requests, chosen)
-    return Writing(chosen, done, writing.step + 1, context)
+def generate_next_token(model: Janus, requests: Requests, state: DecodeState) -> DecodeState:
+    """Runs one decode step on the last token of every answer and samples the next token."""
+    logits, context = decode_step(model, state.context, state.last)
+    sampled = _sample(requests, logits, state.step, state.done)
+    done = state.done | _ends_answer(model, requests, sampled)
+    return DecodeState(sampled, done, state.step + 1, context)
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "mesh"))
-def write(
+def generate_tokens(
     model: Janus, requests: Requests, max_new_tokens: int, mesh: Mesh | None = None
 ) -> jax.Array:
-    """The whole way in one program: new tokens, int32[B, M], filled up with eos_id.
+    """Generates the answers in one program.
 
-    Stops when every row has ended. The reference fills with the pad id that its demos set to eos.
+    The loop stops when all answers have ended. Returns the new tokens, int32[B, M], padded with
+    eos_id. The original code pads with the pad id, which its demos set to the eos id.
     """
 
-    def under_way(carry) -> jax.Array:
-        writing, _ = carry
-        return (writing.step < max_new_tokens) & ~jnp.all(writing.done)
+    def unfinished(carry) -> jax.Array:
+        state, _ = carry
+        return (state.step < max_new_tokens) & ~jnp.all(state.done)
 
-    def step(carry):
-        writing, tokens = carry
-        writing = write_token(model, requests, writing)
-        column = writing.step - 1
-        tokens = jax.lax.dynamic_update_index_in_dim(tokens, writing.last, column, axis=1)
-        return writing, tokens
+    def body(carry):
+        state, tokens = carry
+        state = generate_next_token(model, requests, state)
+        column = state.step - 1
+        tokens = jax.lax.dynamic_update_index_in_dim(tokens, state.last, column, axis=1)
+        return state, tokens
 
-    writing = begin(model, requests, max_new_tokens, mesh)
+    state = init_state(model, requests, max_new_tokens, mesh)
     tokens = jnp.full((len(requests.tokens), max_new_tokens), requests.eos_id, jnp.int32)
-    tokens = tokens.at[:, 0].set(writing.last)
-    _, tokens = jax.lax.while_loop(under_way, step, (writing, tokens))
+    tokens = tokens.at[:, 0].set(state.last)
+    _, tokens = jax.lax.while_loop(unfinished, body, (state, tokens))
     return sharding.replicate(tokens, mesh)
 
 
-_begin = jax.jit(begin, static_argnames=("max_new_tokens", "mesh"))
+_init_state = jax.jit(init_state, static_argnames=("max_new_tokens", "mesh"))
 
 
-@functools.partial(jax.jit, static_argnames="structure", donate_argnames="writing")
-def _write_token(structure, parameters, requests: Requests, writing: Writing) -> Writing:
-    """write_token of a model taken apart, which done anew would take as long as a token."""
-    return write_token(jax.tree.unflatten(structure, parameters), requests, writing)
+@functools.partial(jax.jit, static_argnames="treedef", donate_argnames="state")
+def _generate_next_token(treedef, leaves, requests: Requests, state: DecodeState) -> DecodeState:
+    """generate_next_token of a flattened model.
+
+    jit would flatten the model at each call, which takes as long as a token.
+    """
+    return generate_next_token(jax.tree.unflatten(treedef, leaves), requests, state)
 
 
 def stream(
     model: Janus, requests: Requests, max_new_tokens: int, mesh: Mesh | None = None
 ) -> Iterator[int]:
-    """The tokens of a single answer as they come, without the eos_id that ends it.
+    """Yields the tokens of a single answer one by one, without the eos_id that ends it.
 
     Raises:
-        ValueError: features or logits that are not finite.
+        ValueError: if image features or logits are NaN or infinite.
     """
-    parameters, structure = jax.tree.flatten(model)
-    writing = _begin(model, requests, max_new_tokens, mesh)
+    leaves, treedef = jax.tree.flatten(model)
+    state = _init_state(model, requests, max_new_tokens, mesh)
     for step in range(1, max_new_tokens + 1):
-        token = int(writing.last[0])
+        token = int(state.last[0])
         check_tokens(model, requests, token, mesh)
         if token == int(requests.eos_id):
             return
         yield token
         if step < max_new_tokens:
-            writing = _write_token(structure, parameters, requests, writing)
+            state = _generate_next_token(treedef, leaves, requests, state)
 
 
 def check_tokens(
     model: Janus, requests: Requests, tokens: np.ndarray | int, mesh: Mesh | None = None
 ) -> None:
-    """Raises ValueError if the logits that tokens were chosen from, or features, were not finite.
+    """Raises ValueError if image features or logits behind the tokens were NaN or infinite.
 
-    Features are computed again, and only then: if they are not finite, neither are the logits of
-    their row.
+    A token V stands for such logits. Only if there is one, the image features are computed again to
+    name the module that failed first: features that are not finite make the logits of their row not
+    finite.
     """
     if np.max(tokens) < model.cfg.language_model.vocab_size:
         return
     if requests.pixels.shape[1]:
         encoded, aligned = _finite_features(model, requests.pixels, mesh)
         if not encoded:
-            raise finite.not_finite("SigLIP features", {"und_encoder": model.und_encoder})
+            raise finite.not_finite_error("SigLIP features", {"und_encoder": model.und_encoder})
         if not aligned:
-            raise finite.not_finite("aligned image features", {"und_aligner": model.und_aligner})
-    raise finite.not_finite("text logits", {"language_model": model.language_model})
+            modules = {"und_aligner": model.und_aligner}
+            raise finite.not_finite_error("aligned image features", modules)
+    raise finite.not_finite_error("text logits", {"language_model": model.language_model})
 
 
 @functools.partial(jax.jit, static_argnames="mesh")
 def _finite_features(
     model: Janus, pixels: jax.Array, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Whether all SigLIP features, and these after the aligner, are finite: bool scalars."""
+    """Returns two bool scalars: are all SigLIP features finite, and all aligned features."""
     encoded = model.und_encoder(pixels.reshape(-1, *pixels.shape[2:]))
-    parts = encoded, model.und_aligner(encoded)
-    return sharding.replicate(tuple(jnp.all(jnp.isfinite(part)) for part in parts), mesh)
+    features = encoded, model.und_aligner(encoded)
+    return sharding.replicate(tuple(jnp.all(jnp.isfinite(x)) for x in features), mesh)
 
 
 def make_requests(
     batch, seed: int, sampling: Sampling, eos_id: int, mesh: Mesh | None = None
 ) -> Requests:
-    """Requests on the devices, from a processing.processor.Batch."""
+    """Makes the requests for a processing.processor.Batch and puts its arrays on the devices."""
     arrays = (batch.tokens, batch.token_mask, batch.image_mask, batch.pixels)
     words = samplers.seed_words(seed)
     return Requests(*sharding.put_batch(arrays, mesh), words, sampling, np.int32(eos_id))

@@ -1,5 +1,7 @@
-"""Adapters between the encoders' features and the decoder (reference: janus/models/projector.py,
-janus/models/modeling_vlm.py)."""
+"""Layers between the encoders or image tokens and the decoder.
+
+Source: janus/models/projector.py and janus/models/modeling_vlm.py of the original code.
+"""
 
 import itertools
 
@@ -7,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from janus_jax.models.linear import dot_of_rows, gelu, linear, with_bias
+from janus_jax.models.linear import add_bias, flat_matmul, gelu, linear
 
 
 class Aligner(nnx.Module):
-    """An MLP with exact GELUs from features or codes to the decoder's width."""
+    """An MLP with exact GELU that maps image features or codes to the width of the decoder."""
 
     def __init__(
         self, inputs: int, width: int, depth: int, *, dtype, param_dtype, rngs: nnx.Rngs
@@ -22,7 +24,7 @@ class Aligner(nnx.Module):
         self.layers = nnx.List([linear(a, b, **types, rngs=rngs) for a, b in pairs])
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float[..., inputs] -> float[..., width]."""
+        """Maps float[..., inputs] to float[..., width]."""
         x = self.layers[0](x)
         for layer in self.layers[1:]:
             x = layer(gelu(x))
@@ -30,7 +32,7 @@ class Aligner(nnx.Module):
 
 
 class GenHead(nnx.Module):
-    """Hidden states to logits over the codebook."""
+    """An MLP that maps hidden states to logits over the codebook (image-token logits)."""
 
     def __init__(self, inputs: int, width: int, codes: int, *, dtype, param_dtype, rngs: nnx.Rngs):
         self.dtype = dtype
@@ -39,8 +41,8 @@ class GenHead(nnx.Module):
         self.out = linear(width, codes, **types, rngs=rngs)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
-        """float[..., D] -> float32[..., codebook_size]."""
+        """Maps float[..., D] to float32[..., codebook_size]."""
         x = gelu(self.proj(hidden))
         kernel = self.out.kernel[...].astype(self.dtype)
-        logits = dot_of_rows(x, kernel, preferred_element_type=jnp.float32)
-        return with_bias(logits, self.out.bias[...])
+        logits = flat_matmul(x, kernel, preferred_element_type=jnp.float32)
+        return add_bias(logits, self.out.bias[...])

@@ -1,7 +1,7 @@
-"""Janus and Janus-Pro: one decoder that reads images and draws them
-(reference: janus/models/modeling_vlm.py).
+"""Janus and Janus-Pro: one decoder for image understanding and image generation.
 
-B batch, T sequence, N image features of a row, D model width.
+B batch, T sequence length, N image features of a row, D model width.
+Source: janus/models/modeling_vlm.py of the original code.
 """
 
 import dataclasses
@@ -19,7 +19,13 @@ from janus_jax.models.vq import VQ, VQConfig
 
 @dataclasses.dataclass(frozen=True)
 class JanusConfig:
-    """The parts of a Janus; gen_head_width is the hidden width of the image head."""
+    """Sizes of a Janus model.
+
+    und_encoder, gen_vq, language_model: configs of the SigLIP encoder, the image tokenizer and the
+        decoder.
+    und_aligner_depth, gen_aligner_depth: number of linear layers of each aligner.
+    gen_head_width: hidden width of the image head.
+    """
 
     und_encoder: SiglipConfig
     und_aligner_depth: int
@@ -30,21 +36,24 @@ class JanusConfig:
 
     @property
     def image_size(self) -> int:
-        """Pixels a side, of images read and drawn."""
+        """Height and width in pixels of input images and of generated images."""
         return self.und_encoder.image_size
 
     @property
     def gen_grid(self) -> int:
-        """Image tokens a side."""
+        """Height and width of the grid of image tokens."""
         return self.image_size // self.gen_vq.downsample
 
     @property
     def num_image_tokens(self) -> int:
-        """Tokens of one drawn image."""
+        """Number of image tokens of one generated image."""
         return self.gen_grid**2
 
     def with_dtype(self, dtype, param_dtype=None) -> "JanusConfig":
-        """The same sizes with another compute type and storage type (default: the same)."""
+        """Returns a copy that computes in `dtype` and stores parameters in `param_dtype`.
+
+        param_dtype defaults to dtype. The image tokenizer stays in float32.
+        """
         types = dict(dtype=dtype, param_dtype=dtype if param_dtype is None else param_dtype)
         return dataclasses.replace(
             self,
@@ -53,7 +62,7 @@ class JanusConfig:
         )
 
     def with_remat(self, remat: str) -> "JanusConfig":
-        """The same sizes, trained with another trade of memory for time (remat.py)."""
+        """Returns a copy with another rematerialisation setting, one of remat.REMAT_CHOICES."""
         return dataclasses.replace(
             self,
             und_encoder=dataclasses.replace(self.und_encoder, remat=remat),
@@ -62,22 +71,22 @@ class JanusConfig:
 
     @classmethod
     def janus_1_3b(cls) -> "JanusConfig":
-        """deepseek-ai/Janus-1.3B; the same sizes as Janus-Pro-1B."""
+        """Returns the sizes of deepseek-ai/Janus-1.3B, which are those of Janus-Pro-1B."""
         return cls.janus_pro_1b()
 
     @classmethod
     def janus_pro_1b(cls) -> "JanusConfig":
-        """deepseek-ai/Janus-Pro-1B."""
+        """Returns the sizes of deepseek-ai/Janus-Pro-1B."""
         return _released(hidden_size=2048, intermediate_size=5632, layers=24, heads=16)
 
     @classmethod
     def janus_pro_7b(cls) -> "JanusConfig":
-        """deepseek-ai/Janus-Pro-7B."""
+        """Returns the sizes of deepseek-ai/Janus-Pro-7B."""
         return _released(hidden_size=4096, intermediate_size=11008, layers=30, heads=32)
 
     @classmethod
     def janus_tiny(cls) -> "JanusConfig":
-        """The model that ships with this project: 96-pixel images of 36 tokens."""
+        """Returns the sizes of the model in this package: 96 x 96 pixel images of 36 tokens."""
         return cls(
             und_encoder=SiglipConfig(96, 16, width=128, num_layers=4, num_heads=4, mlp_dim=512),
             und_aligner_depth=2,
@@ -129,10 +138,12 @@ def _released(hidden_size: int, intermediate_size: int, layers: int, heads: int)
 
 
 def merge_features(embeds: jax.Array, image_mask: jax.Array, features: jax.Array) -> jax.Array:
-    """Puts image features where image_mask is True, in order.
+    """Replaces embeddings by image features where image_mask is True, in order.
 
-    embeds: float[B, T, D]; image_mask: bool[B, T] with at most N True a row;
-    features: float[B, N, D]. Returns float[B, T, D].
+    embeds: float[B, T, D].
+    image_mask: bool[B, T], with at most N True values per row.
+    features: float[B, N, D]; the n-th True position of a row gets feature n of that row.
+    Returns float[B, T, D] in the dtype of embeds.
     """
     index = jnp.clip(jnp.cumsum(image_mask, axis=1) - 1, 0, features.shape[1] - 1)
     gathered = jnp.take_along_axis(features, index[..., None], axis=1)
@@ -140,7 +151,7 @@ def merge_features(embeds: jax.Array, image_mask: jax.Array, features: jax.Array
 
 
 class Janus(nnx.Module):
-    """SigLIP in for understanding, VQ indices in and out for generation, one decoder."""
+    """The whole model: SigLIP encoder, image tokenizer, aligners, image head and decoder."""
 
     def __init__(self, cfg: JanusConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -166,9 +177,12 @@ class Janus(nnx.Module):
         self.language_model = Llama(decoder, rngs=rngs)
 
     def encode_images(self, pixels: jax.Array) -> jax.Array:
-        """Understanding features: float[B, Y, X, 3], normalised -> float[B, N, D]."""
+        """Encodes images for understanding: normalised float[B, Y, X, 3] -> float[B, N, D]."""
         return self.und_aligner(self.und_encoder(pixels))
 
     def embed_image_tokens(self, indices: jax.Array) -> jax.Array:
-        """Decoder inputs of drawn tokens: int32[...] -> float[..., D]. Codes not normalised."""
+        """Embeds image tokens for the decoder: int32[...] -> float[..., D].
+
+        The codes are not l2-normalised here, unlike those that VQ decodes.
+        """
         return self.gen_aligner(embed_lookup(self.gen_embed, indices))

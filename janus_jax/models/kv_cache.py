@@ -1,26 +1,23 @@
-"""Keys and values of the positions so far: a plain pytree, passed in and returned.
+"""The key/value cache of a decoder: a plain pytree that is passed in and returned.
 
 B batch, S cache size, K key/value heads, H head dim.
 """
 
 import dataclasses
-from typing import TYPE_CHECKING
 
 import jax
-import jax.numpy as jnp
-
-if TYPE_CHECKING:  # llama imports this file
-    from janus_jax.models.llama import LlamaConfig
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class KVCache:
-    """One array per layer, so that a decode step updates each in place.
+    """Keys and values of the positions so far, one array per layer.
 
-    keys, values: tuple over layers of float[B, S, K, H].
-    length: int32 scalar, how many of the S slots are written; the same for every row (rows of
-        unequal length are left-padded and told apart by the attention mask).
+    With separate arrays, a decode step updates each of them in place.
+
+    keys, values: one float[B, S, K, H] array per layer.
+    length: int32 scalar, how many of the S slots are written. It is the same for every row: prompts
+        of unequal length are left-padded, and the attention mask hides the padding.
     """
 
     keys: tuple[jax.Array, ...]
@@ -31,11 +28,3 @@ class KVCache:
     def size(self) -> int:
         """S, the number of slots."""
         return self.keys[0].shape[1]
-
-
-def init_cache(cfg: "LlamaConfig", batch: int, size: int) -> KVCache:
-    """An empty cache for `batch` rows of at most `size` tokens."""
-    shape = (batch, size, cfg.num_key_value_heads, cfg.head_dim)
-    empty = [jnp.zeros(shape, cfg.dtype) for _ in range(2 * cfg.num_hidden_layers)]
-    half = cfg.num_hidden_layers
-    return KVCache(tuple(empty[:half]), tuple(empty[half:]), jnp.zeros((), jnp.int32))

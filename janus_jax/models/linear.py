@@ -1,4 +1,4 @@
-"""The linear layers and look-ups of every network here."""
+"""Linear layers, GELU and embedding lookup, shared by all networks."""
 
 import functools
 from collections.abc import Callable
@@ -8,30 +8,32 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-OUTPUT = "linear_output"  # what remat.py may keep
+LINEAR_OUTPUT = "linear_output"  # the name by which remat.py saves the outputs
 
 
 class Linear(nnx.Linear):
-    """A layer float[..., D] -> float[..., F] whose output is rounded to the compute type once.
+    """A linear layer that rounds its output to the compute dtype only once.
 
-    A product rounded before the bias is added, as nnx.Linear has it, loses digits in bfloat16 that
-    torch keeps. The bias is added in float32 to a float32 product.
+    nnx.Linear rounds the product before it adds the bias, which in bfloat16 loses digits that
+    PyTorch keeps. This layer adds the bias to a float32 product, in float32.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[..., D] to float[..., F]."""
         x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        out = self.dot_general(x, kernel, wide=self.bias is not None)
+        out = self.dot_general(x, kernel, float32_output=self.bias is not None)
         if self.bias is not None:
-            out = with_bias(out, self.bias[...]).astype(self.dtype)
-        return checkpoint_name(out, OUTPUT)
+            out = add_bias(out, self.bias[...]).astype(self.dtype)
+        return checkpoint_name(out, LINEAR_OUTPUT)
 
 
 def linear(
     inputs: int, outputs: int, *, dtype, param_dtype, rngs: nnx.Rngs, use_bias: bool = True
 ) -> Linear:
-    """A layer float[..., inputs] -> float[..., outputs].
+    """Returns a layer that maps float[..., inputs] to float[..., outputs].
 
-    dtype: to compute in; param_dtype: to store in.
+    dtype: the compute dtype.
+    param_dtype: the dtype of the stored parameters.
     """
     return Linear(
         inputs,
@@ -39,62 +41,71 @@ def linear(
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        dot_general=product,
+        dot_general=matmul,
         rngs=rngs,
     )
 
 
-def with_bias(out: jax.Array, bias: jax.Array) -> jax.Array:
-    """out + bias: float32[..., F] and float[F] -> float32[..., F].
+def add_bias(out: jax.Array, bias: jax.Array) -> jax.Array:
+    """Returns out + bias: float32[..., F] and float[F] -> float32[..., F].
 
-    The bias is broadcast explicitly, for programs that set JAX_NUMPY_RANK_PROMOTION=raise.
+    The bias is broadcast explicitly because users may set JAX_NUMPY_RANK_PROMOTION=raise.
     """
     return out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
 
 
-def product(x: jax.Array, kernel: jax.Array, wide: bool) -> jax.Array:
-    """x @ kernel of one type, float[..., D] and float[D, F], as float[..., F] or, wide, float32."""
-    return in_float32(dot_of_rows, x, kernel) if wide else dot_of_rows(x, kernel)
+def matmul(x: jax.Array, kernel: jax.Array, float32_output: bool) -> jax.Array:
+    """Returns x @ kernel: float[..., D] and float[D, F] of one dtype -> float[..., F].
+
+    The output has the dtype of the inputs, or float32 if float32_output is set.
+    """
+    if float32_output:
+        return with_float32_output(flat_matmul, x, kernel)
+    return flat_matmul(x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def in_float32(multiply: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """multiply(x, kernel), a product or a convolution, as float32, with its gradients as they are.
+def with_float32_output(multiply: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns multiply(x, kernel) in float32, with gradients computed in the input dtype.
 
-    JAX's own gradients would multiply float32 with bfloat16, which GPUs have no kernel for. Nothing
-    but a bias and the rounding to the compute type may follow: the gradient that comes then is of
-    the compute type anyway.
+    multiply: a matrix product or a convolution that accepts `preferred_element_type`.
+
+    JAX's own gradients would multiply float32 by bfloat16, for which GPUs have no kernel. The
+    incoming gradient is cast to the input dtype instead. This loses nothing as long as only a bias
+    and a cast to that dtype follow, because then the gradient already has its precision.
     """
     return multiply(x, kernel, preferred_element_type=jnp.float32)
 
 
-def _in_float32_forward(multiply: Callable, x: jax.Array, kernel: jax.Array):
-    return in_float32(multiply, x, kernel), (x, kernel)
+def _float32_output_forward(multiply: Callable, x: jax.Array, kernel: jax.Array):
+    return with_float32_output(multiply, x, kernel), (x, kernel)
 
 
-def _in_float32_backward(multiply: Callable, factors, gradient: jax.Array):
+def _float32_output_backward(multiply: Callable, factors, gradient: jax.Array):
     _, pull_back = jax.vjp(multiply, *factors)
     return pull_back(gradient.astype(factors[0].dtype))
 
 
-in_float32.defvjp(_in_float32_forward, _in_float32_backward)
+with_float32_output.defvjp(_float32_output_forward, _float32_output_backward)
 
 
 @jax.checkpoint
 def gelu(x: jax.Array) -> jax.Array:
-    """The exact (erf) GELU, computed in float32 and rounded once, as in torch.
+    """Returns the exact (erf) GELU of x, computed in float32 and rounded once as in PyTorch.
 
-    Training keeps its input and nothing else.
+    For the backward pass only the input is saved.
     """
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
-def dot_of_rows(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
-    """x @ kernel: float[..., D] and float[D, F] -> float[..., F], leading axes of x made one.
+def flat_matmul(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
+    """Returns x @ kernel with the leading axes of x flattened into one.
 
-    options: of jax.lax.dot_general.
-    The kernel's gradient is a sum over the leading axes. Where they are two, XLA on CPU first
-    copies the output's gradient transposed, which took longer than the product itself.
+    x: float[..., D]; kernel: float[D, F]; options: keyword arguments of jax.lax.dot_general.
+    Returns float[..., F].
+
+    The gradient of the kernel is a sum over the leading axes. With two of them, XLA on CPU first
+    makes a transposed copy of the output's gradient, which took longer than the product itself.
     """
     rows = x.reshape(-1, x.shape[-1])
     out = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
@@ -102,9 +113,9 @@ def dot_of_rows(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
 
 
 def embed_lookup(table: nnx.Embed, indices: jax.Array) -> jax.Array:
-    """Rows of a table, int32[...] -> float[..., D], in its compute type.
+    """Looks up embeddings: int32[...] -> float[..., D] in the table's compute dtype.
 
-    Cast after they are looked up, unlike nnx.Embed does: so the gradients of a row are added up in
-    the type that the table is stored in.
+    Unlike nnx.Embed, this casts after the lookup, so that the gradients of a row are summed in the
+    dtype in which the table is stored.
     """
     return jnp.take(table.embedding[...], indices, axis=0).astype(table.dtype)

@@ -1,8 +1,8 @@
-"""The decoder of Janus: DeepSeek-LLM, which is Llama with an untied head.
+"""The decoder of Janus: DeepSeek-LLM, a Llama whose head is not tied to the embeddings.
 
 B batch, T query length, S key/cache length, D model width, N query heads, K key/value heads,
 H head dim, F MLP width, V vocabulary.
-Numbers are those of transformers' LlamaForCausalLM, which the original runs.
+It computes what LlamaForCausalLM of transformers does, which the original code runs.
 """
 
 import dataclasses
@@ -14,18 +14,22 @@ from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
 from janus_jax.models.kv_cache import KVCache
-from janus_jax.models.linear import dot_of_rows, embed_lookup, linear
+from janus_jax.models.linear import embed_lookup, flat_matmul, linear
 from janus_jax.models.norms import RMSNorm
 from janus_jax.models.remat import block_call
 
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines
-Slots = tuple[jax.Array, jax.Array, jax.Array]  # keys, values, length
+LayerCache = tuple[jax.Array, jax.Array, jax.Array]  # keys, values, length
 
 
 @dataclasses.dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of the decoder; dtype is the compute type, param_dtype the storage type, remat what
-    training computes twice (remat.py)."""
+    """Sizes of the decoder, with the field names of transformers' LlamaConfig.
+
+    dtype: the compute dtype.
+    param_dtype: the dtype of the stored parameters.
+    remat: what the backward pass recomputes, one of remat.REMAT_CHOICES.
+    """
 
     vocab_size: int
     hidden_size: int
@@ -42,15 +46,23 @@ class LlamaConfig:
 
     @property
     def head_dim(self) -> int:
-        """H."""
+        """H, the width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
 
-def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> Angles:
-    """Cosines and sines of the rotary embedding, float32[B, T, 1, H / 2] each.
+def init_cache(cfg: LlamaConfig, batch_size: int, size: int) -> KVCache:
+    """Returns an empty cache for `batch_size` rows of at most `size` tokens."""
+    shape = (batch_size, size, cfg.num_key_value_heads, cfg.head_dim)
+    empty = [jnp.zeros(shape, cfg.dtype) for _ in range(2 * cfg.num_hidden_layers)]
+    half = cfg.num_hidden_layers
+    return KVCache(tuple(empty[:half]), tuple(empty[half:]), jnp.zeros((), jnp.int32))
 
-    positions: int32[B, T]. In float32 whatever the compute type: bfloat16 cannot tell
-    position 257 from 256.
+
+def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> Angles:
+    """Returns the cosines and sines of the rotary embedding, float32[B, T, 1, H / 2] each.
+
+    positions: int32[B, T].
+    The angles are float32 for every compute dtype: in bfloat16, positions 256 and 257 are equal.
     """
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angle = positions.astype(jnp.float32)[..., None, None] * frequency[None, None, None]
@@ -58,7 +70,10 @@ def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> Angles:
 
 
 def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Rotates x: float[B, T, heads, H], pairing element i with i + H / 2 as Llama does."""
+    """Applies the rotary embedding to x: float[B, T, heads, H] -> the same shape and dtype.
+
+    Element i is paired with element i + H / 2, as in Llama.
+    """
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return rotated.astype(x.dtype)
@@ -80,7 +95,7 @@ def _norm(cfg: LlamaConfig, rngs: nnx.Rngs) -> RMSNorm:
 
 
 class SelfAttention(nnx.Module):
-    """Grouped-query attention with rotary positions."""
+    """Grouped-query attention with rotary position embeddings."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         query_width = cfg.num_attention_heads * cfg.head_dim
@@ -92,20 +107,24 @@ class SelfAttention(nnx.Module):
         self.o_proj = _linear(cfg, query_width, cfg.hidden_size, rngs)
 
     def __call__(
-        self, x: jax.Array, angles: Angles, attn_mask: jax.Array, slots: Slots | None
+        self, x: jax.Array, angles: Angles, attn_mask: jax.Array, layer_cache: LayerCache | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """x: float[B, T, D]; angles: of rope_angles; attn_mask: bool[B, T, S].
+        """Computes attention over the new positions and, if given, the cache.
 
-        slots: this layer's keys and values so far, float[B, S, K, H] each, and how many of the S
-        are written, int32 scalar; None (and S = T) attends to the new positions only.
+        x: float[B, T, D].
+        angles: what rope_angles returns.
+        attn_mask: bool[B, T, S].
+        layer_cache: the keys and values of this layer, float[B, S, K, H] each, and the number of
+            slots written, int32 scalar; the new keys and values are written behind them. Without a
+            cache, S = T.
         Returns float[B, T, D] and the keys and values attended to, float[B, S, K, H] each.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         q = apply_rope(self.q_proj(x).reshape(heads), *angles)
         k = apply_rope(self.k_proj(x).reshape(heads), *angles)
         v = self.v_proj(x).reshape(heads)
-        if slots is not None:
-            keys, values, length = slots
+        if layer_cache is not None:
+            keys, values, length = layer_cache
             k = jax.lax.dynamic_update_slice_in_dim(keys, k, length, axis=1)
             v = jax.lax.dynamic_update_slice_in_dim(values, v, length, axis=1)
         out = attention(q, k, v, attn_mask)
@@ -113,13 +132,16 @@ class SelfAttention(nnx.Module):
 
 
 @jax.checkpoint
-def _gated(gate: jax.Array, up: jax.Array) -> jax.Array:
-    """silu(gate) * up, computed in float32 and rounded once; training keeps nothing but both."""
+def _silu_gate(gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Returns silu(gate) * up, computed in float32 and rounded once.
+
+    For the backward pass only gate and up are saved.
+    """
     return (jax.nn.silu(gate.astype(jnp.float32)) * up.astype(jnp.float32)).astype(up.dtype)
 
 
 class MLP(nnx.Module):
-    """SwiGLU."""
+    """The SwiGLU feed-forward network."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         self.gate_proj = _linear(cfg, cfg.hidden_size, cfg.intermediate_size, rngs)
@@ -127,12 +149,13 @@ class MLP(nnx.Module):
         self.down_proj = _linear(cfg, cfg.intermediate_size, cfg.hidden_size, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[..., D] to float[..., D]."""
         with jax.named_scope("mlp"):
-            return self.down_proj(_gated(self.gate_proj(x), self.up_proj(x)))
+            return self.down_proj(_silu_gate(self.gate_proj(x), self.up_proj(x)))
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP with residuals."""
+    """A pre-norm transformer block: attention and MLP, each with a residual connection."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         self.input_layernorm = _norm(cfg, rngs)
@@ -141,16 +164,19 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, angles: Angles, attn_mask: jax.Array, slots: Slots | None
+        self, x: jax.Array, angles: Angles, attn_mask: jax.Array, layer_cache: LayerCache | None
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """As SelfAttention's: float[B, T, D] -> float[B, T, D], and its keys and values."""
-        attended, k, v = self.self_attn(self.input_layernorm(x), angles, attn_mask, slots)
-        x = x + attended
+        """Maps float[B, T, D] to float[B, T, D]; also returns the keys and values.
+
+        See SelfAttention for the arguments.
+        """
+        out, k, v = self.self_attn(self.input_layernorm(x), angles, attn_mask, layer_cache)
+        x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
 
 class Llama(nnx.Module):
-    """The decoder: embeddings in, hidden states out; the text head is a call of its own."""
+    """The decoder: maps embeddings to hidden states; `logits` applies the text head."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -167,7 +193,7 @@ class Llama(nnx.Module):
         self.lm_head = _linear(cfg, cfg.hidden_size, cfg.vocab_size, rngs)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
-        """int32[B, T] -> float[B, T, D]."""
+        """Embeds text tokens: int32[B, T] -> float[B, T, D]."""
         return embed_lookup(self.embed_tokens, tokens)
 
     def __call__(
@@ -179,16 +205,21 @@ class Llama(nnx.Module):
     ) -> tuple[jax.Array, KVCache | None]:
         """Runs the decoder over T new positions.
 
-        embeds: float[B, T, D]; positions: int32[B, T]; attn_mask: bool[B, T, S], S = T without a
-        cache and the cache's size with one. New keys are written at cache.length.
-        Returns hidden, float[B, T, D] after the final norm, and the cache T longer.
+        embeds: float[B, T, D].
+        positions: int32[B, T].
+        attn_mask: bool[B, T, S], where S is the size of the cache, or T without one.
+        cache: keys and values of earlier positions; the new ones are written at cache.length.
+        Returns the hidden states after the final norm, float[B, T, D], and the cache with the T new
+        positions (None without a cache).
         """
         angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
         x, keys, values = embeds.astype(self.cfg.dtype), [], []
-        run = block_call(Block, self.cfg.remat)
+        call = block_call(Block, self.cfg.remat)
         for i, layer in enumerate(self.layers):
-            slots = None if cache is None else (cache.keys[i], cache.values[i], cache.length)
-            x, k, v = run(layer, x, angles, attn_mask, slots)
+            layer_cache = None
+            if cache is not None:
+                layer_cache = (cache.keys[i], cache.values[i], cache.length)
+            x, k, v = call(layer, x, angles, attn_mask, layer_cache)
             keys.append(k)
             values.append(v)
         hidden = self.norm(x)
@@ -197,6 +228,6 @@ class Llama(nnx.Module):
         return hidden, KVCache(tuple(keys), tuple(values), cache.length + embeds.shape[1])
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Text logits: float[..., D] -> float32[..., V]."""
+        """Computes text logits: float[..., D] -> float32[..., V]."""
         kernel = self.lm_head.kernel[...].astype(self.cfg.dtype)
-        return dot_of_rows(hidden, kernel, preferred_element_type=jnp.float32)
+        return flat_matmul(hidden, kernel, preferred_element_type=jnp.float32)

@@ -1,6 +1,6 @@
-"""Flax's norms, also for programs that set JAX_NUMPY_DTYPE_PROMOTION=strict.
+"""Flax's norms, made to work under JAX_NUMPY_DTYPE_PROMOTION=strict.
 
-In bfloat16 they multiply the input with statistics in float32, which strict promotion refuses.
+Given bfloat16 inputs, Flax multiplies them by float32 statistics, which strict promotion rejects.
 """
 
 import jax
@@ -8,16 +8,18 @@ from flax import nnx
 
 
 class LayerNorm(nnx.LayerNorm):
-    """float[..., D] -> float[..., D]."""
+    """nnx.LayerNorm that computes under standard dtype promotion."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[..., D] to float[..., D]."""
         with jax.numpy_dtype_promotion("standard"):
             return super().__call__(x)
 
 
 class RMSNorm(nnx.RMSNorm):
-    """float[..., D] -> float[..., D]."""
+    """nnx.RMSNorm that computes under standard dtype promotion."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[..., D] to float[..., D]."""
         with jax.numpy_dtype_promotion("standard"):
             return super().__call__(x)

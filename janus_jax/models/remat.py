@@ -1,22 +1,27 @@
-"""What the backward pass computes again instead of keeping it from the forward pass."""
+"""Rematerialisation: what the backward pass recomputes instead of saving it."""
 
 from collections.abc import Callable
 
 import jax
 from flax import nnx
 
-from janus_jax.models.linear import OUTPUT
+from janus_jax.models.linear import LINEAR_OUTPUT
 
 POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(OUTPUT),
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-REMATS = ("none", *POLICIES)
+REMAT_CHOICES = ("none", *POLICIES)
 
 
 def block_call(block: type[nnx.Module], remat: str) -> Callable:
-    """A block's __call__: "none" keeps everything, "dots" the linear layers' outputs (attention
-    and what is computed element by element comes again), "full" only what goes into the block.
+    """Returns the __call__ of a block class, wrapped according to `remat`.
+
+    remat: what is saved for the backward pass; the rest is recomputed.
+        "none": everything.
+        "dots": the inputs of the block and the outputs of its linear layers; attention and
+            elementwise operations are recomputed.
+        "full": only the inputs of the block.
     """
     if remat == "none":
         return block.__call__

@@ -1,7 +1,8 @@
-"""SigLIP, the encoder of the understanding path (reference: janus/models/siglip_vit.py).
+"""SigLIP, the image encoder of the understanding path.
 
 B batch, Y X pixels, P patch size, T patches, W width, N heads.
-No class token; `attn_pool` is in the released files and takes no part.
+There is no class token. The released files contain an `attn_pool`, which is not used.
+Source: janus/models/siglip_vit.py of the original code.
 """
 
 import dataclasses
@@ -12,7 +13,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
-from janus_jax.models.linear import gelu, in_float32, linear, with_bias
+from janus_jax.models.linear import add_bias, gelu, linear, with_float32_output
 from janus_jax.models.norms import LayerNorm
 from janus_jax.models.remat import block_call
 
@@ -21,10 +22,14 @@ LAYER_NORM_EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class SiglipConfig:
-    """Sizes of the vision transformer; image_size and patch_size in pixels.
+    """Sizes of the vision transformer.
 
-    select_layer: -1 runs every block, -2 leaves the last out, and so on; the final norm is always
-    applied. remat: what training computes twice (remat.py).
+    image_size, patch_size: height and width in pixels.
+    select_layer: -1 runs every block, -2 skips the last one, and so on; the final norm is always
+        applied.
+    dtype: the compute dtype.
+    param_dtype: the dtype of the stored parameters.
+    remat: what the backward pass recomputes, one of remat.REMAT_CHOICES.
     """
 
     image_size: int
@@ -40,12 +45,12 @@ class SiglipConfig:
 
     @property
     def num_tokens(self) -> int:
-        """T, features of one image."""
+        """T, the number of patches, and so of features, of one image."""
         return (self.image_size // self.patch_size) ** 2
 
     @classmethod
     def siglip_large_patch16_384(cls) -> "SiglipConfig":
-        """The tower of every released Janus."""
+        """Returns the sizes of the encoder in every released Janus model."""
         return cls(384, 16, width=1024, num_layers=24, num_heads=16, mlp_dim=4096)
 
 
@@ -59,13 +64,13 @@ def _norm(cfg: SiglipConfig, rngs: nnx.Rngs) -> LayerNorm:
         epsilon=LAYER_NORM_EPS,
         dtype=cfg.dtype,
         param_dtype=cfg.param_dtype,
-        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits that the reference keeps
+        use_fast_variance=False,  # E[x^2] - E[x]^2 loses digits that the original code keeps
         rngs=rngs,
     )
 
 
 class SelfAttention(nnx.Module):
-    """Attention of every patch to every patch."""
+    """Self-attention between all patches of an image."""
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
         self.num_heads = cfg.num_heads
@@ -75,25 +80,27 @@ class SelfAttention(nnx.Module):
         self.out_proj = _linear(cfg, cfg.width, cfg.width, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[B, T, W] to float[B, T, W]."""
         heads = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
         return self.out_proj(attention(q, k, v, None).reshape(x.shape))
 
 
 class MLP(nnx.Module):
-    """Two layers with the exact (erf) GELU."""
+    """Two linear layers with an exact (erf) GELU between them."""
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
         self.fc1 = _linear(cfg, cfg.width, cfg.mlp_dim, rngs)
         self.fc2 = _linear(cfg, cfg.mlp_dim, cfg.width, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[B, T, W] to float[B, T, W]."""
         with jax.named_scope("mlp"):
             return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP with residuals."""
+    """A pre-norm transformer block: attention and MLP, each with a residual connection."""
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
         self.norm1 = _norm(cfg, rngs)
@@ -102,12 +109,17 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[B, T, W] to float[B, T, W]."""
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
 
-def _convolve(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
-    """Patches side by side: float[B, Y, X, 3], float[P, P, 3, W] -> float[B, Y / P, X / P, W]."""
+def _patch_conv(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
+    """Convolves patches that do not overlap, with stride P.
+
+    x: float[B, Y, X, 3]; kernel: float[P, P, 3, W]; options: of conv_general_dilated.
+    Returns float[B, Y / P, X / P, W].
+    """
     axes = ("NHWC", "HWIO", "NHWC")
     steps = kernel.shape[:2]
     return jax.lax.conv_general_dilated(
@@ -116,15 +128,17 @@ def _convolve(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
 
 
 class PatchEmbed(nnx.Conv):
-    """A convolution over patches whose output is rounded once, as that of linear.Linear."""
+    """A convolution over patches that rounds its output only once, as linear.Linear does."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        out = in_float32(_convolve, x.astype(self.dtype), self.kernel[...].astype(self.dtype))
-        return with_bias(out, self.bias[...]).astype(self.dtype)
+        """Maps float[B, Y, X, 3] to float[B, Y / P, X / P, W]."""
+        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
+        out = with_float32_output(_patch_conv, x, kernel)
+        return add_bias(out, self.bias[...]).astype(self.dtype)
 
 
 class Siglip(nnx.Module):
-    """Pixels to one feature vector a patch."""
+    """The encoder: maps pixels to one feature vector per patch."""
 
     def __init__(self, cfg: SiglipConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -147,14 +161,20 @@ class Siglip(nnx.Module):
         self.norm = _norm(cfg, rngs)
 
     def embed(self, pixels: jax.Array) -> jax.Array:
-        """float[B, Y, X, 3], normalised -> float[B, T, W], what the first block gets."""
+        """Embeds patches and adds the position embeddings: the input of the first block.
+
+        pixels: float[B, Y, X, 3], normalised. Returns float[B, T, W].
+        """
         x = self.patch_embed(pixels)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
         return x + self.pos_embed[...].astype(self.cfg.dtype)[None]
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """float[B, Y, X, 3], normalised -> float[B, T, W], patches row-major."""
-        x, run = self.embed(pixels), block_call(Block, self.cfg.remat)
+        """Encodes images.
+
+        pixels: float[B, Y, X, 3], normalised. Returns float[B, T, W], patches in row-major order.
+        """
+        x, call = self.embed(pixels), block_call(Block, self.cfg.remat)
         for block in self.blocks[: len(self.blocks) + self.cfg.select_layer + 1]:
-            x = run(block, x)
+            x = call(block, x)
         return self.norm(x)

@@ -1,7 +1,9 @@
-"""VQ-16, the image tokenizer of the generation path (reference: janus/models/vq_model.py).
+"""VQ-16, the image tokenizer of the generation path.
 
-B batch, Y X grid of pixels or latents, C channels, G codebook size. Always float32: the released
-weights are bfloat16, but colours decoded in bfloat16 show bands.
+B batch, Y X pixels, y x grid of latents, C channels, G codebook size.
+It always computes in float32: the released weights are bfloat16, but colours that are decoded in
+bfloat16 show bands.
+Source: janus/models/vq_model.py of the original code.
 """
 
 import dataclasses
@@ -16,7 +18,15 @@ GROUP_NORM_EPS = 1e-6
 
 @dataclasses.dataclass(frozen=True)
 class VQConfig:
-    """Sizes of the tokenizer; level i has ch * ch_mult[i] channels, the last at 1 / downsample."""
+    """Sizes of the image tokenizer.
+
+    codebook_size, codebook_dim: number of codes, and channels of each.
+    ch, ch_mult: level i has ch * ch_mult[i] channels. Each level but the last halves the
+        resolution in the encoder.
+    num_res_blocks: residual blocks per level of the encoder; the decoder has one more.
+    z_channels: channels of the encoder's output and of the decoder's input.
+    norm_num_groups: groups of every GroupNorm.
+    """
 
     codebook_size: int
     codebook_dim: int
@@ -28,12 +38,12 @@ class VQConfig:
 
     @property
     def downsample(self) -> int:
-        """Pixels a side of one image token."""
+        """Height and width in pixels that one image token covers."""
         return 2 ** (len(self.ch_mult) - 1)
 
     @classmethod
     def vq_16(cls) -> "VQConfig":
-        """The tokenizer of Janus-1.3B, Janus-Pro-1B and Janus-Pro-7B."""
+        """Returns the sizes of the tokenizer of Janus-1.3B, Janus-Pro-1B and Janus-Pro-7B."""
         return cls(16384, 8, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2, z_channels=256)
 
 
@@ -52,7 +62,10 @@ def _conv3x3(inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Conv:
 
 
 class ResBlock(nnx.Module):
-    """Two normalised convolutions and a residual, projected where the width changes."""
+    """Two convolutions, each after GroupNorm and SiLU, with a residual connection.
+
+    The residual is projected if the number of channels changes.
+    """
 
     def __init__(self, cfg: VQConfig, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.norm1 = _norm(cfg, inputs, rngs)
@@ -63,13 +76,14 @@ class ResBlock(nnx.Module):
             self.shortcut = nnx.Linear(inputs, outputs, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float32[B, y, x, inputs] to float32[B, y, x, outputs]."""
         h = self.conv1(nnx.silu(self.norm1(x)))
         h = self.conv2(nnx.silu(self.norm2(h)))
         return (self.shortcut(x) if hasattr(self, "shortcut") else x) + h
 
 
 class AttnBlock(nnx.Module):
-    """One-head attention over the grid, scale C**-0.5."""
+    """Attention with one head over all positions of the grid; the scale is C**-0.5."""
 
     def __init__(self, cfg: VQConfig, channels: int, *, rngs: nnx.Rngs):
         self.norm = _norm(cfg, channels, rngs)
@@ -79,6 +93,7 @@ class AttnBlock(nnx.Module):
         self.proj_out = nnx.Linear(channels, channels, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float32[B, y, x, C] to float32[B, y, x, C]."""
         h = self.norm(x).reshape(x.shape[0], -1, x.shape[-1])
         logits = jnp.einsum("BTC,BSC->BTS", self.q(h), self.k(h)) * x.shape[-1] ** -0.5
         h = jnp.einsum("BTS,BSC->BTC", jax.nn.softmax(logits, axis=-1), self.v(h))
@@ -96,7 +111,11 @@ def _middle(cfg: VQConfig, channels: int, rngs: nnx.Rngs) -> nnx.List:
 
 
 class Level(nnx.Module):
-    """The blocks of one resolution; `with_attn` puts attention after each of them."""
+    """The residual blocks of one resolution.
+
+    widths: channels before the first block and after each block.
+    with_attn: whether an attention block follows each residual block.
+    """
 
     def __init__(self, cfg: VQConfig, widths: list[int], with_attn: bool, *, rngs: nnx.Rngs):
         pairs = itertools.pairwise(widths)
@@ -113,13 +132,13 @@ class Level(nnx.Module):
 
 
 class DownLevel(Level):
-    """A level of the encoder; every one but the last halves the resolution."""
+    """A level of the encoder; each level but the last halves the resolution."""
 
     def __init__(self, cfg: VQConfig, inputs: int, outputs: int, last: bool, *, rngs: nnx.Rngs):
         widths = [inputs] + [outputs] * cfg.num_res_blocks
         super().__init__(cfg, widths, with_attn=last, rngs=rngs)
         if not last:
-            # padded right and bottom only, unlike every other convolution
+            # unlike all other convolutions, padded only on the right and at the bottom
             self.downsample = nnx.Conv(
                 outputs, outputs, (3, 3), strides=2, padding=((0, 1), (0, 1)), rngs=rngs
             )
@@ -130,7 +149,10 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
-    """A level of the decoder, one block longer; every one but the last doubles the resolution."""
+    """A level of the decoder, with one block more than a level of the encoder.
+
+    Each level but the last doubles the resolution.
+    """
 
     def __init__(
         self, cfg: VQConfig, inputs: int, outputs: int, first: bool, last: bool, *, rngs: nnx.Rngs
@@ -148,7 +170,7 @@ class UpLevel(Level):
 
 
 class Encoder(nnx.Module):
-    """Pixels to latents."""
+    """The convolutional encoder: maps pixels to latents."""
 
     def __init__(self, cfg: VQConfig, *, rngs: nnx.Rngs):
         widths = [cfg.ch * m for m in (1, *cfg.ch_mult)]
@@ -165,7 +187,7 @@ class Encoder(nnx.Module):
         self.conv_out = _conv3x3(widths[-1], cfg.z_channels, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float32[B, Y, X, 3] -> float32[B, Y / downsample, X / downsample, z_channels]."""
+        """Maps float32[B, Y, X, 3] to float32[B, Y / downsample, X / downsample, z_channels]."""
         x = self.conv_in(x)
         for block in (*self.levels, *self.mid):
             x = block(x)
@@ -173,7 +195,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents to pixels."""
+    """The convolutional decoder: maps latents to pixels."""
 
     def __init__(self, cfg: VQConfig, *, rngs: nnx.Rngs):
         widths = [cfg.ch * m for m in (*cfg.ch_mult, cfg.ch_mult[-1])][::-1]
@@ -190,7 +212,7 @@ class Decoder(nnx.Module):
         self.conv_out = _conv3x3(widths[-1], 3, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """float32[B, Y, X, z_channels] -> float32[B, Y * downsample, X * downsample, 3]."""
+        """Maps float32[B, y, x, z_channels] to float32[B, y * downsample, x * downsample, 3]."""
         x = self.conv_in(x)
         for block in (*self.mid, *self.levels):
             x = block(x)
@@ -198,12 +220,15 @@ class Decoder(nnx.Module):
 
 
 def l2_normalise(x: jax.Array) -> jax.Array:
-    """Unit vectors along the last axis, as torch.nn.functional.normalize (eps 1e-12)."""
+    """Scales x to unit length along the last axis.
+
+    As torch.nn.functional.normalize does, with eps 1e-12: zeros stay zeros.
+    """
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12)
 
 
 class VQ(nnx.Module):
-    """Encoder, codebook of unit vectors, decoder."""
+    """The image tokenizer: an encoder, a codebook of l2-normalised codes and a decoder."""
 
     def __init__(self, cfg: VQConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -218,14 +243,18 @@ class VQ(nnx.Module):
         self.decoder = Decoder(cfg, rngs=rngs)
 
     def latents(self, pixels: jax.Array) -> jax.Array:
-        """float32[B, Y, X, 3] in [-1, 1] -> float32[B, y, x, codebook_dim], before quantising."""
+        """Encodes pixels without quantising.
+
+        pixels: float32[B, Y, X, 3] in [-1, 1]. Returns float32[B, y, x, codebook_dim].
+        """
         return self.quant_conv(self.encoder(pixels))
 
     def nearest(self, latents: jax.Array) -> jax.Array:
-        """Index of the nearest code, both l2-normalised: float32[..., C] -> int32[...].
+        """Returns the index of the nearest code: float32[..., C] -> int32[...].
 
-        Where a latent or any code is not finite, it is codebook_size, which is no index: tables
-        look it up as NaN.
+        Latents and codes are l2-normalised first. If a latent or any code is NaN or infinite, the
+        index is codebook_size. That is out of range, so a lookup of it gives NaN and callers can
+        detect it.
         """
         z, codes = l2_normalise(latents), l2_normalise(self.codebook[...])
         products = jnp.einsum("...C,GC->...G", z, codes)
@@ -235,18 +264,27 @@ class VQ(nnx.Module):
         return jnp.where(finite, jnp.argmin(distance, axis=-1), len(codes)).astype(jnp.int32)
 
     def lookup(self, indices: jax.Array) -> jax.Array:
-        """l2-normalised codes: int32[...] -> float32[..., codebook_dim]."""
+        """Looks up l2-normalised codes: int32[...] -> float32[..., codebook_dim]."""
         return l2_normalise(self.codebook[...][indices])
 
     def pixels(self, quantised: jax.Array) -> jax.Array:
-        """float32[B, y, x, codebook_dim] -> float32[B, Y, X, 3], about [-1, 1], not clipped."""
+        """Decodes quantised latents: float32[B, y, x, codebook_dim] -> float32[B, Y, X, 3].
+
+        Pixels are about in [-1, 1]; they are not clipped.
+        """
         return self.decoder(self.post_quant_conv(quantised))
 
     def encode(self, pixels: jax.Array) -> jax.Array:
-        """float32[B, Y, X, 3] in [-1, 1] -> indices, int32[B, y * x], row-major."""
+        """Encodes images to tokens.
+
+        pixels: float32[B, Y, X, 3] in [-1, 1]. Returns indices int32[B, y * x], row-major.
+        """
         return self.nearest(self.latents(pixels)).reshape(pixels.shape[0], -1)
 
     def decode(self, indices: jax.Array) -> jax.Array:
-        """Indices of square grids, int32[B, y * y] -> float32[B, Y, X, 3], not clipped."""
+        """Decodes tokens to images, without clipping the pixels.
+
+        indices: int32[B, y * y], square grids in row-major order. Returns float32[B, Y, X, 3].
+        """
         side = round(indices.shape[1] ** 0.5)
         return self.pixels(self.lookup(indices.reshape(-1, side, side)))

@@ -13,7 +13,7 @@ from PIL import Image
 
 from janus_jax.data.loading import open_rows
 from janus_jax.data.skipped import Skipped
-from janus_jax.generation.loading import DrawingDefaults
+from janus_jax.generation.loading import ImageDefaults
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.interop.load import load_params, param_shapes
 from janus_jax.paths import write_file
@@ -70,7 +70,7 @@ def prompt_images(setup: Setup) -> list[list[Image.Image]]:
     cfg = setup.cfg
     images = [[load_image(image)] for image, _ in cfg.questions]
     model = nnx.merge(*setup.model)  # without values
-    janus = Pipeline(model, setup.processor, "", DrawingDefaults())
+    janus = Pipeline(model, setup.processor, "", ImageDefaults())
     for prompt in cfg.prompts:
         janus.image_prompt(prompt)
     janus.examples([question for _, question in cfg.questions], images, LONGEST_ANSWER)
@@ -88,7 +88,7 @@ def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
     asked = [question for _, question in cfg.questions]
     # nothing is differentiated here, and remat writes to the model, which loops do not allow
     plain = dataclasses.replace(setup, model_cfg=setup.model_cfg.with_remat("none"))
-    make, drawing = plain.build(), DrawingDefaults.from_dir(setup.source.path)
+    make, image_defaults = plain.build(), ImageDefaults.from_dir(setup.source.path)
     dtype = DTYPES[cfg.dtype]
     if setup.rows.tokenized:  # the steps do without the image tokenizer
         paths = [path for path in param_shapes(setup.source.cfg) if path.startswith("gen_vq.")]
@@ -98,7 +98,7 @@ def samples(setup: Setup, frozen: Params, log: Log, output: Path) -> Watch:
     def sample(step: int, state: TrainState) -> None:
         params = {path: array.astype(dtype) for path, array in written_params(state).items()}
         model = make(params | frozen)
-        janus = Pipeline(model, setup.processor, output.name, drawing, setup.mesh)
+        janus = Pipeline(model, setup.processor, output.name, image_defaults, setup.mesh)
         folder = output / "samples" / f"{step:07d}"
         if cfg.prompts:
             pixels = janus.generate_images(list(cfg.prompts), seed=cfg.seed).pixels

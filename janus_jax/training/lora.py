@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from janus_jax.models.linear import dot_of_rows, product
+from janus_jax.models.linear import flat_matmul, matmul
 
 # whole paths of the adapters' parameters: what split_model is to train
 ADAPTERS = r".*\.dot_general\.[ab]$"
@@ -55,7 +55,7 @@ class LoRAConfig:
 
 
 class LoRADot(nnx.Module):
-    """The product of an adapted layer, in place of linear.product.
+    """The product of an adapted layer, in place of linear.matmul.
 
     a: float32[inputs, rank], uniform within 1 / sqrt(inputs) of 0, as in the authors' code (the
     paper says Gaussian and no spread). b: float32[rank, outputs], zeros: nothing is changed yet.
@@ -67,11 +67,11 @@ class LoRADot(nnx.Module):
         self.a = nnx.Param(uniform(rngs.params(), (inputs, cfg.rank), jnp.float32))
         self.b = nnx.Param(jnp.zeros((cfg.rank, outputs), jnp.float32))
 
-    def __call__(self, x: jax.Array, kernel: jax.Array, wide: bool) -> jax.Array:
-        """float[..., inputs] and float[inputs, outputs] -> float[..., outputs], as product."""
+    def __call__(self, x: jax.Array, kernel: jax.Array, float32_output: bool) -> jax.Array:
+        """float[..., inputs] and float[inputs, outputs] -> float[..., outputs], as matmul."""
         a, b = (factor[...].astype(x.dtype) for factor in (self.a, self.b))
-        low = product(dot_of_rows(x, a), b, wide)
-        return product(x, kernel, wide) + self.scale * low
+        low = matmul(flat_matmul(x, a), b, float32_output)
+        return matmul(x, kernel, float32_output) + self.scale * low
 
 
 def add_adapters(model: nnx.Module, cfg: LoRAConfig, *, rngs: nnx.Rngs) -> None:

@@ -27,7 +27,7 @@ from janus_jax.interop.load import (
     open_folder,
 )
 from janus_jax.models.janus import Janus, JanusConfig
-from janus_jax.models.remat import REMATS
+from janus_jax.models.remat import REMAT_CHOICES
 from janus_jax.paths import check_local
 from janus_jax.processing.processor import Processor
 from janus_jax.progress import Progress
@@ -304,7 +304,7 @@ def check_settings(cfg) -> None:
         raise ValueError(f"eval_every={cfg.eval_every} needs an eval_mixture, got none")
     if cfg.sample_every and not (cfg.prompts or cfg.questions):
         raise ValueError(f"sample_every={cfg.sample_every} needs prompts or questions, got none")
-    for name, known in dict(dtype=DTYPES, model_dtype=DTYPES, remat=REMATS).items():
+    for name, known in dict(dtype=DTYPES, model_dtype=DTYPES, remat=REMAT_CHOICES).items():
         if cfg[name] not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, got {cfg[name]!r}")
     weights = cfg.loss_weights.to_dict()
