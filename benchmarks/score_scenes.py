@@ -82,7 +82,7 @@ def score_split(pipeline: Pipeline, split: str, drawing: ImageDefaults) -> dict:
     by_kind = {}
     for kind in scenes.KINDS:
         if prompts := split_prompts(split, kind)[1]:
-            score = score_images(pipeline, prompts, SEED, **settings._asdict())
+            score = score_images(pipeline, prompts, SEED, **drawing._asdict())
             by_kind[kind] = dict(prompts=len(prompts), score=round(score, 4))
     mean = np.mean([entry["score"] for entry in by_kind.values()])
     shared = [by_kind[kind]["score"] for kind in by_kind if scenes.prompts("held_out", kind)]

@@ -25,7 +25,7 @@ import jax
 from jax.experimental import topologies
 
 from janus_jax.sharding import make_mesh
-from janus_jax.training.memory import held, step_bytes
+from janus_jax.training.memory import array_bytes, step_bytes
 from janus_jax.training.setup import Setup
 
 SETTINGS = ("batch_size", "accumulate", "seq_len", "remat", "lora_rank")
@@ -43,7 +43,7 @@ def measure(config: str, device: str, changed: dict) -> dict:
     cfg.update(changed | dict(mesh="data=1"))
     chips = topologies.get_topology_desc(platform="tpu", topology_name=f"{device}:2x2").devices
     setup = dataclasses.replace(Setup.from_config(cfg), mesh=make_mesh(devices=chips[:1]))
-    sizes, start = held(setup), time.monotonic()
+    sizes, start = array_bytes(setup), time.monotonic()
     step = step_bytes(setup)
     return dict(
         config=config,
@@ -51,7 +51,7 @@ def measure(config: str, device: str, changed: dict) -> dict:
         device=device,
         jax=jax.__version__,
         **{name: cfg[name] for name in SETTINGS},
-        held_gb={name: round(size / 1e9, 3) for name, size in sizes.items()},
+        arrays_gb={name: round(size / 1e9, 3) for name, size in sizes.items()},
         step_gb=round(step / 1e9, 3),
         total_gb=round((sum(sizes.values()) + step) / 1e9, 3),
         compile_s=round(time.monotonic() - start, 1),

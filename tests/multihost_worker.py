@@ -1,4 +1,4 @@
-"""train.py as tests/test_multihost.py starts it, which also notes the records of every step.
+"""train.py for tests/test_multihost.py, which also writes the records of every step to a file.
 
 python tests/multihost_worker.py --config=tests/multihost_worker.py:OUTPUT --coordinator=...
 With FAILS=N in the environment, process N fails at its second step.
@@ -18,14 +18,14 @@ from janus_jax.training.metrics import Log
 
 
 def get_config(output: str) -> ConfigDict:
-    """Eight rows of two streams."""
+    """Returns a config with eight rows from two streams."""
     config = small_config(Path(output), batch_size=8, streams=2)
     config.eval_mixture = config.mixture
     return config
 
 
 def noting(output: Path) -> Callable:
-    """A Log.step that also writes a line [step, records] into OUTPUT/records-PROCESS.jsonl."""
+    """Returns a Log.step that also appends [step, records] to OUTPUT/records-PROCESS.jsonl."""
     report = Log.step
 
     def step(log: Log, number: int, metrics: dict, records: list, flops: float) -> None:

@@ -1,4 +1,4 @@
-"""Settings of runs that tests can afford: a small checkpoint, small rows of drawn scenes."""
+"""Configs of small runs for tests: a small checkpoint and short rows of synthetic scenes."""
 
 from pathlib import Path
 
@@ -10,12 +10,12 @@ SMALL = Path(__file__).parent / "golden" / "janus_small"
 
 
 def get_config() -> ConfigDict:
-    """For train.py --config=tests/stage_configs.py."""
+    """The config of train.py --config=tests/stage_configs.py."""
     return small_config(Path("runs/small"))
 
 
 def small_config(output: Path, **changed) -> ConfigDict:
-    """One device unless `mesh` says otherwise; float32."""
+    """Returns a float32 config for one device, with changed settings."""
     config = base_config()
     config.update(
         init=str(SMALL),

@@ -1,4 +1,4 @@
-"""--dry_run: what is printed and written before anything is trained."""
+"""--dry_run: the printed lines and the written rows."""
 
 import json
 import re
@@ -21,13 +21,14 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
 def files_of_a_run_before(folder: Path) -> Path:
-    """Writes what a dry run leaves, of more rows and images; returns a file that is none of it.
+    """Writes the files of an earlier dry run with more rows and images.
 
-    Its list names a record that was mended meanwhile.
+    Its list of skipped records has one that has been fixed since. Returns a file that is not from
+    a dry run and must be kept.
     """
     bad = dict(source="understanding", record="x:1", reason="malformed", detail="")
     files = {"skipped-000.jsonl": json.dumps(bad) + "\n", "row-0/note.txt": "mine"}
-    for name in ("row-0/seen-99.png", "row-7/generated-0.png", "row-7/examples.txt"):
+    for name in ("row-0/input-99.png", "row-7/generated-0.png", "row-7/examples.txt"):
         files[name] = "old"
     for name, text in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -41,24 +42,25 @@ def test_a_dry_run_tells_what_the_run_would_do_and_trains_nothing(tmp_path):
     kept = files_of_a_run_before(tmp_path / "dry_run" / "host-0")
     lines = list(dry_run(config))
     assert kept.exists() and not (tmp_path / "dry_run" / "host-0" / "row-7").exists()
-    assert not any("left out" in line for line in lines)
+    assert not any("skipped" in line for line in lines)
     trained, frozen = Setup.from_config(config).shapes
     number = sum(leaf.size for leaf in trained.values())
-    assert lines[0] == f"trained: {number:,} parameters (gen_head {number:,})"
+    assert lines[0] == f"trainable: {number:,} parameters (gen_head {number:,})"
     assert lines[1].startswith(f"frozen: {sum(leaf.size for leaf in frozen.values()):,} param")
-    held = re.match(r"held by each device: \S+ GB \(masters (\S+), optimizer (\S+),", lines[2])
-    masters, optimizer = map(float, held.groups())
-    assert abs(optimizer - 2 * masters) < 0.0015
-    assert re.match(r"a step takes 0\.\d{3} GB more on each", lines[3])
-    assert lines[4].startswith("first step: 4 rows on this host, ")
+    sizes = re.match(r"arrays on each device: \S+ GB \(params (\S+), optimizer (\S+),", lines[2])
+    params, optimizer = map(float, sizes.groups())
+    assert abs(optimizer - 2 * params) < 0.0015
+    assert re.match(r"temporary memory of a step: 0\.\d{3} GB, as XLA plans it for cpu$", lines[3])
+    assert lines[4].startswith("first batch: 4 rows on this host, ")
     assert [path.name for path in tmp_path.iterdir()] == ["dry_run"]
     folders = [tmp_path / "dry_run" / "host-0" / f"row-{row}" for row in range(4)]
     text = "".join((folder / "examples.txt").read_text() for folder in folders)
-    assert "<begin_of_image>[[<generated>]]" in text
-    assert re.search(r"<seen>.*<\|Assistant\|>:\[\[ .*<｜end▁of▁sentence｜>\]\]", text, re.DOTALL)
+    assert "<begin_of_image>[[<generated image>]]" in text
+    answer = r"<input image>.*<\|Assistant\|>:\[\[ .*<｜end▁of▁sentence｜>\]\]"
+    assert re.search(answer, text, re.DOTALL)
     images = [path for folder in folders for path in sorted(folder.glob("*.png"))]
-    assert {path.name.partition("-")[0] for path in images} == {"seen", "generated"}
-    assert len(images) == text.count("<seen>") + text.count("<generated>")
+    assert {path.name.partition("-")[0] for path in images} == {"input", "generated"}
+    assert len(images) == text.count("<input image>") + text.count("<generated image>")
     for path in images:
         image = np.asarray(Image.open(path))
         assert image.shape == (64, 64, 3) and len(np.unique(image)) > 2

@@ -1,4 +1,4 @@
-"""A checkpoint that cannot be written ends the run in one line; the one before stays whole."""
+"""A checkpoint that cannot be written ends the run with a one-line error; earlier ones are kept."""
 
 import errno
 import os
@@ -27,7 +27,7 @@ def names(folder: Path) -> list[str]:
 def test_room_for_a_checkpoint_is_checked_before_the_first_step(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=50_000)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=FULL.format(tmp_path, "there is no whole checkpoint yet")):
+    with pytest.raises(OSError, match=FULL.format(tmp_path, "there is no complete checkpoint yet")):
         train_stage(small_config(tmp_path, **SETTINGS))
     assert not names(tmp_path / "checkpoints") and METRICS not in names(tmp_path)
 
@@ -36,14 +36,14 @@ def test_the_disk_is_full_while_a_checkpoint_is_written(tmp_path, monkeypatch, c
     write = checkpoints.write_sums
 
     def write_first(folder: Path) -> None:
-        """In the thread that writes the checkpoint, as its last file."""
+        """Called in the thread that writes the checkpoint, for its last file."""
         if folder.name.startswith("1."):
             write(folder)
         else:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoints, "write_sums", write_first)
-    last = "the last whole checkpoint is step 1"
+    last = "the last complete checkpoint is step 1"
     with pytest.raises(OSError, match=FULL.format(tmp_path, last)):
         train_stage(small_config(tmp_path, **SETTINGS))
     assert names(tmp_path / "checkpoints") == ["1"] and not (tmp_path / "model").exists()
@@ -72,7 +72,7 @@ echo $? $(ls {folder}/run/checkpoints)
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root mounts a small disk")
 @pytest.mark.parametrize("size", ["150k", "330k", "480k", "640k", "900k"])
 def test_a_small_disk(size, tmp_path):
-    """It becomes full before, while or after a checkpoint is written, depending on the size."""
+    """Depending on its size, the disk is full before, during or after writing a checkpoint."""
     folder = tmp_path / "disk"
     folder.mkdir()
     script = SMALL_DISK.format(size, folder=folder)
@@ -82,4 +82,4 @@ def test_a_small_disk(size, tmp_path):
     *_, last = said = Path(f"{folder}.err").read_text().splitlines()
     assert status == 2 and steps == list(range(1, len(steps) + 1))
     assert last.startswith("train.py: the disk of ") and "Traceback" not in "".join(said)
-    assert f"the last whole checkpoint is step {steps[-1]}; free" in last
+    assert f"the last complete checkpoint is step {steps[-1]}; free" in last

@@ -1,4 +1,4 @@
-"""A run that is killed again and again ends with the weights of one that was not: slow, minutes."""
+"""A run that is killed repeatedly ends with the weights of an uninterrupted one (slow: minutes)."""
 
 import os
 import random
@@ -31,14 +31,14 @@ ENVIRONMENT = os.environ | {
 }
 
 
-def begun(output: Path, cache: Path) -> subprocess.Popen:
+def start_run(output: Path, cache: Path) -> subprocess.Popen:
     environment = ENVIRONMENT | {"JAX_COMPILATION_CACHE_DIR": str(cache)}
     command = [*COMMAND, f"--config.output={output}"]
     return subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
 
 
 def lines(folder: Path) -> int:
-    """Steps that were logged."""
+    """Returns the number of logged steps."""
     path = folder / "metrics.jsonl"
     return path.read_text().count('"learning_rate"') if path.exists() else 0
 
@@ -51,12 +51,12 @@ def weights(folder: Path) -> dict[str, np.ndarray]:
 @pytest.mark.slow
 def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
     whole, killed, cache = (tmp_path / name for name in ("whole", "killed", "cache"))
-    assert begun(whole, cache).wait(timeout=600) == 0
+    assert start_run(whole, cache).wait(timeout=600) == 0
     rng, kills, saved = random.Random(0), 0, set()
     while kills < KILLS:
         logged = lines(killed)
-        process = begun(killed, cache)
-        # from before the first step of a start to some saves later
+        process = start_run(killed, cache)
+        # some kills come before the first step of a start, some after several checkpoints
         until, steps = time.monotonic() + 300, rng.randrange(8)
         while lines(killed) < logged + steps and process.poll() is None:
             assert time.monotonic() < until
@@ -67,7 +67,7 @@ def test_killed_at_random_moments_it_ends_with_the_same_weights(tmp_path):
         assert done == -signal.SIGKILL, f"the run had ended before kill {kills + 1}: more steps"
         kills += 1
         saved |= {path.name for path in (killed / "checkpoints").glob("[0-9]*")}
-    assert begun(killed, cache).wait(timeout=600) == 0
+    assert start_run(killed, cache).wait(timeout=600) == 0
     found, want = weights(killed / "model"), weights(whole / "model")
     assert found.keys() == want.keys()
     for path in want:

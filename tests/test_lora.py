@@ -15,7 +15,7 @@ from janus_jax.models.linear import linear
 from janus_jax.models.llama import LlamaConfig
 from janus_jax.models.siglip import SiglipConfig
 from janus_jax.models.vq import VQConfig
-from janus_jax.training.lora import ADAPTERS, LoRAConfig, LoRADot, add_adapters, factors_of
+from janus_jax.training.lora import ADAPTERS, LoRAConfig, LoRADot, add_adapters, lora_factors
 from janus_jax.training.state import split_model
 
 CONFIG = LoRAConfig(3, 6.0, r"language_model\.layers\.\d+\.(self_attn\.[qo]_proj|mlp\.down_proj)")
@@ -144,7 +144,7 @@ def test_new_adapters_change_nothing(new, plain):
 
 def summed_kernels(adapters: nnx.State, frozen: nnx.State) -> dict[str, np.ndarray]:
     """W + scale A B of every adapted layer, by the path of W."""
-    kernels, factors = by_path(frozen), factors_of(by_path(adapters))
+    kernels, factors = by_path(frozen), lora_factors(by_path(adapters))
     return {path: kernels[path] + CONFIG.scale * a @ b for path, (a, b) in factors.items()}
 
 
@@ -212,9 +212,9 @@ def test_a_model_of_shapes_alone_is_adapted(new):
         (dict(rank=0), "rank must be an integer of at least 1, got 0"),
         (dict(rank=2.0), "rank must be an integer of at least 1, got 2.0"),
         (dict(rank=True), "rank must be an integer of at least 1, got True"),
-        (dict(alpha=0), "alpha must be a number above 0, got 0"),
-        (dict(alpha=float("nan")), "alpha must be a number above 0, got nan"),
-        (dict(alpha="8"), "alpha must be a number above 0, got '8'"),
+        (dict(alpha=0), "alpha must be a positive number, got 0"),
+        (dict(alpha=float("nan")), "alpha must be a positive number, got nan"),
+        (dict(alpha="8"), "alpha must be a positive number, got '8'"),
         (dict(targets="q_proj("), "targets must be a regular expression, got 'q_proj\\(': "),
         (dict(targets=None), "targets must be a regular expression, got None: "),
     ],
@@ -230,9 +230,9 @@ def test_settings_that_cannot_be_are_refused(changes, message):
     [
         ("q_proj", "targets must match a linear layer, got 'q_proj'"),
         (r"language_model\.norm", "targets must match a linear layer, got"),
-        (r"language_model\..*", "language_model.lm_head is a head whose kernel is read without"),
-        (r"gen_head\.(proj|out)", "gen_head.out is a head whose kernel is read without a call"),
-        (r"gen_vq\..*", r"gen_vq\.\S+ is of the tokenizer, which is never trained"),
+        (r"language_model\..*", "language_model.lm_head is a head that is never called, only"),
+        (r"gen_head\.(proj|out)", "gen_head.out is a head that is never called, only its"),
+        (r"gen_vq\..*", r"gen_vq\.\S+ belongs to the image tokenizer, which is never"),
     ],
 )
 def test_layers_that_cannot_be_adapted_are_named(targets, message):
@@ -246,5 +246,5 @@ def test_layers_that_cannot_be_adapted_are_named(targets, message):
 def test_a_second_adapter_is_refused():
     model = nnx.merge(*tiny_shapes())
     add_adapters(model, CONFIG, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"down_proj has an adapter already"):
+    with pytest.raises(ValueError, match=r"down_proj already has an adapter"):
         add_adapters(model, CONFIG, rngs=nnx.Rngs(0))

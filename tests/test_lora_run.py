@@ -1,4 +1,4 @@
-"""A LoRA run of a stage: what it trains, its adapter in PEFT's format, its merged model."""
+"""A LoRA run of a stage: trainable parameters, adapter in PEFT's format, merged model."""
 
 import json
 import re
@@ -24,7 +24,7 @@ TARGETS = r"language_model\.layers\.\d+\.self_attn\.[qv]_proj|und_encoder\.block
 
 @pytest.fixture(scope="module")
 def lora_run(tmp_path_factory):
-    """Settings and output of two steps that began with a folder in transformers' layout."""
+    """Settings and output of a run of two steps from a folder in transformers' layout."""
     folder = tmp_path_factory.mktemp("lora")
     export_folder(SMALL, folder / "base", "transformers", overwrite=False)
     changed = dict(init=str(folder / "base"), lora_rank=2, lora_alpha=3.0, lora_targets=TARGETS)

@@ -1,4 +1,4 @@
-"""The log of a run: its lines, what a resumed run keeps of them, and the figure of utilisation."""
+"""The log of a run: its lines, what a resumed run keeps of them, and the MFU."""
 
 import dataclasses
 import json
@@ -25,7 +25,7 @@ def _metrics(
     sums=(8.0, 0.0, 6.0),
     counts=(4.0, 0.0, 3.0),
     tokens=100.0,
-    places=128.0,
+    positions=128.0,
     grad_norm=0.5,
     weight=None,
     param_norm=1.0,
@@ -39,7 +39,7 @@ def _metrics(
         weight=sum(counts) if weight is None else weight,
         param_norm=param_norm,
         tokens=tokens,
-        places=places,
+        positions=positions,
         learning_rate=0.25,
     )
     return {
@@ -60,7 +60,7 @@ def _lines(folder) -> list[dict]:
 
 
 def _events(folder) -> list[Event]:
-    """TFRecord framing: length, its checksum, the event, its checksum."""
+    """Reads the events. TFRecord framing: length, its checksum, the event, its checksum."""
     found = []
     for path in sorted((folder / EVENTS).iterdir()):
         data, start = path.read_bytes(), 0
@@ -82,16 +82,16 @@ def _logged(folder) -> list[tuple[int, str, float]]:
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Seconds of the log's clock, set by the test."""
+    """The clock of the log, in seconds, set by the test."""
     clock = types.SimpleNamespace(now=1000.0)
     monkeypatch.setattr(metrics, "time", types.SimpleNamespace(monotonic=lambda: clock.now))
     return clock
 
 
-def _run(folder, clock, steps, *, seconds=2.0, log_every=2, first=0, peak=1e6, total=5):
-    with Log(folder, total, log_every, peak, first, dict) as log:
-        for step in range(first + 1, first + 1 + steps):
-            clock.now += 60 if step == first + 1 else seconds  # the first one is compiled
+def _run(folder, clock, steps, *, seconds=2.0, log_every=2, start=0, peak=1e6, total=5):
+    with Log(folder, total, log_every, peak, start, dict) as log:
+        for step in range(start + 1, start + 1 + steps):
+            clock.now += 60 if step == start + 1 else seconds  # the first step is compiled
             log.step(step, _metrics(loss=float(step)), [["a"]], flops=3e5)
 
 
@@ -174,7 +174,7 @@ def test_what_is_left_out_is_told_when_it_has_changed(tmp_path, caplog):
     with Log(tmp_path, 9, 2, None, 0, lambda: dict(counts)) as log:
         log.step(1, _metrics(), [], 0.0)
         counts["a/b"] = {"missing file": 12, "empty text": 1}
-        for step in (2, 3, 4):  # no more at 4, and nothing is told at 3
+        for step in (2, 3, 4):  # unchanged at 4, and no line at 3
             log.step(step, _metrics(), [], 0.0)
         log.skipped(4, {}, "eval/skipped")
         counts["c"] = {"malformed": 1}
@@ -187,8 +187,8 @@ def test_what_is_left_out_is_told_when_it_has_changed(tmp_path, caplog):
         {"step": 6, **first, "skipped/c/malformed": 1},
         {"step": 6, "eval/skipped/malformed": 2},
     ]
-    told = "step 2/9  skipped/a/b/missing_file 12  skipped/a/b/empty_text 1"
-    assert caplog.messages.count(told) == 1
+    message = "step 2/9  skipped/a/b/missing_file 12  skipped/a/b/empty_text 1"
+    assert caplog.messages.count(message) == 1
     logged = {name for _, name, _ in _logged(tmp_path)}
     assert {*first, "skipped/c/malformed", "eval/skipped/malformed"} <= logged
 
@@ -197,8 +197,8 @@ def test_a_resumed_run_takes_out_what_came_after_its_checkpoint(tmp_path, clock)
     _run(tmp_path, clock, 5)
     kept = _lines(tmp_path)[:2]
     with (tmp_path / METRICS).open("a") as file:
-        file.write('{"step": 1, "lo')  # killed while it wrote
-    _run(tmp_path, clock, 3, first=2)
+        file.write('{"step": 1, "lo')  # killed while writing a line
+    _run(tmp_path, clock, 3, start=2)
     lines = _lines(tmp_path)
     assert lines[:2] == kept
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
@@ -227,7 +227,7 @@ def test_a_log_that_needs_no_cut_is_left_as_it_is(tmp_path):
     ],
 )
 def test_a_loss_or_norm_that_is_not_finite_stops_with_step_and_records(tmp_path, wrong):
-    no_utf_8 = "b:\udce9"  # as a name of a file may be
+    no_utf_8 = "b:\udce9"  # a file name need not be UTF-8
     records = [[f"a:{number}" for number in range(6)], ["b:0", "b:1", no_utf_8], []]
     with Log(tmp_path, 9, 1, None, 0, dict) as log:
         log.step(1, _metrics(), [], 0.0)
@@ -238,7 +238,7 @@ def test_a_loss_or_norm_that_is_not_finite_stops_with_step_and_records(tmp_path,
     assert f"{name} {value}" in message and "understanding 2 " in message
     listed = tmp_path / "not_finite-2-000.txt"
     shown = "a:0, a:1, a:2, a:3, a:4, a:5, b:0, b:1 and 1 more"
-    assert message.endswith(f"at step 2, of records {shown}, listed in {listed}")
+    assert message.endswith(f"at step 2; records in the batch: {shown}; all are listed in {listed}")
     assert listed.read_text("utf-8", "surrogateescape").split() == [*records[0], *records[1]]
     assert "\n" not in message
     assert [line["step"] for line in _lines(tmp_path)] == [1]
@@ -252,7 +252,8 @@ def test_other_processes_check_and_write_nothing_but_their_bad_records(tmp_path,
         log.images(1, "drawn", np.zeros((1, 2, 2, 3), np.uint8))
         log.text(1, "answers", "a cat")
         assert not (tmp_path / "run").exists()
-        with pytest.raises(FloatingPointError, match=r"at step 2, of records c:3, listed in "):
+        message = r"at step 2; records in the batch: c:3; all are listed in "
+        with pytest.raises(FloatingPointError, match=message):
             log.step(2, _metrics(loss=float("nan")), [["c:3"]], 0.0)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["not_finite-2-001.txt"]
 
@@ -274,7 +275,7 @@ def test_scalars_images_and_texts_are_there_under_their_names(tmp_path):
 
 
 def _small() -> JanusConfig:
-    """Two layers of width 8 with 2 heads, MLP 12, vocabulary 20; SigLIP as wide, 4 patches."""
+    """A decoder of 2 layers, width 8, 2 heads, MLP 12, 20 tokens; SigLIP of width 8, 4 patches."""
     tiny = JanusConfig.janus_tiny()
     return dataclasses.replace(
         tiny,
@@ -294,7 +295,7 @@ def small():
     return nnx.merge(*abstract(_small()))
 
 
-# by hand: matrices of the parts that _small describes
+# parameters of the matrices of _small, counted by hand
 _LAYER = 2 * 8 * 8 + 2 * 8 * 4 + 3 * 8 * 12  # q, o; k, v of one head; gate, up, down
 _BLOCK = 4 * 8 * 8 + 2 * 8 * 12
 _PATCH_EMBED = 16 * 16 * 3 * 8
@@ -338,14 +339,14 @@ def test_rows_cost_what_they_hold_and_padding_nothing():
         gen_mask=np.array([[0, 0, 0, 0, 1, 0, 0]], bool),
         loss_mask=np.array([[0, 0, 0, 1, 0, 0, 0]], bool),
     )
-    # 5 tokens; 1 + 2 + 3 and 1 + 2 pairs; 2 patches; 1 drawn and to be drawn; 1 of text
+    # 5 tokens; 1 + 2 + 3 and 1 + 2 pairs; 2 patches; 1 generated token and target; 1 text target
     assert cost(rows) == 5 + 9e2 + 2e4 + 1e5 + 1e6 + 1e7
 
 
 def test_a_parameter_of_no_known_part_is_refused(small):
     _, params, frozen = nnx.split(small, lambda path, _: path[0] == "gen_head", ...)
     frozen["other"] = frozen["gen_embed"]
-    with pytest.raises(ValueError, match=r"known part of Janus, got other\.embedding"):
+    with pytest.raises(ValueError, match=r"known part of Janus has the parameter other\.embedding"):
         step_flops(_small(), dict(flat(params)), dict(flat(frozen)))
 
 

@@ -1,4 +1,4 @@
-"""Two processes of four devices train as one process does: losses, records, stops, failures."""
+"""Two processes with four devices each train as one process does; stopping and failures."""
 
 import contextlib
 import json
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")  # as in the processes
 
 ROOT = Path(__file__).parents[1]
 WORKER = "tests/multihost_worker.py"
-SECONDS = 600  # after which a process is killed; all of this file takes one
+SECONDS = 600  # timeout of a process
 
 
 def free_port() -> int:
@@ -38,7 +38,7 @@ def free_port() -> int:
 
 def environment(**more: str) -> dict[str, str]:
     flags = "--xla_force_host_platform_device_count=4"
-    # on a busy machine the threads of a process may be long apart
+    # on a busy machine the threads of a process may reach a collective at very different times
     flags += " --xla_cpu_collective_call_terminate_timeout_seconds=600"
     settings = dict(
         JAX_PLATFORMS="cpu",
@@ -51,14 +51,14 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def by_flags(port: int, process: int) -> tuple[list[str], dict[str, str]]:
-    """Flags and environment with which a process finds the other."""
+    """Returns flags and environment of a process that is started with --coordinator."""
     flags = [f"--coordinator=localhost:{port}", "--num_processes=2", f"--process_id={process}"]
     return flags, {}
 
 
 def by_slurm(port: int, process: int) -> tuple[list[str], dict[str, str]]:
-    """As by_flags, but by what Slurm tells."""
-    told = dict(
+    """Returns flags and environment of a process that Slurm starts."""
+    variables = dict(
         SLURM_JOB_ID="1",
         SLURM_STEP_NODELIST="localhost,other",
         SLURM_NTASKS="2",
@@ -66,24 +66,24 @@ def by_slurm(port: int, process: int) -> tuple[list[str], dict[str, str]]:
         SLURM_LOCALID="0",
         JAX_COORDINATOR_PORT=str(port),
     )
-    return ["--distributed"], told
+    return ["--distributed"], variables
 
 
 @contextlib.contextmanager
 def two_processes(
     output: Path, slurm: bool = False, fails: str = "", **settings
 ) -> Iterator[list[subprocess.Popen]]:
-    """Processes 0 and 1 of a run into `output`; they end with the context at the latest.
+    """Starts processes 0 and 1 of a run into `output`, and kills them when the context ends.
 
-    slurm: whether they find each other by what Slurm tells them, or by flags.
+    slurm: whether they find each other through Slurm's variables instead of flags.
     """
     command = [sys.executable, WORKER, f"--config={WORKER}:{output}"]
     command += [f"--config.{name}={value}" for name, value in settings.items()]
     port, started = free_port(), []
     try:
         for process in range(2):
-            flags, told = by_slurm(port, process) if slurm else by_flags(port, process)
-            settings = dict(cwd=ROOT, env=environment(FAILS=fails, **told))
+            flags, variables = by_slurm(port, process) if slurm else by_flags(port, process)
+            settings = dict(cwd=ROOT, env=environment(FAILS=fails, **variables))
             with open(f"{output}.{process}.log", "w") as file:
                 one = subprocess.Popen([*command, *flags], stdout=file, stderr=file, **settings)
             started.append(one)
@@ -95,7 +95,7 @@ def two_processes(
 
 
 def ended(processes: list[subprocess.Popen], output: Path) -> list[tuple[int, str]]:
-    """Exit statuses, and what was said."""
+    """Waits for the processes; returns their exit statuses and output."""
     for one in processes:
         one.wait(SECONDS)
     said = [Path(f"{output}.{process}.log").read_text() for process in range(2)]
@@ -113,7 +113,7 @@ def losses(output: Path) -> dict[int, float]:
 
 
 def records(output: Path, processes: int) -> dict[int, list[list[str]]]:
-    """By step, the records of each row, those of process 0 first."""
+    """Returns the records of each row by step, those of process 0 first."""
     found: dict[int, list[list[str]]] = {}
     for process in range(processes):
         for line in (output / f"records-{process}.jsonl").read_text().splitlines():
@@ -127,7 +127,7 @@ def saved_steps(output: Path) -> list[int]:
 
 
 def train_here(output: Path, **settings) -> None:
-    """In this process, which has eight devices."""
+    """Trains in this process, which has eight devices."""
     config = multihost_worker.get_config(str(output))
     config.update(settings)
     with pytest.MonkeyPatch.context() as patch:
@@ -136,7 +136,7 @@ def train_here(output: Path, **settings) -> None:
 
 
 def assert_same_run(one: Path, processes: int, other: Path, steps: range) -> None:
-    """The other is of one process."""
+    """Compares losses and records; the other run is of one process."""
     found, expected = losses(one), losses(other)
     np.testing.assert_allclose(
         [found[step] for step in steps], [expected[step] for step in steps], rtol=1e-5
@@ -148,7 +148,7 @@ def assert_same_run(one: Path, processes: int, other: Path, steps: range) -> Non
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory) -> Path:
-    """A run of two processes that one of them was told to stop."""
+    """A run of two processes, stopped by a SIGTERM to one of them."""
     output = tmp_path_factory.mktemp("runs") / "stopped"
     with two_processes(output, mesh="data=2,fsdp=4", steps=1000) as processes:
         until = time.monotonic() + SECONDS
@@ -165,7 +165,7 @@ def stopped(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, stopped) -> Path:
-    """A run of one device that goes three steps further than the stopped one, without a stop."""
+    """An uninterrupted run on one device, three steps longer than the stopped one."""
     output = tmp_path_factory.mktemp("runs") / "whole"
     train_here(output, mesh="data=1", steps=saved_steps(stopped)[-1] + 3, save_every=2, keep=1000)
     return output
@@ -193,7 +193,7 @@ def test_one_process_goes_on_from_two(stopped, whole, tmp_path):
 
 
 def test_two_processes_go_on_from_one_and_write_the_model(whole, tmp_path):
-    """Found as Slurm tells; on another mesh; a damaged checkpoint is passed over."""
+    """Started by Slurm, on another mesh; a damaged checkpoint is skipped."""
     output, last = tmp_path / "run", saved_steps(whole)[-1]
     shutil.copytree(whole / "checkpoints" / "2", output / "checkpoints" / "2")
     (output / "checkpoints" / "4").mkdir()
@@ -211,7 +211,7 @@ def test_two_processes_go_on_from_one_and_write_the_model(whole, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_are_asked_as_one(tmp_path):
-    """The losses on held-out records, and what is drawn."""
+    """Compares the losses on held-out records and the generated images."""
     settings = dict(steps=1, eval_every=1, eval_batches=1, sample_every=1)
     one, other = tmp_path / "one", tmp_path / "other"
     with two_processes(one, mesh="fsdp=8", **settings) as processes:
@@ -245,7 +245,7 @@ def test_each_process_must_have_rows_of_its_own(tmp_path):
     output = tmp_path / "run"
     with two_processes(output, mesh="tensor=4") as processes:
         for status, said in ended(processes, output):
-            # the other may see process 0 go before it comes to say so
+            # process 1 may exit because of process 0 before it reports the error
             assert status < 0 or (status == 2 and "mesh must give each of 2" in said)
 
 
@@ -262,7 +262,7 @@ def test_a_mesh_for_one_process_is_any(tmp_path):
         (("here", 2, 0, False), "coordinator must be HOST:PORT, got 'here'"),
         ((":80", 2, 0, False), "coordinator must be HOST:PORT, got ':80'"),
         (("here:x", 2, 0, False), "coordinator must be HOST:PORT, got 'here:x'"),
-        (("here:1", 2, 0, True), "distributed must be given alone, got coordinator=here:1"),
+        (("here:1", 2, 0, True), "cannot be combined with other flags, got coordinator=here:1"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, message):
@@ -275,7 +275,7 @@ def test_an_output_folder_that_is_not_shared(monkeypatch):
     other = np.array(500)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: np.stack([own, other]))
     check_shared(500)
-    with pytest.raises(ValueError, match=r"one and the same output folder, got .*: none, 500"):
+    with pytest.raises(ValueError, match=r"must see the same output folder, but .*: none, 500"):
         check_shared(None)
 
 
@@ -284,14 +284,14 @@ def test_others_that_nothing_tells_of(monkeypatch):
         raise ValueError("coordinator_address should be defined.")  # as JAX does
 
     monkeypatch.setattr(jax.distributed, "initialize", unknown)
-    with pytest.raises(ValueError, match=r"must be used on Cloud TPU, Slurm, .*, got none of them"):
+    with pytest.raises(ValueError, match=r"distributed requires Cloud TPU, .*, detected none"):
         initialize(None, None, None, True)
 
 
 def test_a_port_in_use_is_told_of():
     with socket.create_server(("", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
-        with pytest.raises(OSError, match=rf"able to listen .*, got .* for {address}"):
+        with pytest.raises(OSError, match=rf"cannot listen on the port of coordinator={address}: "):
             initialize(address, 2, 0, False)
 
 

@@ -17,7 +17,7 @@ from janus_jax.processing.prompt_settings import (
     janus_template,
     template_format,
 )
-from janus_jax.training.folders import Start
+from janus_jax.training.folders import TrainingFolders
 
 FORMATS = ("deepseek", "deepseek_old")
 OTHER = "{% for m in messages %}{{ '<|User|>: ' + m['content'] }}{% endfor %}{{ '<|Assistant|>:' }}"
@@ -243,4 +243,4 @@ def test_training_replaces_what_it_copied(tmp_path):
     output.mkdir()
     processor_files.copy_files(source, output)
     assert (output / "additional_chat_templates" / "rag.jinja").is_file()
-    Start.from_config(ConfigDict({"init": str(source), "output": str(output)}))
+    TrainingFolders.from_config(ConfigDict({"init": str(source), "output": str(output)}))

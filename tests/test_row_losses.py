@@ -20,9 +20,9 @@ from janus_jax.training.row_losses import cross_entropies, generated_indices, no
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 
-def plain(head, hidden, targets, wanted):
+def plain(head, hidden, targets, target_mask):
     losses = optax.softmax_cross_entropy_with_integer_labels(head(hidden), targets)
-    return jnp.where(wanted, losses, 0.0)
+    return jnp.where(target_mask, losses, 0.0)
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +31,20 @@ def problem():
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.standard_normal((3, 22, 8)), jnp.float32)
     targets = jnp.asarray(rng.integers(0, 50, (3, 22)))
-    wanted = rng.random((3, 22)) < 0.4
-    wanted[2] = False
-    return hidden, targets, jnp.asarray(wanted)
+    target_mask = rng.random((3, 22)) < 0.4
+    target_mask[2] = False
+    return hidden, targets, jnp.asarray(target_mask)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 22, 100])
 def test_chunks_give_the_plain_formula_and_its_gradients(problem, chunk):
-    hidden, targets, wanted = problem
+    hidden, targets, target_mask = problem
     kernel = jnp.asarray(np.random.default_rng(1).standard_normal((8, 50)), jnp.float32)
-    weights = jnp.asarray(np.random.default_rng(2).random(wanted.shape), jnp.float32)
+    weights = jnp.asarray(np.random.default_rng(2).random(target_mask.shape), jnp.float32)
 
     def weighed(formula, *more):
         def loss(kernel, hidden):
-            losses = formula(lambda x: x @ kernel, hidden, targets, wanted, *more)
+            losses = formula(lambda x: x @ kernel, hidden, targets, target_mask, *more)
             return jnp.sum(weights * losses), losses
 
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(kernel, hidden)
@@ -53,28 +53,28 @@ def test_chunks_give_the_plain_formula_and_its_gradients(problem, chunk):
     np.testing.assert_allclose(losses, want, rtol=1e-5, atol=1e-6)
     for grad, want_grad in zip(grads, want_grads, strict=True):
         np.testing.assert_allclose(grad, want_grad, rtol=1e-4, atol=1e-5)
-    assert not np.asarray(losses)[~np.asarray(wanted)].any()
+    assert not np.asarray(losses)[~np.asarray(target_mask)].any()
 
 
 def test_the_head_is_not_computed_where_no_target_is(problem):
-    hidden, targets, wanted = problem
+    hidden, targets, target_mask = problem
     computed = []
 
     def head(x):
         jax.debug.callback(lambda: computed.append(1))
         return x @ jnp.ones((8, 50), jnp.float32)
 
-    losses = jax.jit(lambda: cross_entropies(head, hidden, targets, wanted, 4))()
+    losses = jax.jit(lambda: cross_entropies(head, hidden, targets, target_mask, 4))()
     jax.block_until_ready(losses)
     jax.effects_barrier()
-    assert len(computed) == -(-int(wanted.sum(1).max()) // 4) < -(-22 // 4)
+    assert len(computed) == -(-int(target_mask.sum(1).max()) // 4) < -(-22 // 4)
 
 
 def test_a_whole_row_of_logits_never_exists(problem):
-    hidden, targets, wanted = problem
+    hidden, targets, target_mask = problem
 
     def loss(kernel):
-        return jnp.sum(cross_entropies(lambda x: x @ kernel, hidden, targets, wanted, 4))
+        return jnp.sum(cross_entropies(lambda x: x @ kernel, hidden, targets, target_mask, 4))
 
     text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((8, 50), jnp.float32)))
     assert "f32[3,4,50]" in text and "f32[3,22,50]" not in text and "f32[6,3,4,50]" not in text

@@ -1,4 +1,4 @@
-"""A run resumes from its folder as it was, or refuses a damaged file by name in one line."""
+"""A run resumes from its folder, or stops with a one-line error that names a damaged file."""
 
 import json
 import random
@@ -19,19 +19,19 @@ SETTINGS = dict(trained=r"gen_head\.", steps=4, save_every=1, keep=2)
 
 
 def tree(folder: Path) -> list[Path]:
-    """What is in a folder, but for the log of libraries: threads of earlier tests write there."""
+    """Returns the files in a folder without libraries.log, which earlier tests may still write."""
     return sorted(path for path in folder.rglob("*") if path.name != "libraries.log")
 
 
 def data_file(checkpoint: Path) -> Path:
-    """The file of a checkpoint that holds the arrays."""
+    """Returns the file of a checkpoint with the arrays."""
     files = (checkpoint / "state").rglob("d/*")
     return max(files, key=lambda path: path.stat().st_size)
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """A run with the checkpoints of steps 3 and 4."""
+    """A finished run with the checkpoints of steps 3 and 4."""
     output = tmp_path_factory.mktemp("run")
     train_stage(small_config(output, **SETTINGS))
     skipped = dict(source="text", record="a:1", reason="malformed", detail="")
@@ -41,7 +41,7 @@ def whole(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def output(whole, tmp_path) -> Path:
-    """A copy of it without the model."""
+    """A copy of the finished run without the model."""
     copy = tmp_path / "run"
     shutil.copytree(whole, copy, ignore=shutil.ignore_patterns("model"))
     return copy
@@ -49,9 +49,10 @@ def output(whole, tmp_path) -> Path:
 
 @pytest.fixture
 def resumed(monkeypatch):
-    """A function that resumes a run of a folder up to its next step.
+    """A function that resumes the run in a folder without training a step.
 
-    It returns the step, the state's arrays, the state of the rows and the lines of metrics.jsonl.
+    It returns the step, the arrays of the state, the state of the rows and the lines of
+    metrics.jsonl.
     """
     setups, found = {}, []
 
@@ -107,7 +108,7 @@ DAMAGE = {
 
 
 def test_a_damaged_checkpoint_is_passed_over(output, resumed, caplog):
-    """It is renamed, so that its step can be saved again."""
+    """The checkpoint is renamed, so that its step can be saved again."""
     expected = resumed(output)
     checkpoints = output / "checkpoints"
     shutil.copytree(checkpoints, output / "copy")
@@ -120,12 +121,12 @@ def test_a_damaged_checkpoint_is_passed_over(output, resumed, caplog):
         files = sorted(path.name for path in (checkpoints / "4").rglob("*"))
         caplog.clear()
         assert_same(resumed(output), at_3)
-        (said,) = [line.getMessage() for line in caplog.records if line.levelname == "WARNING"]
+        (text,) = [line.getMessage() for line in caplog.records if line.levelname == "WARNING"]
         name = "4.damaged" + (str(number) if number > 1 else "")
-        assert said.startswith(f"checkpoint {checkpoints / '4'} is damaged: ") and reason in said
-        assert said.endswith(f"; renamed it to {name}, resuming from step 3")
+        assert text.startswith(f"checkpoint {checkpoints / '4'} is damaged: ") and reason in text
+        assert text.endswith(f"; renamed it to {name}, resuming from step 3")
         assert sorted(path.name for path in (checkpoints / name).rglob("*")) == files
-    assert resumed(output)[0] == 3  # without a word
+    assert resumed(output)[0] == 3  # without a warning
 
 
 def test_a_run_with_a_damaged_checkpoint_ends_with_the_same_weights(whole, output):
@@ -134,7 +135,7 @@ def test_a_run_with_a_damaged_checkpoint_ends_with_the_same_weights(whole, outpu
     model = Path("model") / "model.safetensors"
     assert (output / model).read_bytes() == (whole / model).read_bytes()
     names = sorted(path.name for path in (output / "checkpoints").iterdir())
-    assert names == ["3", "4", "4.damaged"]  # `keep` counts two
+    assert names == ["3", "4", "4.damaged"]  # `keep` is 2 and does not count 4.damaged
 
 
 def test_a_checkpoint_without_sums_is_judged_by_reading_it(output, resumed, caplog):
@@ -150,8 +151,8 @@ def test_all_checkpoints_are_damaged(output, resumed):
     halved(data_file(output / "checkpoints" / "3"))
     shutil.rmtree(output / "checkpoints" / "4" / "state")
     before = tree(output)
-    told = r"all checkpoints in \S*checkpoints are damaged: 4 \(state is missing\), 3 \(state/"
-    with pytest.raises(ValueError, match=told):
+    message = r"all checkpoints in \S*checkpoints are damaged: 4 \(state is missing\), 3 \(state/"
+    with pytest.raises(ValueError, match=message):
         resumed(output)
     assert tree(output) == before
 
@@ -172,14 +173,14 @@ MUTATIONS = {
 
 
 def outcome(resumed, output: Path, path: Path) -> tuple | str:
-    """What was resumed, or the line that names the file."""
+    """Returns what was resumed, or the error message, which must name the file."""
     try:
         return resumed(output)
     except (ValueError, OSError) as error:
-        said = str(error)
-        assert str(output) in said and path.name in said, said
-        assert len(said) < 600 and "\n" not in said, said
-        return said
+        message = str(error)
+        assert str(output) in message and path.name in message, message
+        assert len(message) < 600 and "\n" not in message, message
+        return message
 
 
 @pytest.mark.parametrize("name", ["run.json", "metrics.jsonl", "skipped-000.jsonl"])
@@ -203,7 +204,7 @@ def test_a_file_with_other_content_is_resumed_from_or_named(name, output, resume
 
 @pytest.mark.slow
 def test_every_file_of_a_run_folder(output, resumed, capfd, tmp_path):
-    """Each mutation of each file: 40 files, ten mutations, a second each at most."""
+    """Tests ten mutations of each of 40 files; each takes at most a second."""
     expected, good = {4: resumed(output)}, tmp_path / "good"
     shutil.copytree(output, good)
     shutil.rmtree(output / "checkpoints" / "4")

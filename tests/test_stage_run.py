@@ -1,4 +1,4 @@
-"""Runs of a stage: saved, stopped, gone on with; what is written at their end."""
+"""Runs of a stage: checkpoints, stopping, resuming and the written model."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from janus_jax.interop.load import open_folder, stored_params
 from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.evaluation import prompt_images
 from janus_jax.training.metrics import Log
-from janus_jax.training.run import alone_in, train_stage
+from janus_jax.training.run import lock_folder, train_stage
 from janus_jax.training.setup import Setup
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -40,7 +40,7 @@ def assert_same(one, other):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run of four steps without a stop."""
+    """An uninterrupted run of four steps."""
     output = tmp_path_factory.mktemp("whole")
     train_stage(small_config(output))
     return output
@@ -55,21 +55,21 @@ def test_what_trains_changes_and_the_rest_is_as_it_was(whole):
 
 
 def test_sigterm_saves_and_the_run_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch):
-    seen = Log.step
+    log_step = Log.step
 
-    def told_to_stop(log, step, *rest):
-        seen(log, step, *rest)
-        if step == 1:  # is looked at while step 2 is under way
+    def log_and_stop(log, step, *rest):
+        log_step(log, step, *rest)
+        if step == 1:  # logged while step 2 runs
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(Log, "step", told_to_stop)
+    monkeypatch.setattr(Log, "step", log_and_stop)
     before = signal.getsignal(signal.SIGTERM)
     train_stage(small_config(tmp_path))
     assert signal.getsignal(signal.SIGTERM) is before
     assert not (tmp_path / "model").exists()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
     monkeypatch.undo()
-    train_stage(small_config(tmp_path, steps=2))  # what it has learned so far is wanted
+    train_stage(small_config(tmp_path, steps=2))  # writes the model of the stopped run
     assert (tmp_path / "model").exists() and len(lines(tmp_path)) == 2
     train_stage(small_config(tmp_path))
     assert_same(weights(tmp_path / "model"), weights(whole / "model"))
@@ -85,9 +85,10 @@ def test_a_finished_run_is_not_run_again(whole):
 
 
 def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_path):
-    """The first step has the learning rate 0, so what it saves is what the run began with."""
+    """The first step has learning rate 0, so its checkpoint has the initial weights."""
     config = small_config(tmp_path, learning_rate=1e30, warmup_steps=1, save_every=1)
-    with pytest.raises(FloatingPointError, match=r"at step 2, of records scenes:\w+:\d+, "):
+    message = r"at step 2; records in the batch: scenes:\w+:\d+, "
+    with pytest.raises(FloatingPointError, match=message):
         train_stage(config)
     listed = (tmp_path / "not_finite-2-000.txt").read_text().splitlines()
     assert len(listed) > 3 and all(line.startswith("scenes:") for line in listed)
@@ -101,7 +102,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_pa
 
 
 def test_the_newest_checkpoints_are_kept_and_each_is_good_to_go_on_from(whole, tmp_path):
-    """Step 4 took over the arrays that were being saved as step 3."""
+    """The arrays of step 3 are donated to step 4 while they are being saved."""
     config = small_config(tmp_path, save_every=1, keep=2)
     train_stage(config)
     checkpoints = tmp_path / "checkpoints"
@@ -112,9 +113,10 @@ def test_the_newest_checkpoints_are_kept_and_each_is_good_to_go_on_from(whole, t
 
 
 def test_a_run_does_not_go_back_nor_write_over_what_it_begins_with(whole):
-    with pytest.raises(ValueError, match="steps must be at least 4, where the run stands, got 3"):
+    rule = "steps must be at least 4, the step of the newest checkpoint, got 3"
+    with pytest.raises(ValueError, match=rule):
         train_stage(small_config(whole, steps=3))
-    with pytest.raises(ValueError, match="init must not be what the run will write, got "):
+    with pytest.raises(ValueError, match="init must not be the model folder in output, got "):
         train_stage(small_config(whole, init=str(whole / "model")))
 
 
@@ -127,7 +129,7 @@ def test_a_run_does_not_go_back_nor_write_over_what_it_begins_with(whole):
     ],
 )
 def test_a_run_goes_on_with_the_settings_it_began_with(whole, changed, message):
-    rule = "a run must go on with the settings it began with, those of .*run.json, got "
+    rule = "a resumed run must use the settings in .*run.json, got "
     with pytest.raises(ValueError, match=rule + message):
         train_stage(small_config(whole, steps=5, **changed))
 
@@ -169,14 +171,14 @@ def test_settings_may_be_mended_until_something_is_saved(tmp_path):
     missing = dict(sample_every=1, questions=(("no/image.png", "What is it?"),))
     with pytest.raises(FileNotFoundError, match=r"no/image\.png"):
         train_stage(small_config(tmp_path, **missing))
-    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 0  # it had begun
+    assert json.loads((tmp_path / "run.json").read_text())["seed"] == 0  # the run was started
     train_stage(small_config(tmp_path, seed=1))
     assert json.loads((tmp_path / "run.json").read_text())["seed"] == 1
 
 
 def test_a_run_does_not_write_over_what_is_no_runs(whole, tmp_path):
     (tmp_path / "model").mkdir()
-    rule = "output must be a new folder, or that of a run with its"
+    rule = "output must be a new folder, or that of a run with run.json and checkpoints, got "
     with pytest.raises(ValueError, match=rule):
         train_stage(small_config(tmp_path))
     (tmp_path / "other").mkdir()
@@ -186,16 +188,16 @@ def test_a_run_does_not_write_over_what_is_no_runs(whole, tmp_path):
     assert (tmp_path / "other" / "run.json").read_text() == '{"athlete": "J. Doe"}'
     setup = Setup.from_config(small_config(whole, trained=r"gen_head\."))
     with Checkpoints(whole / "checkpoints", 3) as checkpoints:
-        with pytest.raises(ValueError, match="4 does not hold what this config trains, or is dam"):
+        with pytest.raises(ValueError, match="4 does not match the parameters that this config"):
             checkpoints.restore(setup.abstract_state())
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
-    with alone_in(tmp_path / "new"):
+    with lock_folder(tmp_path / "new"):
         with pytest.raises(ValueError, match=f"^{tmp_path}/new is in use by another run;"):
             train_stage(small_config(tmp_path / "new"))
         assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
-    with alone_in(tmp_path / "new"):  # free again
+    with lock_folder(tmp_path / "new"):  # unlocked again
         pass
 
 
@@ -205,10 +207,10 @@ def test_a_moving_average_is_what_is_written(tmp_path):
     setup, path = Setup.from_config(config), "language_model.layers.0.mlp.up_proj.kernel"
 
     def newest():
-        """(parameter, average)"""
+        """Returns (parameter, moving average) of the newest checkpoint."""
         with Checkpoints(tmp_path / "checkpoints", 3) as checkpoints:
             state, _ = checkpoints.restore(setup.abstract_state())
-        return np.asarray(state.params[path]), np.asarray(state.average[path])
+        return np.asarray(state.params[path]), np.asarray(state.ema[path])
 
     train_stage(config)
     param, average = newest()
@@ -220,7 +222,7 @@ def test_a_moving_average_is_what_is_written(tmp_path):
     np.testing.assert_allclose(average, 0.75 * average_before + 0.25 * param, rtol=1e-6)
     assert not np.array_equal(param_before, param) and not np.array_equal(param, average)
     np.testing.assert_array_equal(weights(tmp_path / "model")[path], average)
-    train_stage(config)  # goes on from step 1
+    train_stage(config)  # resumes from step 1
     np.testing.assert_array_equal(newest(), (param, average))
 
 
@@ -248,10 +250,10 @@ def test_held_out_losses_images_and_answers_at_intervals(tmp_path):
     images = [np.asarray(Image.open(folder / f"prompt-{number}.png")) for number in (0, 1)]
     assert images[0].shape == (64, 64, 3) and not np.array_equal(*images)
     assert (folder / "answers.txt").read_text().startswith("docs/scene.png: What is it? -> ")
-    # as the model that was written draws
+    # the written model generates the same images
     janus = janus_jax.load(tmp_path / "model", dtype="float32")
-    drawn = janus.generate_images(list(config.prompts), seed=config.seed).pixels
-    np.testing.assert_array_equal(drawn, images)
+    pixels = janus.generate_images(list(config.prompts), seed=config.seed).pixels
+    np.testing.assert_array_equal(pixels, images)
 
 
 def test_the_held_out_loss_is_that_of_the_same_rows_each_time(tmp_path):

@@ -1,4 +1,4 @@
-"""The step of a stage: on meshes, in parts, with recomputation; what is frozen costs nothing."""
+"""The step of a stage: meshes, gradient accumulation, rematerialization, frozen parameters."""
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ def batch(config, tmp_path_factory):
 
 
 def gradients(cfg, batch):
-    """Gradients by path and losses of a config on one batch, on the host."""
+    """Returns gradients by path and losses of a config on one batch, on the host."""
     setup = Setup.from_config(cfg)
     trained, frozen = setup.load_trained(), setup.load_frozen()
     with default_promotion():  # as make_step has it
@@ -52,12 +52,12 @@ def plain(config, batch):
 
 
 def norm_of(grads) -> float:
-    """Of all gradients together, which are on the host."""
+    """Returns the global norm of gradients on the host."""
     return float(np.sqrt(sum(np.vdot(grad, grad) for grad in grads.values())))
 
 
 def assert_close(found, plain):
-    """To the rounding of float32 sums in another order."""
+    """Compares up to the rounding of float32 sums in a different order."""
     (grads, losses), (want_grads, want_losses) = found, plain
     for kind, (total, count) in want_losses.items():
         np.testing.assert_allclose(losses[kind][0], total, rtol=1e-5)
@@ -86,7 +86,7 @@ def test_a_step_is_one_of_the_optimizer_and_takes_the_state_over(config, batch, 
     assert norm > 1.5 * cfg.max_grad_norm
     params, opt_state = dict(trained), jax.jit(optimizer.init)(trained)
     state, step = setup.first_state(setup.load_trained()), setup.step()
-    for number in range(2):  # the first has the learning rate 0, where the warm-up begins
+    for number in range(2):  # the first has learning rate 0, the start of the warm-up
         params, opt_state = update(params, opt_state)
         before = state
         state, metrics = step(state, frozen, put_rows(batch, setup.mesh))
@@ -95,7 +95,7 @@ def test_a_step_is_one_of_the_optimizer_and_takes_the_state_over(config, batch, 
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
     assert int(state.step) == 2
     assert float(metrics["tokens"]) == (batch["segment_ids"] > 0).sum()
-    assert float(metrics["places"]) == batch["segment_ids"].size
+    assert float(metrics["positions"]) == batch["segment_ids"].size
     for path, want in params.items():
         np.testing.assert_allclose(state.params[path], want, rtol=1e-4, atol=2e-5, err_msg=path)
         assert not np.array_equal(state.params[path], trained[path])
@@ -120,7 +120,7 @@ def test_what_is_computed_again_gives_the_same_gradients(config, batch, plain, r
 
 def test_what_is_computed_again_is_not_kept(config, batch):
     def kept(remat):
-        """Bytes from the forward pass to the backward pass."""
+        """Returns the bytes kept from the forward pass for the backward pass."""
         setup = Setup.from_config(config(remat=remat))
         objective = setup.objective()
 
@@ -155,7 +155,7 @@ def test_the_objective_is_the_weighted_mean_over_all_targets(config, batch, plai
 
 
 def test_gradients_in_bfloat16_are_near_those_in_float32(config, batch, plain):
-    """Those of tables and heads, which are sums over tokens, as near as the kernels'."""
+    """Gradients of embeddings and heads, sums over tokens, are as accurate as those of kernels."""
     grads, _ = gradients(config(dtype="bfloat16"), batch)
     scale = norm_of(plain[0])
     for path, want in plain[0].items():
@@ -175,7 +175,7 @@ def test_what_is_frozen_has_no_gradient_no_optimizer_state_and_no_float32_copy(c
     numbers = sum(leaf.size for leaf in trained.values())
     state = setup.abstract_state()
     assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) == 2 * numbers + 2
-    # nor is there a product that gives a frozen kernel's gradient
+    # no matrix product computes the gradient of a frozen kernel
 
     def products(setup):
         step = jax.jit(setup.objective().gradients)
@@ -198,28 +198,28 @@ def test_no_step_reads_the_tokenizer_where_images_come_as_indices(config):
         (dict(init="no/folder"), "init must be a checkpoint folder: no/folder is not a folder"),
         (dict(batch_size=6, accumulate=4), "batch_size must be a multiple of data * fsdp *"),
         (dict(trained="nothing"), "no parameter path matches trained='nothing'"),
-        (dict(reinit="nothing"), "no parameter path that trains matches reinit='nothing'"),
+        (dict(reinit="nothing"), "no trainable parameter matches reinit='nothing'"),
         (dict(remat="some"), "remat must be one of none, dots, full, got 'some'"),
         (dict(dtype="float16"), "dtype must be one of float32, bfloat16, got 'float16'"),
         (dict(ema_decay=1.0), "ema_decay must be at least 0 and below 1, got 1.0"),
         (dict(accumulate=0), "accumulate must be at least 1, got 0"),
         (dict(trained=".*"), "trained must match no parameter of the image tokenizer, gen_vq, got"),
         (dict(eval_batches=0), "eval_batches must be at least 1, got 0"),
-        (dict(max_grad_norm=0.0), "max_grad_norm must be a number above 0, got 0.0"),
-        (dict(learning_rate=float("nan")), "learning_rate must be a number of at least 0, got nan"),
-        (dict(end_learning_rate=-3.0), "end_learning_rate must be a number of at least 0, got -3"),
-        (dict(weight_decay=-1.0), "weight_decay must be a number of at least 0, got -1.0"),
+        (dict(max_grad_norm=0.0), "max_grad_norm must be positive and finite, got 0.0"),
+        (dict(learning_rate=float("nan")), "learning_rate must be at least 0 and finite, got nan"),
+        (dict(end_learning_rate=-3.0), "end_learning_rate must be at least 0 and finite, got -3"),
+        (dict(weight_decay=-1.0), "weight_decay must be at least 0 and finite, got -1.0"),
         (dict(seed=2**32), "seed must be below 2**32, got 4294967296"),
         (dict(warmup_steps=10**6), "warmup_steps must be at least 0 and less than steps, got "),
-        (dict(learning_rate=1e-4), "end_learning_rate must be at most learning_rate (give both), "),
-        (dict(sample_every=5, prompts=()), "sample_every=5 needs prompts or questions, got none"),
+        (dict(learning_rate=1e-4), "end_learning_rate must be at most learning_rate (set both), "),
+        (dict(sample_every=5, prompts=()), "sample_every=5 requires prompts or questions, got"),
         (
             dict(trained=r"gen_head\.out", reinit=r"gen_head\."),
-            r"reinit must match nothing that is frozen, got 'gen_head\\.', which matches gen_head.",
+            r"reinit must not match a frozen parameter, got 'gen_head\\.', which matches gen_head.",
         ),
-        (dict(eval_every=5), "eval_every=5 needs an eval_mixture, got none"),
+        (dict(eval_every=5), "eval_every=5 requires eval_mixture, got none"),
         (dict(loss_weights=dict(understanding=1.0, text=1.0, generation=float("inf"))), "loss_w"),
-        (dict(lora_rank=4, trained="gen_head"), "with adapters nothing else is trained: lora_ta"),
+        (dict(lora_rank=4, trained="gen_head"), "trained cannot be combined with LoRA; set lora"),
         (dict(trained="("), "trained must be a regular expression, got '('"),
         (dict(lora_rank=4, lora_targets="x"), "targets must match a linear layer, got 'x'"),
     ],
@@ -233,11 +233,11 @@ def test_settings_that_cannot_be_trained_with_are_refused(config, changed, messa
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("loss_weights", ConfigDict(dict(text=1.0)), "loss_weights must be given for understandin"),
-        ("output", "", "output must be a folder to write to, got ''"),
+        ("loss_weights", ConfigDict(dict(text=1.0)), "loss_weights must have the keys understand"),
+        ("output", "", "output must be a writable folder, got ''"),
         ("output", "gs://bucket/run", "output must be a local path, got gs"),
         ("questions", ("a.png", "What?"), "questions must be pairs"),
-        ("output", __file__, "output must be a folder to write to, got "),
+        ("output", __file__, "output must be a writable folder, got "),
     ],
 )
 def test_settings_that_a_config_may_lack_are_refused(config, name, value, message):

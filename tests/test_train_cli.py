@@ -80,7 +80,7 @@ def trained(tmp_path_factory, quick_compiles) -> Path:
     small = dict(batch_size=2, init=folder / "refined", output=folder / "encoder")
     done = run(ENCODER, **SHORT, **small)
     assert done.returncode == 0, done.stderr
-    assert "step 2/2" in done.stderr and "images_right" in done.stderr
+    assert "step 2/2" in done.stderr and "image_accuracy" in done.stderr
     source, tokens = "scenes:generation/colors", f"jsonl:{folder / 'tokens'}"
     paths = ["--model", str(folder / "encoder"), "--source", source, "--output", tokens]
     tokenize_images.main([*paths, "--count", "8"])
@@ -194,7 +194,7 @@ def refused(train_one, cfg, capsys) -> str:
         (dict(crop=112), "crop must be a multiple of 16 and at most 96, got 112"),
         (dict(output="FOLDER/file"), "is a file, not a folder"),
         (dict(output="gs://bucket/run"), "output must be a local path, got "),
-        (dict(output="FOLDER/file/new"), "file is not a folder that can be written to"),
+        (dict(output="FOLDER/file/new"), "file is not a writable folder"),
     ],
 )
 def test_the_tokenizer_s_settings_are_checked_first(settings, message, tmp_path, capsys):
@@ -212,9 +212,9 @@ def test_the_tokenizer_s_settings_are_checked_first(settings, message, tmp_path,
     ("settings", "message"),
     [
         (dict(init="nowhere"), "init must be a checkpoint folder: "),
-        (dict(init="golden"), "init must be a model of 96 pixels a side, got 64 pixels"),
+        (dict(init="golden"), "init must be a model for images of 96 pixels a side, got 64"),
         (dict(init="empty"), "empty has no config.json"),
-        (dict(init="golden", output="golden"), "init and output must be two folders"),
+        (dict(init="golden", output="golden"), "init and output must be different folders"),
         (dict(batch_size=0), "batch_size must be at least 1, got 0"),
     ],
 )
@@ -237,15 +237,15 @@ def test_a_folder_of_other_things_is_not_replaced(tmp_path, golden):
     folder.mkdir()
     check_output(str(folder), cfg, names)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="holds no model of the sizes to train: not replaced"):
+    with pytest.raises(ValueError, match="does not contain a model with the sizes to be trained"):
         check_output(str(folder), cfg, names)
     shutil.copy(golden / "janus" / "config.json", folder)
-    with pytest.raises(ValueError, match="holds no model of the sizes to train: not replaced"):
+    with pytest.raises(ValueError, match="does not contain a model with the sizes to be trained"):
         check_output(str(folder), cfg, names)
     files.write_json(folder / "config.json", save.write_config(cfg, None, save.DEEPSEEK))
     check_output(str(folder), cfg, names)
     (folder / "holiday.jpg").write_text("")
-    with pytest.raises(ValueError, match=r"holds holiday.jpg, no file of training: not replaced"):
+    with pytest.raises(ValueError, match=r"contains holiday.jpg, which training does not write"):
         check_output(str(folder), cfg, names)
 
 

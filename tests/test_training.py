@@ -25,10 +25,10 @@ from janus_jax.training.state import (
     split_model,
 )
 from janus_jax.training.vq import USAGE_DECAY, make_vq_step
-from janus_jax.training.vq import move_spare_codes as move
+from janus_jax.training.vq import reset_dead_codes as move
 
 CODES = 12
-move_spare_codes = jax.jit(move)
+reset_dead_codes = jax.jit(move)
 
 
 def config(**changes) -> ConfigDict:
@@ -162,7 +162,7 @@ def test_only_dead_codes_move_and_to_latents():
     usage = rng.uniform(0, 0.1, 40).astype(np.float32)
     dead = usage < 0.05
     assert 10 < dead.sum() < 30
-    moved, counts = move_spare_codes(codebook, usage, latents, jax.random.key(0), 0.05)
+    moved, counts = reset_dead_codes(codebook, usage, latents, jax.random.key(0), 0.05)
     np.testing.assert_array_equal(moved[~dead], codebook[~dead])
     np.testing.assert_array_equal(counts, np.where(dead, 1, usage))
     chosen = (np.asarray(moved)[dead][:, None] == latents).all(-1)
@@ -177,7 +177,7 @@ def test_latents_far_from_every_code_are_preferred():
     latents = np.tile(np.float32([1, 0, 0]), (100, 1))
     latents[95:] = [0, 1, 0]
     usage = np.r_[np.ones(10), np.zeros(40)].astype(np.float32)
-    moved, _ = move_spare_codes(codebook, usage, latents, jax.random.key(1), 0.5)
+    moved, _ = reset_dead_codes(codebook, usage, latents, jax.random.key(1), 0.5)
     np.testing.assert_array_equal(moved[10:], np.tile(np.float32([0, 1, 0]), (40, 1)))
 
 
@@ -187,10 +187,10 @@ def test_of_codes_that_mean_the_same_the_most_used_stays():
     usage = np.float32([2, 3, 1, 1])
     latents = np.float32([[0, 0, 1]])
     key = jax.random.key(0)
-    moved, counts = move_spare_codes(codebook, usage, latents, key, 0.5)
+    moved, counts = reset_dead_codes(codebook, usage, latents, key, 0.5)
     np.testing.assert_array_equal(moved, [[0, 0, 1], codebook[1], [0, 0, 1], codebook[3]])
     np.testing.assert_array_equal(counts, [1, 3, 1, 1])
-    unmoved, _ = move_spare_codes(codebook, usage, latents, key, -1.0)
+    unmoved, _ = reset_dead_codes(codebook, usage, latents, key, -1.0)
     np.testing.assert_array_equal(unmoved, codebook)
 
 

@@ -1,8 +1,8 @@
-"""Trains the understanding encoder of a small Janus, as the released ones start from SigLIP.
+"""Pretrain the understanding encoder of janus_tiny; the released models start from SigLIP.
 
-A question about an image says little of its patches: from answers alone the encoder hardly learns
-(measured: 0.57 of the answers right after 1000 steps, and 0.98 of whole images named right after
-1000 quicker steps of this).
+The answer to a question says little about the patches of the image, so the encoder hardly learns
+from answers alone: after 1000 steps, 57 % of the answers were correct. After 1000 steps of this
+task, which are faster, all patches were labelled correctly in 98 % of the images.
 """
 
 from collections.abc import Callable
@@ -15,7 +15,7 @@ from flax import nnx
 
 from janus_jax.data.scene_batches import NUM_PATCH_LABELS, labelled_images
 from janus_jax.models.siglip import Siglip
-from janus_jax.training.folders import Start, check_counts
+from janus_jax.training.folders import TrainingFolders, check_counts
 from janus_jax.training.loop import generated_batches, run_steps
 from janus_jax.training.state import (
     TrainState,
@@ -27,7 +27,7 @@ from janus_jax.training.state import (
 
 
 class PatchClassifier(nnx.Module):
-    """The encoder, and a linear head that names what has its centre in each patch.
+    """The encoder with a linear head that classifies which object has its center in each patch.
 
     float32[B, Y, X, 3] -> logits float32[B, T, NUM_PATCH_LABELS].
     """
@@ -41,16 +41,16 @@ class PatchClassifier(nnx.Module):
 
 
 def train_encoder(cfg) -> None:
-    """Trains `und_encoder` and writes a checkpoint folder to cfg.output; the head is not kept.
+    """Trains `und_encoder` and writes a checkpoint folder to cfg.output, without the head.
 
-    cfg: ConfigDict of configs/janus_tiny_encoder.py. cfg.init is the folder to go on from.
-    Raises FileNotFoundError or ValueError for a folder that cannot be used or a setting out of
-    its range.
+    cfg: ConfigDict of configs/janus_tiny_encoder.py. cfg.init is the initial checkpoint folder.
+    Raises FileNotFoundError or ValueError if a folder cannot be used or a setting is out of its
+    range.
     """
     check_counts(cfg, "batch_size")
     optimizer = make_optimizer(cfg)
-    start = Start.from_config(cfg)
-    model = start.load()
+    folders = TrainingFolders.from_config(cfg)
+    model = folders.load()
     patch = model.cfg.und_encoder.patch_size
     graph, params = nnx.split(PatchClassifier(model.und_encoder, rngs=nnx.Rngs(cfg.seed)))
 
@@ -59,21 +59,25 @@ def train_encoder(cfg) -> None:
 
     def save(state: TrainState) -> None:
         model.und_encoder = nnx.merge(graph, state.params).encoder
-        start.save(model)
+        folders.save(model)
 
     step_fn = make_encoder_step(graph, optimizer)
     run_steps(init_state(params, optimizer), step_fn, generated_batches(make_batch, cfg), cfg, save)
 
 
 def make_encoder_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
-    """The jitted step (state, (images, labels) of labelled_images) -> (state, metrics)."""
+    """Returns the jitted step (state, (images, labels)) -> (state, metrics).
+
+    images, labels: as returned by labelled_images. metrics: loss, and image_accuracy, the fraction
+    of images with all patches correct.
+    """
 
     def loss_fn(params: nnx.State, images: jax.Array, labels: jax.Array):
         pixels = images.astype(jnp.float32) / 127.5 - 1.0
         logits = nnx.merge(graph, params)(pixels)
         loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
-        right = jnp.all(jnp.argmax(logits, axis=-1) == labels, axis=-1)
-        return loss, dict(loss=loss, images_right=jnp.mean(right))
+        correct = jnp.all(jnp.argmax(logits, axis=-1) == labels, axis=-1)
+        return loss, dict(loss=loss, image_accuracy=jnp.mean(correct))
 
     @default_promotion()
     def step(state: TrainState, batch: tuple[jax.Array, jax.Array]):

@@ -1,16 +1,20 @@
-"""What a step of training needs in floating-point operations, and what devices can do at most.
+"""Floating-point operations of a training step, and peak rates of devices.
 
-Model FLOPs utilisation, MFU = FLOPs of a step / (its seconds * number of devices * peak_flops).
-Counted, a multiplication and an addition as two:
-* each matrix of p parameters: 2 p for every place that goes through it; as much again for its own
-  gradient where it is trained, and as much again for its input's where something before it is;
-* attention, in a layer of width D: 4 D for every pair of a query and a key that it may see, which
-  are n (n + 1) / 2 for an example of n tokens and n^2 for an image of n patches; backward twice
-  that.
-Places are tokens for the decoder, patches of the images looked at for SigLIP and its aligner,
-tokens of generated images for theirs, and targets for the two heads. Not counted: padding, images'
-places that are empty, what is computed a second time to save memory, norms and activations, and the
-image tokenizer, whose work can be done before. So the figure errs on the low side.
+Model FLOPs utilization, MFU = FLOPs of a step / (its seconds * number of devices * peak_flops).
+
+A multiplication and an addition count as two operations. Counted are:
+* A matrix with p parameters: 2 p for every position that it is applied to in the forward pass. In
+  the backward pass 2 p more for the gradient of the matrix if it is trainable, and 2 p more for the
+  gradient of its input if anything before it is trainable.
+* Attention in a layer of width D: 4 D for every pair of a query and a key that it may attend to,
+  and twice as much in the backward pass. An example of n tokens has n (n + 1) / 2 pairs, an image
+  of n patches has n^2.
+
+The positions are tokens for the decoder, patches of input images for SigLIP and its aligner, tokens
+of generated images for the generation embedding and aligner, and targets for the two heads.
+
+Not counted are padding, unused image slots, recomputation, norms and activations, and the image
+tokenizer, whose tokens can be precomputed. The MFU is therefore a lower bound.
 """
 
 import dataclasses
@@ -23,8 +27,8 @@ import numpy as np
 
 from janus_jax.models.janus import JanusConfig
 
-# bfloat16 products, dense, of one device as JAX sees it, by its device_kind. Sources: Google's
-# pages on each TPU version, NVIDIA's data sheets (their figures with sparsity, halved).
+# Peak FLOP/s of dense bfloat16 matrix products of one JAX device, by device_kind. Sources: Google's
+# pages on each TPU version, and NVIDIA's data sheets (values with sparsity, halved).
 _PEAKS = {
     "TPU v4": 275e12,
     "TPU v5 lite": 197e12,
@@ -42,8 +46,8 @@ _PEAKS = {
     "NVIDIA L4": 121e12,
 }
 
-# (beginning of a parameter's path, what goes through its matrices), in the order of the data; a
-# number in the path is that of a layer.
+# (beginning of a parameter path, type of the positions that its matrices are applied to), in the
+# order of the data flow. The group in the pattern is the number of the layer.
 _PARTS = (
     (r"und_encoder\.(?:patch_embed|pos_embed)\b", "patch"),
     (r"und_encoder\.blocks\.(\d+)\.", "patch"),
@@ -58,24 +62,24 @@ _PARTS = (
     (r"gen_head\.proj\.", "image_target"),
     (r"gen_head\.out\.", "image_target"),
 )
-_UND_BLOCK, _DECODER_LAYER = 1, 7  # rows of the table with attention
-_NO_PRODUCT = ("embedding", "pos_embed")  # looked up or added
-_NO_PART = "gen_vq."
+_UND_BLOCK, _DECODER_LAYER = 1, 7  # indices in _PARTS of the parts with attention
+_NO_PRODUCT = ("embedding", "pos_embed")  # only indexed or added
+_NOT_COUNTED = "gen_vq."
 
 Leaf = jax.Array | jax.ShapeDtypeStruct
-Place = tuple[int, int]  # row of the table, number of the layer
+Depth = tuple[int, int]  # index in _PARTS, number of the layer
 
 
 @dataclasses.dataclass(frozen=True)
 class StepFlops:
-    """FLOPs of one step for one of each of these, forward and backward.
+    """FLOPs of a step, forward and backward, for one item of each type.
 
     Attributes:
-        token: of the decoder, without attention.
-        pair: a token and one that it attends to.
-        patch: of an image looked at, SigLIP's attention included.
-        generated: a token of a generated image, on its way into the decoder.
-        text_target, image_target: of the two heads.
+        token: a token in the decoder, without attention.
+        pair: a token and one that it attends to, in the decoder.
+        patch: a patch of an input image, including SigLIP's attention.
+        generated: a token of a generated image, in the generation embedding and aligner.
+        text_target, image_target: a target in the text head and in the image head.
     """
 
     token: float
@@ -86,35 +90,36 @@ class StepFlops:
     image_target: float
 
     def __call__(self, rows: Mapping[str, np.ndarray]) -> float:
-        """FLOPs of a step with these rows of data/packing.py."""
-        real = rows["segment_ids"] > 0
-        numbers = dict(
-            token=real.sum(),
-            pair=((rows["positions"] + 1) * real).sum(),  # positions begin at 0 in each example
+        """Returns the FLOPs of a step with these rows (data/packing.py)."""
+        token_mask = rows["segment_ids"] > 0
+        counts = dict(
+            token=token_mask.sum(),
+            pair=((rows["positions"] + 1) * token_mask).sum(),  # positions start at 0 per example
             patch=rows["image_mask"].sum(),
             generated=rows["gen_mask"].sum(),
             text_target=rows["loss_mask"].sum(),
             image_target=rows["gen_mask"].sum(),
         )
-        return sum(getattr(self, name) * float(number) for name, number in numbers.items())
+        return sum(getattr(self, name) * float(count) for name, count in counts.items())
 
 
 def step_flops(
     cfg: JanusConfig, params: Mapping[str, Leaf], frozen: Mapping[str, Leaf]
 ) -> StepFlops:
-    """What a step costs that trains `params`, with `frozen` as the rest of the model.
+    """Returns the FLOPs of a step.
 
-    Both by dotted path; they may be abstract. Matrices added to a layer (LoRA's) count with it. A
-    layer's parameters count as one place: the gradient of an input that only the same layer needs
-    is not counted.
-    Raises ValueError for a parameter of an unknown part.
+    Matrices added to a layer by LoRA count as part of it. All parameters of a layer have the same
+    depth: the gradient of an input that is only needed within the same layer is not counted.
+
+    params: trainable parameters by dotted path. frozen: frozen parameters. Both may be abstract.
+    Raises ValueError for a parameter that belongs to no known part of the model.
     """
     trained, rest = _matrices(params, cfg), _matrices(frozen, cfg)
-    first = min(place for place, _ in trained)
+    first = min(depth for depth, _ in trained)
     costs = dict.fromkeys((field.name for field in dataclasses.fields(StepFlops)), 0.0)
-    for matrices, own in ((trained, 1), (rest, 0)):
-        for place, size in matrices:
-            costs[_PARTS[place[0]][1]] += 2 * size * (1 + own + (place > first))
+    for matrices, trainable in ((trained, 1), (rest, 0)):
+        for depth, size in matrices:
+            costs[_PARTS[depth[0]][1]] += 2 * size * (1 + trainable + (depth > first))
     decoder, tower = cfg.language_model, cfg.und_encoder
     pair = 4.0 * decoder.num_attention_heads * decoder.head_dim
     for layer in range(decoder.num_hidden_layers):
@@ -126,30 +131,31 @@ def step_flops(
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Products in bfloat16 that one device can do, in FLOP/s; None where that is not known here."""
+    """Returns the peak bfloat16 rate of a device in FLOP/s, or None if it is not known."""
     return _PEAKS.get(device.device_kind)
 
 
 def _used_blocks(cfg: JanusConfig) -> int:
+    """Returns the number of SigLIP blocks whose output is used."""
     return cfg.und_encoder.num_layers + cfg.und_encoder.select_layer + 1
 
 
-def _matrices(params: Mapping[str, Leaf], cfg: JanusConfig) -> list[tuple[Place, int]]:
-    """Place and size of each parameter that takes part; size 0 where there is no product."""
-    found = []
+def _matrices(params: Mapping[str, Leaf], cfg: JanusConfig) -> list[tuple[Depth, int]]:
+    """Returns depth and size of each counted parameter; size 0 if it is not in a matrix product."""
+    matrices = []
     for path, leaf in params.items():
-        if path.startswith(_NO_PART):
+        if path.startswith(_NOT_COUNTED):
             continue
-        place = _place(path)
-        if place[0] == _UND_BLOCK and place[1] >= _used_blocks(cfg):
+        depth = _depth(path)
+        if depth[0] == _UND_BLOCK and depth[1] >= _used_blocks(cfg):
             continue
-        product = len(leaf.shape) > 1 and path.split(".")[-1] not in _NO_PRODUCT
-        found.append((place, math.prod(leaf.shape) if product else 0))
-    return found
+        in_product = len(leaf.shape) > 1 and path.split(".")[-1] not in _NO_PRODUCT
+        matrices.append((depth, math.prod(leaf.shape) if in_product else 0))
+    return matrices
 
 
-def _place(path: str) -> Place:
-    for row, (beginning, _) in enumerate(_PARTS):
-        if match := re.match(beginning, path):
-            return row, int(match[1]) if match.lastindex else 0
-    raise ValueError(f"a parameter must be of a known part of Janus, got {path}")
+def _depth(path: str) -> Depth:
+    for index, (pattern, _) in enumerate(_PARTS):
+        if match := re.match(pattern, path):
+            return index, int(match[1]) if match.lastindex else 0
+    raise ValueError(f"cannot count FLOPs: no known part of Janus has the parameter {path}")

@@ -1,5 +1,4 @@
-"""The folders that a run starts from and writes, and what is asked of a config before it starts,
-so that no hours are lost to a wrong one."""
+"""Input and output folders of a run, and checks of its config before the training starts."""
 
 import dataclasses
 import functools
@@ -22,37 +21,44 @@ from janus_jax.processing.prompt_settings import TEMPLATE_FOLDER
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
-    """The folder that training goes on from, and the folder that its result goes to."""
+class TrainingFolders:
+    """The initial checkpoint folder and the output folder of a run.
+
+    Attributes:
+        source: the initial checkpoint folder.
+        output: path of the output folder.
+    """
 
     source: Folder
     output: str
 
     @classmethod
-    def from_config(cls, cfg) -> "Start":
-        """cfg: ConfigDict with init and output.
+    def from_config(cls, cfg) -> "TrainingFolders":
+        """Checks the folders of a config.
 
-        Raises FileNotFoundError or ValueError for a folder that cannot be used.
+        cfg: ConfigDict with init and output.
+        Raises FileNotFoundError or ValueError if a folder cannot be used.
         """
         check_init(cfg.init)
         if Path(cfg.init).resolve() == Path(cfg.output).resolve():
-            raise ValueError(f"init and output must be two folders, got {cfg.init} for both")
+            raise ValueError(f"init and output must be different folders, got {cfg.init} for both")
         source = open_folder(cfg.init)
         if source.cfg.image_size != IMAGE_SIZE:
-            sides = f"{source.cfg.image_size} pixels a side at {cfg.init}"
-            raise ValueError(f"init must be a model of {IMAGE_SIZE} pixels a side, got {sides}")
+            size = f"{source.cfg.image_size} pixels a side in {cfg.init}"
+            rule = f"init must be a model for images of {IMAGE_SIZE} pixels a side"
+            raise ValueError(f"{rule}, got {size}")
         written = {path.name for path in small_files(source.path)} | {TEMPLATE_FOLDER}
         check_output(cfg.output, source.cfg, written)
         return cls(source, cfg.output)
 
     def load(self) -> Janus:
-        """The model of the first folder, in float32."""
+        """Loads the initial model in float32."""
         source = self.source
         params = load_params(source.path, source.cfg, lambda path, shape: None, jnp.float32)
         return build_model(source.cfg, params)
 
     def save(self, model: Janus) -> None:
-        """Writes the model and copies the small files of the first folder beside it."""
+        """Writes the model and copies the small files of the initial checkpoint."""
         save_deepseek(self.output, model, functools.partial(copy_files, self.source.path))
 
 
@@ -65,7 +71,7 @@ def check_init(init: str) -> None:
 
 
 def check_counts(cfg, *names: str) -> None:
-    """Raises ValueError if a setting of these names, or one that every run has, is below 1."""
+    """Raises ValueError if a count is below 1: steps, log_every, save_every or one of `names`."""
     for name in ("steps", "log_every", "save_every", *names):
         if cfg[name] < 1:
             raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
@@ -74,26 +80,33 @@ def check_counts(cfg, *names: str) -> None:
 
 
 def check_output(output: str, cfg: JanusConfig, others: Iterable[str]) -> None:
-    """May training make the folder `output`, or replace what is there?
+    """Checks that training may create the folder `output` or replace it.
 
-    It may replace what an earlier run left: a model of the same sizes, and no other file than
-    that one's and `others`.
+    An existing folder may be replaced if it is empty, or if it has a model of the same sizes from
+    an earlier run and no other files.
 
+    Args:
+        output: path of the folder.
+        cfg: sizes of the model to write.
+        others: names of the other files that the run writes.
     Raises:
-      ValueError: it may not, or the folder cannot be written.
+        ValueError: the folder may not be replaced, or cannot be written.
     """
     check_local("output", output)
     folder = Path(output).resolve()
-    there = next(path for path in folder.parents if path.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
-        raise ValueError(f"output {output}: {there} is not a folder that can be written to")
+    parent = next(path for path in folder.parents if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"cannot write to output {output}: {parent} is not a writable folder")
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise ValueError(f"output {output} is a file, not a folder")
+        raise ValueError(f"output must be a folder, got the file {output}")
+    consequence = "it will not be replaced; choose another output"
     names = {path.name for path in folder.iterdir()}
-    astray = sorted(names - {CONFIG, SAFETENSORS, *others})
-    if astray:
-        raise ValueError(f"output {output} holds {astray[0]}, no file of training: not replaced")
+    unexpected = sorted(names - {CONFIG, SAFETENSORS, *others})
+    if unexpected:
+        reason = f"contains {unexpected[0]}, which training does not write"
+        raise ValueError(f"output {output} {reason}; {consequence}")
     if names and ((CONFIG not in names) or open_folder(folder).cfg != cfg):
-        raise ValueError(f"output {output} holds no model of the sizes to train: not replaced")
+        reason = "does not contain a model with the sizes to be trained"
+        raise ValueError(f"output {output} {reason}; {consequence}")

@@ -1,4 +1,4 @@
-"""The loop of the tasks tokenizer and encoder; the stages have their own, in run.py."""
+"""The training loop of the tasks "tokenizer" and "encoder". The stages use the one in run.py."""
 
 import time
 from collections.abc import Callable, Iterable
@@ -10,7 +10,9 @@ from absl import logging
 
 
 def generated_batches(make_batch: Callable, cfg):
-    """Batches of all steps, each made from (seed, step) alone, a few steps ahead.
+    """Returns an iterable over the batches of all steps, generated a few steps ahead.
+
+    Each batch depends only on the seed and the step.
 
     make_batch: (np.random.Generator, step) -> batch. cfg: ConfigDict with seed and steps.
     """
@@ -23,11 +25,14 @@ def generated_batches(make_batch: Callable, cfg):
 
 
 def run_steps(state, step_fn: Callable, batches: Iterable, cfg, save: Callable):
-    """Runs cfg.steps steps and returns the last state.
+    """Trains for cfg.steps steps and returns the final state.
 
-    step_fn: (state, batch) -> (state, metrics). cfg: ConfigDict with steps, log_every and
-    save_every. save: called with the state every save_every steps and after the last.
-    Raises FloatingPointError if a logged metric or a state to be saved is not finite.
+    Args:
+        step_fn: (state, batch) -> (state, metrics).
+        cfg: ConfigDict with steps, log_every and save_every.
+        save: called with the state every save_every steps and after the last step.
+    Raises:
+        FloatingPointError: a logged metric, or a state to be saved, is NaN or infinite.
     """
     logging.info("config\n%s", cfg)
     start = time.monotonic()
@@ -50,6 +55,7 @@ def _log(step: int, steps: int, metrics: dict, seconds: float) -> None:
 
 
 def _check_finite(state, step: int) -> None:
-    """A save replaces the one before it, which may be the last good one."""
+    """Keeps a bad state from overwriting the previously saved one."""
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
-        raise FloatingPointError(f"parameters must be finite, not so at step {step}: not saved")
+        reason = "a parameter is NaN or infinite"
+        raise FloatingPointError(f"parameters must be finite, {reason} at step {step}; not saved")

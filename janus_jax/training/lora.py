@@ -1,7 +1,8 @@
 """LoRA: low-rank adapters beside frozen linear layers (Hu et al., 2021, arXiv 2106.09685).
 
-A layer's kernel W, float[inputs, outputs], acts as W + alpha / rank * a @ b. Parameter paths:
-`...q_proj.dot_general.a` and `.b`, as a layer's adapter sits where its product is made.
+The kernel W of an adapted layer, float[inputs, outputs], acts as W + alpha / rank * a @ b. The
+adapter replaces the layer's dot_general, so its parameters have the paths
+`...q_proj.dot_general.a` and `.b`.
 """
 
 import dataclasses
@@ -16,20 +17,24 @@ from flax import nnx
 
 from janus_jax.models.linear import flat_matmul, matmul
 
-# whole paths of the adapters' parameters: what split_model is to train
+# matches the full paths of adapter parameters; pass it to split_model
 ADAPTERS = r".*\.dot_general\.[ab]$"
 
-# these layers are never called: their kernels are read, and an adapter would change nothing
-_READ_ONLY = ("language_model.lm_head", "gen_head.out")
+# These layers are never called, only their kernels are read, so an adapter would have no effect.
+_NEVER_CALLED = ("language_model.lm_head", "gen_head.out")
 
 
 @dataclasses.dataclass(frozen=True)
 class LoRAConfig:
-    """What is adapted, and how.
+    """Settings of LoRA.
 
-    targets: regular expression on the dotted path of a linear layer, matched whole, e.g.
-    r"language_model\\.layers\\.\\d+\\.self_attn\\.[qkvo]_proj".
-    Raises ValueError for a setting out of its range.
+    Attributes:
+        rank: rank of the adapters.
+        alpha: a @ b is multiplied by alpha / rank.
+        targets: regular expression that must match the full dotted path of a linear layer, e.g.
+            r"language_model\\.layers\\.\\d+\\.self_attn\\.[qkvo]_proj".
+    Raises:
+        ValueError: a setting is out of its range.
     """
 
     rank: int
@@ -39,9 +44,9 @@ class LoRAConfig:
     def __post_init__(self):
         if type(self.rank) is not int or self.rank < 1:
             raise ValueError(f"rank must be an integer of at least 1, got {self.rank!r}")
-        number = type(self.alpha) in (int, float) and math.isfinite(self.alpha)
-        if not number or self.alpha <= 0:
-            raise ValueError(f"alpha must be a number above 0, got {self.alpha!r}")
+        finite = type(self.alpha) in (int, float) and math.isfinite(self.alpha)
+        if not finite or self.alpha <= 0:
+            raise ValueError(f"alpha must be a positive number, got {self.alpha!r}")
         try:
             re.compile(self.targets)
         except (re.error, TypeError) as error:
@@ -50,15 +55,17 @@ class LoRAConfig:
 
     @property
     def scale(self) -> float:
-        """What a @ b is multiplied by."""
+        """The factor of a @ b."""
         return self.alpha / self.rank
 
 
 class LoRADot(nnx.Module):
-    """The product of an adapted layer, in place of linear.matmul.
+    """The matrix product of an adapted layer, which replaces linear.matmul.
 
-    a: float32[inputs, rank], uniform within 1 / sqrt(inputs) of 0, as in the authors' code (the
-    paper says Gaussian and no spread). b: float32[rank, outputs], zeros: nothing is changed yet.
+    Attributes:
+        a: float32[inputs, rank], initialized uniformly in [-1 / sqrt(inputs), 1 / sqrt(inputs)],
+            as in the authors' code (the paper says Gaussian, without a standard deviation).
+        b: float32[rank, outputs], initialized to zeros, so a new adapter has no effect.
     """
 
     def __init__(self, inputs: int, outputs: int, cfg: LoRAConfig, *, rngs: nnx.Rngs):
@@ -67,19 +74,19 @@ class LoRADot(nnx.Module):
         self.a = nnx.Param(uniform(rngs.params(), (inputs, cfg.rank), jnp.float32))
         self.b = nnx.Param(jnp.zeros((cfg.rank, outputs), jnp.float32))
 
-    def __call__(self, x: jax.Array, kernel: jax.Array, float32_output: bool) -> jax.Array:
-        """float[..., inputs] and float[inputs, outputs] -> float[..., outputs], as matmul."""
+    def __call__(self, x: jax.Array, kernel: jax.Array, wide: bool) -> jax.Array:
+        """float[..., inputs], float[inputs, outputs] -> float[..., outputs]; see linear.matmul."""
         a, b = (factor[...].astype(x.dtype) for factor in (self.a, self.b))
-        low = matmul(flat_matmul(x, a), b, float32_output)
-        return matmul(x, kernel, float32_output) + self.scale * low
+        update = matmul(flat_matmul(x, a), b, wide)
+        return matmul(x, kernel, wide) + self.scale * update
 
 
 def add_adapters(model: nnx.Module, cfg: LoRAConfig, *, rngs: nnx.Rngs) -> None:
-    """Gives every linear layer that cfg.targets matches an adapter, in place.
+    """Adds an adapter to every linear layer that cfg.targets matches, in place.
 
-    The model may be one of shapes alone (nnx.eval_shape); the adapters then have values. Its
-    outputs stay what they were until `b` is trained.
-    Raises ValueError if no linear layer matches, or one that cannot be adapted.
+    The model may be abstract (nnx.eval_shape); the adapters have values even then. The outputs of
+    the model do not change until `b` is trained.
+    Raises ValueError if no linear layer matches, or if a matching layer cannot be adapted.
     """
     layers = {
         path: module
@@ -90,31 +97,32 @@ def add_adapters(model: nnx.Module, cfg: LoRAConfig, *, rngs: nnx.Rngs) -> None:
     if not layers:
         raise ValueError(f"targets must match a linear layer, got {cfg.targets!r}")
     for path, layer in layers.items():
-        if reason := _why_not(path, layer):
-            rule = "targets must match no layer that cannot be adapted"
+        if reason := _not_adaptable(path, layer):
+            rule = "targets must only match layers that can be adapted"
             raise ValueError(f"{rule}, got {cfg.targets!r}: {path} {reason}")
     for layer in layers.values():
         adapter = LoRADot(layer.in_features, layer.out_features, cfg, rngs=rngs)
-        layer.dot_general = nnx.data(adapter)  # a function before, which is no data
+        layer.dot_general = nnx.data(adapter)  # replaces a function, which is static
 
 
-def _why_not(path: str, layer: nnx.Linear) -> str | None:
-    if path in _READ_ONLY:
-        return "is a head whose kernel is read without a call"
+def _not_adaptable(path: str, layer: nnx.Linear) -> str | None:
+    """Returns why a layer cannot be adapted, or None if it can."""
+    if path in _NEVER_CALLED:
+        return "is a head that is never called, only its kernel is read"
     if path.startswith("gen_vq."):
-        return "is of the tokenizer, which is never trained"
+        return "belongs to the image tokenizer, which is never trained"
     if isinstance(layer.dot_general, LoRADot):
-        return "has an adapter already"
+        return "already has an adapter"
     return None
 
 
-def factors_of(params: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """a and b of every adapted layer, by the path of its kernel.
+def lora_factors(params: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Returns (a, b) of every adapted layer, by the path of its kernel.
 
-    params: the adapters' parameters by dotted path.
+    params: adapter parameters by dotted path.
     """
-    found = {}
+    factors = {}
     for path in params:
         if layer := re.fullmatch(r"(.*)\.dot_general\.a", path):
-            found[f"{layer[1]}.kernel"] = params[path], params[f"{layer[1]}.dot_general.b"]
-    return found
+            factors[f"{layer[1]}.kernel"] = params[path], params[f"{layer[1]}.dot_general.b"]
+    return factors

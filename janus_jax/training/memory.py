@@ -1,4 +1,4 @@
-"""What a run takes of the devices' memory, which need not be there."""
+"""Device memory that a run needs. The devices need not be present."""
 
 import math
 
@@ -10,7 +10,7 @@ from janus_jax.training.setup import Setup, Shapes
 
 
 def row_shapes(setup: Setup) -> Shapes:
-    """The rows of a step, of all processes (data/packing.py)."""
+    """Returns the shapes of a batch of rows, of all processes (data/packing.py)."""
     rows, size = setup.rows, setup.source.cfg.image_size
     positions = rows.batch_size, rows.seq_len
     generated = rows.batch_size, rows.max_generated_images
@@ -31,30 +31,34 @@ def row_shapes(setup: Setup) -> Shapes:
     }
 
 
-def held(setup: Setup) -> dict[str, int]:
-    """Bytes that lie on each device during a step, by what they are; without what it takes to
-    compute it (step_bytes)."""
+def array_bytes(setup: Setup) -> dict[str, int]:
+    """Returns the bytes of the arrays on each device during a step, by purpose.
+
+    Temporary memory of the step is not included, see step_bytes.
+    """
     state = setup.abstract_state()
     parts = dict(
-        masters=state.params,
+        params=state.params,
         optimizer=state.opt_state,
-        average=state.average,
+        ema=state.ema,
         frozen=setup.shapes[1],
-        rows=row_shapes(setup),
+        batch=row_shapes(setup),
     )
     return {name: _bytes(tree) for name, tree in parts.items() if jax.tree.leaves(tree)}
 
 
 def _bytes(tree) -> int:
-    """Of shapes, on one device."""
+    """Returns the bytes of a tree of shapes on one device."""
     leaves = jax.tree.leaves(tree)
-    parts = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
-    return sum(size * leaf.dtype.itemsize for size, leaf in zip(parts, leaves, strict=True))
+    sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
+    return sum(size * leaf.dtype.itemsize for size, leaf in zip(sizes, leaves, strict=True))
 
 
 def step_bytes(setup: Setup) -> int:
-    """What a step needs on each device beside what is held, as XLA plans it: temporaries, and
-    results that do not take the place of what was given."""
+    """Returns the bytes that XLA plans for a step on each device in addition to array_bytes.
+
+    These are temporaries, and results that do not replace donated arguments.
+    """
     lowered = setup.step().lower(setup.abstract_state(), setup.shapes[1], row_shapes(setup))
     stats = lowered.compile().memory_analysis()
     return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes

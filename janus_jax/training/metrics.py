@@ -1,4 +1,4 @@
-"""What one sees of a run: lines of progress, metrics.jsonl and TensorBoard's event files."""
+"""The log of a run: progress lines, metrics.jsonl and TensorBoard event files."""
 
 import collections
 import dataclasses
@@ -20,20 +20,20 @@ from janus_jax.paths import atomic_write, file_size, os_errors_of, write_all, wr
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
-FLUSH_SECONDS = 10  # what a killed run may lose of TensorBoard's files
-NAMED_RECORDS = 8
+FLUSH_SECONDS = 10  # a killed run may lose the TensorBoard events of this time
+MAX_RECORDS_IN_MESSAGE = 8
 
 SkippedCounts = Mapping[str, Mapping[str, int]]  # numbers of bad records by source and reason
 
 
 @dataclasses.dataclass
 class _Interval:
-    """What has been added up since the last line.
+    """Sums over the steps since the last progress line.
 
-    began: when, by time.monotonic; None where that would count the compilation.
+    start: time.monotonic() at the beginning; None if the interval includes compilation.
     """
 
-    began: float | None
+    start: float | None
     steps: int = 0
     sums: collections.Counter = dataclasses.field(default_factory=collections.Counter)
     counts: collections.Counter = dataclasses.field(default_factory=collections.Counter)
@@ -41,11 +41,11 @@ class _Interval:
     weight: float = 0.0
     grad_norm: float = 0.0
     tokens: float = 0.0
-    places: float = 0.0
+    positions: float = 0.0
     flops: float = 0.0
 
     def add(self, metrics: Mapping, flops: float) -> None:
-        """metrics: numbers of one step, as of Log.step."""
+        """Adds one step. metrics: as for Log.step, as Python numbers."""
         self.steps += 1
         self.sums.update(metrics["sums"])
         self.counts.update(metrics["counts"])
@@ -53,11 +53,11 @@ class _Interval:
         self.weight += metrics["weight"]
         self.grad_norm += metrics["grad_norm"]
         self.tokens += metrics["tokens"]
-        self.places += metrics["places"]
+        self.positions += metrics["positions"]
         self.flops += flops
 
     def means(self) -> dict[str, float]:
-        """Losses as means over targets, and the mean norm; kinds without a target left out."""
+        """Returns the mean losses over targets, without kinds that have none, and the mean norm."""
         return dict(
             loss=self.loss / self.weight,
             **_means(self.sums, self.counts),
@@ -66,18 +66,26 @@ class _Interval:
 
 
 class Log:
-    """Writes what a run reports, checks that it is finite, and closes its files as a context.
+    """Logs metrics and checks that they are finite. As a context it closes its files.
 
-    Names in metrics.jsonl and TensorBoard are the same: of a line of progress step, loss,
-    understanding, text, generation (means over the targets since the last line; kinds without any
-    left out), grad_norm (mean over steps), learning_rate (of this step), packing_efficiency (part
-    of the rows' places that is no padding), and, but for the first line, before which the step was
-    compiled, tokens_per_s, mfu (see flops.py) and seconds_left. Tokens per second and MFU are of
-    all the time since the last line, also where evaluation or a save took part of it; the time left
-    goes by the whole run so far. After a line of progress follows, if it has changed, how many
-    records of process 0 were left out so far, skipped/SOURCE/REASON.
+    metrics.jsonl and TensorBoard have the same names. A progress line has
 
-    Process 0 writes; the others only check.
+        step
+        loss: the training objective, mean over the targets since the last line.
+        understanding, text, generation: mean cross-entropy by kind; kinds without targets are
+            omitted.
+        grad_norm: mean over the steps since the last line.
+        learning_rate: of this step.
+        packing_efficiency: fraction of the positions that are not padding.
+        tokens_per_s, mfu (see flops.py): over the time since the last line, including evaluation
+            and saving.
+        seconds_left: estimated from the average speed of the run.
+
+    The first line has no tokens_per_s, mfu and seconds_left, because it includes compilation. If
+    the numbers of records skipped by process 0 have changed, another line follows with
+    skipped/SOURCE/REASON.
+
+    Only process 0 writes; the other processes only check.
     """
 
     def __init__(
@@ -86,33 +94,37 @@ class Log:
         steps: int,
         log_every: int,
         peak_flops: float | None,
-        first: int,
-        skipped: Callable[[], SkippedCounts],
+        start_step: int,
+        get_skipped: Callable[[], SkippedCounts],
     ):
-        """folder: of the run. steps: at which the run ends.
+        """Opens the log.
 
-        peak_flops: of all devices together, in FLOP/s; None leaves out the MFU.
-        first: the step that the run goes on from, 0 at its start. What a killed run logged of later
-            steps, after its last checkpoint, is taken out.
-        skipped: gives the bad records so far.
+        folder: output folder of the run.
+        steps: last step of the run.
+        log_every: steps between progress lines.
+        peak_flops: peak of all devices together in FLOP/s, or None to omit the MFU.
+        start_step: the step that the run resumes from, or 0. Lines of later steps, which a killed
+            run logged after its last checkpoint, are removed.
+        get_skipped: returns the numbers of skipped records so far.
         """
-        self._steps, self._log_every, self._first = steps, log_every, first
+        self._steps, self._log_every, self._start_step = steps, log_every, start_step
         self._peak_flops, self._folder = peak_flops, Path(folder)
-        self._left_out = skipped
-        self._skipped_text: dict[str, SkippedCounts] = {}  # by prefix
+        self._get_skipped = get_skipped
+        self._logged_skipped: dict[str, SkippedCounts] = {}  # by prefix
         self._started: float | None = None
         self._interval = _Interval(None)
         self._file = self._writer = None
         if jax.process_index() == 0:
             folder = self._folder
             folder.mkdir(parents=True, exist_ok=True)
-            _cut(folder / METRICS, first)
+            _truncate(folder / METRICS, start_step)
             self._file = (folder / METRICS).open("ab", buffering=0)
             self._writer = SummaryWriter(
                 str(folder / EVENTS),
-                purge_step=first + 1,
+                purge_step=start_step + 1,
                 flush_secs=FLUSH_SECONDS,
-                filename_suffix=f".{first}",  # names go by the second and are written over
+                # file names have a resolution of one second, and existing files are overwritten
+                filename_suffix=f".{start_step}",
             )
 
     def __enter__(self) -> "Log":
@@ -126,13 +138,13 @@ class Log:
     def step(
         self, step: int, metrics: Mapping, records: Sequence[Sequence[str]], flops: float
     ) -> None:
-        """Takes in a step and, every log_every steps, at the first and the last, reports.
+        """Adds a step. Writes a line at the first step, every log_every steps and at the last.
 
-        metrics: of the jitted step, on the devices; it is waited for, so hand them in when the next
-            step is under way.
-        records: of the rows of the step on this process, by row.
-        flops: of these rows, as of flops.StepFlops; other processes are taken to have as many.
-        Raises FloatingPointError unless loss, grad_norm and param_norm are finite.
+        metrics: output of the jitted step. The call waits until they are computed, so call it
+            when the next step is already running.
+        records: names of the records in this process's rows, by row.
+        flops: FLOPs of these rows (flops.StepFlops); other processes are assumed to need as many.
+        Raises FloatingPointError if loss, grad_norm or param_norm is NaN or infinite.
         """
         metrics = jax.tree.map(float, jax.device_get(dict(metrics)))
         self._check_finite(step, metrics, records)
@@ -141,14 +153,14 @@ class Log:
         last = step == self._steps
         if self._started is None or step % self._log_every == 0 or last:
             self._report(step, metrics["learning_rate"], now)
-            self.skipped(step, self._left_out(), "skipped")
+            self.skipped(step, self._get_skipped(), "skipped")
         if self._started is None:
             self._started = now
 
     def scalars(self, step: int, values: Mapping[str, float], prefix: str) -> None:
-        """Reports results of another kind, such as an evaluation's, as `prefix/name`.
+        """Logs other values, such as evaluation results, as `prefix/name`.
 
-        Raises FloatingPointError if one is not finite.
+        Raises FloatingPointError if one is NaN or infinite.
         """
         values = {f"{prefix}/{name}": float(value) for name, value in values.items()}
         if not all(map(math.isfinite, values.values())):
@@ -156,10 +168,10 @@ class Log:
         self._write(step, values, _text(values))
 
     def skipped(self, step: int, counts: SkippedCounts, prefix: str) -> None:
-        """Reports the numbers of bad records as `prefix/source/reason`, if they have changed."""
-        if counts == self._skipped_text.get(prefix, {}):
+        """Logs the numbers of skipped records as `prefix/source/reason`, if they have changed."""
+        if counts == self._logged_skipped.get(prefix, {}):
             return
-        self._skipped_text[prefix] = counts
+        self._logged_skipped[prefix] = counts
         values = {
             "/".join(filter(None, (source, reason.replace(" ", "_")))): number
             for source, reasons in counts.items()
@@ -168,32 +180,33 @@ class Log:
         self.scalars(step, values, prefix)
 
     def images(self, step: int, name: str, images: np.ndarray) -> None:
-        """Shows images, uint8[N, Y, X, 3], in TensorBoard."""
+        """Logs images, uint8[N, Y, X, 3], to TensorBoard."""
         if self._writer is not None:
             self._writer.add_images(name, images, step, dataformats="NHWC")
 
     def text(self, step: int, name: str, text: str) -> None:
-        """Shows a text (Markdown) in TensorBoard."""
+        """Logs a text (Markdown) to TensorBoard."""
         if self._writer is not None:
             self._writer.add_text(name, text, step)
 
     def _check_finite(
         self, step: int, metrics: Mapping, records: Sequence[Sequence[str]]
     ) -> None:
-        """Names the records of a bad step, some of them in the message and all in a file."""
-        judged = {name: metrics[name] for name in ("loss", "grad_norm", "param_norm")}
-        if all(map(math.isfinite, judged.values())):
+        """Raises if a step is not finite. Lists all its records in a file, some in the message."""
+        checked = {name: metrics[name] for name in ("loss", "grad_norm", "param_norm")}
+        if all(map(math.isfinite, checked.values())):
             return
-        values = _text({**judged, **_means(metrics["sums"], metrics["counts"])})
-        named = list(itertools.chain.from_iterable(records))
+        values = _text({**checked, **_means(metrics["sums"], metrics["counts"])})
+        names = list(itertools.chain.from_iterable(records))
         path = self._folder / f"not_finite-{step}-{jax.process_index():03d}.txt"
-        lines = "".join(f"{record}\n" for record in named)
+        lines = "".join(f"{name}\n" for name in names)
         write_file(path, lines.encode("utf-8", "surrogateescape"))
-        shown = ", ".join(named[:NAMED_RECORDS])
-        more = f" and {len(named) - NAMED_RECORDS} more" if len(named) > NAMED_RECORDS else ""
+        listed = ", ".join(names[:MAX_RECORDS_IN_MESSAGE])
+        rest = len(names) - MAX_RECORDS_IN_MESSAGE
+        more = f" and {rest} more" if rest > 0 else ""
         raise FloatingPointError(
-            f"loss, gradients and parameters must be finite, got {values} at step {step}, "
-            f"of records {shown}{more}, listed in {path}"
+            f"loss, gradients and parameters must be finite, got {values} at step {step}; "
+            f"records in the batch: {listed}{more}; all are listed in {path}"
         )
 
     def _report(self, step: int, learning_rate: float, now: float) -> None:
@@ -201,18 +214,18 @@ class Log:
         values = {
             **interval.means(),
             "learning_rate": learning_rate,
-            "packing_efficiency": interval.tokens / interval.places,
+            "packing_efficiency": interval.tokens / interval.positions,
         }
         text = _text(values)
-        if interval.began is not None:
-            seconds = max(now - interval.began, 1e-9)
+        if interval.start is not None:
+            seconds = max(now - interval.start, 1e-9)
             values["tokens_per_s"] = interval.tokens / seconds
             text += f"  {values['tokens_per_s']:.0f} tokens/s"
             if self._peak_flops is not None:
                 values["mfu"] = interval.flops / seconds / self._peak_flops
                 text += f"  MFU {values['mfu']:.1%}"
-            each = (now - self._started) / (step - self._first - 1)
-            values["seconds_left"] = each * (self._steps - step)
+            seconds_per_step = (now - self._started) / (step - self._start_step - 1)
+            values["seconds_left"] = seconds_per_step * (self._steps - step)
             text += f"  {datetime.timedelta(seconds=round(values['seconds_left']))} left"
         self._write(step, values, text)
 
@@ -227,19 +240,19 @@ class Log:
             self._writer.add_scalar(name, value, step)
 
 
-def _cut(path: Path, first: int) -> None:
-    """Leaves in the file what was logged up to step `first`; a line that was cut short goes too.
+def _truncate(path: Path, last_step: int) -> None:
+    """Removes lines of steps after `last_step`, and an incomplete last line.
 
-    Raises ValueError if another line is not one of this log, or if it is no regular file.
+    Raises ValueError if another line is not one of this log, or if it is not a regular file.
     """
     if not path.exists():
         return
-    file_size(path)  # a FIFO would wait for ever to be opened
+    file_size(path)  # raises for a FIFO, which would block when opened
     lines = path.read_bytes().splitlines(keepends=True)
-    whole = [line for line in lines if line.endswith(b"\n")]
-    steps = [_step_of(line, f"{path}, line {number}") for number, line in enumerate(whole, 1)]
-    kept = [line for line, step in zip(whole, steps, strict=True) if step <= first]
-    if kept != lines:  # in one piece: this run may be killed as well
+    complete = [line for line in lines if line.endswith(b"\n")]
+    steps = [_step_of(line, f"{path}, line {number}") for number, line in enumerate(complete, 1)]
+    kept = [line for line, step in zip(complete, steps, strict=True) if step <= last_step]
+    if kept != lines:  # atomically: this run may be killed as well
         with atomic_write(path) as file:
             file.write(b"".join(kept))
 
@@ -250,8 +263,8 @@ def _step_of(line: bytes, where: str) -> int:
     except (ValueError, TypeError, KeyError, RecursionError):
         step = None
     if type(step) is not int:
-        rule = "must be a JSON object with the integer `step`; remove this line or move the file"
-        raise ValueError(f"{where}: {rule} to resume the run")
+        rule = "must be a JSON object with an integer `step`"
+        raise ValueError(f"{where}: {rule}; to resume, remove this line or move the file")
     return step
 
 

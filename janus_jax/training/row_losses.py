@@ -1,9 +1,10 @@
-"""The loss of packed rows: every target through its own head, and no head where no target is.
+"""The loss of packed rows. Each head is only applied to the positions of its targets.
 
-B rows, T tokens of a row, D model width, V vocabulary or codebook; n input images
-and m generated images, S pixels a side, N tokens of a generated image. Source: the Janus and
-Janus-Pro reports, next-token cross-entropy on answers, on all of plain text, and on the tokens of
-generated images.
+B rows, T tokens of a row, D model width, V size of the vocabulary or codebook, n input images and m
+images to generate per row, S pixels a side, N tokens of a generated image.
+
+Source: the Janus and Janus-Pro reports. The loss is the next-token cross-entropy of answers, of all
+tokens of plain text, and of the tokens of generated images.
 """
 
 import functools
@@ -26,35 +27,44 @@ Rows = dict[str, jax.Array]
 def row_losses(
     model: Janus, rows: Rows, images: ImageConfig, chunk: int, mesh: Mesh | None = None
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Summed cross-entropy and number of targets of each kind of record: float32 scalars.
+    """Computes the summed cross-entropy and the number of targets of each kind of record.
 
-    rows: of data/packing.py. images: how images are normalised. chunk: positions of every row
-    whose logits, float32[B, chunk, V], are there at a time. mesh: the devices that rows lie on.
-    Returns e.g. dict(understanding=(sum, count), text=..., generation=...).
+    Args:
+        rows: packed rows (data/packing.py).
+        images: normalization of the input images.
+        chunk: number of positions of a row whose logits, float32[B, chunk, V], are computed at a
+            time.
+        mesh: the devices that the rows are sharded over.
+    Returns:
+        dict(understanding=(sum, count), text=..., generation=...) of float32 scalars.
     """
     decoder = model.language_model
     indices = generated_indices(model, rows["generated"])
     embeds = embed_rows(model, rows, indices, images)
-    mask = segment_mask(rows["segment_ids"])
-    # what the decoder takes and gives lies by rows, or XLA might lay it by the parameters' axes
-    hidden, _ = decoder(constrain_rows(embeds, mesh), rows["positions"], mask)
+    attn_mask = segment_mask(rows["segment_ids"])
+    # shard input and output of the decoder by rows; XLA might shard them like the parameters
+    hidden, _ = decoder(constrain_rows(embeds, mesh), rows["positions"], attn_mask)
     hidden = constrain_rows(hidden, mesh)
-    # a position predicts the token after it; the first of an example is never to be predicted
-    text, generated = (_next(rows[name]) for name in ("loss_mask", "gen_mask"))
-    losses = cross_entropies(decoder.logits, hidden, _next(rows["tokens"]), text, chunk)
+    # a position predicts the next token; the first token of an example is never a target
+    text_mask, gen_mask = (_shift_left(rows[name]) for name in ("loss_mask", "gen_mask"))
+    text_targets = _shift_left(rows["tokens"])
+    losses = cross_entropies(decoder.logits, hidden, text_targets, text_mask, chunk)
     if indices.shape[1]:
         order = jnp.clip(jnp.cumsum(rows["gen_mask"], axis=1) - 1, 0, indices.shape[1] - 1)
-        image_targets = _next(jnp.take_along_axis(indices, order, axis=1))
-        losses += cross_entropies(model.gen_head, hidden, image_targets, generated, chunk)
-    found, kinds = {}, _next(rows["kind"])
+        image_targets = _shift_left(jnp.take_along_axis(indices, order, axis=1))
+        losses += cross_entropies(model.gen_head, hidden, image_targets, gen_mask, chunk)
+    totals, kinds = {}, _shift_left(rows["kind"])
     for number, kind in enumerate(KINDS):
-        own = (kinds == number) & (text | generated)
-        found[kind] = jnp.sum(jnp.where(own, losses, 0.0)), jnp.sum(own, dtype=jnp.float32)
-    return found
+        mask = (kinds == number) & (text_mask | gen_mask)
+        totals[kind] = jnp.sum(jnp.where(mask, losses, 0.0)), jnp.sum(mask, dtype=jnp.float32)
+    return totals
 
 
 def embed_rows(model: Janus, rows: Rows, indices: jax.Array, images: ImageConfig) -> jax.Array:
-    """The decoder's input, float[B, T, D]. indices: int32[B, m * N] of the generated images."""
+    """Returns the decoder input, float[B, T, D].
+
+    indices: int32[B, m * N], the tokens of the images to generate.
+    """
     embeds = model.language_model.embed(rows["tokens"])
     pixels = rows["pixels"]
     if pixels.shape[1]:
@@ -69,20 +79,23 @@ def embed_rows(model: Janus, rows: Rows, indices: jax.Array, images: ImageConfig
 
 
 def generated_indices(model: Janus, generated: jax.Array) -> jax.Array:
-    """uint8[B, m, S, S, 3] or int32[B, m, N] -> int32[B, m * N], without a gradient."""
+    """Returns the tokens of the images to generate, int32[B, m * N], without a gradient.
+
+    generated: pixels uint8[B, m, S, S, 3], or precomputed tokens int32[B, m, N].
+    """
     if not generated.shape[1]:
         return jnp.zeros((len(generated), 0), jnp.int32)
     if generated.ndim == 3:
         return generated.reshape(len(generated), -1)
     pixels = generated.reshape(-1, *generated.shape[2:]).astype(jnp.float32) / 127.5 - 1
-    # as data/tokenize_images.py: products of less precision choose other codes now and then
+    # as in data/tokenize_images.py: with lower precision, some images get different tokens
     with jax.default_matmul_precision("highest"):
         indices = model.gen_vq.encode(pixels)
     return jax.lax.stop_gradient(indices).reshape(len(generated), -1)
 
 
 def normalise(pixels: jax.Array, images: ImageConfig) -> jax.Array:
-    """uint8[..., 3] -> float32, as processing.images.preprocess."""
+    """Normalizes pixels as processing.images.preprocess does, uint8[..., 3] -> float32[..., 3]."""
     scaled = pixels.astype(jnp.float32) * images.rescale_factor
     if not images.do_normalize:
         return scaled
@@ -95,40 +108,45 @@ def cross_entropies(
     head: Callable[[jax.Array], jax.Array],
     hidden: jax.Array,
     targets: jax.Array,
-    wanted: jax.Array,
+    target_mask: jax.Array,
     chunk: int,
 ) -> jax.Array:
-    """Cross-entropy where it is wanted and 0 elsewhere, float32[B, T].
+    """Returns the cross-entropy at the positions of target_mask and 0 elsewhere, float32[B, T].
 
-    head: float[B, C, D] -> float32[B, C, V]. hidden: float[B, T, D]; targets: int32[B, T];
-    wanted: bool[B, T].
-    The wanted positions of each row are gathered in front and the head goes over `chunk` of them at
-    a time, so that logits float32[B, T, V] never exist, forwards or backwards, and chunks without
-    any target are passed over.
+    The masked positions of each row are moved to the front, and the head is applied to `chunk` of
+    them at a time. The full logits float32[B, T, V] never exist, neither in the forward nor in the
+    backward pass, and chunks without a target are skipped.
+
+    Args:
+        head: float[B, C, D] -> float32[B, C, V].
+        hidden: float[B, T, D].
+        targets: int32[B, T].
+        target_mask: bool[B, T].
+        chunk: C.
     """
     length = targets.shape[1]
     chunk = min(chunk, length)
-    order = jnp.argsort(~wanted, axis=1, stable=True)
+    order = jnp.argsort(~target_mask, axis=1, stable=True)
     padded = jnp.pad(order, ((0, 0), (0, -length % chunk)), mode="edge")
-    places = jnp.arange(padded.shape[1])[None] < length
+    not_padding = jnp.arange(padded.shape[1])[None] < length
     parts = (
         jnp.take_along_axis(hidden, padded[..., None], axis=1),
         jnp.take_along_axis(targets, padded, axis=1),
-        jnp.take_along_axis(wanted, padded, axis=1) & places,
+        jnp.take_along_axis(target_mask, padded, axis=1) & not_padding,
     )
     parts = jax.tree.map(lambda part: _chunks(part, chunk), parts)
 
     @jax.checkpoint
-    def one(hidden, targets, wanted):
+    def chunk_losses(hidden, targets, target_mask):
         def compute():
             logits = head(hidden)
             losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-            return jnp.where(wanted, losses, 0.0)
+            return jnp.where(target_mask, losses, 0.0)
 
-        none = functools.partial(jnp.zeros, wanted.shape, jnp.float32)
-        return jax.lax.cond(jnp.any(wanted), compute, none)
+        zeros = functools.partial(jnp.zeros, target_mask.shape, jnp.float32)
+        return jax.lax.cond(jnp.any(target_mask), compute, zeros)
 
-    _, losses = jax.lax.scan(lambda _, part: (None, one(*part)), None, parts)
+    _, losses = jax.lax.scan(lambda _, part: (None, chunk_losses(*part)), None, parts)
     losses = jnp.moveaxis(losses, 0, 1).reshape(len(targets), -1)[:, :length]
     return jnp.zeros_like(losses).at[jnp.arange(len(targets))[:, None], order].set(losses)
 
@@ -138,6 +156,6 @@ def _chunks(part: jax.Array, chunk: int) -> jax.Array:
     return jnp.moveaxis(part.reshape(len(part), -1, chunk, *part.shape[2:]), 1, 0)
 
 
-def _next(values: jax.Array) -> jax.Array:
-    """What stands one position on; 0 after the last. [B, T] -> [B, T]."""
+def _shift_left(values: jax.Array) -> jax.Array:
+    """Returns the value of the next position, 0 for the last one. [B, T] -> [B, T]."""
     return jnp.pad(values[:, 1:], ((0, 0), (0, 1)))

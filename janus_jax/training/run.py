@@ -1,12 +1,15 @@
-"""A run of one stage: from its newest checkpoint, or its beginning, to its last step.
+"""Run one training stage, from its newest checkpoint or from the start to the last step.
 
-OUTPUT/run.json             the settings that the run was begun with
-OUTPUT/checkpoints/STEP     what the run goes on from when it is started again
-OUTPUT/metrics.jsonl        what it logs; the same in OUTPUT/tensorboard
-OUTPUT/samples/STEP         images and answers
-OUTPUT/skipped-HOST.jsonl   records that were left out; those of evaluation in OUTPUT/eval
-OUTPUT/libraries.log        warnings and tracebacks of the storage libraries, if there were any
-OUTPUT/model                the trained model, once it has come to its end
+Files in the output folder:
+
+run.json             the settings that the run was started with
+checkpoints/STEP     checkpoints to resume from
+metrics.jsonl        logged metrics; the same values are in tensorboard/
+samples/STEP         generated images and answers
+skipped-HOST.jsonl   skipped records, by process; those of the evaluation are in eval/
+libraries.log        warnings and tracebacks of the storage libraries, if there were any
+adapter              the LoRA adapter, written when a LoRA run finishes
+model                the trained model, written when the run finishes
 """
 
 import contextlib
@@ -38,17 +41,22 @@ from janus_jax.processing.json_files import read_json, write_json
 from janus_jax.training.checkpoint_files import steps_in
 from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.distributed import check_processes, check_shared
-from janus_jax.training.evaluation import Watch, evaluation, held_out_rows, samples
+from janus_jax.training.evaluation import (
+    Callback,
+    evaluation_callback,
+    held_out_rows,
+    sampling_callback,
+)
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
-from janus_jax.training.lora import factors_of
+from janus_jax.training.lora import lora_factors
 from janus_jax.training.metrics import Log
 from janus_jax.training.setup import DTYPES, MODEL, Params, Setup, put_rows
-from janus_jax.training.state import TrainState, written_params
+from janus_jax.training.state import TrainState, eval_params
 
-BEGUN, CHECKPOINTS, LOCK, LIBRARIES = "run.json", "checkpoints", ".lock", "libraries.log"
-ADAPTER = "adapter"  # of a LoRA run's output, beside MODEL
-# What may differ when a run goes on: how long, where, and what is told of it. Of these `steps`
-# changes what is learned, for the learning rate then follows the cosine that ends there.
+SETTINGS, CHECKPOINTS, LOCK, LIBRARY_LOG = "run.json", "checkpoints", ".lock", "libraries.log"
+ADAPTER = "adapter"  # folder of a LoRA run's adapter, beside MODEL
+# Settings that may change when a run resumes. All but `steps` leave the result the same: the
+# cosine schedule of the learning rate ends at the last step.
 CHANGEABLE = frozenset(
     "output steps mesh threads accumulate chunk remat log_every save_every keep eval_every"
     " eval_batches eval_mixture sample_every prompts questions max_bad model_dtype".split()
@@ -56,163 +64,173 @@ CHANGEABLE = frozenset(
 
 
 def train_stage(cfg) -> None:
-    """Trains as the config says, from the newest checkpoint in cfg.output if there is one.
+    """Trains as the config says, and resumes from the newest checkpoint in cfg.output if any.
 
-    cfg: ConfigDict of stages.base_config. On SIGTERM it saves and returns.
+    On SIGTERM it saves a checkpoint and returns.
 
+    Args:
+        cfg: ConfigDict of stages.base_config.
     Raises:
-        FileNotFoundError, ValueError: a setting, a folder or a source that cannot be used, or too
-            many bad records.
-        FloatingPointError: the loss is no number; the newest checkpoint is the last good one.
+        FileNotFoundError, ValueError: a setting, a folder or a source cannot be used, or too many
+            records are bad.
+        FloatingPointError: the loss, a gradient or a weight is NaN or infinite. Checkpoints saved
+            before are not affected.
     """
     setup, output = Setup.from_config(cfg), Path(cfg.output)
     check_processes(setup.mesh)
     hosts = jax.process_index(), jax.process_count()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
-        stack.enter_context(alone_in(output))
-        stack.enter_context(library_log(output / LIBRARIES))
+        stack.enter_context(lock_folder(output))
+        stack.enter_context(library_log(output / LIBRARY_LOG))
         rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, output, *hosts)
         newest = max(steps_in(output / CHECKPOINTS), default=None)
         check_shared(newest)
-        check_output(cfg, newest)
+        check_run_settings(cfg, newest)
         checkpoints = stack.enter_context(Checkpoints(output / CHECKPOINTS, cfg.keep))
         if newest is None:
-            skipped.forget()  # of a start before, after which they may have been mended
+            skipped.forget()  # listed by an earlier start; the records may have been fixed since
         iterator = stack.enter_context(contextlib.closing(iter(rows)))
-        state, frozen = begin(setup, checkpoints, iterator)
+        state, frozen = init_or_restore(setup, checkpoints, iterator)
         if int(state.step) < cfg.steps:
-            checkpoints.check_room(state)
+            checkpoints.check_disk_space(state)
         log = stack.enter_context(open_log(setup, output, int(state.step), skipped))
-        costs = step_flops(setup.source.cfg, *setup.shapes)
-        watches = watches_of(setup, frozen, log, output, int(state.step))
-        run = Run(setup.step(), setup.mesh, frozen, costs, checkpoints, log, watches, stop)
+        flops = step_flops(setup.source.cfg, *setup.shapes)
+        callbacks = make_callbacks(setup, frozen, log, output, int(state.step))
+        run = Run(setup.step(), setup.mesh, frozen, flops, checkpoints, log, callbacks, stop)
         state = run.steps(state, iterator, cfg.steps, cfg.save_every)
         if int(state.step) == cfg.steps:
             save_model(setup, state, output / MODEL)
 
 
 @contextlib.contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Keeps other runs from writing to the folder; a process that ends, however, keeps none.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Keeps other runs from writing to the folder. The lock ends with the process.
 
-    Raises ValueError if another one writes there.
+    Raises ValueError if another run is writing to the folder.
     """
-    if jax.process_index():  # the first one does it for all
+    if jax.process_index():  # process 0 holds the lock for all processes
         yield
         return
     with locked(folder, LOCK):
         yield
 
 
-def check_output(cfg, newest: int | None) -> None:
-    """Notes the settings of a run that begins; one that goes on must have the same.
+def check_run_settings(cfg, newest: int | None) -> None:
+    """Writes the settings of a new run to run.json, or compares those of a resumed run with it.
 
-    newest: the step of its newest checkpoint; before the first one settings may be mended.
-    Raises ValueError for other settings, and for a folder that is no run's.
+    newest: the step of the newest checkpoint; before the first checkpoint settings may change.
+    Raises ValueError if the settings differ, or if the folder is not that of a run.
     """
-    if jax.process_index():  # the first one does it for all
+    if jax.process_index():  # process 0 checks for all processes
         return
     output, now = Path(cfg.output), json.loads(cfg.to_json_best_effort())
     now = {name: value for name, value in now.items() if name not in CHANGEABLE}
-    before = read_json(output / BEGUN) if (output / BEGUN).is_file() else None
-    ours = before is None or "init" in before
-    if ours and newest is None and not (output / MODEL).exists():
-        write_json(output / BEGUN, now)
+    before = read_json(output / SETTINGS) if (output / SETTINGS).is_file() else None
+    is_run_folder = before is None or "init" in before
+    if is_run_folder and newest is None and not (output / MODEL).exists():
+        write_json(output / SETTINGS, now)
         return
-    if not ours or newest is None or before is None:
-        rule = f"output must be a new folder, or that of a run with its checkpoints and {BEGUN}"
+    if not is_run_folder or newest is None or before is None:
+        rule = f"output must be a new folder, or that of a run with {SETTINGS} and checkpoints"
         raise ValueError(f"{rule}, got {output}")
-    names = sorted(before.keys() & now.keys())  # a later version may know other settings
-    shown = {n: [shorten_text(str(value)) for value in (before[n], now[n])] for n in names}
-    changed = [f"{n} {' -> '.join(shown[n])}" for n in names if before[n] != now[n]]
+    names = sorted(before.keys() & now.keys())  # a later version may have other settings
+    texts = {n: [shorten_text(str(value)) for value in (before[n], now[n])] for n in names}
+    changed = [f"{n} {' -> '.join(texts[n])}" for n in names if before[n] != now[n]]
     if changed:
-        rule = f"a run must go on with the settings it began with, those of {output / BEGUN}"
-        raise ValueError(f"{rule}, got {', '.join(changed)} (a new run needs another output)")
+        rule = f"a resumed run must use the settings in {output / SETTINGS}"
+        raise ValueError(f"{rule}, got {', '.join(changed)} (to use these, choose a new output)")
 
 
-def begin(
+def init_or_restore(
     setup: Setup, checkpoints: Checkpoints, rows: grain.DatasetIterator
 ) -> tuple[TrainState, Params]:
-    """The state to go on from and the frozen parameters; rows are set to where the state was."""
+    """Returns the initial or the restored state, and the frozen parameters.
+
+    If the state is restored, `rows` is set to the position in the data stored with it.
+    """
     if checkpoints.newest is None:
         return setup.first_state(setup.load_trained()), setup.load_frozen()
     if checkpoints.newest > setup.cfg.steps:
-        stands = f"at least {checkpoints.newest}, where the run stands"
-        raise ValueError(f"steps must be {stands}, got {setup.cfg.steps}")
+        least = f"at least {checkpoints.newest}, the step of the newest checkpoint"
+        raise ValueError(f"steps must be {least}, got {setup.cfg.steps}")
     state, data = checkpoints.restore(setup.abstract_state())
     rows.set_state(data)
     logging.info("resuming from step %d", int(state.step))
     return state, setup.load_frozen()
 
 
-def open_log(setup: Setup, output: Path, first: int, skipped: Skipped) -> Log:
-    """first: the step that the run goes on from."""
+def open_log(setup: Setup, output: Path, start_step: int, skipped: Skipped) -> Log:
+    """start_step: the step that the run resumes from, or 0."""
     cfg, devices = setup.cfg, setup.mesh.devices
     peak = peak_flops(devices.flat[0])
     total = None if peak is None else peak * devices.size
-    return Log(output, cfg.steps, cfg.log_every, total, first, lambda: skipped.counts)
+    return Log(output, cfg.steps, cfg.log_every, total, start_step, lambda: skipped.counts)
 
 
-def watches_of(
-    setup: Setup, frozen: Params, log: Log, output: Path, first: int
-) -> list[tuple[int, Watch]]:
-    """What is asked of the run, and every how many steps. first: as of open_log."""
-    cfg, found = setup.cfg, []
+def make_callbacks(
+    setup: Setup, frozen: Params, log: Log, output: Path, start_step: int
+) -> list[tuple[int, Callback]]:
+    """Returns pairs (interval in steps, callback): evaluation and samples, if configured.
+
+    start_step: as for open_log.
+    """
+    cfg, callbacks = setup.cfg, []
     if cfg.eval_every:
         rows, skipped = held_out_rows(setup, output)
-        if first == 0:
+        if start_step == 0:
             skipped.forget()
-        found.append((cfg.eval_every, evaluation(setup, frozen, log, rows, skipped)))
+        evaluate = evaluation_callback(setup, frozen, log, rows, skipped)
+        callbacks.append((cfg.eval_every, evaluate))
     if cfg.sample_every:
-        found.append((cfg.sample_every, samples(setup, frozen, log, output)))
-    return found
+        callbacks.append((cfg.sample_every, sampling_callback(setup, frozen, log, output)))
+    return callbacks
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What stays the same from step to step."""
+    """The training loop, and what is constant in it."""
 
     step: Callable
     mesh: Mesh
     frozen: Params
-    costs: StepFlops
+    flops: StepFlops
     checkpoints: Checkpoints
     log: Log
-    watches: Sequence[tuple[int, Watch]]
+    callbacks: Sequence[tuple[int, Callback]]
     stop: threading.Event
 
     def steps(
         self, state: TrainState, rows: grain.DatasetIterator, steps: int, save_every: int
     ) -> TrainState:
-        """Runs until so many steps are done, or it is told to stop, and saves; the last state."""
-        waiting = None  # a step's metrics are looked at once the next step is under way
+        """Trains to step `steps`, or until SIGTERM, saves a checkpoint and returns the state."""
+        pending = None  # a step's metrics are logged while the next step runs
         for number in range(int(state.step) + 1, steps + 1):
             batch = next(rows)
-            records, costs = batch["records"], self.costs(batch)
+            records, flops = batch["records"], self.flops(batch)
             state, metrics = self.step(state, self.frozen, put_rows(batch, self.mesh))
-            if waiting:
-                self.log.step(*waiting)
-            waiting = number, metrics, records, costs
-            stopping = self._stopping(number)
+            if pending:
+                self.log.step(*pending)
+            pending = number, metrics, records, flops
+            stopping = self._should_stop(number)
             at_end = number == steps
-            due = [watch for every, watch in self.watches if at_end or number % every == 0]
-            due = [] if stopping and not at_end else due  # there may be little time
+            due = [call for every, call in self.callbacks if at_end or number % every == 0]
+            due = [] if stopping and not at_end else due  # the machine may be gone soon
             save = stopping or at_end or number % save_every == 0
             if due or save:
-                self.log.step(*waiting)  # first of all: what is asked and saved is good
-                waiting = None
+                self.log.step(*pending)  # checks that the state is finite before it is used
+                pending = None
             if save:
                 self.checkpoints.save(state, rows.get_state())
-            for watch in due:  # after saving, where the step is also saved: one may fail
-                watch(number, state)
+            for call in due:  # after saving, because a callback may fail
+                call(number, state)
             if stopping:
-                logging.info("told to stop: saved at step %d", number)
+                logging.info("received SIGTERM: saved a checkpoint at step %d", number)
                 break
         return state
 
-    def _stopping(self, step: int) -> bool:
-        """Whether all processes are to stop after this step."""
+    def _should_stop(self, step: int) -> bool:
+        """Whether all processes stop after this step."""
         if jax.process_count() == 1:
             return self.stop.is_set()
         return multihost_utils.reached_preemption_sync_point(step)
@@ -220,9 +238,9 @@ class Run:
 
 @contextlib.contextmanager
 def stop_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM sets, as machines that are taken away send it.
+    """Yields an event that SIGTERM sets. Preemptible machines receive SIGTERM.
 
-    With several processes JAX listens for the signal, so that all of them stop at one step.
+    With several processes JAX handles the signal, so that all of them stop at the same step.
     """
     event = threading.Event()
     if jax.process_count() > 1:
@@ -236,32 +254,36 @@ def stop_signal() -> Iterator[threading.Event]:
 
 
 def save_model(setup: Setup, state: TrainState, folder: Path) -> None:
-    """Writes the trained model as a checkpoint folder, in the layout of the one it began with.
+    """Writes the trained model as a checkpoint folder, in the layout of the initial one.
 
-    What did not train is as it was there. Adapters are merged; a moving average goes before the
-    last weights.
+    Frozen parts are copied unchanged. Adapters are merged. If the state has an exponential moving
+    average, it is written instead of the last weights.
     """
-    # adapters are merged before they are rounded
+    # adapters are merged in float32 and rounded afterwards
     dtype = jnp.float32 if setup.lora else DTYPES[setup.cfg.model_dtype]
     trained = {}
-    for path, array in written_params(state).items():  # gathered by all processes together
+    for path, array in eval_params(state).items():  # all processes gather each array together
         value = on_host(array.astype(dtype))
         if jax.process_index() == 0:
             trained[path] = value
     if jax.process_index() == 0:
         write_model(setup, trained, folder)
-    multihost_utils.sync_global_devices("model")  # at exit the others wait for 300 s at most
+    multihost_utils.sync_global_devices("model")  # at exit JAX waits at most 300 s for process 0
 
 
 def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> None:
-    """trained: arrays by path. Parts of the model in which something trained are of model_dtype,
-    the others as they are stored. Adapters are written first, to a folder of their own beside."""
+    """Writes the model folder, and for LoRA first the adapter folder beside it.
+
+    Modules with a trained parameter are written in model_dtype, the others in their stored dtype.
+
+    trained: trained arrays by path.
+    """
     adapter = save_adapter(setup, trained, folder.with_name(ADAPTER)) if setup.lora else None
     stored, dtype = stored_params(setup.source), np.dtype(DTYPES[setup.cfg.model_dtype])
     parts = {path.split(".")[0] for path in trained}
 
     def read(path: str) -> np.ndarray:
-        """One array at a time: adapted kernels of a 7B model in float32 are 24 GB."""
+        """Reads one array at a time: the adapted kernels of a 7B model in float32 are 24 GB."""
         if path in trained:
             return trained[path]
         array = stored.read(path)
@@ -279,19 +301,20 @@ def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> N
 
 
 def save_adapter(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> Adapter:
-    """Writes the adapters in PEFT's format, with the module names of the folder it began with.
+    """Writes the adapter in PEFT's format, with the module names of the initial checkpoint.
 
-    Returns them as they are read again, so that `model` has what others merge.
+    Returns the adapter as read back from the folder, so that `model` is identical to what others
+    get when they merge it.
     """
     source, shapes = setup.source, param_shapes(setup.source.cfg)
     table = table_for(source.layout, source.cfg)
-    write_adapter(folder, table, shapes, factors_of(trained), setup.lora.alpha, setup.cfg.init)
+    write_adapter(folder, table, shapes, lora_factors(trained), setup.lora.alpha, setup.cfg.init)
     logging.info("%s: adapters of %d layers", folder, len(trained) // 2)
     return open_adapter(dataclasses.replace(source, adapter=folder))
 
 
 def on_host(array: jax.Array) -> np.ndarray:
-    """The whole array, on every process."""
+    """Returns the full array on every process."""
     if array.is_fully_addressable:
         return np.asarray(array)
     return multihost_utils.process_allgather(array, tiled=True)

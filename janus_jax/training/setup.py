@@ -1,4 +1,4 @@
-"""From a config to what a run works with: devices, parameters, the jitted step."""
+"""Set up a run from its config: devices, parameters and the jitted step."""
 
 import dataclasses
 import functools
@@ -51,21 +51,23 @@ from janus_jax.training.state import (
 )
 from janus_jax.training.step import Objective, Params, make_step
 
-MODEL = "model"  # of a run's output: the trained model
+MODEL = "model"  # folder of the trained model in a run's output
 
 Shapes = dict[str, jax.ShapeDtypeStruct]  # with shardings
 
 
 @dataclasses.dataclass(frozen=True)
 class Setup:
-    """What a config asks for, checked; nothing is loaded yet.
+    """A validated config. Creating it loads no weights.
 
     Attributes:
         cfg: ConfigDict of stages.base_config.
-        source: the checkpoint folder that the run starts from.
-        model_cfg: its sizes, and the dtypes to train in.
-        rows: what the rows of a step are made of.
-        lora: adapters to train in place of the weights, or None.
+        source: the initial checkpoint folder.
+        processor: the processor of the initial checkpoint.
+        model_cfg: the sizes of its model, with the dtypes to train in.
+        mesh: the devices.
+        rows: how the rows of a batch are made.
+        lora: the adapters to train instead of the weights, or None.
     """
 
     cfg: Any
@@ -78,14 +80,18 @@ class Setup:
 
     @classmethod
     def from_config(cls, cfg) -> "Setup":
-        """Raises FileNotFoundError or ValueError for what cannot be trained."""
+        """Checks the config.
+
+        cfg: ConfigDict of stages.base_config.
+        Raises FileNotFoundError or ValueError if it cannot be trained.
+        """
         check_settings(cfg)
         check_init(cfg.init)
         check_local("output", cfg.output)
         if not cfg.output or (Path(cfg.output).exists() and not Path(cfg.output).is_dir()):
-            raise ValueError(f"output must be a folder to write to, got {cfg.output!r}")
+            raise ValueError(f"output must be a writable folder, got {cfg.output!r}")
         if Path(cfg.init).resolve() == (Path(cfg.output) / MODEL).resolve():
-            raise ValueError(f"init must not be what the run will write, got {cfg.init}")
+            raise ValueError(f"init must not be the model folder in output, got {cfg.init}")
         source, processor = open_folder(cfg.init), Processor.from_dir(cfg.init)
         check_processor(cfg.init, processor, source.cfg)
         mesh = parse_mesh(cfg.mesh) if cfg.mesh else make_mesh(fsdp=jax.device_count())
@@ -93,12 +99,12 @@ class Setup:
         model_cfg = source.cfg.with_dtype(DTYPES[cfg.dtype]).with_remat(cfg.remat)
         lora = None
         if cfg.lora_rank and cfg.trained != ALL_BUT_TOKENIZER:
-            given = f"lora_rank={cfg.lora_rank} and trained={cfg.trained!r}"
-            raise ValueError(f"with adapters nothing else is trained: lora_targets, got {given}")
+            rule = "trained cannot be combined with LoRA; set lora_rank=0 or remove trained"
+            raise ValueError(f"{rule}, got lora_rank={cfg.lora_rank} trained={cfg.trained!r}")
         if cfg.lora_rank:
             lora = LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
         rows = rows_config(cfg, mesh)
-        check_weights(source)  # before a model of the sizes in config.json is built
+        check_weights(source)  # before a model with the sizes in config.json is built
         setup = cls(cfg, source, processor, model_cfg, mesh, rows, lora)
         trained, frozen = setup.shapes
         if cfg.reinit:
@@ -107,12 +113,12 @@ class Setup:
 
     @property
     def trained(self) -> re.Pattern:
-        """Matches the paths of what trains, from their beginning."""
+        """A pattern that matches the beginning of the paths of trainable parameters."""
         return re.compile(ADAPTERS if self.lora else self.cfg.trained)
 
     @functools.cached_property
     def model(self) -> tuple[nnx.GraphDef, nnx.State]:
-        """The whole model with its adapters, without values."""
+        """The graph and the abstract state of the model, including adapters."""
         graph, state = abstract(self.model_cfg)
         if not self.lora:
             return graph, state
@@ -123,57 +129,63 @@ class Setup:
 
     @functools.cached_property
     def shapes(self) -> tuple[Shapes, Shapes]:
-        """What trains and what is frozen, with dtypes and shardings: float32 what trains, and what
-        is frozen as it is computed with. What no step uses is in neither.
+        """Shapes, dtypes and shardings of the trainable and of the frozen parameters, by path.
 
-        Raises ValueError if nothing trains, or the image tokenizer.
+        Trainable parameters and the image tokenizer are float32, other frozen parameters cfg.dtype.
+        Parameters that no step uses are in neither dict.
+
+        Raises ValueError if no parameter is trainable, or if one of the image tokenizer is.
         """
         sharding, pattern = sharding_for(self.mesh), self.trained
         tokenizer = re.compile(FLOAT32_PATHS)
         trained, frozen = {}, {}
         for path, leaf in flat(self.model[1]):
-            into = trained if pattern.match(path) else frozen
-            full = into is trained or tokenizer.match(path)
-            dtype = jnp.float32 if full else DTYPES[self.cfg.dtype]
-            lies = sharding(path, leaf.shape)
-            into[path] = jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=lies)
+            is_trained = bool(pattern.match(path))
+            is_float32 = is_trained or tokenizer.match(path)
+            shape = jax.ShapeDtypeStruct(
+                leaf.shape,
+                jnp.float32 if is_float32 else DTYPES[self.cfg.dtype],
+                sharding=sharding(path, leaf.shape),
+            )
+            (trained if is_trained else frozen)[path] = shape
         if not trained:
             raise ValueError(f"no parameter path matches trained={pattern.pattern!r}")
         if any(map(tokenizer.match, trained)):
             rule = "trained must match no parameter of the image tokenizer, gen_vq"
             raise ValueError(f"{rule}, got {pattern.pattern!r}")
-        if self.rows.tokenized:  # the image tokenizer has done its work
+        if self.rows.tokenized:  # the image tokens are precomputed
             frozen = {path: leaf for path, leaf in frozen.items() if not tokenizer.match(path)}
         return trained, frozen
 
     def load_frozen(self) -> Params:
-        """What is frozen, from the folder."""
+        """Loads the frozen parameters from the initial checkpoint."""
         return self._load(self.shapes[1], DTYPES[self.cfg.dtype])
 
     def load_trained(self) -> Params:
-        """What trains, from the folder or new, in float32."""
+        """Loads or initializes the trainable parameters, in float32."""
         trained = self.shapes[0]
-        new = {path: leaf for path, leaf in trained.items() if self._begins_anew(path)}
+        new = {path: leaf for path, leaf in trained.items() if self._is_reinitialized(path)}
         stored = trained.keys() - new.keys()
         if not stored:
-            return self._new(new)
-        return self._load(stored, jnp.float32) | self._new(new)
+            return self._init_params(new)
+        return self._load(stored, jnp.float32) | self._init_params(new)
 
     def _load(self, paths: Container[str], dtype) -> Params:
-        """Parameters from the folder; the first process reports how many bytes it has read."""
-        place = sharding_for(self.mesh)
+        """Loads parameters from the initial checkpoint; process 0 reports the bytes read."""
+        sharding = sharding_for(self.mesh)
         with Progress(f"loading {self.cfg.init}", "B") as report:
             report = report if jax.process_index() == 0 else None
             return load_params(
-                self.source.path, self.source.cfg, place, dtype, paths=paths, progress=report
+                self.source.path, self.source.cfg, sharding, dtype, paths=paths, progress=report
             )
 
-    def _begins_anew(self, path: str) -> bool:
+    def _is_reinitialized(self, path: str) -> bool:
+        """Whether a parameter is initialized at random: adapters and matches of `reinit`."""
         reinit = self.cfg.reinit
         return bool(re.match(ADAPTERS, path) or (reinit and re.match(reinit, path)))
 
-    def _new(self, shapes: Shapes) -> Params:
-        """Random parameters."""
+    def _init_params(self, shapes: Shapes) -> Params:
+        """Initializes parameters at random."""
         if not shapes:
             return {}
 
@@ -189,7 +201,10 @@ class Setup:
         return jax.jit(make, out_shardings=shardings)()
 
     def build(self) -> Callable[[Params], Janus]:
-        """Makes the model of parameters; those that no step uses stay without values."""
+        """Returns a function that builds the model from parameters by path.
+
+        Parameters that no step uses stay abstract.
+        """
         graph, state = self.model
         leaves = dict(flat(state))
 
@@ -199,7 +214,7 @@ class Setup:
         return make
 
     def objective(self) -> Objective:
-        """What is minimised."""
+        """Returns the training objective."""
         return Objective(
             build=self.build(),
             dtype=DTYPES[self.cfg.dtype],
@@ -212,28 +227,28 @@ class Setup:
         )
 
     def abstract_state(self) -> TrainState:
-        """The state with shapes, dtypes and shardings for arrays."""
+        """Returns the state with shapes, dtypes and shardings instead of arrays."""
         optimizer, trained = make_optimizer(self.cfg), self.shapes[0]
-        averaged = self.cfg.ema_decay > 0
-        state = jax.eval_shape(lambda params: init_state(params, optimizer, averaged), trained)
+        use_ema = self.cfg.ema_decay > 0
+        state = jax.eval_shape(lambda params: init_state(params, optimizer, use_ema), trained)
         shardings = {path: leaf.sharding for path, leaf in trained.items()}
-        whole = NamedSharding(self.mesh, PartitionSpec())
-        shardings = state_shardings(state, optimizer, shardings, whole)
-        return jax.tree.map(lambda leaf, lies: leaf.update(sharding=lies), state, shardings)
+        replicated = NamedSharding(self.mesh, PartitionSpec())
+        shardings = state_shardings(state, optimizer, shardings, replicated)
+        return jax.tree.map(lambda leaf, spec: leaf.update(sharding=spec), state, shardings)
 
     def first_state(self, params: Params) -> TrainState:
-        """The state at step 0; params are given away."""
-        optimizer, averaged = make_optimizer(self.cfg), self.cfg.ema_decay > 0
+        """Returns the state at step 0. `params` are donated."""
+        optimizer, use_ema = make_optimizer(self.cfg), self.cfg.ema_decay > 0
         shardings = jax.tree.map(lambda leaf: leaf.sharding, self.abstract_state())
         make = jax.jit(
-            lambda params: init_state(params, optimizer, averaged),
+            lambda params: init_state(params, optimizer, use_ema),
             donate_argnums=0,
             out_shardings=shardings,
         )
         return make(params)
 
     def step(self) -> Callable:
-        """The jitted step of make_step."""
+        """Returns the jitted step of make_step."""
         return make_step(
             self.objective(),
             make_optimizer(self.cfg),
@@ -244,7 +259,7 @@ class Setup:
 
 
 def put_rows(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Arrays of this process's rows as its part of those of all; the lists are left out."""
+    """Makes global arrays from the rows of this process. Entries that are lists are omitted."""
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(sharding, values)
@@ -254,67 +269,73 @@ def put_rows(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
 
 def flat(state: nnx.State) -> Iterator[tuple[str, Any]]:
-    """Paths and arrays, or what stands for arrays."""
+    """Yields the dotted path and the value of every leaf; values may be abstract."""
     for keys, leaf in nnx.to_flat_state(state):
         yield ".".join(map(str, keys)), leaf.get_value()
 
 
 def rows_config(cfg, mesh: Mesh) -> RowsConfig:
-    """Raises ValueError unless the rows can be dealt out to devices and hosts."""
+    """Returns the settings of the rows.
+
+    Raises ValueError if the rows cannot be divided among the devices and processes.
+    """
     settings = {field.name: cfg[field.name] for field in dataclasses.fields(RowsConfig)}
     rows = RowsConfig(**settings | dict(mixture=cfg.mixture.to_dict()))
     parts = num_batch_shards(mesh) * cfg.accumulate
     if rows.batch_size % parts:
-        asked = f"of data * fsdp * accumulate = {parts}"
-        raise ValueError(f"batch_size must be a multiple {asked}, got {rows.batch_size}")
+        rule = f"batch_size must be a multiple of data * fsdp * accumulate = {parts}"
+        raise ValueError(f"{rule}, got {rows.batch_size}")
     rows.own_streams(jax.process_index(), jax.process_count())
     return rows
 
 
 def check_reinit(reinit: str, trained: Iterable[str], frozen: Iterable[str]) -> None:
-    """Raises ValueError unless, of these paths, reinit matches some that train and no other."""
+    """Raises ValueError unless `reinit` matches a trainable parameter and no frozen one.
+
+    trained, frozen: parameter paths.
+    """
     if not any(re.match(reinit, path) for path in trained):
-        raise ValueError(f"no parameter path that trains matches {reinit=}")
-    kept = [path for path in frozen if re.match(reinit, path)]
-    if kept:
-        rule = "reinit must match nothing that is frozen"
-        raise ValueError(f"{rule}, got {reinit!r}, which matches {kept[0]}")
+        raise ValueError(f"no trainable parameter matches {reinit=}")
+    frozen_matches = [path for path in frozen if re.match(reinit, path)]
+    if frozen_matches:
+        rule = "reinit must not match a frozen parameter"
+        raise ValueError(f"{rule}, got {reinit!r}, which matches {frozen_matches[0]}")
 
 
 def check_settings(cfg) -> None:
-    """Raises ValueError for a number out of its range, or a name that is none of those known."""
+    """Raises ValueError for a number out of its range, or a name that is not a valid choice."""
     counts = ("steps", "log_every", "save_every", "keep", "accumulate", "chunk", "eval_batches")
-    least = dict.fromkeys(counts, 1)
-    least |= dict.fromkeys(("seed", "lora_rank", "eval_every", "sample_every"), 0)
-    for name, value in least.items():
-        if cfg[name] < value:
-            raise ValueError(f"{name} must be at least {value}, got {cfg[name]}")
+    minimums = dict.fromkeys(counts, 1)
+    minimums |= dict.fromkeys(("seed", "lora_rank", "eval_every", "sample_every"), 0)
+    for name, minimum in minimums.items():
+        if cfg[name] < minimum:
+            raise ValueError(f"{name} must be at least {minimum}, got {cfg[name]}")
     for name in ("ema_decay", "b1", "b2"):
         if not 0 <= cfg[name] < 1:
             raise ValueError(f"{name} must be at least 0 and below 1, got {cfg[name]}")
     if not 0 < cfg.max_grad_norm < math.inf:
-        raise ValueError(f"max_grad_norm must be a number above 0, got {cfg.max_grad_norm}")
+        raise ValueError(f"max_grad_norm must be positive and finite, got {cfg.max_grad_norm}")
     for name in ("learning_rate", "end_learning_rate", "weight_decay"):
         if not 0 <= cfg[name] < math.inf:
-            raise ValueError(f"{name} must be a number of at least 0, got {cfg[name]}")
+            raise ValueError(f"{name} must be at least 0 and finite, got {cfg[name]}")
     if cfg.seed >= 2**32:
         raise ValueError(f"seed must be below 2**32, got {cfg.seed}")
-    learning_rates(cfg)  # raises for those that do not fit together
+    learning_rates(cfg)  # raises if the settings of the schedule do not fit together
     if cfg.eval_every and not cfg.eval_mixture:
-        raise ValueError(f"eval_every={cfg.eval_every} needs an eval_mixture, got none")
+        raise ValueError(f"eval_every={cfg.eval_every} requires eval_mixture, got none")
     if cfg.sample_every and not (cfg.prompts or cfg.questions):
-        raise ValueError(f"sample_every={cfg.sample_every} needs prompts or questions, got none")
-    for name, known in dict(dtype=DTYPES, model_dtype=DTYPES, remat=REMAT_CHOICES).items():
-        if cfg[name] not in known:
-            raise ValueError(f"{name} must be one of {', '.join(known)}, got {cfg[name]!r}")
+        raise ValueError(f"sample_every={cfg.sample_every} requires prompts or questions, got none")
+    for name, choices in dict(dtype=DTYPES, model_dtype=DTYPES, remat=REMAT_CHOICES).items():
+        if cfg[name] not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {cfg[name]!r}")
     weights = cfg.loss_weights.to_dict()
     if weights.keys() != set(KINDS):
-        raise ValueError(f"loss_weights must be given for {', '.join(KINDS)}, got {weights}")
+        raise ValueError(f"loss_weights must have the keys {', '.join(KINDS)}, got {weights}")
     if not all(0 <= weight < math.inf for weight in weights.values()) or not any(weights.values()):
-        raise ValueError(f"loss_weights must be at least 0 and one above, got {weights}")
+        raise ValueError(f"loss_weights must be at least 0, and one positive, got {weights}")
     for pair in cfg.questions:
         if not isinstance(pair, (tuple, list)) or len(pair) != 2:
-            raise ValueError(f"questions must be pairs (image's path, text), got {pair!r}")
+            raise ValueError(f"questions must be pairs (image path, question), got {pair!r}")
     for name in ("trained", "reinit", "lora_targets"):
         try:
             re.compile(cfg[name])

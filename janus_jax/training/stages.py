@@ -1,4 +1,4 @@
-"""The three stages of Janus: what trains in which, and how (Janus-Pro report, Table 2)."""
+"""The settings of the three training stages of Janus (Janus-Pro report, Table 2)."""
 
 import dataclasses
 
@@ -12,12 +12,13 @@ class Stage:
     """A column of Table 2.
 
     Attributes:
-        trained: what trains, a regular expression on parameter paths.
+        trained: regular expression on the paths of the trainable parameters.
         learning_rate: constant after the warm-up.
-        warmup_steps: in which it rises from 0.
-        steps: and those of the 7B model where they are others.
-        batch_size: sequences of 4096 tokens in a step.
-        ratio: understanding, text and generation records.
+        warmup_steps: number of steps in which the learning rate rises from 0.
+        steps: number of steps of the 1B model.
+        steps_7b: number of steps of the 7B model.
+        batch_size: sequences of 4096 tokens in a batch.
+        ratio: ratio of understanding, text and generation records.
     """
 
     trained: str
@@ -29,21 +30,21 @@ class Stage:
     ratio: tuple[int, int, int]
 
 
-ADAPTERS_AND_HEAD = r"(und_aligner|gen_aligner|gen_head|gen_embed)\."
+ALIGNERS_AND_HEAD = r"(und_aligner|gen_aligner|gen_head|gen_embed)\."
 ALL_BUT_ENCODERS = r"(?!und_encoder\.|gen_vq\.)"
 ALL_BUT_TOKENIZER = r"(?!gen_vq\.)"
 
-# The learning rate of stage II was to last for 360,000 steps; training stopped at 270,000.
+# The learning rate schedule of stage 2 was set to 360,000 steps; training stopped at 270,000.
 STAGES = {
-    1: Stage(ADAPTERS_AND_HEAD, 1e-3, 600, 20_000, 20_000, 256, (1, 0, 3)),
+    1: Stage(ALIGNERS_AND_HEAD, 1e-3, 600, 20_000, 20_000, 256, (1, 0, 3)),
     2: Stage(ALL_BUT_ENCODERS, 1e-4, 5000, 270_000, 270_000, 512, (2, 3, 5)),
     3: Stage(ALL_BUT_TOKENIZER, 4e-5, 0, 80_000, 40_000, 128, (5, 1, 4)),
 }
-# What Janus-1.3B is known to have done otherwise: its last stage's ratio, and two thirds of the
-# images that it drew in its second stage, which were ImageNet's.
-RATIO_OF_1_3B = (7, 3, 10)
+# The known differences of Janus-1.3B: the ratio of stage 3, and in stage 2 two thirds of the images
+# to generate are from ImageNet.
+RATIO_1_3B = (7, 3, 10)
 
-FOLDERS = {
+INITIAL_FOLDERS = {
     "janus_1_3b": "checkpoints/Janus-1.3B",
     "janus_pro_1b": "checkpoints/Janus-Pro-1B",
     "janus_pro_7b": "checkpoints/Janus-Pro-7B",
@@ -52,15 +53,17 @@ IMAGENET = dict(format="class_folder", path="data/imagenet_tokens")
 
 
 def base_config() -> ConfigDict:
-    """The settings of every run, but for init, output and mixture: AdamW as reported, and rows as
-    they are reported for the released models."""
+    """Returns the default settings of a run; init, output and mixture must be set.
+
+    AdamW and the length of the rows are as reported for the released models.
+    """
     return ConfigDict(
         dict(
             task="stage",
-            init="",  # checkpoint folder to go on from
-            reinit="",  # parameters that begin anew, a regular expression on their paths
-            output="",
-            trained=ALL_BUT_TOKENIZER,
+            init="",  # initial checkpoint folder
+            reinit="",  # regular expression on the paths of parameters to initialize at random
+            output="",  # folder of the run
+            trained=ALL_BUT_TOKENIZER,  # regular expression on the paths of trainable parameters
             lora_rank=0,  # 0: no LoRA
             lora_alpha=16.0,
             lora_targets=r"language_model\.layers\.\d+\.(self_attn|mlp)\.\w+",
@@ -77,7 +80,7 @@ def base_config() -> ConfigDict:
             max_bad=0.01,
             threads=4,
             # step
-            mesh="",  # as "data=1,fsdp=8,tensor=1"; empty: all devices on fsdp
+            mesh="",  # for example "data=1,fsdp=8,tensor=1"; empty: all devices on fsdp
             dtype="bfloat16",
             remat="dots",
             accumulate=1,
@@ -98,26 +101,28 @@ def base_config() -> ConfigDict:
             keep=3,
             eval_every=0,  # steps; 0: never
             eval_batches=8,
-            eval_mixture={},  # of held-out records, as mixture
-            sample_every=0,
+            eval_mixture={},  # held-out records, in the format of mixture
+            sample_every=0,  # steps; 0: never
             prompts=("a red circle left of a blue square",),
-            questions=(),  # pairs of an image's path and a question
-            model_dtype="bfloat16",  # of output/model
+            questions=(),  # pairs (image path, question)
+            model_dtype="bfloat16",  # dtype of output/model
         )
     )
 
 
 def stage_config(name: str, number: int) -> ConfigDict:
-    """The settings of stage 1, 2 or 3 of a released model, one of FOLDERS.
+    """Returns the settings of a stage of a released model.
 
-    The first begins with a released folder, of which the decoder, SigLIP and the image tokenizer
-    are kept and the adapters and the image head made anew; each other one with the model of the
-    stage before it. Data are looked for in data/, see `mixture`.
+    Stage 1 starts from the released checkpoint. It keeps the decoder, SigLIP and the image
+    tokenizer, and reinitializes the aligners, the image head and the image embedding. Stages 2 and
+    3 start from the model of the previous stage. The data is read from data/, see `mixture`.
+
+    name: a key of INITIAL_FOLDERS. number: 1, 2 or 3.
     """
     stage, config = STAGES[number], base_config()
-    before = FOLDERS[name] if number == 1 else f"runs/{name}_stage{number - 1}/model"
+    previous = f"runs/{name}_stage{number - 1}/model"
     config.update(
-        init=before,
+        init=INITIAL_FOLDERS[name] if number == 1 else previous,
         reinit=stage.trained if number == 1 else "",
         output=f"runs/{name}_stage{number}",
         trained=stage.trained,
@@ -132,26 +137,29 @@ def stage_config(name: str, number: int) -> ConfigDict:
 
 
 def mixture(name: str, number: int) -> dict[str, dict]:
-    """Where a stage's records are looked for, and in which ratio.
+    """Returns the sources of a stage and their ratio.
 
-    Generation is ImageNet with class names as prompts in stage 1; then real and synthetic images
-    with their captions, 1 : 1.
+    In stage 1, generation uses ImageNet with class names as captions. In the later stages it uses
+    captioned real and synthetic images, 1 : 1.
+
+    name, number: as for stage_config.
     """
-    stage, old = STAGES[number], name == "janus_1_3b"
-    ratio = RATIO_OF_1_3B if old and number == 3 else stage.ratio
-    understanding, text, generation = map(float, ratio)  # so that flags may give them a half
+    stage, is_1_3b = STAGES[number], name == "janus_1_3b"
+    ratio = RATIO_1_3B if is_1_3b and number == 3 else stage.ratio
+    # floats, so that flags can set fractional weights
+    understanding, text, generation = map(float, ratio)
     folder = f"data/stage{number}"
-    asked = dict(weight=understanding, format="jsonl", path=f"{folder}/understanding")
+    questions = dict(weight=understanding, format="jsonl", path=f"{folder}/understanding")
     if number == 1:
-        return dict(understanding=asked, generation=dict(weight=generation, **IMAGENET))
+        return dict(understanding=questions, generation=dict(weight=generation, **IMAGENET))
     captioned = {
         kind: dict(weight=1.0, format="arrayrecord", path=f"{folder}/{kind}")
         for kind in ("real", "synthetic")
     }
-    if old and number == 2:
+    if is_1_3b and number == 2:
         captioned["imagenet"] = dict(weight=4.0, **IMAGENET)
     return dict(
-        understanding=asked,
+        understanding=questions,
         text=dict(weight=text, format="jsonl", path=f"{folder}/text"),
         generation=dict(weight=generation, **captioned),
     )

@@ -1,4 +1,4 @@
-"""What a training run carries from step to step."""
+"""The state of a training run and the optimizer."""
 
 import contextlib
 import dataclasses
@@ -14,22 +14,26 @@ from flax import nnx
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: int32 scalar; params: the trained part; opt_state: optax's.
+    """What a training step updates.
 
-    average: the moving average of params, or None where none is kept.
+    Attributes:
+        step: number of steps taken, int32 scalar.
+        params: the trainable parameters.
+        opt_state: the state of the optimizer.
+        ema: the exponential moving average of params, or None.
     """
 
     step: jax.Array
     params: optax.Params
     opt_state: optax.OptState
-    average: optax.Params | None = None
+    ema: optax.Params | None = None
 
 
 def split_model(model: nnx.Module, trained: str) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
-    """Graph, trained parameters and frozen parameters of a model.
+    """Splits a model into its graph, trainable parameters and frozen parameters.
 
-    trained: regular expression on the dotted parameter path (`gen_vq.encoder.conv_in.kernel`),
-    matched from its beginning. Frozen parameters get no gradient and no optimizer state.
+    trained: regular expression matched against the beginning of the dotted parameter path
+    (`gen_vq.encoder.conv_in.kernel`). Frozen parameters have no gradient and no optimizer state.
     Raises ValueError if no path matches.
     """
     pattern = re.compile(trained)
@@ -44,33 +48,36 @@ def split_model(model: nnx.Module, trained: str) -> tuple[nnx.GraphDef, nnx.Stat
 
 
 def init_state(
-    params: optax.Params, optimizer: optax.GradientTransformation, averaged: bool = False
+    params: optax.Params, optimizer: optax.GradientTransformation, use_ema: bool = False
 ) -> TrainState:
-    """The state at step 0. averaged: whether a moving average is kept."""
-    average = jax.tree.map(jnp.copy, params) if averaged else None
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), average)
+    """Returns the state at step 0. use_ema: whether to keep a moving average of params."""
+    ema = jax.tree.map(jnp.copy, params) if use_ema else None
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), ema)
 
 
-def written_params(state: TrainState) -> optax.Params:
-    """What is evaluated, sampled from and written: the moving average, where there is one."""
-    return state.params if state.average is None else state.average
+def eval_params(state: TrainState) -> optax.Params:
+    """Returns the parameters to evaluate, sample from and write: the moving average, if kept."""
+    return state.params if state.ema is None else state.ema
 
 
 def state_shardings(
-    state: TrainState, optimizer: optax.GradientTransformation, params: optax.Params, whole
+    state: TrainState, optimizer: optax.GradientTransformation, params: optax.Params, replicated
 ) -> TrainState:
-    """Where each part of a state lies: optimizer state and average as the parameters.
+    """Returns the sharding of every leaf of a state.
 
-    state: abstract or not. params: a sharding for each parameter. whole: the sharding of scalars.
+    Optimizer state and moving average are sharded as the parameters.
+
+    state: concrete or abstract. params: the sharding of each parameter. replicated: the sharding
+    of scalars.
     """
     opt_state = optax.tree_utils.tree_map_params(
         optimizer,
         lambda _, sharding: sharding,
         state.opt_state,
         params,
-        transform_non_params=lambda _: whole,
+        transform_non_params=lambda _: replicated,
     )
-    return TrainState(whole, params, opt_state, None if state.average is None else params)
+    return TrainState(replicated, params, opt_state, None if state.ema is None else params)
 
 
 def apply_gradients(
@@ -79,20 +86,20 @@ def apply_gradients(
     optimizer: optax.GradientTransformation,
     ema_decay: float = 0.0,
 ) -> TrainState:
-    """The state one step on. ema_decay: of the moving average, where there is one."""
+    """Returns the state after one optimizer step. ema_decay: used if the state has an average."""
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params, average = optax.apply_updates(state.params, updates), state.average
-    if average is not None:
-        average = optax.incremental_update(params, average, 1 - ema_decay)
-    return TrainState(state.step + 1, params, opt_state, average)
+    params, ema = optax.apply_updates(state.params, updates), state.ema
+    if ema is not None:
+        ema = optax.incremental_update(params, ema, 1 - ema_decay)
+    return TrainState(state.step + 1, params, opt_state, ema)
 
 
 @contextlib.contextmanager
 def default_promotion() -> Iterator[None]:
-    """JAX's default rules for dtypes, for steps whose libraries rely on them.
+    """Sets JAX's default dtype promotion rules, which the libraries used in a step rely on.
 
-    Under JAX_ENABLE_X64 Optax computes learning rates and bias corrections in float64; strict
-    promotion of dtypes refuses both, and the gradients of JAX's attention in bfloat16.
+    With JAX_ENABLE_X64, Optax computes learning rates and bias corrections in float64. Strict
+    dtype promotion rejects both, and also the gradients of JAX's attention in bfloat16.
     """
     with (
         jax.enable_x64(False),
@@ -103,28 +110,31 @@ def default_promotion() -> Iterator[None]:
 
 
 def learning_rates(cfg) -> optax.Schedule:
-    """Warm-up from 0, then a cosine from learning_rate to end_learning_rate; the two are the same
-    where the rate is to stay, as in all of Janus-Pro's stages.
+    """Returns a linear warm-up from 0, then a cosine from learning_rate to end_learning_rate.
+
+    For a constant rate, as in all stages of Janus-Pro, set both to the same value.
 
     cfg: ConfigDict with learning_rate, end_learning_rate, warmup_steps, steps.
-    Raises ValueError if the warm-up takes all steps, or the rate would rise after it.
+    Raises ValueError if the warm-up takes all steps, or if end_learning_rate exceeds
+    learning_rate.
     """
     if not 0 <= cfg.warmup_steps < cfg.steps:
-        asked = f"warmup_steps={cfg.warmup_steps} steps={cfg.steps}"
-        raise ValueError(f"warmup_steps must be at least 0 and less than steps, got {asked}")
+        values = f"warmup_steps={cfg.warmup_steps} steps={cfg.steps}"
+        raise ValueError(f"warmup_steps must be at least 0 and less than steps, got {values}")
     if cfg.end_learning_rate > cfg.learning_rate:
-        rule = "end_learning_rate must be at most learning_rate (give both)"
-        raise ValueError(f"{rule}, got {cfg.end_learning_rate} for {cfg.learning_rate}")
+        rule = "end_learning_rate must be at most learning_rate (set both)"
+        values = f"end_learning_rate={cfg.end_learning_rate} learning_rate={cfg.learning_rate}"
+        raise ValueError(f"{rule}, got {values}")
     return optax.warmup_cosine_decay_schedule(
         0.0, cfg.learning_rate, cfg.warmup_steps, cfg.steps, cfg.end_learning_rate
     )
 
 
 def make_optimizer(cfg) -> optax.GradientTransformation:
-    """AdamW after clipping by global norm, as in Janus-Pro's Table 2.
+    """Returns AdamW with gradient clipping by global norm, as in Table 2 of Janus-Pro.
 
-    cfg: ConfigDict as of learning_rates, with b1, b2, weight_decay, max_grad_norm.
-    Raises ValueError as learning_rates.
+    cfg: ConfigDict as for learning_rates, and b1, b2, weight_decay, max_grad_norm.
+    Raises ValueError as learning_rates does.
     """
     return optax.chain(
         optax.clip_by_global_norm(cfg.max_grad_norm),

@@ -1,6 +1,6 @@
-"""One step of training on packed rows: loss, gradients, AdamW, on every device of the mesh.
+"""A training step on packed rows: loss, gradients and AdamW, on all devices of the mesh.
 
-R rows of a step, A parts of them whose gradients are added up.
+R rows of a batch, A microbatches whose gradients are accumulated.
 """
 
 import dataclasses
@@ -19,25 +19,26 @@ from janus_jax.training.state import TrainState, apply_gradients, default_promot
 
 Params = dict[str, jax.Array]  # by dotted path
 
-# Gradients of these are sums over many tokens, or over the chunks of a row: the model casts what it
-# looks up or multiplies with, so that they are added up in float32.
-SUMMED = re.compile(r".*\.embedding$|language_model\.lm_head\.|gen_head\.")
-Found = dict[str, tuple[jax.Array, jax.Array]]  # by kind: summed loss, number of targets
+# The gradients of these parameters are sums over many tokens, or over the chunks of a row. The
+# parameters stay float32, and the model casts what it reads from them, so that the sums are
+# computed in float32.
+FLOAT32_GRADIENTS = re.compile(r".*\.embedding$|language_model\.lm_head\.|gen_head\.")
+Losses = dict[str, tuple[jax.Array, jax.Array]]  # by kind: summed loss, number of targets
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """What is minimised: the weighted mean of the cross-entropy of all targets of a step.
+    """The training objective: the weighted mean cross-entropy over all targets of a batch.
 
     Attributes:
-        build: makes the model of its parameters.
-        dtype: of the copies of the float32 masters that the model computes with.
-        images: how images to be looked at are normalised.
-        weights: of a target, by kind of record.
-        chunk: positions of a row whose logits are there at a time.
+        build: builds the model from its parameters.
+        dtype: dtype of the computation, to which the float32 parameters are cast.
+        images: normalization of the images to understand.
+        weights: weight of a target, by kind of record.
+        chunk: number of positions of a row whose logits are computed at a time.
         accumulate: A.
         mesh: the devices.
-        shardings: of what trains, by path.
+        shardings: shardings of the trainable parameters, by path.
     """
 
     build: Callable[[Params], Janus]
@@ -49,51 +50,52 @@ class Objective:
     mesh: Mesh
     shardings: Mapping[str, jax.sharding.Sharding]
 
-    def losses(self, params: Params, frozen: Params, rows: Rows) -> Found:
-        """Losses of one part of the rows; params: the float32 masters."""
+    def losses(self, params: Params, frozen: Params, rows: Rows) -> Losses:
+        """Returns the losses of one microbatch. params: float32, by path."""
         copies = {
-            path: param if SUMMED.match(path) else param.astype(self.dtype)
+            path: param if FLOAT32_GRADIENTS.match(path) else param.astype(self.dtype)
             for path, param in params.items()
         }
         model = self.build(copies | frozen)
         return row_losses(model, rows, self.images, self.chunk, self.mesh)
 
-    def totals(self, params: Params, frozen: Params, rows: Rows) -> Found:
-        """Losses of all rows, one part after the other."""
-        return self._added_up(lambda part: self.losses(params, frozen, part), rows)
+    def totals(self, params: Params, frozen: Params, rows: Rows) -> Losses:
+        """Returns the losses of all rows, computed one microbatch at a time."""
+        return self._accumulated(lambda part: self.losses(params, frozen, part), rows)
 
-    def gradients(self, params: Params, frozen: Params, rows: Rows) -> tuple[Params, Found]:
-        """The gradient of the objective over all rows, and the losses that it is made of."""
+    def gradients(self, params: Params, frozen: Params, rows: Rows) -> tuple[Params, Losses]:
+        """Returns the gradient of the objective over all rows, and the losses."""
 
-        def weighted_sum(params: Params, part: Rows) -> tuple[jax.Array, Found]:
-            found = self.losses(params, frozen, part)
-            return sum(self.weights[kind] * total for kind, (total, _) in found.items()), found
+        def weighted_sum(params: Params, part: Rows) -> tuple[jax.Array, Losses]:
+            losses = self.losses(params, frozen, part)
+            return sum(self.weights[kind] * total for kind, (total, _) in losses.items()), losses
 
-        def gradient(part: Rows) -> tuple[Params, Found]:
-            grads, found = jax.grad(weighted_sum, has_aux=True)(params, part)
-            # they lie as the parameters do, or each device might hold them whole
-            lay = jax.lax.with_sharding_constraint
-            return {path: lay(grad, self.shardings[path]) for path, grad in grads.items()}, found
+        def gradient(part: Rows) -> tuple[Params, Losses]:
+            grads, losses = jax.grad(weighted_sum, has_aux=True)(params, part)
+            # sharded as the parameters, or each device might hold full gradients
+            constrain = jax.lax.with_sharding_constraint
+            grads = {path: constrain(grad, self.shardings[path]) for path, grad in grads.items()}
+            return grads, losses
 
-        grads, found = self._added_up(gradient, rows)
-        weight = self.weight(found)
-        return jax.tree.map(lambda grad: grad / weight, grads), found
+        grads, losses = self._accumulated(gradient, rows)
+        weight = self.weight(losses)
+        return jax.tree.map(lambda grad: grad / weight, grads), losses
 
-    def mean(self, found: Found) -> jax.Array:
-        """The objective, float32 scalar."""
-        total = sum(self.weights[kind] * loss for kind, (loss, _) in found.items())
-        return total / self.weight(found)
+    def mean(self, losses: Losses) -> jax.Array:
+        """Returns the value of the objective, float32 scalar."""
+        total = sum(self.weights[kind] * loss for kind, (loss, _) in losses.items())
+        return total / self.weight(losses)
 
-    def weight(self, found: Found) -> jax.Array:
-        """What the mean is over: the weights of all targets, float32 scalar."""
-        weight = sum(self.weights[kind] * count for kind, (_, count) in found.items())
-        return jnp.maximum(weight, 1e-9)  # rows without a target: no loss, no gradient
+    def weight(self, losses: Losses) -> jax.Array:
+        """Returns the total weight of all targets, by which the mean divides, float32 scalar."""
+        weight = sum(self.weights[kind] * count for kind, (_, count) in losses.items())
+        return jnp.maximum(weight, 1e-9)  # rows without a target have no loss and no gradient
 
-    def _added_up(self, function: Callable, rows: Rows):
-        """The sum of function(part of the rows), a pytree, over the parts."""
+    def _accumulated(self, function: Callable, rows: Rows):
+        """Returns the sum of function(microbatch), a pytree, over all microbatches."""
         if self.accumulate == 1:
             return function(rows)
-        parts = jax.tree.map(self._parts, rows)
+        parts = jax.tree.map(self._microbatches, rows)
         shapes = jax.eval_shape(function, jax.tree.map(lambda x: x[0], parts))
         zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
@@ -102,10 +104,10 @@ class Objective:
 
         return jax.lax.scan(add, zeros, parts)[0]
 
-    def _parts(self, rows: jax.Array) -> jax.Array:
-        """[R, ...] -> [A, R / A, ...]; the rows of each device give some to each part."""
-        each = len(rows) // self.accumulate
-        return rows.reshape(each, self.accumulate, *rows.shape[1:]).swapaxes(0, 1)
+    def _microbatches(self, rows: jax.Array) -> jax.Array:
+        """[R, ...] -> [A, R / A, ...]; each microbatch has rows of every device."""
+        size = len(rows) // self.accumulate
+        return rows.reshape(size, self.accumulate, *rows.shape[1:]).swapaxes(0, 1)
 
 
 def make_step(
@@ -115,24 +117,28 @@ def make_step(
     ema_decay: float,
     shardings: TrainState,
 ) -> Callable[[TrainState, Params, Rows], tuple[TrainState, dict]]:
-    """The jitted (state, frozen, rows) -> (state, metrics); the state is given away.
+    """Returns the jitted step (state, frozen, rows) -> (state, metrics). The state is donated.
 
-    metrics: dict(sums, counts: by kind; loss, weight (what the loss is a mean over), grad_norm
-    (before clipping), param_norm (after the step), learning_rate, places (of the rows), tokens
-    (places that are no padding): float32 scalars).
+    metrics is a dict of float32 scalars:
+        sums, counts: dicts by kind of record with the summed loss and the number of targets.
+        loss, weight: the objective and the total weight of the targets that it is a mean over.
+        grad_norm: before clipping.
+        param_norm: after the step.
+        learning_rate
+        positions, tokens: number of positions in the rows, and of those that are not padding.
     """
 
     @default_promotion()
     def step(state: TrainState, frozen: Params, rows: Rows) -> tuple[TrainState, dict]:
-        grads, found = objective.gradients(state.params, frozen, rows)
+        grads, losses = objective.gradients(state.params, frozen, rows)
         metrics = dict(
-            sums={kind: total for kind, (total, _) in found.items()},
-            counts={kind: count for kind, (_, count) in found.items()},
-            loss=objective.mean(found),
-            weight=objective.weight(found),
+            sums={kind: total for kind, (total, _) in losses.items()},
+            counts={kind: count for kind, (_, count) in losses.items()},
+            loss=objective.mean(losses),
+            weight=objective.weight(losses),
             grad_norm=optax.tree.norm(grads),
             learning_rate=schedule(state.step),
-            places=jnp.float32(rows["segment_ids"].size),
+            positions=jnp.float32(rows["segment_ids"].size),
             tokens=jnp.sum(rows["segment_ids"] > 0, dtype=jnp.float32),
         )
         state = apply_gradients(state, grads, optimizer, ema_decay)

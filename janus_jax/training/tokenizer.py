@@ -1,4 +1,4 @@
-"""Trains the image tokenizer of a small Janus on drawn scenes."""
+"""Train the image tokenizer of janus_tiny on synthetic scenes."""
 
 from collections.abc import Callable
 
@@ -10,23 +10,23 @@ from janus_jax.data import tiny_tokenizer
 from janus_jax.data.scene_batches import scene_images
 from janus_jax.interop.save import save_deepseek
 from janus_jax.models.janus import Janus, JanusConfig
-from janus_jax.training.folders import Start, check_counts, check_output
+from janus_jax.training.folders import TrainingFolders, check_counts, check_output
 from janus_jax.training.loop import generated_batches, run_steps
 from janus_jax.training.state import init_state, make_optimizer, split_model
 from janus_jax.training.vq import make_vq_step
 
 
 def train_tokenizer(cfg) -> None:
-    """Trains `gen_vq` and writes a checkpoint folder with it to cfg.output.
+    """Trains `gen_vq` and writes a checkpoint folder to cfg.output. Other modules are unchanged.
 
-    cfg: ConfigDict of configs/janus_tiny_vq.py. cfg.init is the folder to go on from, or empty to
-    start from scratch. The other parts stay as they are.
-    Raises FileNotFoundError or ValueError for a folder that cannot be used or a setting out of
-    its range.
+    cfg: ConfigDict of configs/janus_tiny_vq.py. cfg.init is the initial checkpoint folder, or
+    empty to start from scratch.
+    Raises FileNotFoundError or ValueError if a folder cannot be used or a setting is out of its
+    range.
     """
     check_counts(cfg, "batch_size", "crop_batch_size", "crop")
     optimizer = make_optimizer(cfg)
-    sizes, make_model, save_model = _start(cfg)
+    sizes, make_model, save_model = _model_functions(cfg)
     patch = sizes.gen_vq.downsample
     if cfg.crop % patch or cfg.crop > sizes.image_size:
         limits = f"a multiple of {patch} and at most {sizes.image_size}"
@@ -49,17 +49,17 @@ def train_tokenizer(cfg) -> None:
     def save(state):
         save_model(nnx.merge(graph, state[0].params, frozen))
 
-    # codes that were trained count as used until it shows that they are not
+    # the codes of a trained tokenizer count as used at first
     usage = jnp.full(sizes.gen_vq.codebook_size, 1.0 if cfg.init else 0.0, jnp.float32)
     state = (init_state(params, optimizer), usage)
     run_steps(state, step_fn, generated_batches(make_batch, cfg), cfg, save)
 
 
-def _start(cfg) -> tuple[JanusConfig, Callable[[], Janus], Callable[[Janus], None]]:
-    """The model's sizes, what makes it, and what writes it to cfg.output."""
+def _model_functions(cfg) -> tuple[JanusConfig, Callable[[], Janus], Callable[[Janus], None]]:
+    """Returns the config of the model, a function that makes it, and one that writes it."""
     if cfg.init:
-        start = Start.from_config(cfg)
-        return start.source.cfg, start.load, start.save
+        folders = TrainingFolders.from_config(cfg)
+        return folders.source.cfg, folders.load, folders.save
     sizes = JanusConfig.janus_tiny()
     check_output(cfg.output, sizes, tiny_tokenizer.FILES)
 
@@ -72,13 +72,15 @@ def _start(cfg) -> tuple[JanusConfig, Callable[[], Janus], Callable[[Janus], Non
 def random_crops(
     rng: np.random.Generator, images: np.ndarray, side: int, patch: int
 ) -> np.ndarray:
-    """One square crop an image, cut between patches of `patch` pixels.
+    """Returns one random square crop per image, aligned to patches of `patch` pixels.
 
-    images: uint8[B, Y, X, 3]. Returns uint8[B, side, side, 3]. Early on a crop teaches a
-    convolution as much as the whole image, for a part of the work.
+    Early in training, convolutions learn as much from a crop as from the full image, at a lower
+    cost.
+
+    images: uint8[B, Y, X, 3]. Returns uint8[B, side, side, 3].
     """
-    places = [(n - side) // patch + 1 for n in images.shape[1:3]]
-    rows, columns = (patch * rng.integers(0, n, len(images)) for n in places)
+    offsets = [(n - side) // patch + 1 for n in images.shape[1:3]]
+    rows, columns = (patch * rng.integers(0, n, len(images)) for n in offsets)
     crops = [
         image[y : y + side, x : x + side]
         for image, y, x in zip(images, rows, columns, strict=True)
@@ -87,12 +89,12 @@ def random_crops(
 
 
 def patch_groups(images: np.ndarray, patch: int) -> np.ndarray:
-    """A number for each patch, the same for patches of the same pixels.
+    """Assigns a group number to each patch, the same for patches with identical pixels.
 
     images: uint8[B, Y, X, 3]; patch: pixels a side. Returns int32[B * y * x], row-major.
     """
     b, y, x, c = images.shape
     grid = images.reshape(b, y // patch, patch, x // patch, patch, c).swapaxes(2, 3)
     rows = np.ascontiguousarray(grid).reshape(-1, patch * patch * c)
-    names = rows.view(np.dtype((np.void, rows.shape[1]))).reshape(-1)
-    return np.unique(names, return_inverse=True)[1].reshape(-1).astype(np.int32)
+    contents = rows.view(np.dtype((np.void, rows.shape[1]))).reshape(-1)
+    return np.unique(contents, return_inverse=True)[1].reshape(-1).astype(np.int32)

@@ -18,16 +18,22 @@ MERGE_DISTANCE = 0.01  # squared, between unit vectors
 def vq_loss(
     vq: VQ, pixels: jax.Array, patch_groups: jax.Array, quantise: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Reconstruction (L1 + L2), codebook, commitment and locality loss; straight-through gradient.
+    """Returns the sum of the reconstruction, codebook, commitment and locality losses.
 
-    pixels: float32[B, Y, X, 3] in [-1, 1]; patch_groups: int32[B * y * x], the same number for
-    patches of the same pixels; quantise: bool scalar, False decodes the latents as they are.
-    Returns the loss and a dict with its parts, `latents` (unit vectors, float32[B * y * x, C])
-    and `indices` (int32[B * y * x]).
+    The reconstruction loss is L1 + L2. Gradients pass straight through the quantization.
 
-    Locality is the part of the latents' variance that lies within patches of the same pixels.
-    The encoder sees the whole image; left alone it writes news of far objects into the tokens of
-    plain background, at random for a decoder that has to guess them one by one.
+    The locality loss is the fraction of the variance of the latents that lies within groups of
+    patches with identical pixels. The encoder sees the entire image. Without this loss, it encodes
+    information about distant objects in the tokens of plain background, which looks random to a
+    decoder that predicts them one by one.
+
+    Args:
+        pixels: float32[B, Y, X, 3] in [-1, 1].
+        patch_groups: int32[B * y * x], the same number for patches with identical pixels.
+        quantise: bool scalar; False decodes the latents without quantizing them.
+    Returns:
+        The loss, and a dict with its terms, `latents` (unit vectors, float32[B * y * x, C]) and
+        `indices` (int32[B * y * x]).
     """
     z = l2_normalise(vq.latents(pixels))
     indices = vq.nearest(z)
@@ -54,7 +60,7 @@ def vq_loss(
 
 
 def variance_within(vectors: jax.Array, groups: jax.Array) -> jax.Array:
-    """Mean squared distance of vectors to the mean of their group, float32 scalar.
+    """Returns the mean squared distance of vectors to the mean of their group, float32 scalar.
 
     vectors: float32[n, C]; groups: int32[n], each below n.
     """
@@ -64,19 +70,24 @@ def variance_within(vectors: jax.Array, groups: jax.Array) -> jax.Array:
     return jnp.mean(jnp.sum((vectors - means) ** 2, axis=-1))
 
 
-def move_spare_codes(
+def reset_dead_codes(
     codebook: jax.Array, usage: jax.Array, latents: jax.Array, key: jax.Array, threshold: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Moves codes that can be spared onto latents of the batch that lie far from every code.
+    """Replaces dead and duplicate codes by latents of the batch that are far from every code.
 
-    codebook: float32[G, C]; usage: float32[G], a running mean of uses a step;
-    latents: float32[n, C], unit vectors. Spared are codes used less than `threshold`, and those
-    within MERGE_DISTANCE of one that is used more; none if the threshold is negative. Returns the
-    new codebook and usage (a moved code starts at 1).
+    Dead codes are used less than `threshold`. Duplicates are within MERGE_DISTANCE of a code that
+    is used more. If the threshold is negative, no code is replaced.
 
-    Without this a small codebook collapses to a few dozen codes, with latents drawn evenly all
-    the moved ones go to the plain background, and without the merging that background is written
-    in dozens of codes that mean the same.
+    Without this, a small codebook collapses to a few dozen codes. If the latents were sampled
+    uniformly, all replaced codes would go to the plain background. Without merging duplicates,
+    the background would be encoded by dozens of codes with the same meaning.
+
+    Args:
+        codebook: float32[G, C].
+        usage: float32[G], running mean of the uses per step.
+        latents: float32[n, C], unit vectors.
+    Returns:
+        The new codebook and usage; the usage of a replaced code is set to 1.
     """
     codes = l2_normalise(codebook)
     nearness = jnp.max(latents @ codes.T, axis=-1)
@@ -84,21 +95,24 @@ def move_spare_codes(
     chosen = jax.random.categorical(key, logits, shape=(codebook.shape[0],))
     close = 2 - 2 * codes @ codes.T < MERGE_DISTANCE
     rank = jnp.argsort(jnp.argsort(-usage))
-    crowded = jnp.any(close & (rank[None, :] < rank[:, None]), axis=1)
-    dead = (usage < threshold) | (crowded & (threshold > 0))
+    duplicate = jnp.any(close & (rank[None, :] < rank[:, None]), axis=1)
+    dead = (usage < threshold) | (duplicate & (threshold > 0))
     return jnp.where(dead[:, None], latents[chosen], codebook), jnp.where(dead, 1.0, usage)
 
 
 def make_vq_step(
     graph: nnx.GraphDef, frozen: nnx.State, optimizer: optax.GradientTransformation, cfg
 ) -> Callable:
-    """The jitted step (state, usage, images, patch_groups) -> (state, usage, metrics).
+    """Returns the jitted step (state, usage, images, patch_groups) -> (state, usage, metrics).
 
-    images: uint8[B, Y, X, 3]; patch_groups: int32[B * y * x], see vq_loss.
-    cfg: ConfigDict with seed and steps; quantise_from, the step from which latents are quantised
-    (an autoencoder first: codes put on random latents of an untrained encoder hold it back);
-    dead_code_usage, uses a step under which a code is moved, in the first three quarters of
-    the steps.
+    Args:
+        cfg: ConfigDict with
+            seed, steps
+            quantise_from: the step from which latents are quantized. Before it, the model is an
+                autoencoder: codes set to the latents of an untrained encoder slow down training.
+            dead_code_usage: codes with fewer uses per step are replaced, in the first three
+                quarters of the steps.
+    The step takes images: uint8[B, Y, X, 3], and patch_groups: int32[B * y * x], see vq_loss.
     """
 
     def loss_fn(params: nnx.State, pixels: jax.Array, groups: jax.Array, quantise: jax.Array):
@@ -117,8 +131,8 @@ def make_vq_step(
         threshold = jnp.where(state.step < 3 * cfg.steps // 4, cfg.dead_code_usage, -1.0)
         threshold = jnp.where(quantise, threshold, jnp.inf)
         codebook = after.params["gen_vq"]["codebook"]
-        moved, usage = move_spare_codes(codebook[...], usage, latents, key, threshold)
-        after.params["gen_vq"]["codebook"] = codebook.replace(moved)
+        new_codebook, usage = reset_dead_codes(codebook[...], usage, latents, key, threshold)
+        after.params["gen_vq"]["codebook"] = codebook.replace(new_codebook)
         aux["codes_used"] = jnp.sum(usage > cfg.dead_code_usage)
         return after, usage, aux
 
