@@ -74,11 +74,11 @@ class LoRADot(nnx.Module):
         self.a = nnx.Param(uniform(rngs.params(), (inputs, cfg.rank), jnp.float32))
         self.b = nnx.Param(jnp.zeros((cfg.rank, outputs), jnp.float32))
 
-    def __call__(self, x: jax.Array, kernel: jax.Array, wide: bool) -> jax.Array:
+    def __call__(self, x: jax.Array, kernel: jax.Array, float32_output: bool) -> jax.Array:
         """float[..., inputs], float[inputs, outputs] -> float[..., outputs]; see linear.matmul."""
         a, b = (factor[...].astype(x.dtype) for factor in (self.a, self.b))
-        update = matmul(flat_matmul(x, a), b, wide)
-        return matmul(x, kernel, wide) + self.scale * update
+        update = matmul(flat_matmul(x, a), b, float32_output)
+        return matmul(x, kernel, float32_output) + self.scale * update
 
 
 def add_adapters(model: nnx.Module, cfg: LoRAConfig, *, rngs: nnx.Rngs) -> None:
