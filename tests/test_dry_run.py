@@ -85,9 +85,9 @@ def test_a_dry_run_looks_at_what_will_be_asked(tmp_path, changed):
 def test_the_rows_that_are_planned_with_are_those_that_come(tmp_path, tokenized):
     config = small_config(tmp_path, tokenized=tokenized)
     if tokenized:
-        drawn = Record("generation", text="a scene", indices=np.zeros(16, np.int32))
-        write_records("jsonl", tmp_path / "drawn.jsonl", [drawn] * 9)
-        config.mixture.generation = dict(format="jsonl", path=str(tmp_path / "drawn.jsonl"))
+        record = Record("generation", text="a scene", indices=np.zeros(16, np.int32))
+        write_records("jsonl", tmp_path / "records.jsonl", [record] * 9)
+        config.mixture.generation = dict(format="jsonl", path=str(tmp_path / "records.jsonl"))
     setup = Setup.from_config(config)
     rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, tmp_path)
     batch = next(iter(rows))

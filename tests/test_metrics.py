@@ -249,7 +249,7 @@ def test_other_processes_check_and_write_nothing_but_their_bad_records(tmp_path,
     with Log(tmp_path / "run", 2, 1, None, 0, dict) as log:
         log.step(1, _metrics(), [], 0.0)
         log.scalars(1, {"loss": 1.0}, "eval")
-        log.images(1, "drawn", np.zeros((1, 2, 2, 3), np.uint8))
+        log.images(1, "prompts", np.zeros((1, 2, 2, 3), np.uint8))
         log.text(1, "answers", "a cat")
         assert not (tmp_path / "run").exists()
         message = r"at step 2; records in the batch: c:3; all are listed in "
@@ -262,15 +262,15 @@ def test_scalars_images_and_texts_are_there_under_their_names(tmp_path):
     images = np.zeros((2, 4, 6, 3), np.uint8)
     with Log(tmp_path, 9, 1, None, 0, dict) as log:
         log.scalars(3, {"loss": 0.5, "text": np.float32(0.25)}, "eval")
-        log.images(3, "drawn", images)
+        log.images(3, "prompts", images)
         log.text(3, "answers", "a cat")
         with pytest.raises(FloatingPointError, match="eval must be finite, got eval/loss nan at"):
             log.scalars(3, {"loss": float("nan")}, "eval")
     assert _lines(tmp_path) == [{"step": 3, "eval/loss": 0.5, "eval/text": 0.25}]
     assert _logged(tmp_path) == [(3, "eval/loss", 0.5), (3, "eval/text", 0.25)]
     values = {value.tag: value for event in _events(tmp_path) for value in event.summary.value}
-    assert values["drawn"].image.height == 4
-    assert values["drawn"].image.width == 12  # side by side
+    assert values["prompts"].image.height == 4
+    assert values["prompts"].image.width == 12  # side by side
     assert values["answers/text_summary"].tensor.string_val[0] == b"a cat"
 
 

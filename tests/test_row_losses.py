@@ -87,7 +87,7 @@ def janus():
 
 @pytest.fixture(scope="module")
 def examples(janus):
-    """Two of each kind, with indices for what is to be drawn."""
+    """Two of each kind, with indices for the images to generate."""
     rng = np.random.default_rng(0)
     make = ExampleMaker(janus.processor, 96, 36, 1024, 128, 2, 1, tokenized=True)
     images = (encode_png(scenes.draw(scenes.sample_mixed(rng))),)

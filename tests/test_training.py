@@ -231,13 +231,13 @@ def test_the_optimizer_is_torchs_adamw_with_clipping_and_schedule():
 
 @pytest.mark.parametrize("warmup_steps", [-1, 12, 20])
 def test_a_warm_up_as_long_as_the_run_is_refused(warmup_steps):
-    asked = rf"less than steps, got warmup_steps={warmup_steps} steps=12$"
-    with pytest.raises(ValueError, match=asked):
+    values = rf"less than steps, got warmup_steps={warmup_steps} steps=12$"
+    with pytest.raises(ValueError, match=values):
         make_optimizer(config(warmup_steps=warmup_steps))
 
 
 def counting_step(state, batch):
-    """The state is the sum of what was seen."""
+    """A step whose state is the sum of the batches."""
     return state + batch, dict(loss=batch)
 
 
@@ -258,9 +258,9 @@ def test_a_metric_that_is_not_a_number_stops_the_run():
 
 
 def test_a_state_that_is_not_finite_does_not_replace_a_good_one():
-    """The metric is told too seldom to notice."""
+    """The metric is logged too rarely to detect it."""
     saved, batches = [], [1.0] * 6 + [math.inf] + [1.0] * 5
-    with pytest.raises(FloatingPointError, match="not so at step 10: not saved"):
+    with pytest.raises(FloatingPointError, match="at step 10; not saved"):
         run_steps(0.0, counting_step, batches, config(log_every=11), saved.append)
     assert saved == [5]
 
