@@ -108,18 +108,25 @@ def fit_image(image: Image.Image, size: int) -> tuple[Image.Image, bool]:
     return image.crop((left, top, left + side, top + side)), True
 
 
+def check_reference(reference: Path | None) -> None:
+    """Raises ValueError for a folder that `transformers` cannot load."""
+    opened = None if reference is None else open_folder(reference)
+    if opened is not None and (opened.orbax or opened.layout != TRANSFORMERS):
+        kind = "an Orbax folder" if opened.orbax else f"the layout of {opened.layout}"
+        raise ValueError(
+            f"--reference {reference} must be PyTorch weights in the layout of transformers, got "
+            f"{kind}; `convert export --layout transformers` writes such a folder"
+        )
+
+
 @contextmanager
 def reference_folder(folder: Path, reference: Path | None, report: Report) -> Iterator[Path]:
     """A folder that `transformers` can load: `reference`, `folder` itself, or a temporary export.
 
     Raises:
-      ValueError: `reference` is in another layout, or `folder` cannot be exported.
+      ValueError: `folder` cannot be exported.
     """
     if reference is not None:
-        if (layout := open_folder(reference).layout) != TRANSFORMERS:
-            raise ValueError(
-                f"--reference {reference} must be in the layout of transformers, got {layout}"
-            )
         yield reference
         return
     opened = open_folder(folder)

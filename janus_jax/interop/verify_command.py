@@ -35,6 +35,7 @@ def run(args: argparse.Namespace) -> int:
     )
     folder = find_folder(args.model)
     reference = None if args.reference is None else find_folder(args.reference)
+    verify.check_reference(reference)
     if args.json is not None and not Path(args.json).absolute().parent.is_dir():
         raise FileNotFoundError(f"--json: {Path(args.json).parent} is not a folder")
     print(verify.memory_text(folder), flush=True)

@@ -37,11 +37,11 @@ class TorchJanus:
         model, info = transformers.JanusForConditionalGeneration.from_pretrained(
             folder, dtype=self.dtype, local_files_only=True, output_loading_info=True
         )
-        if wrong := [*info["missing_keys"], *info["mismatched_keys"]]:
-            names = ", ".join(map(str, sorted(wrong, key=str)[:3]))
+        if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+            verb = "is" if len(wrong) == 1 else "are"
             raise ValueError(
-                f"{folder}: transformers found {len(wrong)} weights missing or of another shape, "
-                f"such as {names}; use a complete checkpoint"
+                f"{folder}: {len(wrong)} of the model's weights {verb} missing or of another "
+                f"shape: {', '.join(wrong[:3])}; use a complete checkpoint"
             )
         self.model = model.eval().requires_grad_(False)
         # Pillow resizes in both implementations: torchvision's bicubic filter differs slightly.
