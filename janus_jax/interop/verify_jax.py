@@ -1,4 +1,7 @@
-"""This package's Janus as `python -m convert verify` runs it: see verify_outputs.py for shapes."""
+"""Janus of this package as `python -m convert verify` runs it.
+
+verify_outputs.py documents the methods and the shapes of their arrays.
+"""
 
 import functools
 from pathlib import Path
@@ -44,7 +47,7 @@ def _decode(model: Janus, indices: jax.Array) -> jax.Array:
 
 
 def _hidden(model: Janus, embeds: jax.Array) -> jax.Array:
-    """Decoder outputs of rows without padding: float[B, T, D] twice."""
+    """Runs the decoder on rows without padding: float[B, T, D] -> float[B, T, D]."""
     mask = jnp.ones(embeds.shape[:2], bool)
     hidden, _ = model.language_model(embeds, positions_from_mask(mask), causal_mask(mask))
     return hidden
@@ -66,14 +69,14 @@ def _image_logits(model: Janus, tokens: jax.Array, indices: jax.Array) -> jax.Ar
     return model.gen_head(hidden[:, tokens.shape[1] - 1 :])
 
 
-_read_question = jax.jit(text.prefill, static_argnames="max_new_tokens")
-_next_text = jax.jit(text.decode_step)
-_read_prompt = jax.jit(image.prefill)
-_next_image = jax.jit(image.decode_step)
+_prefill_text = jax.jit(text.prefill, static_argnames="max_new_tokens")
+_decode_text = jax.jit(text.decode_step)
+_prefill_image = jax.jit(image.prefill)
+_decode_image = jax.jit(image.decode_step)
 
 
 class JaxJanus:
-    """An Implementation (verify_outputs.py) of the code that `load` and its pipeline use."""
+    """An Implementation (verify_outputs.py) with the model and processor that `load` returns."""
 
     def __init__(self, folder: Path, dtype: str):
         pipeline = load(folder, dtype=dtype)
@@ -110,23 +113,21 @@ class JaxJanus:
         return _first(_text_logits(self.model, row, image_mask, features, last))
 
     def image_logits(self, image_prompt: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        rows = np.stack([image_prompt, self._without_words(image_prompt)])
+        unconditional = self.processor.unconditional(image_prompt.tolist())
+        rows = np.stack([image_prompt, np.array(unconditional, np.int32)])
         codes = np.stack([indices, indices])
         return np.asarray(_image_logits(self.model, rows, codes), np.float32)
-
-    def _without_words(self, image_prompt: np.ndarray) -> np.ndarray:
-        return np.array(self.processor.unconditional(image_prompt.tolist()), np.int32)
 
     def greedy_answer(self, prepared: Prepared, max_new_tokens: int) -> Greedy:
         example = prepared.tokens.tolist(), prepared.pixels[None]
         batch = self.processor.batch([example], decoding.bucket_length(len(prepared.tokens)))
         eos_id = self.processor.tokenizer.eos_id
         requests = text.make_requests(batch, 0, GREEDY, eos_id)
-        logits, context = _read_question(self.model, requests, max_new_tokens)
+        logits, context = _prefill_text(self.model, requests, max_new_tokens)
         rows = [np.asarray(logits)]
         while len(rows) < max_new_tokens and rows[-1].argmax() != eos_id:
             token = np.argmax(rows[-1], axis=-1).astype(np.int32)
-            logits, context = _next_text(self.model, context, token)
+            logits, context = _decode_text(self.model, context, token)
             rows.append(np.asarray(logits))
         return _greedy(rows)
 
@@ -135,21 +136,22 @@ class JaxJanus:
         pair = prompt, self.processor.unconditional(prompt)
         pad_id = self.processor.tokenizer.pad_id
         requests = image.make_requests([pair], 1, 0, GUIDANCE_WEIGHT, GREEDY, pad_id)
-        logits, context = _read_prompt(self.model, requests)
+        logits, context = _prefill_image(self.model, requests)
         rows = [np.asarray(logits)]
         while len(rows) < num_tokens:
             token = np.argmax(rows[-1], axis=-1).astype(np.int32)
             weight = requests.guidance_weight
-            logits, context = _next_image(self.model, context, token, weight)
+            logits, context = _decode_image(self.model, context, token, weight)
             rows.append(np.asarray(logits))
         return _greedy(rows)
 
 
 def _first(batch: jax.Array) -> np.ndarray:
+    """Returns the first entry of a batch as float32."""
     return np.asarray(batch[0], np.float32)
 
 
 def _greedy(rows: list[np.ndarray]) -> Greedy:
-    """From the logits float32[1, V] of each token."""
+    """Returns the tokens of the largest logits; rows: float32[1, V] of each token."""
     logits = np.concatenate(rows).astype(np.float32)
     return Greedy(np.argmax(logits, axis=-1).astype(np.int32), logits)

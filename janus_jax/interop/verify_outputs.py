@@ -10,21 +10,20 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-# The positions of the prompt at whose end text logits are compared.
-LAST_POSITIONS = 64
+LAST_POSITIONS = 64  # text logits are compared at this many positions at the end of the question
 
 GUIDANCE_WEIGHT = 5.0  # of the original code (generation_inference.py)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What both implementations compute.
+    """The input of both implementations.
 
-    image: RGB, input of the question and of the image tokenizer.
-    question: about the image.
+    image: RGB, for the question and for the image tokenizer.
+    question: a question about the image.
     prompt: description of the image to generate.
-    max_new_tokens: at most this many tokens of the answer.
-    num_image_tokens: this many tokens of the generated image.
+    max_new_tokens: length limit of the answer, in tokens.
+    num_image_tokens: number of image tokens to generate.
     """
 
     image: Image.Image
@@ -36,11 +35,11 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """A request after preprocessing.
+    """A preprocessed request.
 
-    tokens: int32[T], the question with the image's placeholders.
-    image_prompt: int32[P], the prompt that image tokens follow.
-    pixels: float32[S, S, 3], for the understanding encoder.
+    tokens: int32[T], the question, with placeholders for the image's features.
+    image_prompt: int32[P], the prompt of the image to generate.
+    pixels: float32[S, S, 3], input of the understanding encoder.
     """
 
     tokens: np.ndarray
@@ -50,7 +49,7 @@ class Prepared:
 
 @dataclasses.dataclass(frozen=True)
 class Greedy:
-    """Tokens generated greedily, int32[n], and the logits of each, float32[n, V]."""
+    """Greedily generated tokens, int32[n], and the logits of each, float32[n, V]."""
 
     tokens: np.ndarray
     logits: np.ndarray
@@ -58,14 +57,16 @@ class Greedy:
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """What an implementation computed; None where the image tokenizer was not run.
+    """The outputs of one implementation.
 
-    features: SigLIP features, float32[N, W]; aligned: after the aligner, float32[N, D].
-    latents: of the image tokenizer, float32[y, x, c]; indices: int32[C]; vq_pixels: decoded from
-        the indices, float32[S, S, 3].
+    features: SigLIP features, float32[N, W].
+    aligned: the same after the aligner, float32[N, D].
+    latents: of the image tokenizer, float32[y, x, c]; None if it was not run.
+    indices: VQ tokens, int32[C]; None if the image tokenizer was not run.
+    vq_pixels: decoded VQ tokens, float32[S, S, 3]; None if the image tokenizer was not run.
     text_logits: at the last positions of the question, float32[<= LAST_POSITIONS, V].
-    image_logits: after the prompt and each of the image's first tokens, with the prompt and without
-        its words, float32[2, n, V].
+    image_logits: teacher-forced with the first VQ tokens of the image, float32[2, n, V]; after the
+        image prompt (cond) and after the same prompt without its words (uncond).
     """
 
     prepared: Prepared
@@ -81,7 +82,7 @@ class Outputs:
 
 
 class Implementation(Protocol):
-    """A loaded model and its processor. Arrays are those of Outputs."""
+    """A loaded model with its processor. Arrays have the shapes of Prepared and Outputs."""
 
     def prepare(self, request: Request) -> Prepared: ...
 
@@ -111,19 +112,21 @@ def compute_outputs(
     report: Callable[[str], None],
     with_vq: bool = True,
 ) -> Outputs:
-    """Runs one implementation.
+    """Computes all outputs of one implementation.
 
-    reference: outputs that the parts of the model get as their inputs, so that an error in one
-        part changes no other row. None uses the model's own outputs. The greedy rows always use the
-        model's own inputs.
-    report: called with the name of each step before it runs.
-    with_vq: whether to run the image tokenizer; without it, there must be a reference.
+    Args:
+        reference: outputs of another implementation, which become the inputs of every part of the
+            model, so that an error in one part does not change the rows of the others. The greedy
+            outputs always start from the model's own preprocessing. None uses the model's own
+            outputs everywhere.
+        report: is called with the name of each step before it runs.
+        with_vq: whether to run the image tokenizer; False needs a reference.
     """
     report("preprocessing")
     prepared = model.prepare(request)
-    given = prepared if reference is None else reference.prepared
+    inputs = prepared if reference is None else reference.prepared
     report("SigLIP and aligner")
-    features = model.siglip_features(given.pixels)
+    features = model.siglip_features(inputs.pixels)
     aligned = model.align(features if reference is None else reference.features)
     latents = indices = vq_pixels = None
     if with_vq:
@@ -133,8 +136,8 @@ def compute_outputs(
     report("logits")
     codes = indices if reference is None else reference.indices
     aligned_input = aligned if reference is None else reference.aligned
-    text_logits = model.text_logits(given.tokens, aligned_input, LAST_POSITIONS)
-    image_logits = model.image_logits(given.image_prompt, codes[: request.num_image_tokens - 1])
+    text_logits = model.text_logits(inputs.tokens, aligned_input, LAST_POSITIONS)
+    image_logits = model.image_logits(inputs.image_prompt, codes[: request.num_image_tokens - 1])
     report("greedy answer")
     answer = model.greedy_answer(prepared, request.max_new_tokens)
     report("greedy image tokens")

@@ -1,7 +1,7 @@
 """Janus of `transformers` as `python -m convert verify` runs it, on the CPU.
 
-torch is imported in this module, in `verify.py`'s check that it is installed, and nowhere else in
-the package. Shapes are those of verify_outputs.py.
+In the package, only this module and the check in verify.py that torch is installed import torch.
+verify_outputs.py documents the methods and the shapes of their arrays.
 """
 
 from pathlib import Path
@@ -18,7 +18,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def to_numpy(x: torch.Tensor) -> np.ndarray:
-    """A tensor as float32 or, if it holds integers, int32."""
+    """Returns a tensor as float32 or, if its values are integers, int32."""
     return x.detach().to(torch.float32 if x.is_floating_point() else torch.int32).numpy()
 
 
@@ -37,25 +37,27 @@ class TorchJanus:
         model, info = transformers.JanusForConditionalGeneration.from_pretrained(
             folder, dtype=self.dtype, local_files_only=True, output_loading_info=True
         )
-        if wrong := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
-            verb = "is" if len(wrong) == 1 else "are"
+        if names := sorted(map(str, [*info["missing_keys"], *info["mismatched_keys"]])):
+            verb = "is" if len(names) == 1 else "are"
             raise ValueError(
-                f"{folder}: {len(wrong)} of the model's weights {verb} missing or of another "
-                f"shape: {', '.join(wrong[:3])}; use a complete checkpoint"
+                f"{folder}: {len(names)} of the model's weights {verb} missing or of another "
+                f"shape: {', '.join(names[:3])}; use a complete checkpoint"
             )
         self.model = model.eval().requires_grad_(False)
         # Pillow resizes in both implementations: torchvision's bicubic filter differs slightly.
         self.processor = transformers.AutoProcessor.from_pretrained(
             folder, local_files_only=True, backend="pil"
         )
+        # Older releases of transformers expand an image to 576 tokens whatever its config says.
+        self.processor.num_image_tokens = model.config.vision_config.num_image_tokens
         self.tokenizer = self.processor.tokenizer
 
     def prepare(self, request: Request) -> Prepared:
         parts = [{"type": "image"}, {"type": "text", "text": request.question}]
         question = self._apply_template(parts)
-        inputs = self.processor(text=question, images=[request.image])
+        inputs = self.processor(text=[question], images=[request.image])
         prompt = self._apply_template([{"type": "text", "text": request.prompt}])
-        image_prompt = self.processor(text=prompt, generation_mode="image")
+        image_prompt = self.processor(text=[prompt], generation_mode="image")
         return Prepared(
             np.asarray(inputs["input_ids"][0], np.int32),
             np.asarray(image_prompt["input_ids"][0], np.int32),
@@ -67,7 +69,7 @@ class TorchJanus:
         return self.processor.apply_chat_template(messages, add_generation_prompt=True)
 
     def _channels_first(self, x: np.ndarray) -> torch.Tensor:
-        """[S, S, 3] -> [1, 3, S, S] in the model's type."""
+        """Converts [S, S, 3] to [1, 3, S, S] in the model's dtype."""
         return torch.tensor(np.moveaxis(x, -1, 0)[None].copy(), dtype=self.dtype)
 
     def siglip_features(self, pixels: np.ndarray) -> np.ndarray:
@@ -84,7 +86,7 @@ class TorchJanus:
         return np.moveaxis(to_numpy(vq.quant_conv(vq.encoder(pixels)))[0], 0, -1)
 
     def vq_indices(self, image: Image.Image) -> np.ndarray:
-        """Normalises latents and codes, as DeepSeek's code does; `transformers` does not."""
+        """Normalises latents and codes like DeepSeek's code; `transformers` omits this step."""
         normalize = torch.nn.functional.normalize
         latents = torch.tensor(self.vq_latents(image).copy())
         latents = normalize(latents.reshape(-1, latents.shape[-1]), dim=-1)
@@ -105,15 +107,14 @@ class TorchJanus:
 
     def text_logits(self, tokens: np.ndarray, aligned: np.ndarray, last: int) -> np.ndarray:
         embeds = self._embed(tokens)
-        places = torch.tensor(tokens == self.model.config.image_token_id)
-        embeds[places] = torch.tensor(aligned, dtype=self.dtype)
+        image_mask = torch.tensor(tokens == self.model.config.image_token_id)
+        embeds[image_mask] = torch.tensor(aligned, dtype=self.dtype)
         return to_numpy(self.model.lm_head(self._hidden(embeds[None])[0, -last:]))
 
     def image_logits(self, image_prompt: np.ndarray, indices: np.ndarray) -> np.ndarray:
-        pad = self.tokenizer.pad_token_id
-        without = np.full_like(image_prompt, pad)
-        without[[0, -1]] = image_prompt[[0, -1]]
-        embeds = self._embed(np.stack([image_prompt, without]))
+        unconditional = np.full_like(image_prompt, self.tokenizer.pad_token_id)
+        unconditional[[0, -1]] = image_prompt[[0, -1]]
+        embeds = self._embed(np.stack([image_prompt, unconditional]))
         codes = torch.tensor(np.stack([indices, indices]), dtype=torch.long)
         codes = self.model.prepare_embeddings_for_image_generation(codes)
         hidden = self._hidden(torch.cat([embeds, codes], dim=1))
@@ -132,24 +133,26 @@ class TorchJanus:
     def greedy_answer(self, prepared: Prepared, max_new_tokens: int) -> Greedy:
         tokens = torch.tensor(prepared.tokens[None], dtype=torch.long)
         settings = dict(max_new_tokens=max_new_tokens, output_logits=True)
-        found = self.model.generate(
+        output = self.model.generate(
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             pixel_values=self._channels_first(prepared.pixels),
             generation_config=self._generation_config(return_dict_in_generate=True, **settings),
         )
-        new = found.sequences[0, tokens.shape[1] :]
-        return Greedy(to_numpy(new), np.concatenate([to_numpy(row) for row in found.logits]))
+        new = output.sequences[0, tokens.shape[1] :]
+        return Greedy(to_numpy(new), np.concatenate([to_numpy(row) for row in output.logits]))
 
     def greedy_image(self, prepared: Prepared, num_tokens: int) -> Greedy:
         tokens = torch.tensor(prepared.image_prompt[None], dtype=torch.long)
         logits = []
-        head, vision = self.model.model.generation_head, self.model.model.vision_model.config
-        hook = head.register_forward_hook(lambda module, args, out: logits.append(to_numpy(out)))
-        # `generate` has no other way to stop before the image is complete.
-        whole, vision.num_image_tokens = vision.num_image_tokens, num_tokens
+        vision = self.model.model.vision_model.config
+        hook = self.model.model.generation_head.register_forward_hook(
+            lambda module, inputs, output: logits.append(to_numpy(output))
+        )
+        # `generate` has no argument for the number of image tokens; it reads this setting.
+        total, vision.num_image_tokens = vision.num_image_tokens, num_tokens
         try:
-            found = self.model.generate(
+            output = self.model.generate(
                 input_ids=tokens,
                 attention_mask=torch.ones_like(tokens),
                 generation_mode="image",
@@ -159,7 +162,7 @@ class TorchJanus:
                 ),
             )
         finally:
-            vision.num_image_tokens = whole
+            vision.num_image_tokens = total
             hook.remove()
         cond, uncond = np.moveaxis(np.stack(logits), 1, 0)
-        return Greedy(to_numpy(found[0]), uncond + np.float32(GUIDANCE_WEIGHT) * (cond - uncond))
+        return Greedy(to_numpy(output[0]), uncond + np.float32(GUIDANCE_WEIGHT) * (cond - uncond))
