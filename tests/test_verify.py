@@ -231,7 +231,12 @@ def test_help(capsys):
         main(["verify", "--help"])
     said = capsys.readouterr().out
     assert stopped.value.code == 0 and "python -m convert verify" in said
-    assert "--reference FOLDER" in said and "--num_image_tokens N" in said
+    assert "--reference FOLDER" in said and "default: 32" in said and "--num_image_tokens N" in said
+
+
+def test_the_page_lists_all_rows():
+    page = (ROOT / "docs" / "verify.md").read_text()
+    assert all(name in page for name in (*PREPROCESSING, *PARTS))
 
 
 def test_differences():

@@ -1,6 +1,6 @@
 """Compares a checkpoint in janus_jax with the same checkpoint in `transformers`.
 
-`python -m convert verify` calls this module. It and the other verify modules import `generation`,
+verify_cli.py calls this module. It and the other verify modules import `generation`,
 which imports the rest of `interop`.
 """
 
