@@ -6,19 +6,21 @@ import sys
 from collections.abc import Sequence
 
 from janus_jax.flags import OneLineParser, one_line_errors, path_arg, set_up_program
+from janus_jax.interop import verify_cli
 from janus_jax.progress import Progress
 
-COMMANDS = ("export", "inspect")
+COMMANDS = ("export", "inspect", "verify")
 DESCRIPTION = """\
 Convert checkpoint folders of Janus-1.3B, Janus-Pro-1B and Janus-Pro-7B.
 
   python -m convert SRC DST                    PyTorch weights to an Orbax folder
   python -m convert export SRC DST --layout L  any folder to PyTorch safetensors
   python -m convert inspect SRC                what a folder holds, and what would be skipped
+  python -m convert verify MODEL               compare a model with PyTorch's transformers
 
 SRC is a folder in DeepSeek's layout or that of transformers (safetensors or .bin, one file or
 shards with an index), or an Orbax folder that this command wrote. Converting is not needed to
-load a folder. `export --help` and `inspect --help` say more."""
+load a folder. `export --help`, `inspect --help` and `verify --help` say more."""
 
 
 def _parser(command: str | None) -> OneLineParser:
@@ -68,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs a command; what a user can cause ends in one line and status 2."""
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv and argv[0] in COMMANDS else None
+    if command == "verify":
+        verify_cli.main(argv, "python -m convert")
     args = _parser(command).parse_args(argv)
     os.environ["JAX_PLATFORMS"] = "cpu"  # all work is on the host
     with one_line_errors("convert"):

@@ -1,0 +1,157 @@
+"""Janus of this package as `python -m convert verify` runs it.
+
+verify_outputs.py documents the methods and the shapes of their arrays.
+"""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from janus_jax.generation import decoding, image, samplers, text
+from janus_jax.generation.pipeline import load
+from janus_jax.interop.verify_outputs import GUIDANCE_WEIGHT, Greedy, Prepared, Request
+from janus_jax.models.attention import causal_mask, positions_from_mask
+from janus_jax.models.janus import Janus, merge_features
+from janus_jax.processing.images import preprocess_generation
+
+GREEDY = samplers.Sampling(np.float32(0))  # temperature 0
+
+
+@jax.jit
+def _siglip(model: Janus, pixels: jax.Array) -> jax.Array:
+    return model.und_encoder(pixels)
+
+
+@jax.jit
+def _align(model: Janus, features: jax.Array) -> jax.Array:
+    return model.und_aligner(features)
+
+
+@jax.jit
+def _latents(model: Janus, pixels: jax.Array) -> jax.Array:
+    return model.gen_vq.latents(pixels)
+
+
+@jax.jit
+def _indices(model: Janus, pixels: jax.Array) -> jax.Array:
+    return model.gen_vq.encode(pixels)
+
+
+@jax.jit
+def _decode(model: Janus, indices: jax.Array) -> jax.Array:
+    return model.gen_vq.decode(indices)
+
+
+def _hidden(model: Janus, embeds: jax.Array) -> jax.Array:
+    """Runs the decoder on rows without padding: float[B, T, D] -> float[B, T, D]."""
+    mask = jnp.ones(embeds.shape[:2], bool)
+    hidden, _ = model.language_model(embeds, positions_from_mask(mask), causal_mask(mask))
+    return hidden
+
+
+@functools.partial(jax.jit, static_argnames="last")
+def _text_logits(
+    model: Janus, tokens: jax.Array, image_mask: jax.Array, features: jax.Array, last: int
+) -> jax.Array:
+    embeds = merge_features(model.language_model.embed(tokens), image_mask, features)
+    return model.language_model.logits(_hidden(model, embeds)[:, -last:])
+
+
+@jax.jit
+def _image_logits(model: Janus, tokens: jax.Array, indices: jax.Array) -> jax.Array:
+    codes = model.embed_image_tokens(indices)
+    embeds = model.language_model.embed(tokens)
+    hidden = _hidden(model, jnp.concatenate([embeds, codes.astype(embeds.dtype)], axis=1))
+    return model.gen_head(hidden[:, tokens.shape[1] - 1 :])
+
+
+_prefill_text = jax.jit(text.prefill, static_argnames="max_new_tokens")
+_decode_text = jax.jit(text.decode_step)
+_prefill_image = jax.jit(image.prefill)
+_decode_image = jax.jit(image.decode_step)
+
+
+class JaxJanus:
+    """An Implementation (verify_outputs.py) with the model and processor that `load` returns."""
+
+    def __init__(self, folder: Path, dtype: str):
+        pipeline = load(folder, dtype=dtype)
+        self.model, self.processor = pipeline.model, pipeline.processor
+        self.dtype = jnp.dtype(dtype)
+
+    def prepare(self, request: Request) -> Prepared:
+        tokens, pixels = self.processor.conversation(request.question, [request.image])
+        image_prompt = self.processor.image_prompt(request.prompt)
+        return Prepared(np.array(tokens, np.int32), np.array(image_prompt, np.int32), pixels[0])
+
+    def siglip_features(self, pixels: np.ndarray) -> np.ndarray:
+        return _first(_siglip(self.model, jnp.asarray(pixels[None])))
+
+    def align(self, features: np.ndarray) -> np.ndarray:
+        return _first(_align(self.model, jnp.asarray(features[None], self.dtype)))
+
+    def _tokenizer_input(self, source: Image.Image) -> jax.Array:
+        return jnp.asarray(preprocess_generation(source, self.model.cfg.image_size)[None])
+
+    def vq_latents(self, image: Image.Image) -> np.ndarray:
+        return _first(_latents(self.model, self._tokenizer_input(image)))
+
+    def vq_indices(self, image: Image.Image) -> np.ndarray:
+        return np.asarray(_indices(self.model, self._tokenizer_input(image))[0])
+
+    def vq_decode(self, indices: np.ndarray) -> np.ndarray:
+        return _first(_decode(self.model, jnp.asarray(indices[None])))
+
+    def text_logits(self, tokens: np.ndarray, aligned: np.ndarray, last: int) -> np.ndarray:
+        row = jnp.asarray(tokens[None])
+        features = jnp.asarray(aligned[None], self.dtype)
+        image_mask = row == self.processor.tokenizer.image_id
+        return _first(_text_logits(self.model, row, image_mask, features, last))
+
+    def image_logits(self, image_prompt: np.ndarray, indices: np.ndarray) -> np.ndarray:
+        unconditional = self.processor.unconditional(image_prompt.tolist())
+        rows = np.stack([image_prompt, np.array(unconditional, np.int32)])
+        codes = np.stack([indices, indices])
+        return np.asarray(_image_logits(self.model, rows, codes), np.float32)
+
+    def greedy_answer(self, prepared: Prepared, max_new_tokens: int) -> Greedy:
+        example = prepared.tokens.tolist(), prepared.pixels[None]
+        batch = self.processor.batch([example], decoding.bucket_length(len(prepared.tokens)))
+        eos_id = self.processor.tokenizer.eos_id
+        requests = text.make_requests(batch, 0, GREEDY, eos_id)
+        logits, context = _prefill_text(self.model, requests, max_new_tokens)
+        rows = [np.asarray(logits)]
+        while len(rows) < max_new_tokens and rows[-1].argmax() != eos_id:
+            token = np.argmax(rows[-1], axis=-1).astype(np.int32)
+            logits, context = _decode_text(self.model, context, token)
+            rows.append(np.asarray(logits))
+        return _greedy(rows)
+
+    def greedy_image(self, prepared: Prepared, num_tokens: int) -> Greedy:
+        prompt = prepared.image_prompt.tolist()
+        pair = prompt, self.processor.unconditional(prompt)
+        pad_id = self.processor.tokenizer.pad_id
+        requests = image.make_requests([pair], 1, 0, GUIDANCE_WEIGHT, GREEDY, pad_id)
+        logits, context = _prefill_image(self.model, requests)
+        rows = [np.asarray(logits)]
+        while len(rows) < num_tokens:
+            token = np.argmax(rows[-1], axis=-1).astype(np.int32)
+            weight = requests.guidance_weight
+            logits, context = _decode_image(self.model, context, token, weight)
+            rows.append(np.asarray(logits))
+        return _greedy(rows)
+
+
+def _first(batch: jax.Array) -> np.ndarray:
+    """Returns the first entry of a batch as float32."""
+    return np.asarray(batch[0], np.float32)
+
+
+def _greedy(rows: list[np.ndarray]) -> Greedy:
+    """Returns the tokens of the largest logits; rows: float32[1, V] of each token."""
+    logits = np.concatenate(rows).astype(np.float32)
+    return Greedy(np.argmax(logits, axis=-1).astype(np.int32), logits)
