@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from janus_jax import checks, sharding
-from janus_jax.interop.folders import check_folder, suggestion
+from janus_jax.interop.folders import SHIPPED_FOLDER, check_folder, suggestion
 from janus_jax.interop.load import ShardingFor
 from janus_jax.interop.processor_files import GENERATION
 from janus_jax.models.janus import JanusConfig
@@ -19,7 +19,7 @@ from janus_jax.processing.processor import Processor
 from janus_jax.processing.prompt_settings import PREPROCESSOR, PROCESSOR
 from janus_jax.processing.tokenizer import TOKENIZER
 
-TINY = Path(__file__).parents[1] / "assets" / "janus_tiny"
+TINY = SHIPPED_FOLDER
 
 # float16 is left out: Janus's activations pass its largest number, and the result is NaN.
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -50,7 +50,9 @@ def check_dtype(dtype, mesh: Mesh | None = None) -> jnp.dtype:
 
 
 def find_folder(path_or_hub_id: str | Path | None) -> Path:
-    """The checkpoint folder: the path itself, the shipped janus_tiny (None), or a hub snapshot.
+    """The checkpoint folder: the path itself, a hub snapshot, or the shipped model.
+
+    None and "janus_tiny" are the shipped model, the latter unless there is a folder of that name.
 
     Raises:
         FileNotFoundError: there is no such folder, and the hub has none or cannot be reached.

@@ -17,11 +17,14 @@ FILES = (
 )
 KNOWN = ("deepseek-ai/Janus-Pro-1B", "deepseek-ai/Janus-Pro-7B", "deepseek-ai/Janus-1.3B")
 SHIPPED = "janus_tiny"
+SHIPPED_FOLDER = Path(__file__).parents[1] / "assets" / SHIPPED
 _CLOSE = 0.8  # of difflib's ratio, in which 1 is the same
 
 
 def check_folder(path: Path | str, fetches: bool = False) -> Path:
     """The folder, if it is one with a config.json.
+
+    The name janus_tiny is the shipped model, unless there is a file or folder of that name.
 
     fetches: whether the caller takes ids of the Hugging Face hub in place of a folder.
 
@@ -30,6 +33,8 @@ def check_folder(path: Path | str, fetches: bool = False) -> Path:
       ValueError: it is a LoRA adapter.
     """
     path = Path(path)
+    if str(path) == SHIPPED and not os.path.lexists(path):
+        return SHIPPED_FOLDER
     shown = shorten_text(str(path))
     if path.suffix.lower() == ".gguf" and not os.path.isdir(path):
         raise FileNotFoundError(f"{shown} is not a folder; {GGUF}, which needs {FILES}")
@@ -50,8 +55,8 @@ def check_folder(path: Path | str, fetches: bool = False) -> Path:
 def suggestion(name: str, fetches: bool) -> str:
     """'; did you mean ...' for a name like that of a released model, or ''."""
     last = Path(name).name.lower().replace("_", "-").replace(" ", "-")
-    if last == SHIPPED.replace("_", "-") and fetches:
-        return f"; {SHIPPED} is the model that loads where none is given"
+    if last == SHIPPED.replace("_", "-"):
+        return f"; did you mean {SHIPPED}, the model that ships with janus_jax?"
     if "janusflow" in last:
         return "; JanusFlow is not supported"
     ids = {known.split("/")[1].lower(): known for known in KNOWN}

@@ -34,10 +34,10 @@ class Start:
 
         Raises FileNotFoundError or ValueError for a folder that cannot be used.
         """
-        check_init(cfg.init)
-        if Path(cfg.init).resolve() == Path(cfg.output).resolve():
+        init = check_init(cfg.init)
+        if init.resolve() == Path(cfg.output).resolve():
             raise ValueError(f"init and output must be two folders, got {cfg.init} for both")
-        source = open_folder(cfg.init)
+        source = open_folder(init)
         if source.cfg.image_size != IMAGE_SIZE:
             sides = f"{source.cfg.image_size} pixels a side at {cfg.init}"
             raise ValueError(f"init must be a model of {IMAGE_SIZE} pixels a side, got {sides}")
@@ -56,10 +56,13 @@ class Start:
         save_deepseek(self.output, model, functools.partial(copy_files, self.source.path))
 
 
-def check_init(init: str) -> None:
-    """Raises FileNotFoundError unless `init` is a checkpoint folder."""
+def check_init(init: str) -> Path:
+    """Returns the checkpoint folder `init`; "janus_tiny" is the shipped model.
+
+    Raises FileNotFoundError if it is not a checkpoint folder.
+    """
     try:
-        check_folder(init)
+        return check_folder(init)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"init must be a checkpoint folder: {error}") from None
 
