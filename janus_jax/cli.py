@@ -114,13 +114,14 @@ _DRAW_DEFAULTS = {
 _TEXT_DEFAULTS = {"image": [], "allow_urls": False, "max_new_tokens": 256, "temperature": 0.0}
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """All flags."""
+def make_parser(command: str = "python sample.py") -> argparse.ArgumentParser:
+    """Returns the parser of all flags. command: how the user calls this program."""
+    name = command.rpartition(" ")[2]
     parser = OneLineParser(
-        "sample.py",
-        prog="sample.py",
+        name,
+        prog=name,
         description="Draw images of a prompt, or ask about images, with a Janus model.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES.replace("python sample.py", command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -134,16 +135,19 @@ def make_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for name, settings in flags.items():
             group.add_argument(name, **settings)
+    parser.set_defaults(program=name)
     return parser
 
 
-def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_flags(
+    argv: Sequence[str] | None, command: str = "python sample.py"
+) -> argparse.Namespace:
     """Flags with the defaults of their mode filled in.
 
     Raises:
         ValueError: a flag that means nothing beside the others.
     """
-    parser = make_parser()
+    parser = make_parser(command)
     _check_size_flags(parser, sys.argv[1:] if argv is None else argv)
     flags = parser.parse_args(argv)
     drawing = flags.prompt is not None or flags.prompts_file is not None
@@ -327,7 +331,7 @@ def chat(flags: argparse.Namespace, pipeline: "Pipeline") -> None:
             turn = {"role": "user", "content": line, "images": shown}
             answer = _print_answer(pipeline, [*messages, turn], None, flags)
         except (ValueError, OSError) as error:
-            print(one_line("sample.py", str(error)), file=sys.stderr)
+            print(one_line(flags.program, str(error)), file=sys.stderr)
             continue
         except KeyboardInterrupt:  # of this answer; at the prompt it ends the program
             print("\ninterrupted: neither question nor answer is remembered", file=sys.stderr)
@@ -353,9 +357,9 @@ _DRAWING_NEEDS = "while drawing; a smaller --max_batch needs less"
 _WRITING_NEEDS = "while answering; fewer images or a smaller --max_new_tokens needs less"
 
 
-def run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str] | None, command: str = "python sample.py") -> None:
     """The whole command; errors are raised."""
-    flags = parse_flags(argv)
+    flags = parse_flags(argv, command)
     _check_paths(flags)
     prompts = [flags.prompt] if flags.prompt is not None else []
     if flags.prompts_file:
@@ -381,9 +385,14 @@ def run(argv: Sequence[str] | None) -> None:
             _print_answer(pipeline, flags.question, flags.image, flags)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; what a user can cause ends in one line and status 2."""
+def main(argv: Sequence[str] | None = None, command: str = "python sample.py") -> None:
+    """Runs the command; an error that the user can fix ends it with one line and status 2.
+
+    Args:
+        argv: arguments after the command; None means those of the process.
+        command: how the user calls this program, for --help and error messages.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # what a terminal cannot show is no reason to stop
-    with one_line_errors("sample.py"):
-        run(argv)
+    with one_line_errors(command.rpartition(" ")[2]):
+        run(argv, command)
