@@ -2,6 +2,8 @@
 
 python sample.py --prompt "a red circle left of a blue square"
 python sample.py --image a.png --question "What is in the picture?"
+
+The code is in janus_jax/cli.py.
 """
 
 from janus_jax.cli import main

@@ -1,8 +1,8 @@
-"""Fine-tunes a released checkpoint on records of your own, by LoRA.
+"""Fine-tunes a released checkpoint on your own records with LoRA.
 
     python train.py --config=configs/finetune_lora.py --config.mixture.mine.path=data/mine.jsonl
 
-A mixture of several sources is a config of your own: docs/training.md.
+To mix several sources, write a config that changes this one; see docs/training.md.
 """
 
 from ml_collections import ConfigDict
@@ -11,7 +11,7 @@ from janus_jax.training.stages import base_config
 
 
 def get_config() -> ConfigDict:
-    """Janus-Pro-1B; adapters in every linear layer of the decoder."""
+    """Returns settings for Janus-Pro-1B, with LoRA in every linear layer of the decoder."""
     config = base_config()
     config.update(
         init="checkpoints/Janus-Pro-1B",
@@ -25,7 +25,7 @@ def get_config() -> ConfigDict:
         batch_size=8,
         streams=1,
         accumulate=8,
-        tokenized=False,  # few images: their tokens are computed in every step
+        tokenized=False,  # a small data set: each step computes the image tokens it needs
         remat="full",
         learning_rate=2e-4,
         end_learning_rate=2e-5,

@@ -1,13 +1,13 @@
-"""Stage 2 of Janus-1.3B: all but SigLIP and the image tokenizer.
+"""Stage 2 of Janus-1.3B: trains everything except SigLIP and the image tokenizer.
 
     python train.py --config=configs/janus_1_3b_stage2.py
 
-Settings and folders of data: janus_jax/training/stages.py; docs/training.md.
+janus_jax/training/stages.py has the settings, docs/training.md the folders of the data.
 """
 
 from janus_jax.training.stages import stage_config
 
 
 def get_config():
-    """As Janus-Pro's Table 2 says for the 1B, with what is known to differ."""
+    """Returns the settings of Table 2 for Janus-Pro-1B, with the known differences."""
     return stage_config("janus_1_3b", 2)

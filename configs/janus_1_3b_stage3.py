@@ -1,13 +1,13 @@
-"""Stage 3 of Janus-1.3B: supervised fine-tuning of all but the image tokenizer.
+"""Stage 3 of Janus-1.3B: supervised fine-tuning of everything except the image tokenizer.
 
     python train.py --config=configs/janus_1_3b_stage3.py
 
-Settings and folders of data: janus_jax/training/stages.py; docs/training.md.
+janus_jax/training/stages.py has the settings, docs/training.md the folders of the data.
 """
 
 from janus_jax.training.stages import stage_config
 
 
 def get_config():
-    """As Janus-Pro's Table 2 says for the 1B, with what is known to differ."""
+    """Returns the settings of Table 2 for Janus-Pro-1B, with the known differences."""
     return stage_config("janus_1_3b", 3)

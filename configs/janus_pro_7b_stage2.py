@@ -1,13 +1,13 @@
-"""Stage 2 of Janus-Pro-7B: all but SigLIP and the image tokenizer.
+"""Stage 2 of Janus-Pro-7B: trains everything except SigLIP and the image tokenizer.
 
     python train.py --config=configs/janus_pro_7b_stage2.py
 
-Settings and folders of data: janus_jax/training/stages.py; docs/training.md.
+janus_jax/training/stages.py has the settings, docs/training.md the folders of the data.
 """
 
 from janus_jax.training.stages import stage_config
 
 
 def get_config():
-    """As the report's Table 2 says."""
+    """Returns the settings of Table 2 of the Janus-Pro report."""
     return stage_config("janus_pro_7b", 2)

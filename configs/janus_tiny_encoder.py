@@ -1,8 +1,8 @@
-"""The understanding encoder of janus_tiny, before the decoder learns to read it.
+"""Pretrains the understanding encoder of janus_tiny, before the decoder learns to use it.
 
     python train.py --config=configs/janus_tiny_encoder.py
 
-About 5 minutes on 2 CPU cores. Goes on from runs/janus_tiny_vq_refined and writes
+Takes about 5 minutes on 2 CPU cores. Starts from runs/janus_tiny_vq_refined and writes
 runs/janus_tiny_encoder.
 """
 
@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Which shape of which color has its centre in each patch."""
+    """Returns settings to classify which shape and color has its centre in each patch."""
     return ConfigDict(
         dict(
             task="encoder",

@@ -1,28 +1,37 @@
-"""Stage 1 of a model like janus_tiny: adapters and image head, on a frozen decoder.
+"""Stage 1 of janus_tiny: trains the adapters and the image head on a frozen decoder.
 
     python train.py --config=configs/janus_tiny_stage1.py
 
-Goes on from runs/janus_tiny_encoder, a finished tokenizer and encoder. This stage and the next one
-read the images to be drawn as tokens from data/janus_tiny; docs/janus_tiny.md has the commands
-that make them.
+Starts from runs/janus_tiny_encoder, which contains the trained image tokenizer and encoder. Stages
+1 and 2 read the tokens of the images to be generated from data/janus_tiny; docs/janus_tiny.md has
+the commands that compute them.
 """
+
+from pathlib import Path
 
 from ml_collections import ConfigDict
 
+import janus_jax
 from janus_jax.training.stages import STAGES, base_config
 
-# captions of each kind, relative to the others: what is drawn best least often
+SCENE = Path(janus_jax.__file__).parent / "assets" / "scene.png"
+
+# Relative weights of the kinds of captions; kinds that the model generates well get less.
 CAPTIONS = dict(
     single_object=1.0, two_object=3.0, counting=4.0, colors=2.0, position=5.0, color_attr=4.0
 )
-# A decoder that begins with nothing learns to draw last: more often than in Table 2, up to stage 3.
-DRAWN_MORE = {1: 2, 2: 2, 3: 1}
-COUNT = 30_000  # scenes of a kind
+# Weight of generation relative to Table 2, by stage. A decoder that starts from random weights
+# learns to generate images last, so stages 1 and 2 have more of it.
+GENERATION_WEIGHTS = {1: 2, 2: 2, 3: 1}
+COUNT = 30_000  # scenes of each kind of caption
 
 
 def tiny_stage(number: int) -> ConfigDict:
-    """As the released models' stages, in what trains and, but for DRAWN_MORE, in the ratio of the
-    records; rows are short, and the records are scenes, drawn as they are asked for."""
+    """Returns the settings that the stages of janus_tiny share.
+
+    The trainable parameters, and the ratio of the records apart from GENERATION_WEIGHTS, are those
+    of the released models. Rows are short, and the records are scenes generated on the fly.
+    """
     stage, config = STAGES[number], base_config()
     config.update(
         output=f"runs/janus_tiny_stage{number}",
@@ -40,10 +49,10 @@ def tiny_stage(number: int) -> ConfigDict:
         log_every=50,
         sample_every=1000,
         prompts=("a red circle left of a blue square", "three green triangles"),
-        questions=(("docs/scene.png", "Describe the picture."),),
+        questions=((str(SCENE), "Describe the picture."),),
     )
     understanding, text, generation = map(float, stage.ratio)
-    drawn = {
+    captions = {
         kind: dict(weight=weight, format="scenes", path=f"generation/{kind}", count=COUNT)
         for kind, weight in CAPTIONS.items()
     }
@@ -55,7 +64,7 @@ def tiny_stage(number: int) -> ConfigDict:
             count=10 * COUNT,
             relations=0.3,
         ),
-        generation=dict(weight=DRAWN_MORE[number] * generation, **drawn),
+        generation=dict(weight=GENERATION_WEIGHTS[number] * generation, **captions),
     )
     if text:
         mixture["text"] = dict(weight=text, format="scenes", path="text", count=10 * COUNT)
@@ -64,7 +73,7 @@ def tiny_stage(number: int) -> ConfigDict:
 
 
 def read_tokens(config: ConfigDict) -> None:
-    """The same images to be drawn, turned to tokens before."""
+    """Makes the generation records read image tokens that were computed before the run."""
     config.tokenized = True
     for kind, weight in CAPTIONS.items():
         tokens = dict(weight=weight, format="jsonl", path=f"data/janus_tiny/{kind}")
@@ -72,7 +81,7 @@ def read_tokens(config: ConfigDict) -> None:
 
 
 def get_config() -> ConfigDict:
-    """Short: a frozen decoder, here an untrained one, learns little more."""
+    """Returns settings for a short run: more steps with a frozen, untrained decoder gain little."""
     config = tiny_stage(1)
     read_tokens(config)
     config.update(

@@ -1,17 +1,17 @@
-"""Stage 2 of a model like janus_tiny: all but the encoder and the image tokenizer.
+"""Stage 2 of janus_tiny: trains everything except the encoder and the image tokenizer.
 
     python train.py --config=configs/janus_tiny_stage2.py
 
-Goes on from runs/janus_tiny_stage1 and reads the same tokens.
+Starts from runs/janus_tiny_stage1 and reads the same image tokens.
 """
 
 from ml_collections import ConfigDict
 
-from configs.janus_tiny_stage1 import read_tokens, tiny_stage
+from janus_jax.configs.janus_tiny_stage1 import read_tokens, tiny_stage
 
 
 def get_config() -> ConfigDict:
-    """The long one: here the model learns to draw."""
+    """Returns settings for a long run: in this stage the model learns to generate images."""
     config = tiny_stage(2)
     read_tokens(config)
     config.update(

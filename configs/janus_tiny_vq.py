@@ -1,16 +1,19 @@
-"""The image tokenizer of janus_tiny.
+"""Trains the image tokenizer of janus_tiny.
 
     python train.py --config=configs/janus_tiny_vq.py
 
-About 20 minutes on 2 CPU cores. Writes runs/janus_tiny_vq, from which
-configs/janus_tiny_vq_refine.py goes on.
+Takes about 20 minutes on 2 CPU cores. Writes runs/janus_tiny_vq, where
+configs/janus_tiny_vq_refine.py starts.
 """
 
 from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Two passes: an autoencoder that becomes a tokenizer on crops, then whole images."""
+    """Returns settings for two phases: `crop_steps` steps on crops, then steps on whole images.
+
+    The model is trained as an autoencoder without quantisation for the first `quantise_from` steps.
+    """
     return ConfigDict(
         dict(
             task="tokenizer",

@@ -1,18 +1,18 @@
-"""The image tokenizer of janus_tiny, once more on whole images: the colors come out right.
+"""Trains the image tokenizer of janus_tiny further on whole images, which corrects its colors.
 
     python train.py --config=configs/janus_tiny_vq_refine.py
 
-About 10 minutes on 2 CPU cores. Goes on from runs/janus_tiny_vq and writes
+Takes about 10 minutes on 2 CPU cores. Starts from runs/janus_tiny_vq and writes
 runs/janus_tiny_vq_refined.
 """
 
 from ml_collections import ConfigDict
 
-from configs import janus_tiny_vq
+from janus_jax.configs import janus_tiny_vq
 
 
 def get_config() -> ConfigDict:
-    """As janus_tiny_vq, but shorter, and quantised from the first step."""
+    """Returns janus_tiny_vq's settings, with fewer steps and quantisation from the first step."""
     config = janus_tiny_vq.get_config()
     config.update(
         init="runs/janus_tiny_vq",

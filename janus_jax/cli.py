@@ -139,14 +139,15 @@ _IMAGE_DEFAULTS = {
 _TEXT_DEFAULTS = {"image": [], "allow_urls": False, "max_new_tokens": 256, "temperature": 0.0}
 
 
-def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of all flags."""
+def make_parser(command: str = "python sample.py") -> argparse.ArgumentParser:
+    """Returns the parser of all flags. command: how the user calls this program."""
+    name = command.rpartition(" ")[2]
     parser = OneLineParser(
-        "sample.py",
-        prog="sample.py",
+        name,
+        prog=name,
         description="Generate images from text, or answer questions about images, with a Janus "
         "model.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES.replace("python sample.py", command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -163,16 +164,19 @@ def make_parser() -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for name, settings in flags.items():
             group.add_argument(name, **settings)
+    parser.set_defaults(program=name)
     return parser
 
 
-def parse_flags(argv: Sequence[str] | None) -> argparse.Namespace:
+def parse_flags(
+    argv: Sequence[str] | None, command: str = "python sample.py"
+) -> argparse.Namespace:
     """Parses the flags and fills in the defaults of the selected mode.
 
     Raises:
         ValueError: a flag cannot be combined with the other flags.
     """
-    parser = make_parser()
+    parser = make_parser(command)
     _check_size_flags(parser, sys.argv[1:] if argv is None else argv)
     flags = parser.parse_args(argv)
     for_images = flags.prompt is not None or flags.prompts_file is not None
@@ -366,7 +370,7 @@ def chat(flags: argparse.Namespace, pipeline: "Pipeline") -> None:
             turn = {"role": "user", "content": line, "images": images}
             answer = _print_answer(pipeline, [*messages, turn], None, flags)
         except (ValueError, OSError) as error:
-            print(error_line("sample.py", str(error)), file=sys.stderr)
+            print(error_line(flags.program, str(error)), file=sys.stderr)
             continue
         except KeyboardInterrupt:  # stops this answer; at the input prompt it ends the program
             print("\nInterrupted; this turn was discarded.", file=sys.stderr)
@@ -392,9 +396,9 @@ _IMAGE_ADVICE = "while generating images; use a smaller --max_batch"
 _TEXT_ADVICE = "while answering; use fewer images or a smaller --max_new_tokens"
 
 
-def run(argv: Sequence[str] | None) -> None:
+def run(argv: Sequence[str] | None, command: str = "python sample.py") -> None:
     """Runs the command; raises an exception on errors."""
-    flags = parse_flags(argv)
+    flags = parse_flags(argv, command)
     _check_paths(flags)
     prompts = [flags.prompt] if flags.prompt is not None else []
     if flags.prompts_file:
@@ -420,9 +424,14 @@ def run(argv: Sequence[str] | None) -> None:
             _print_answer(pipeline, flags.question, flags.image, flags)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command; errors that a user can cause print one line and exit with status 2."""
+def main(argv: Sequence[str] | None = None, command: str = "python sample.py") -> None:
+    """Runs the command; errors that a user can cause print one line and exit with status 2.
+
+    Args:
+        argv: arguments after the command; None means those of the process.
+        command: how the user calls this program, for --help and error messages.
+    """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the encoding may lack characters of a path or answer
-    with one_line_errors("sample.py"):
-        run(argv)
+    with one_line_errors(command.rpartition(" ")[2]):
+        run(argv, command)

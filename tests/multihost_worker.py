@@ -42,8 +42,8 @@ def noting(output: Path) -> Callable:
 if __name__ == "__main__":
     import sys
 
-    import train
+    from janus_jax.training import cli
 
     (config,) = [word for word in sys.argv if word.startswith("--config=")]
     Log.step = noting(Path(config.rpartition(":")[2]))
-    app.run(train.main, flags_parser=train.parse)
+    app.run(cli.train, flags_parser=cli.parse)

@@ -48,9 +48,14 @@ def test_what_is_no_folder(tmp_path, monkeypatch, name, says):
     assert len(str(caught.value)) < 320
 
 
-def test_the_shipped_model_is_not_a_folder_of_that_name(tmp_path, monkeypatch):
+def test_the_shipped_model_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(FileNotFoundError, match="; janus_tiny is the default model: omit"):
+    assert find_folder("janus_tiny") == find_folder(None) == open_folder("janus_tiny").path
+    for find in (find_folder, open_folder):
+        with pytest.raises(FileNotFoundError, match=r"did you mean janus_tiny, the model that"):
+            find("janus-tiny")
+    (tmp_path / "janus_tiny").mkdir()  # a folder of that name goes before
+    with pytest.raises(FileNotFoundError, match=r"janus_tiny has no config\.json"):
         find_folder("janus_tiny")
 
 

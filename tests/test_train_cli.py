@@ -15,7 +15,6 @@ from torch_reference import golden_janus
 
 import janus_jax
 import janus_jax.training.run
-import train
 from configs import (
     janus_tiny_encoder,
     janus_tiny_stage1,
@@ -28,6 +27,7 @@ from janus_jax.data import scenes, tokenize_images
 from janus_jax.generation import compile_cache
 from janus_jax.interop import files, new_folder, save
 from janus_jax.models.janus import JanusConfig
+from janus_jax.training import cli
 from janus_jax.training.encoder import train_encoder
 from janus_jax.training.folders import check_output
 from janus_jax.training.run import train_stage
@@ -158,10 +158,12 @@ def test_a_run_may_replace_an_earlier_one(trained):
         ([ENCODER, "--config.steps=many"], "--config.steps=many: invalid"),
         ([LORA, "--config.mixture.more.path=x"], "the config has no such setting: 'more'"),
         (["--config=configs/none.py", "--config.steps=3"], "no config file at configs/none.py"),
+        (["--config", "finetune"], "one of: finetune_full, finetune_lora, janus_1_3b_stage1, "),
         ([ENCODER, "now"], "arguments must be flags, got ['now']"),
         ([ENCODER, "--config.init=/none"], "init must be a checkpoint folder: /none is not"),
         ([], "Flag --config must have a value"),
         (["--config=configs/janus_tiny_stage3.py:stage9"], "stage2 or nothing, got 'stage9'"),
+        (["--config=janus_tiny_stage3:stage9"], "stage2 or nothing, got 'stage9'"),
         (["--config=README.md"], "the config file must be Python, got "),
     ],
 )
@@ -172,9 +174,33 @@ def test_wrong_flags_take_one_line(flags, message):
     assert message in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("command", ["python train.py", "janus-train"])
+def test_help_names_the_command_the_flags_and_the_configs(command, capsys):
+    for flag in ("--help", "-h"):
+        with pytest.raises(SystemExit) as stopped:
+            cli.parse(["train.py", flag], command)
+        text = capsys.readouterr().out
+        assert stopped.value.code == 0
+        assert text.startswith(f"usage: {command} --config=CONFIG ")
+        assert all(flag in text for flag in ("--[no]dry_run: ", "--coordinator: ", "--config: "))
+        assert all(name in text for name in cli.config_names())
+        assert "janus_jax.training" not in text
+
+
+def test_a_config_is_found_by_its_name_or_as_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    names = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"}
+    assert set(cli.config_names()) == names
+    path = cli.find_config("janus_tiny_stage3:stage2")
+    assert path == f"{cli.CONFIGS / 'janus_tiny_stage3.py'}:stage2"
+    assert cli.find_config(path) == path
+    (tmp_path / "janus_tiny_vq").write_text("")  # a file goes before a name
+    assert cli.find_config("janus_tiny_vq:a") == "janus_tiny_vq:a"
+
+
 def refused(train_one, cfg, capsys) -> str:
     """The line that a run ends with at once."""
-    with pytest.raises(SystemExit) as stopped, train.settings_errors():
+    with pytest.raises(SystemExit) as stopped, cli.settings_errors():
         train_one(cfg)
     err = capsys.readouterr().err
     assert stopped.value.code == 2
@@ -256,20 +282,20 @@ def test_a_device_without_memory_takes_one_line(monkeypatch, capsys):
     monkeypatch.setattr(janus_jax.training.run, "train_stage", train_stage)
     monkeypatch.setattr(compile_cache, "enable", lambda: None)
     with flagsaver.flagsaver():
-        words = train.parse(["train.py", "--config=configs/janus_tiny_stage3.py"])
+        words = cli.parse(["train.py", "--config=configs/janus_tiny_stage3.py"])
         with pytest.raises(SystemExit) as stopped:
-            train.main(words)
+            cli.train(words)
     told = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2
-    assert told.startswith("train.py: out of memory: on the device, while training; fewer rows")
+    assert told.startswith("train.py: out of memory: on the device, while training; reduce batch_")
 
 
 def test_an_interrupt_takes_one_line_and_a_bug_its_traceback(capsys):
-    with pytest.raises(SystemExit) as stopped, train.settings_errors():
+    with pytest.raises(SystemExit) as stopped, cli.settings_errors():
         raise KeyboardInterrupt
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "train.py: interrupted\n"
-    with pytest.raises(AttributeError), train.settings_errors():
+    with pytest.raises(AttributeError), cli.settings_errors():
         raise AttributeError("'NoneType' object has no attribute 'shape'")
 
 

@@ -18,9 +18,10 @@ import torch
 from PIL import Image
 
 from convert.__main__ import main
-from janus_jax.interop import verify, verify_table
 from janus_jax.interop.export import export_folder, import_folder
-from janus_jax.interop.verify_outputs import Greedy
+from janus_jax.verify import run as verify
+from janus_jax.verify import table
+from janus_jax.verify.outputs import Greedy
 
 ROOT = Path(__file__).parent.parent
 QUICK = ("--max_new_tokens", "4")  # the same everywhere, so that programs are compiled once
@@ -241,19 +242,19 @@ def test_the_page_lists_all_rows():
 
 def test_differences():
     a = np.array([3.0, 4.0], np.float32)
-    assert verify_table.difference(a, a) == (0, 0)
-    assert verify_table.difference(a + np.float32([0, 0.5]), a) == (0.5, 0.1)
-    assert verify_table.difference(a, a[:1]) == (np.inf, np.inf)
-    nan = verify_table.difference(np.float32([np.nan, 4]), a)
-    assert not verify_table._make_row("float32", "x", nan).passed
+    assert table.difference(a, a) == (0, 0)
+    assert table.difference(a + np.float32([0, 0.5]), a) == (0.5, 0.1)
+    assert table.difference(a, a[:1]) == (np.inf, np.inf)
+    nan = table.difference(np.float32([np.nan, 4]), a)
+    assert not table._make_row("float32", "x", nan).passed
     tokens = np.array([1, 2, 3])
     for other, position, note in (
         ([1, 2, 3], None, "all 3 equal"),
         ([1, 5, 3], 1, "67% equal, first difference at token 2 of 3"),
         ([1, 2], 2, "67% equal, first difference at token 3 of 3"),
     ):
-        assert verify_table.first_difference(np.array(other), tokens) == position
-        assert verify_table._tokens_note(np.array(other), tokens) == note
+        assert table.first_difference(np.array(other), tokens) == position
+        assert table._tokens_note(np.array(other), tokens) == note
 
 
 def test_greedy_logits_are_compared_up_to_the_first_difference():
@@ -262,7 +263,7 @@ def test_greedy_logits_are_compared_up_to_the_first_difference():
     other[1, 2] = 1.001  # changes the token, so that the next logits are not comparable
     other[2] = -7
     pair = (Greedy(array.argmax(-1), array) for array in (other, logits))
-    assert verify_table.greedy_difference(*pair)[0] == pytest.approx(0.002, rel=1e-3)
+    assert table.greedy_difference(*pair)[0] == pytest.approx(0.002, rel=1e-3)
 
 
 def test_images_that_the_implementations_would_resize_differently_are_cropped():

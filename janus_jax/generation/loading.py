@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from janus_jax import checks, sharding
-from janus_jax.interop.folders import check_folder, suggestion
+from janus_jax.interop.folders import BUNDLED_FOLDER, check_folder, suggestion
 from janus_jax.interop.load import ShardingFor
 from janus_jax.interop.processor_files import GENERATION
 from janus_jax.models.janus import JanusConfig
@@ -19,7 +19,7 @@ from janus_jax.processing.processor import Processor
 from janus_jax.processing.prompt_settings import PREPROCESSOR, PROCESSOR
 from janus_jax.processing.tokenizer import TOKENIZER
 
-TINY = Path(__file__).parents[1] / "assets" / "janus_tiny"
+TINY = BUNDLED_FOLDER
 
 # float16 is not supported: activations of Janus exceed its largest value, which leads to NaN.
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -54,7 +54,8 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
     """Returns the folder of a checkpoint.
 
     path_or_hub_id: a folder, or a hub id, whose snapshot is downloaded unless it is a local path.
-        None is the janus_tiny model in this package.
+        None and "janus_tiny" are the model in this package, the latter unless there is a file or
+        folder of that name.
 
     Raises:
         FileNotFoundError: if there is no such folder, and no such repository on the hub or the hub

@@ -16,12 +16,15 @@ FILES = (
     "index)"
 )
 RELEASED = ("deepseek-ai/Janus-Pro-1B", "deepseek-ai/Janus-Pro-7B", "deepseek-ai/Janus-1.3B")
-BUNDLED = "janus_tiny"  # the model in assets/
+BUNDLED = "janus_tiny"  # the name of the model in assets/
+BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / BUNDLED
 _MIN_SIMILARITY = 0.8  # difflib's ratio; 1 means equal
 
 
 def check_folder(path: Path | str, hub_ids: bool = False) -> Path:
     """Returns the folder if it holds a config.json.
+
+    The name janus_tiny is the model in this package, unless there is a file or folder of that name.
 
     hub_ids: whether the caller accepts Hugging Face hub ids as well as folders; it changes the
       suggestions in messages.
@@ -32,6 +35,8 @@ def check_folder(path: Path | str, hub_ids: bool = False) -> Path:
       ValueError: it is a LoRA adapter.
     """
     path = Path(path)
+    if str(path) == BUNDLED and not os.path.lexists(path):
+        return BUNDLED_FOLDER
     name = shorten_text(str(path))
     if path.suffix.lower() == ".gguf" and not os.path.isdir(path):
         raise FileNotFoundError(f"{name} is not a folder; {GGUF_UNSUPPORTED}, which needs {FILES}")
@@ -52,8 +57,8 @@ def check_folder(path: Path | str, hub_ids: bool = False) -> Path:
 def suggestion(name: str, hub_ids: bool) -> str:
     """Returns '; did you mean ...?' for a name similar to that of a released model, or ''."""
     last = Path(name).name.lower().replace("_", "-").replace(" ", "-")
-    if last == BUNDLED.replace("_", "-") and hub_ids:
-        return f"; {BUNDLED} is the default model: omit the argument to load it"
+    if last == BUNDLED.replace("_", "-"):
+        return f"; did you mean {BUNDLED}, the model that is part of janus_jax?"
     if "janusflow" in last:
         return "; JanusFlow is not supported"
     ids = {released.split("/")[1].lower(): released for released in RELEASED}

@@ -39,10 +39,10 @@ class TrainingFolders:
         cfg: ConfigDict with init and output.
         Raises FileNotFoundError or ValueError if a folder cannot be used.
         """
-        check_init(cfg.init)
-        if Path(cfg.init).resolve() == Path(cfg.output).resolve():
+        init = check_init(cfg.init)
+        if init.resolve() == Path(cfg.output).resolve():
             raise ValueError(f"init and output must be different folders, got {cfg.init} for both")
-        source = open_folder(cfg.init)
+        source = open_folder(init)
         if source.cfg.image_size != IMAGE_SIZE:
             size = f"{source.cfg.image_size} pixels a side in {cfg.init}"
             rule = f"init must be a model for images of {IMAGE_SIZE} pixels a side"
@@ -62,10 +62,13 @@ class TrainingFolders:
         save_deepseek(self.output, model, functools.partial(copy_files, self.source.path))
 
 
-def check_init(init: str) -> None:
-    """Raises FileNotFoundError unless `init` is a checkpoint folder."""
+def check_init(init: str) -> Path:
+    """Returns the checkpoint folder `init`; "janus_tiny" is the shipped model.
+
+    Raises FileNotFoundError if it is not a checkpoint folder.
+    """
     try:
-        check_folder(init)
+        return check_folder(init)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"init must be a checkpoint folder: {error}") from None
 

@@ -86,14 +86,14 @@ class Setup:
         Raises FileNotFoundError or ValueError if it cannot be trained.
         """
         check_settings(cfg)
-        check_init(cfg.init)
+        init = check_init(cfg.init)
         check_local("output", cfg.output)
         if not cfg.output or (Path(cfg.output).exists() and not Path(cfg.output).is_dir()):
             raise ValueError(f"output must be a writable folder, got {cfg.output!r}")
-        if Path(cfg.init).resolve() == (Path(cfg.output) / MODEL).resolve():
+        if init.resolve() == (Path(cfg.output) / MODEL).resolve():
             raise ValueError(f"init must not be the model folder in output, got {cfg.init}")
-        source, processor = open_folder(cfg.init), Processor.from_dir(cfg.init)
-        check_processor(cfg.init, processor, source.cfg)
+        source, processor = open_folder(init), Processor.from_dir(init)
+        check_processor(init, processor, source.cfg)
         mesh = parse_mesh(cfg.mesh) if cfg.mesh else make_mesh(fsdp=jax.device_count())
         check_mesh(mesh, source.cfg)
         model_cfg = source.cfg.with_dtype(DTYPES[cfg.dtype]).with_remat(cfg.remat)

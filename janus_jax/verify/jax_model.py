@@ -1,6 +1,6 @@
 """Janus of this package as `python -m convert verify` runs it.
 
-verify_outputs.py documents the methods and the shapes of their arrays.
+outputs.py documents the methods and the shapes of their arrays.
 """
 
 import functools
@@ -13,10 +13,10 @@ from PIL import Image
 
 from janus_jax.generation import decoding, image, samplers, text
 from janus_jax.generation.pipeline import load
-from janus_jax.interop.verify_outputs import GUIDANCE_WEIGHT, Greedy, Prepared, Request
 from janus_jax.models.attention import causal_mask, positions_from_mask
 from janus_jax.models.janus import Janus, merge_features
 from janus_jax.processing.images import preprocess_generation
+from janus_jax.verify.outputs import GUIDANCE_WEIGHT, Greedy, Prepared, Request
 
 GREEDY = samplers.Sampling(np.float32(0))  # temperature 0
 
@@ -76,7 +76,7 @@ _decode_image = jax.jit(image.decode_step)
 
 
 class JaxJanus:
-    """An Implementation (verify_outputs.py) with the model and processor that `load` returns."""
+    """An Implementation (outputs.py) with the model and processor that `load` returns."""
 
     def __init__(self, folder: Path, dtype: str):
         pipeline = load(folder, dtype=dtype)

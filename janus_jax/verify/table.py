@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from janus_jax.interop.verify_outputs import Greedy, Outputs
+from janus_jax.verify.outputs import Greedy, Outputs
 
 # Limits of the relative error ||x - reference|| / ||reference||, where the reference is
 # transformers in float32. docs/verify.md has the measurements that they are based on.

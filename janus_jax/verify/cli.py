@@ -76,14 +76,14 @@ def _run(args: argparse.Namespace) -> int:
     # Imported late, so that --help is fast and main can select the platform before JAX starts.
     from janus_jax.checks import check_count
     from janus_jax.generation.loading import find_folder
-    from janus_jax.interop import verify
-    from janus_jax.interop.verify_outputs import Request
-    from janus_jax.interop.verify_table import format_table
     from janus_jax.processing.image_sources import open_image
+    from janus_jax.verify import run
+    from janus_jax.verify.outputs import Request
+    from janus_jax.verify.table import format_table
 
-    verify.check_installed()
+    run.check_installed()
     request = Request(
-        image=verify.builtin_image() if args.image is None else open_image(args.image),
+        image=run.builtin_image() if args.image is None else open_image(args.image),
         question=args.question,
         prompt=args.prompt,
         max_new_tokens=check_count("--max_new_tokens", args.max_new_tokens),
@@ -92,25 +92,25 @@ def _run(args: argparse.Namespace) -> int:
     dtypes = ("float32", "bfloat16") if args.dtype is None else (args.dtype,)
     model = find_folder(args.model)
     reference = None if args.reference is None else find_folder(args.reference)
-    verify.check_reference(reference)
+    run.check_reference(reference)
     if args.json is not None and not Path(args.json).absolute().parent.is_dir():
         raise FileNotFoundError(f"--json: {Path(args.json).parent} is not a folder")
-    print(verify.memory_text(model), flush=True)
+    print(run.memory_text(model), flush=True)
     start = time.monotonic()
 
     def report(step: str) -> None:
         print(f"{time.monotonic() - start:6.0f} s  {step}", file=sys.stderr, flush=True)
 
-    rows = verify.verify(model, reference, request, dtypes, report)
-    print(f"{args.model}: {verify.versions()}")
+    rows = run.verify(model, reference, request, dtypes, report)
+    print(f"{args.model}: {run.versions()}")
     print("\n".join(format_table(rows)))
     if args.json is not None:
-        _write_json(Path(args.json), args, verify.versions(), rows)
+        _write_json(Path(args.json), args, run.versions(), rows)
     return 0 if all(row.passed for row in rows) else 1
 
 
 def _write_json(path: Path, args: argparse.Namespace, versions: str, rows: Sequence) -> None:
-    """Writes the table; numbers that are NaN or infinite become null. rows: verify_table.Row."""
+    """Writes the table; numbers that are NaN or infinite become null. rows: table.Row."""
     from janus_jax.paths import atomic_write
 
     content = {name: value for name, value in vars(args).items() if name != "json"}

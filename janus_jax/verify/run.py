@@ -1,8 +1,4 @@
-"""Compares a checkpoint in janus_jax with the same checkpoint in `transformers`.
-
-verify_cli.py calls this module. It and the other verify modules import `generation`,
-which imports the rest of `interop`.
-"""
+"""Compares a checkpoint in janus_jax with the same checkpoint in `transformers`."""
 
 import dataclasses
 import gc
@@ -20,11 +16,11 @@ from PIL import Image
 from janus_jax.interop.config import TRANSFORMERS
 from janus_jax.interop.export import export_folder
 from janus_jax.interop.load import open_folder, param_shapes
-from janus_jax.interop.verify_outputs import Outputs, Request, compute_outputs
-from janus_jax.interop.verify_table import Row, compare_models, compare_preprocessing
 from janus_jax.paths import size_text
+from janus_jax.verify.outputs import Outputs, Request, compute_outputs
+from janus_jax.verify.table import Row, compare_models, compare_preprocessing
 
-INSTALL = 'pip install "torch>=2.6" "transformers>=5.12,<6" (CPU builds are sufficient)'
+INSTALL = 'pip install torch "transformers>=5.12,<6" (a CPU build of torch is enough)'
 PACKAGES = ("janus_jax", "jax", "transformers", "torch")
 
 Report = Callable[[str], None]  # is called with the name of each step before it runs
@@ -158,9 +154,9 @@ def _run(
       ValueError: for any exception of the package, so that the exit status is not 1.
     """
     if package == "transformers":
-        from janus_jax.interop.verify_torch import TorchJanus as Implementation
+        from janus_jax.verify.torch_model import TorchJanus as Implementation
     else:
-        from janus_jax.interop.verify_jax import JaxJanus as Implementation
+        from janus_jax.verify.jax_model import JaxJanus as Implementation
     # janus_jax always computes the image tokenizer in float32, so bfloat16 needs no baseline.
     with_vq = package == "janus_jax" or dtype == "float32"
     report(f"{package}, {dtype}: loading")

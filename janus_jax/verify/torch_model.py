@@ -1,7 +1,7 @@
 """Janus of `transformers` as `python -m convert verify` runs it, on the CPU.
 
-In the package, only this module and the check in verify.py that torch is installed import torch.
-verify_outputs.py documents the methods and the shapes of their arrays.
+In the package, only this module and the check in run.py that torch is installed import torch.
+outputs.py documents the methods and the shapes of their arrays.
 """
 
 from pathlib import Path
@@ -11,8 +11,8 @@ import torch
 import transformers
 from PIL import Image
 
-from janus_jax.interop.verify_outputs import GUIDANCE_WEIGHT, Greedy, Prepared, Request
 from janus_jax.processing.images import preprocess_generation
+from janus_jax.verify.outputs import GUIDANCE_WEIGHT, Greedy, Prepared, Request
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -23,7 +23,7 @@ def to_numpy(x: torch.Tensor) -> np.ndarray:
 
 
 class TorchJanus:
-    """An Implementation (verify_outputs.py) with the model and processor of `transformers`."""
+    """An Implementation (outputs.py) with the model and processor of `transformers`."""
 
     def __init__(self, folder: Path, dtype: str):
         """Loads a folder in the layout of `transformers`.

@@ -1,0 +1,1 @@
+"""Comparison of a checkpoint with the same model in transformers: `python -m convert verify`."""
