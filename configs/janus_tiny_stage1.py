@@ -7,14 +7,13 @@ Starts from runs/janus_tiny_encoder, which contains the trained image tokenizer 
 the commands that compute them.
 """
 
-from pathlib import Path
+from importlib.resources import files
 
 from ml_collections import ConfigDict
 
-import janus_jax
 from janus_jax.training.stages import STAGES, base_config
 
-SCENE = Path(janus_jax.__file__).parent / "assets" / "scene.png"
+SCENE = files("janus_jax") / "assets" / "scene.png"
 
 # Relative weights of the kinds of captions; kinds that the model generates well get less.
 CAPTIONS = dict(

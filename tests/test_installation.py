@@ -88,7 +88,7 @@ def test_janus_convert(installed, tmp_path, golden):
     assert done.returncode == 0, done.stderr
     assert "gen_vq" in done.stdout and "1,109,891" in done.stdout
     done = call(installed / "janus-convert", "nowhere", "there", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr == "janus-convert: nowhere is not a folder\n"
+    assert done.returncode == 2 and done.stderr.startswith("janus-convert: nowhere ")
 
 
 def test_janus_train(installed, tmp_path):
