@@ -46,7 +46,7 @@ def pytest_report_header() -> str | None:
 
 @pytest.fixture(scope="session", autouse=True)
 def processes_without_torch():
-    """Makes torch impossible to import in processes that tests start, as no command may need it."""
+    """Prevents processes that tests start from importing torch, which they must not need."""
     blocker, inherited = Path(__file__).parent / "without_torch", os.environ.get("PYTHONPATH")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(blocker), inherited])))

@@ -212,7 +212,8 @@ def test_what_is_refused(golden, refused, tmp_path):
     assert "--num_image_tokens must be an integer of at least 1, got 0" in refused(
         golden / "janus_small", "--num_image_tokens", "0"
     )
-    assert "image file not found: " in refused(golden / "janus_small", "--image", tmp_path / "i.png")
+    no_image = "--image", tmp_path / "i.png"
+    assert "image file not found: " in refused(golden / "janus_small", *no_image)
     assert "--json: " in refused(golden / "janus_small", "--json", tmp_path / "absent" / "t.json")
     assert "needs 32 groups" in refused(ROOT / "janus_jax" / "assets" / "janus_tiny")
     assert "invalid choice: 'float16'" in refused(golden / "janus_small", "--dtype", "float16")

@@ -1,3 +1,3 @@
-"""Found instead of torch by the processes that tests start: nothing of janus_jax may need it."""
+"""Replaces torch in the processes that tests start, because only `convert verify` may import it."""
 
-raise ImportError("janus_jax must run without torch")
+raise ImportError("tests run commands without torch")
