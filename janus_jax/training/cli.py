@@ -210,9 +210,9 @@ def train(argv: Sequence[str], command: str = COMMAND) -> None:
             from janus_jax.training.run import train_stage as run
         else:
             raise ValueError(f"task must be tokenizer, encoder or stage, got {cfg.task!r}")
-        # the inner settings_errors prints its line before leaves_at_once ends the process
+        # the inner settings_errors prints its line before exit_without_waiting ends the process
         with (
-            distributed.leaves_at_once(),
+            distributed.exit_without_waiting(),
             settings_errors(_error_name(command)),
             device_memory_errors(_MEMORY_ADVICE),
         ):

@@ -123,6 +123,3 @@ def exit_without_waiting() -> Iterator[None]:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(error.code if isinstance(error, SystemExit) else 1)
-
-
-leaves_at_once = exit_without_waiting  # the former name, used by train.py

@@ -57,5 +57,5 @@ def _log(step: int, steps: int, metrics: dict, seconds: float) -> None:
 def _check_finite(state, step: int) -> None:
     """Keeps a bad state from overwriting the previously saved one."""
     if not all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state)):
-        reason = "a parameter is NaN or infinite"
-        raise FloatingPointError(f"parameters must be finite, {reason} at step {step}; not saved")
+        values = f"NaN or infinite values at step {step}"
+        raise FloatingPointError(f"parameters must be finite, got {values}; not saved")
