@@ -1,7 +1,7 @@
 """Generates images from a prompt, or answers questions about images; see --help.
 
 python sample.py --prompt "a red circle left of a blue square"
-python sample.py --image a.png --question "What is in the picture?"
+python sample.py --image a.png --question "What is in the image?"
 
 The code is in janus_jax/cli.py.
 """

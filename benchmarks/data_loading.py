@@ -39,7 +39,7 @@ PACKAGES = ("grain", "numpy", "pillow", "tokenizers")
 
 
 def make_images(rng: np.random.Generator, number: int) -> list[bytes]:
-    """Returns JPEG files of smooth colours with noise, 320 to 640 pixels a side."""
+    """Returns JPEG files of smooth colors with noise, 320 to 640 pixels a side."""
     files = []
     for _ in range(number):
         width, height = rng.integers(320, 641, 2)

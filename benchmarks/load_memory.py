@@ -54,7 +54,7 @@ def measure_here(folder: Path, dtype: str) -> dict[str, int]:
 
     import janus_jax
 
-    jax.devices()  # initialises the backend
+    jax.devices()  # initializes the backend
     before = resident_bytes("VmRSS")
     pipeline = janus_jax.load(folder, dtype=dtype)
     arrays = jax.tree.leaves(nnx.state(pipeline.model))

@@ -1,7 +1,7 @@
 """Compares unrolled decoder layers, as in the model, with `lax.scan` over stacked layers.
 
     python -m benchmarks.scan_layers --output benchmarks/results/scan_layers.jsonl
-    pip install "libtpu==0.0.42.*"     # to compile for a TPU without having one:
+    pip install "libtpu==0.0.42.*"     # to compile for a TPU; no TPU is needed:
     python -m benchmarks.scan_layers --device v5p --output benchmarks/results/scan_layers.jsonl
 
 Measures a forward and backward pass through the decoder layers alone, with the gradients of all
@@ -156,7 +156,8 @@ def compare(device: str) -> dict:
 def main() -> None:
     """Runs the command: prints the record and appends it to the file given by --output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="", help="kind of TPU, as v5p (default: this machine)")
+    device_help = "kind of TPU, such as v5p (default: this machine)"
+    parser.add_argument("--device", default="", help=device_help)
     parser.add_argument("--output", type=Path, help="JSON Lines file to append to")
     flags = parser.parse_args()
     line = json.dumps(compare(flags.device))

@@ -57,14 +57,14 @@ def split_prompts(split: str, kind: str) -> tuple[list[scenes.Prompt], list[scen
 
 
 def score_images(
-    pipeline: Pipeline, prompts: list[scenes.Prompt], seed: int, **drawing: float
+    pipeline: Pipeline, prompts: list[scenes.Prompt], seed: int, **settings: float
 ) -> float:
     """Generates NUM_IMAGES images per prompt and returns the fraction that satisfies the prompts.
 
-    drawing: guidance_weight and temperature (default: the settings of the checkpoint).
+    settings: guidance_weight and temperature (default: the settings of the checkpoint).
     """
     texts = [p.text for p in prompts]
-    generated = pipeline.generate_images(texts, NUM_IMAGES, seed, **drawing, max_batch=64)
+    generated = pipeline.generate_images(texts, NUM_IMAGES, seed, **settings, max_batch=64)
     requirements = [p.requirement for p in prompts for _ in range(NUM_IMAGES)]
     pairs = zip(requirements, map(checker.detect, generated.pixels), strict=True)
     return float(np.mean([checker.satisfies(*pair) for pair in pairs]))
@@ -77,12 +77,12 @@ def tune(pipeline: Pipeline) -> dict[ImageDefaults, float]:
     return {one: score_images(pipeline, prompts, SEED + 1, **one._asdict()) for one in settings}
 
 
-def score_split(pipeline: Pipeline, split: str, drawing: ImageDefaults) -> dict:
+def score_split(pipeline: Pipeline, split: str, settings: ImageDefaults) -> dict:
     """Returns the score of each kind with prompts in the split, and their mean as in GenEval."""
     by_kind = {}
     for kind in scenes.KINDS:
         if prompts := split_prompts(split, kind)[1]:
-            score = score_images(pipeline, prompts, SEED, **drawing._asdict())
+            score = score_images(pipeline, prompts, SEED, **settings._asdict())
             by_kind[kind] = dict(prompts=len(prompts), score=round(score, 4))
     mean = np.mean([entry["score"] for entry in by_kind.values()])
     shared = [by_kind[kind]["score"] for kind in by_kind if scenes.prompts("held_out", kind)]
@@ -191,16 +191,16 @@ def weights_digests(folder: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
-def score(model: str | None, keep_drawing: bool) -> dict:
+def score(model: str | None, keep_settings: bool) -> dict:
     """Returns the complete record.
 
-    model: checkpoint folder, or None for the shipped one. keep_drawing: use the guidance weight and
-    temperature of the model instead of tuning them.
+    model: checkpoint folder, or None for the shipped one.
+    keep_settings: use the guidance weight and temperature of the model instead of tuning them.
     """
     start = time.monotonic()
     pipeline = load(model, dtype="float32")
     seen = training_scenes()
-    scores = {} if keep_drawing else tune(pipeline)
+    scores = {} if keep_settings else tune(pipeline)
     chosen = max(scores, key=scores.get) if scores else pipeline.image_defaults
     return dict(
         sha256=weights_digests(find_folder(model)),
@@ -228,11 +228,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", help="checkpoint folder (default: the shipped model)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    drawing = parser.add_mutually_exclusive_group()
+    group = parser.add_mutually_exclusive_group()
     write = "save the tuned guidance and temperature in the model's generation_config.json"
-    drawing.add_argument("--set_drawing", action="store_true", help=write)
+    group.add_argument("--set_drawing", action="store_true", help=write)
     keep = "use the model's own guidance and temperature instead of tuning them"
-    drawing.add_argument("--keep_drawing", action="store_true", help=keep)
+    group.add_argument("--keep_drawing", action="store_true", help=keep)
     flags = parser.parse_args()
     record = score(flags.model, flags.keep_drawing)
     if flags.set_drawing:

@@ -1,4 +1,4 @@
-"""Measures the memory that a training step needs, by compiling it for a TPU without having one.
+"""Measures the memory that a training step needs, by compiling it for a TPU. No TPU is needed.
 
     pip install "libtpu==0.0.42.*"     # the version that jax[tpu] requires
     python -m benchmarks.train_memory --init checkpoints/Janus-Pro-1B --config finetune_lora \\
@@ -34,8 +34,8 @@ SETTINGS = ("batch_size", "accumulate", "seq_len", "remat", "lora_rank")
 def measure(config: str, device: str, changed: dict) -> dict:
     """Returns the record of one config.
 
-    It has the gigabytes on one chip of the resident arrays, of the step in addition, and in total,
-    and the seconds to compile.
+    It contains the seconds to compile, and three sizes on one chip in gigabytes: the resident
+    arrays, the additional memory of the step, and the sum of both.
 
     config: name of a module in configs/. device: kind of TPU. changed: config values to override.
     """

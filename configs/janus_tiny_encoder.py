@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 
 def get_config() -> ConfigDict:
-    """Returns settings to classify which shape and color has its centre in each patch."""
+    """Returns settings to classify which shape and color has its center in each patch."""
     return ConfigDict(
         dict(
             task="encoder",

@@ -31,7 +31,7 @@ def get_config(start: str = "") -> ConfigDict:
         read_tokens(config)
         config.update(
             init="runs/janus_tiny_stage2/model",
-            output="runs/janus_tiny_stage3_after_stage2",  # not that of a run without :stage2
+            output="runs/janus_tiny_stage3_after_stage2",  # differs from that without :stage2
             steps=6000,
             learning_rate=1.5e-3,
             warmup_steps=200,

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 def get_config() -> ConfigDict:
     """Returns settings for two phases: `crop_steps` steps on crops, then steps on whole images.
 
-    The model is trained as an autoencoder without quantisation for the first `quantise_from` steps.
+    The model is trained as an autoencoder without quantization for the first `quantise_from` steps.
     """
     return ConfigDict(
         dict(

@@ -12,7 +12,7 @@ from janus_jax.configs import janus_tiny_vq
 
 
 def get_config() -> ConfigDict:
-    """Returns janus_tiny_vq's settings, with fewer steps and quantisation from the first step."""
+    """Returns janus_tiny_vq's settings, with fewer steps and quantization from the first step."""
     config = janus_tiny_vq.get_config()
     config.update(
         init="runs/janus_tiny_vq",

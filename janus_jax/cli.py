@@ -1,4 +1,4 @@
-"""The command line of sample.py: generates PNG files, or prints answers, as the flags say."""
+"""The command line of sample.py: generates images as PNG files, or prints answers."""
 
 import argparse
 import json
@@ -127,7 +127,7 @@ _FLAGS = {
     },
 }
 
-# Defaults of the flags of each mode. To give a flag of the other mode is an error.
+# Defaults of the flags of each mode. A flag of the other mode is an error.
 _IMAGE_DEFAULTS = {
     "num_images": 4,
     "guidance_weight": None,

@@ -1,4 +1,4 @@
-"""What all commands share: parsing of flags, error messages and exit statuses."""
+"""Code shared by all commands: parsing of flags, error messages and exit statuses."""
 
 import argparse
 import contextlib

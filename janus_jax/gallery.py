@@ -102,7 +102,7 @@ class Gallery:
         """Writes the contact sheets: one row per prompt, or a square grid for a single prompt.
 
         Many prompts are split over several sheets of at most 4096 pixels in height, because image
-        viewers refuse images of about 180 megapixels, which 553 prompts would make.
+        viewers reject images above about 180 megapixels. One sheet of 553 prompts would be larger.
         """
         prompts, num_images = self.prompts, self.num_images
         columns = num_images if len(prompts) > 1 else math.ceil(math.sqrt(num_images))

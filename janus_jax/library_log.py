@@ -1,4 +1,4 @@
-"""Redirects what Orbax and its storage threads log and print during a training run to a file.
+"""Redirects the logs and output of Orbax and its storage threads to a file during training.
 
 See orbax_errors.py for single calls of Orbax, whose failures become one-line exceptions.
 """

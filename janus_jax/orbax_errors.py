@@ -17,7 +17,8 @@ from typing import TypeVar
 from janus_jax.checks import shorten_text
 
 T = TypeVar("T")
-LOGGERS = ("absl", "asyncio")  # Orbax logs to "absl"; tasks that it abandons, to "asyncio"
+# Orbax logs to "absl". asyncio logs errors of tasks that Orbax has abandoned to "asyncio".
+LOGGERS = ("absl", "asyncio")
 _ORBAX = os.path.join("orbax", "checkpoint", "")  # part of the paths of its source files
 _STORAGE = (_ORBAX, "OCDBT", "TensorStore")  # words of messages about Orbax and its storage
 _LATE = "Event loop is closed"  # raised by storage threads that finish after Orbax has given up

@@ -73,7 +73,7 @@ def sibling(path: Path) -> Path:
 
 @contextlib.contextmanager
 def os_errors_of(path: str | Path) -> Iterator[None]:
-    """Adds the path of a file to an OSError without one, as read, write and close raise."""
+    """Adds the path of a file to an OSError that has none, such as those of read and write."""
     try:
         yield
     except OSError as error:
@@ -98,7 +98,7 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for writing that appears at `path` only when it is complete.
 
     The data goes to a temporary file, which replaces `path` at the end. If the body raises, the
-    temporary file is removed and an existing file at `path` stays as it was.
+    temporary file is removed and an existing file at `path` is not changed.
 
     Raises:
         OSError: with the path of the file, for example if the disk is full.

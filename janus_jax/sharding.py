@@ -2,7 +2,7 @@
 
 The mesh has the axes `data`, `fsdp` and `tensor`. The batch is sharded over `data` and `fsdp`, the
 parameters over `fsdp` and `tensor`; `tensor` shards heads, MLP width and vocabulary. Model code
-names no mesh axis.
+does not name mesh axes.
 """
 
 import functools

@@ -15,7 +15,7 @@ from janus_jax.interop.folders import check_folder
 from janus_jax.interop.load import check_weights, open_folder, param_shapes, plan_folder
 from janus_jax.interop.names import abbreviate, wrapper_prefix
 
-FILES = "needs config.json, tokenizer.json, .* beside model.safetensors or pytorch_model.bin"
+FILES = "needs config.json, tokenizer.json, .* weights in model.safetensors or pytorch_model.bin"
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_quantised_weights_are_named(golden, tmp_path, method):
     name, dtype = QUANTISED[method]
     state = {f"language_model.model.layers.0.{name}": torch.ones(3, dtype=dtype)}
     folder = open_folder(checkpoints.make_single(golden, tmp_path / "q", state))
-    message = f"holds quantised weights .tensor .*{name} is a tensor of {method}"
+    message = f"holds quantized weights .tensor .*{name} is a tensor of {method}"
     with pytest.raises(ValueError, match=message):
         check_weights(folder)
 
@@ -195,7 +195,7 @@ def test_quantised_weights_are_named(golden, tmp_path, method):
 def test_quantised_dtypes_are_named(golden, tmp_path, dtype):
     state = {"language_model.lm_head.weight": torch.zeros(3).to(dtype)}
     folder = open_folder(checkpoints.make_single(golden, tmp_path / "q", state))
-    with pytest.raises(ValueError, match=r"quantised weights \(language_model.lm_head.weight has"):
+    with pytest.raises(ValueError, match=r"quantized weights \(language_model.lm_head.weight has"):
         check_weights(folder)
 
 

@@ -246,7 +246,7 @@ def test_each_process_must_have_rows_of_its_own(tmp_path):
     with two_processes(output, mesh="tensor=4") as processes:
         for status, said in ended(processes, output):
             # process 1 may exit because of process 0 before it reports the error
-            assert status < 0 or (status == 2 and "mesh must give each of 2" in said)
+            assert status < 0 or (status == 2 and "mesh must give each of the 2" in said)
 
 
 def test_a_mesh_for_one_process_is_any(tmp_path):

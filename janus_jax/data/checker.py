@@ -1,8 +1,8 @@
-"""Detects coloured shapes in an image and checks them against a requirement, from pixels alone.
+"""Detects colored shapes in an image and checks them against a requirement, from pixels alone.
 
 The checker shares no code and no constants with the renderer in `scenes.py`, which only uses the
 classes `Item` and `Requirement` of this file to state what a prompt requires. Foreground pixels are
-those that differ from the border of the image. Colours are classified by hue angle, and shapes by
+those that differ from the border of the image. Colors are classified by hue angle, and shapes by
 their overlap with masks built from the area and centroid of each blob. The check is strict, as in
 GenEval: all required objects must be present, no other object may be, and a relation must hold
 clearly.
@@ -12,18 +12,18 @@ import dataclasses
 
 import numpy as np
 
-BORDER = 2  # width in pixels of the border from which the background colour is estimated
+BORDER = 2  # width in pixels of the border from which the background color is estimated
 FOREGROUND_DISTANCE = 80.0  # RGB distance to the background, about half that of a full object
-MIN_AREA = 60  # pixels; smaller blobs are reconstruction artefacts, not objects
-MIN_CHROMA = 50.0  # max - min of the RGB channels; a pixel below it has no named colour
-MIN_SAME_HUE = 0.7  # fraction of a blob's interior pixels that must have the same colour
+MIN_AREA = 60  # pixels; smaller blobs are reconstruction artifacts, not objects
+MIN_CHROMA = 50.0  # max - min of the RGB channels; a pixel below it has no named color
+MIN_SAME_HUE = 0.7  # fraction of a blob's interior pixels that must have the same color
 MIN_OVERLAP = 0.7  # minimum intersection over union with the best shape mask
-RELATION_MARGIN = 16.0  # minimum distance in pixels between centres along the relation's axis
+RELATION_MARGIN = 16.0  # minimum distance in pixels between centers along the relation's axis
 
 # Hue angles in degrees: the middle of the range that people call by each name.
 HUES = {"red": 0.0, "orange": 30.0, "yellow": 54.0, "green": 130.0, "blue": 225.0, "purple": 285.0}
 # FILL: fraction of the bounding square that the shape covers. DROP: distance of the centroid below
-# the centre of the square, as a fraction of the side.
+# the center of the square, as a fraction of the side.
 FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "cross": 5 / 9}
 DROP = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6, "cross": 0.0}
 UNKNOWN = "unknown"
@@ -31,7 +31,7 @@ UNKNOWN = "unknown"
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """`count` objects of one shape and colour. `color` None means any colour."""
+    """`count` objects of one shape and color. `color` None means any color."""
 
     shape: str
     color: str | None
@@ -54,7 +54,7 @@ class Requirement:
 class Detection:
     """One detected blob.
 
-    `shape` and `color` are "unknown" if no name fits. (x, y) is the centre of the bounding square
+    `shape` and `color` are "unknown" if no name fits. (x, y) is the center of the bounding square
     in pixels, with x to the right and y down. `area` is in pixels.
     """
 
@@ -130,7 +130,7 @@ def _describe(
 ) -> Detection:
     """Returns the detection for the blob at pixel coordinates `rows` and `columns`, int[n] each.
 
-    The colour is taken from the interior, because edge pixels are blended with the background.
+    The color is taken from the interior, because edge pixels are blended with the background.
     """
     shape, x, y = _shape(rows, columns)
     inside = interior[rows, columns]
@@ -145,7 +145,7 @@ def _interior(mask: np.ndarray) -> np.ndarray:
 
 
 def _color(rgb: np.ndarray) -> str:
-    """Returns the colour name of pixels float[n, 3].
+    """Returns the color name of pixels float[n, 3].
 
     This is the most frequent hue, or "unknown" if fewer than MIN_SAME_HUE of the pixels have it.
     """
@@ -168,13 +168,13 @@ def _color(rgb: np.ndarray) -> str:
 
 
 def _shape(rows: np.ndarray, columns: np.ndarray) -> tuple[str, float, float]:
-    """Returns the name and the centre (x, y) of the shape whose mask overlaps the blob best.
+    """Returns the name and the center (x, y) of the shape whose mask overlaps the blob best.
 
     The side of each candidate is computed from the area of the blob and its position from the
     centroid. Blur changes these far less than it changes the outermost pixels.
     """
     area, x, y = len(rows), columns.mean() + 0.5, rows.mean() + 0.5
-    best, name, centre = MIN_OVERLAP, UNKNOWN, y
+    best, name, center = MIN_OVERLAP, UNKNOWN, y
     for shape, fill in FILL.items():
         side = np.sqrt(area / fill)
         middle = y - DROP[shape] * side
@@ -186,14 +186,14 @@ def _shape(rows: np.ndarray, columns: np.ndarray) -> tuple[str, float, float]:
         shared = np.count_nonzero(_inside(shape, own_u, own_v))
         overlap = shared / (area + np.count_nonzero(_inside(shape, u, v)) - shared)
         if overlap > best:
-            best, name, centre = overlap, shape, middle
-    return name, float(x), float(centre)
+            best, name, center = overlap, shape, middle
+    return name, float(x), float(center)
 
 
 def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     """Returns True where (u, v) lies in the shape.
 
-    u points right and v down from the centre, in units of half a side.
+    u points right and v down from the center, in units of half a side.
     """
     if shape == "circle":
         return u * u + v * v <= 1

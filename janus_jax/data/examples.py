@@ -58,7 +58,7 @@ class ExampleMaker:
     tokenized: bool
 
     def __call__(self, record: Record | BadRecord, rng: np.random.Generator) -> Example | BadRecord:
-        """Returns the example for a record, or a BadRecord that says why there is none."""
+        """Returns the example for a record, or a BadRecord with the reason if there is none."""
         if isinstance(record, BadRecord):
             return record
         make = dict(

@@ -70,7 +70,8 @@ class RowsConfig:
             host: number of the host, from 0.
             hosts: number of hosts.
         Raises:
-            ValueError: batch_size is not a multiple of streams, or streams not of hosts.
+            ValueError: batch_size is not a multiple of streams, or streams is not a multiple of
+                hosts.
         """
         if not 0 <= host < hosts:
             raise ValueError(f"host must be in [0, {hosts}), got {host}")
@@ -105,7 +106,7 @@ def open_rows(
         host: number of this host, from 0.
         hosts: number of hosts.
     Raises:
-        ValueError: the settings do not divide (see own_streams), or the mixture is invalid.
+        ValueError: own_streams rejects the settings, or the mixture is invalid.
         FileNotFoundError: a source does not exist.
     """
     own_streams = cfg.own_streams(host, hosts)
@@ -147,8 +148,8 @@ def _stream_rows(
         make_example.processor.tokenizer.pad_id,
         (cfg.seed + index) % 2**32,
     )
-    # The packer returns OPEN_ROWS rows at once; with as many in the buffer, no step has to wait
-    # while the next ones are filled.
+    # The packer returns OPEN_ROWS rows at once. The buffer also has room for OPEN_ROWS rows, so
+    # that no step waits while the packer fills the next ones.
     return ThreadPrefetchIterDataset(rows, prefetch_buffer_size=OPEN_ROWS)
 
 

@@ -103,7 +103,7 @@ def stream(
 ) -> grain.MapDataset:
     """Returns the endless examples of one stream, in the ratio of the weights.
 
-    Each source is shuffled anew in every epoch.
+    Each source is reshuffled in every epoch.
 
     Args:
         part: the tree of sources.

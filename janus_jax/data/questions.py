@@ -35,7 +35,7 @@ def sample_question(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAn
 
 
 def ask_shape(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer | None:
-    """Asks for the shape of the only object, or of the only object of a colour."""
+    """Asks for the shape of the only object, or of the only object of a color."""
     if len(scene.objects) == 1:
         return "What shape is the object?", scene.objects[0].shape
     unique = _unique_by(scene, "color")
@@ -46,7 +46,7 @@ def ask_shape(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer |
 
 
 def ask_color(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer | None:
-    """Asks for the colour of the only object of a shape."""
+    """Asks for the color of the only object of a shape."""
     unique = _unique_by(scene, "shape")
     if not unique:
         return None
@@ -61,9 +61,9 @@ def ask_count(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer:
 
 
 def ask_count_color(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer:
-    """Asks for the number of objects of a colour.
+    """Asks for the number of objects of a color.
 
-    With probability 1/4 the colour is sampled from all colours, so the answer is often 0.
+    With probability 1/4 the color is sampled from all colors, so the answer is often 0.
     """
     present = [item.color for item in scene.objects]
     color = scenes.choice(rng, list(scenes.COLORS) if rng.random() < 0.25 else present)
@@ -81,7 +81,7 @@ def ask_count_shape(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAn
 
 
 def ask_presence(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer | None:
-    """Asks whether the scene has an object of a given shape and colour.
+    """Asks whether the scene has an object of a given shape and color.
 
     If the answer is "no", half of the questions change only one word of an object in the scene.
     Absent pairs are never held-out pairs, so a pair that training never shows gives no hint.
@@ -165,7 +165,7 @@ def _related(scene: scenes.Scene) -> list[tuple[scenes.Object, scenes.Object, st
 
 
 def _name(scene: scenes.Scene, item: scenes.Object) -> str | None:
-    """Returns the shortest name that fits only this object: shape, or colour and shape, or None."""
+    """Returns the shortest name that fits only this object: shape, or color and shape, or None."""
     if sum(other.shape == item.shape for other in scene.objects) == 1:
         return item.shape
     same = [o for o in scene.objects if (o.shape, o.color) == (item.shape, item.color)]

@@ -164,7 +164,7 @@ def parse_json(raw: bytes) -> dict[str, Any]:
 
 
 def _unique_fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Makes a dict. Raises ValueError for a repeated field, of which Python would keep the last."""
+    """Makes a dict. Raises ValueError for a repeated field; Python would keep its last value."""
     fields = dict(pairs)
     if len(fields) < len(pairs):
         names = [name for name, _ in pairs]

@@ -26,7 +26,7 @@ def labelled_images(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns images, uint8[B, S, S, 3], and a label for each patch, int32[B, T], row-major.
 
-    The label names the object whose centre lies in the patch: 0 means no object, and each value
+    The label names the object whose center lies in the patch: 0 means no object, and each value
     from 1 to NUM_PATCH_LABELS - 1 is one combination of shape and color.
 
     Args:

@@ -1,14 +1,14 @@
-"""Procedural scenes: coloured shapes on plain backgrounds, with captions like those of GenEval.
+"""Procedural scenes: colored shapes on plain backgrounds, with captions like those of GenEval.
 
 Held-out rule, used both for captions and for the scenes themselves:
 * A composition is either the (shape, color) pair of one object, or an unordered combination of two
   different pairs that occur in the same image.
 * 3 of the 24 pairs (1 in 8) are held out. Pairs are sorted by SHA-256 digest, and the first three
-  that share neither shape nor colour are taken, so every shape and every colour occurs in training.
+  that share neither shape nor color are taken, so every shape and every color occurs in training.
 * A combination of two remaining pairs is held out if its digest is 0 modulo 8.
 * No training scene contains an object of a held-out pair or two objects of a held-out combination,
   whatever its caption says. Every relation and every count occurs in training. A held-out prompt
-  names at least one held-out composition. Prompts without colours name no composition, so the kinds
+  names at least one held-out composition. Prompts without colors name no composition, so the kinds
   "single_object" and "two_object" have no held-out prompts.
 """
 
@@ -40,7 +40,7 @@ MIXED_SCENES = 0.5  # fraction of the scenes from sample_any that are not built 
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
 
 SIZES = (24, 32)  # side of the bounding square in pixels
-SNAP = 8  # spacing of object centres in pixels: fewer distinct patches make codes easier to learn
+SNAP = 8  # spacing of object centers in pixels: fewer distinct patches make codes easier to learn
 GAP = 6  # minimum distance between bounding squares in pixels
 MARGIN = 2  # minimum distance to the image border in pixels
 SUPERSAMPLE = 4
@@ -52,7 +52,7 @@ Pair = tuple[str, str]  # (shape, color)
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """One shape. (x, y) is the centre of its bounding square of side `size`, in pixels, y down."""
+    """One shape. (x, y) is the center of its bounding square of side `size`, in pixels, y down."""
 
     shape: str
     color: str
@@ -96,8 +96,8 @@ def sample_scene(
     """Samples a prompt of a kind, and a scene that satisfies it.
 
     If `kind` is None, it is sampled from the kinds that have prompts in the split. If a kind has
-    prompts with colours and prompts without, both groups are sampled with equal probability,
-    because there are far fewer prompts without colours.
+    prompts with colors and prompts without, both groups are sampled with equal probability,
+    because there are far fewer prompts without colors.
 
     Raises:
         ValueError: the kind has no prompts in the split, or the kind or split is unknown.
@@ -216,7 +216,7 @@ def _prompt(kind: str, items: tuple[Item, ...], relation: str | None) -> Prompt:
 
 @functools.cache
 def _prompt_groups(split: str, kind: str) -> tuple[tuple[Prompt, ...], ...]:
-    """Returns the prompts without colours and those with colours, omitting empty groups."""
+    """Returns the prompts without colors and those with colors, omitting empty groups."""
     named: dict[bool, list[Prompt]] = {False: [], True: []}
     for prompt in prompts(split, kind):
         named[prompt.requirement.items[0].color is not None].append(prompt)
@@ -237,7 +237,7 @@ def _digest(*words: str) -> int:
 
 
 def _fill_colors(rng: np.random.Generator, requirement: Requirement) -> list[Pair]:
-    """Returns one pair per object, in the order of the items; an item has a single colour."""
+    """Returns one pair per object, in the order of the items; an item has a single color."""
     pairs = []
     for item in requirement.items:
         color = item.color or choice(rng, list(COLORS))
@@ -268,7 +268,7 @@ def _place(
 
     With a relation, the second object is placed so that the first is `relation` of it.
     """
-    x, y = _centres(new.size)
+    x, y = _centers(new.size)
     free = np.ones(x.shape, bool)
     for other in placed:
         min_distance = (new.size + other.size) // 2 + GAP
@@ -286,7 +286,7 @@ def _place(
 
 
 @functools.cache
-def _centres(size: int) -> tuple[np.ndarray, np.ndarray]:
+def _centers(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Returns x and y, int[n] each, of all grid positions where an object respects MARGIN."""
     reach = size // 2 + MARGIN
     line = np.arange(-(-reach // SNAP) * SNAP, IMAGE_SIZE - reach + 1, SNAP)

@@ -23,7 +23,7 @@ class Skipped:
 
     A bad record is counted once and listed on one line, however often it is read. A line of the
     list is a JSON object with the fields "source", "record", "reason" and "detail". If the list
-    already exists, it is continued.
+    already exists, new lines are appended to it.
 
     There are two limits for each source:
 

@@ -2,7 +2,7 @@
 
 The formats are files and folders of records, and generated scenes. Every source returns Records, or
 BadRecords for those that cannot be used, both with their location. Images stay encoded. Only
-the index of the files is kept in memory: a source opens the file anew for each record, so it can be
+the index of the files is kept in memory. A source reopens the file for each record, so it can be
 pickled and shared by threads. records.py describes the fields of a record.
 """
 

@@ -210,7 +210,7 @@ class Output:
             ValueError: the interrupted run had other settings.
         """
         path = self.folder / _REPORTS / _MANIFEST
-        if self._has_no_shard():  # so the settings may change
+        if self._has_no_shard():  # then the settings may differ from the last run
             for temporary in path.parent.glob(".*"):  # files of a killed run
                 temporary.unlink()
             _write_json(path, manifest)

@@ -108,7 +108,7 @@ def encode_images(
 ) -> np.ndarray:
     """Implements Pipeline.encode_images.
 
-    Encodes one image at a time, so that another number of images needs no compilation.
+    Encodes one image at a time, so that a different number of images needs no new compilation.
     """
     sources = image_list(images)
     checks.check_not_empty("images", sources)

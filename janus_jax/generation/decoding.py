@@ -21,15 +21,15 @@ from janus_jax.models.llama import Llama, LlamaConfig, init_cache
 
 _SMALL_BUCKETS = (32, 64, 128)
 
-# The most bytes that the key/value cache of one batch may use on each device by default, when
-# max_batch is not given. Parameters and activations need memory in addition.
+# Maximum size in bytes of the key/value cache of one batch on each device, if max_batch is not
+# given. Parameters and activations need additional memory.
 CACHE_BYTES = 4 * 2**30
 
 
 def bucket_length(length: int) -> int:
     """Returns the length to which a prompt is padded: 32, 64 or a multiple of 128.
 
-    There are few such lengths, so that a new prompt rarely needs a new program.
+    There are only a few such lengths, so a new prompt rarely requires a compilation.
     """
     return next((b for b in _SMALL_BUCKETS if length <= b), math.ceil(length / 128) * 128)
 

@@ -22,7 +22,7 @@ from janus_jax.generation.samplers import Sampling
 from janus_jax.models.janus import Janus
 from janus_jax.progress import Report
 
-# The most progress reports while one chunk is generated.
+# Maximum number of progress reports per chunk.
 _MAX_REPORTS = 25
 
 
@@ -164,8 +164,8 @@ def generate_batch_with_progress(
 
     report: called between the calls with the number of tokens that each image has so far.
 
-    A callback from one program would not do: JAX never stores programs with callbacks in its
-    persistent compilation cache, so every run of sample.py would compile again.
+    It does not use a single program with a callback, because JAX never stores programs with
+    callbacks in its persistent compilation cache: every run of sample.py would compile again.
     """
     total = model.cfg.num_image_tokens
     stride = math.ceil(total / _MAX_REPORTS)
@@ -188,8 +188,8 @@ def generate(
 
     Args:
         requests: NumPy arrays, B images.
-        max_batch: the most images in one chunk; default: decoding.default_max_batch. With a mesh,
-            a chunk has at least one image for each batch shard.
+        max_batch: maximum number of images in a chunk; default: decoding.default_max_batch. With a
+            mesh, a chunk has at least one image for each batch shard.
         mesh: the devices to use; None is the device that holds the model.
         progress: called with the number of image tokens generated so far and the total number.
     Yields:

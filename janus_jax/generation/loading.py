@@ -54,12 +54,12 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
     """Returns the folder of a checkpoint.
 
     path_or_hub_id: a folder, or a hub id, whose snapshot is downloaded unless it is a local path.
-        None and "janus_tiny" are the model in this package, the latter unless there is a file or
-        folder of that name.
+        None is the model in this package. So is "janus_tiny", unless there is a file or folder of
+        that name.
 
     Raises:
-        FileNotFoundError: if there is no such folder, and no such repository on the hub or the hub
-            cannot be reached.
+        FileNotFoundError: if there is no such folder, and the hub cannot be reached or has no such
+            repository.
         ValueError: if path_or_hub_id is an empty string.
     """
     if path_or_hub_id is None:
@@ -71,7 +71,7 @@ def find_folder(path_or_hub_id: str | Path | None) -> Path:
 
 
 def find_adapter(path_or_hub_id: str | Path | None) -> Path | None:
-    """Returns the folder of a LoRA adapter, or None for None.
+    """Returns the folder of a LoRA adapter, or None if no adapter is given.
 
     path_or_hub_id: a folder, or a hub id, whose snapshot is downloaded unless it is a local path.
 

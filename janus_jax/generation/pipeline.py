@@ -93,8 +93,8 @@ class Pipeline:
                 disables this filter.
             top_p: nucleus sampling, in (0, 1]: of the tokens that top_k keeps, sample only from the
                 smallest set whose probability reaches top_p. None disables this filter.
-            max_batch: the most images to generate at once. Default: as many as fit 4 GiB of
-                key/value cache on each device.
+            max_batch: maximum number of images to generate at once. Default: as many as fit 4 GiB
+                of key/value cache on each device.
             progress: a function that is called during generation with the number of image tokens
                 generated so far and the total number.
         Returns:
@@ -236,8 +236,8 @@ class Pipeline:
                 disables this filter.
             top_p: nucleus sampling, in (0, 1]; see generate_images. None disables this filter.
             seed: random seed, an integer in [0, 2**64). No effect at temperature 0.
-            max_batch: the most conversations to answer at once. Default: as many as fit 4 GiB of
-                key/value cache on each device.
+            max_batch: maximum number of conversations to answer at once. Default: as many as fit
+                4 GiB of key/value cache on each device.
             allow_urls: download images at http: and https: URLs, each within 30 s and of at most
                 64 MiB. Otherwise, such a URL raises an error.
         Returns:
@@ -358,7 +358,7 @@ class Pipeline:
         """Encodes N images to image tokens with the image tokenizer, one image at a time.
 
         Each image is resized so that its short side has S pixels, the image size of the model, and
-        then cropped to the centre S x S pixels.
+        then cropped to the center S x S pixels.
 
         Args:
             images: an image or a list of images of any size, each a path, bytes, a Pillow image or

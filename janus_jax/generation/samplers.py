@@ -18,7 +18,7 @@ _PRNG_IMPL = "threefry2x32"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled. The values are traced, so another value needs no compilation.
+    """How tokens are sampled. Values are traced: a new value needs no new compilation.
 
     temperature: 0 is greedy.
     top_k, top_p: None omits the filter, and the sort that it needs, from the program.
@@ -109,7 +109,7 @@ def gumbel_noise(seed: jax.Array, index: jax.Array, step: jax.Array, size: int) 
     step: int32 scalar.
 
     The noise of a row depends only on the seed, its index and the step: both are folded into the
-    key, so each pair has a key of its own. A threefry key consists of two words; for a seed below
+    key, so each pair has its own key. A threefry key consists of two words; for a seed below
     2**32, jax.random.key makes the same key, [0, seed].
     """
 

@@ -195,11 +195,11 @@ def stream(
 def check_tokens(
     model: Janus, requests: Requests, tokens: np.ndarray | int, mesh: Mesh | None = None
 ) -> None:
-    """Raises ValueError if image features or logits behind the tokens were NaN or infinite.
+    """Raises ValueError if the tokens were computed from NaN or infinite features or logits.
 
-    A token V stands for such logits. Only if there is one, the image features are computed again to
-    name the module that failed first: features that are not finite make the logits of their row not
-    finite.
+    A token V stands for such logits. If there is one, this function computes the image features
+    again to name the module that failed first: features that are not finite make the logits of
+    their row not finite.
     """
     if np.max(tokens) < model.cfg.language_model.vocab_size:
         return
@@ -217,7 +217,7 @@ def check_tokens(
 def _finite_features(
     model: Janus, pixels: jax.Array, mesh: Mesh | None
 ) -> tuple[jax.Array, jax.Array]:
-    """Returns two bool scalars: are all SigLIP features finite, and all aligned features."""
+    """Returns whether all SigLIP features, and all aligned features, are finite: bool scalars."""
     encoded = model.und_encoder(pixels.reshape(-1, *pixels.shape[2:]))
     features = encoded, model.und_aligner(encoded)
     return sharding.replicate(tuple(jnp.all(jnp.isfinite(x)) for x in features), mesh)

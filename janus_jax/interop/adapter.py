@@ -1,4 +1,4 @@
-"""LoRA adapters in PEFT's format, merged into a model's parameters as these are read.
+"""LoRA adapters in PEFT's format, merged into a model's parameters while they are read.
 
 A module's weight W becomes W + scale * B A (Hu et al., 2021, arXiv 2106.09685). In PyTorch's shapes
 A is [rank, inputs, ...] and B is [outputs, rank, ...], with further axes for convolutions. For an
@@ -33,9 +33,9 @@ WEIGHT = ".weight"
 LINEAR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 BASE = "base_layer.weight"  # PEFT also stores the full weight of an adapted embed_tokens or lm_head
-# The layout of the module names, and the prefix of the part of the model that PEFT wrapped: "" for
-# the whole model, otherwise the decoder with or without its head (in transformers' layout the model
-# without its head).
+# The layout of the module names, and the prefix of the part of the model that PEFT wrapped. The
+# prefix "" is the whole model. In DeepSeek's layout, the others are the decoder with and without
+# its head; in transformers' layout, "model." is the model without its head.
 NAMINGS = (
     (DEEPSEEK, ""),
     (TRANSFORMERS, ""),

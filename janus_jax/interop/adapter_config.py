@@ -1,7 +1,7 @@
 """Reads adapter_config.json of a LoRA adapter in PEFT's format: ranks, scales and target modules.
 
-Keys have the names and meanings of PEFT's LoraConfig. Settings that are not implemented and change
-the result of an adapter are refused by name.
+Keys have the names and meanings of PEFT's LoraConfig. A setting that changes the result of an
+adapter and is not implemented raises an error with its name.
 """
 
 import dataclasses

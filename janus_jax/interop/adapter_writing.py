@@ -60,7 +60,7 @@ def write_adapter(
 def _fuse(parts: Sequence[Factors | None], shapes: Sequence[Shape]) -> Factors:
     """Returns A and B, in PyTorch's shapes, of a tensor that holds several layers.
 
-    parts: the factors of each layer, None for a layer without. shapes: of the layers' kernels.
+    parts: the factors of each layer, or None if it has none. shapes: shapes of the layers' kernels.
     """
     down = np.concatenate([part[0].T for part in parts if part is not None])
     up = np.zeros((sum(outputs for _, outputs in shapes), len(down)), np.float32)

@@ -155,7 +155,7 @@ def _llama(section: Mapping, prefix: str) -> LlamaConfig:
     eps = check_float("rms_norm_eps", section.get("rms_norm_eps", RMS_NORM_EPS), prefix)
     theta = _rope_theta(section, prefix)
     cfg = LlamaConfig(**sizes, num_key_value_heads=heads, rms_norm_eps=eps, rope_theta=theta)
-    check_sizes(cfg)  # before head_dim divides one by another
+    check_sizes(cfg)  # before head_dim divides one size by another
     if section.get("head_dim") is not None:
         require(section, prefix, head_dim=cfg.head_dim)
     layers = section.get("layer_types")
@@ -330,7 +330,7 @@ def _check_grid(cfg: JanusConfig, vision: Mapping) -> None:
     transformers derives the sides of the grid from SigLIP's patches and the number of generated
     tokens from num_image_tokens; janus_jax derives both from the VQ model.
     """
-    check_sizes(cfg)  # before num_tokens divides one by another
+    check_sizes(cfg)  # before num_tokens divides one size by another
     patch_size, downsample = cfg.und_encoder.patch_size, cfg.gen_vq.downsample
     if patch_size != downsample:
         expected = (

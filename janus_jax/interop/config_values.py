@@ -1,4 +1,4 @@
-"""Checks values of config.json; invalid ones are refused by key before they cost time or memory."""
+"""Checks values of config.json before they are used; an error names the key and the value."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from janus_jax.checks import shorten
 
 # The largest sizes accepted, several times those of any Janus model. A larger size means that the
-# file is damaged; it is refused before it costs minutes and gigabytes.
+# file is damaged, and would take minutes and gigabytes to detect later.
 LARGEST_SIZE = 2**17
 LARGEST_SIZES = {
     "num_layers": 512,

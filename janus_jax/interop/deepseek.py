@@ -68,7 +68,7 @@ def affine(torch: str, path: str, transform: str) -> tuple[Rule, Rule]:
 
 
 def norm(torch: str, path: str) -> tuple[Rule, Rule]:
-    """Returns the rows of a normalisation layer with a scale and a bias."""
+    """Returns the rows of a normalization layer with a scale and a bias."""
     return (
         Rule(f"{torch}.weight", (f"{path}.scale",), "same"),
         Rule(f"{torch}.bias", (f"{path}.bias",), "same"),

@@ -12,8 +12,8 @@ from janus_jax.interop.readers import WEIGHT_SUFFIXES
 
 FILES = (
     f"{CONFIG}, tokenizer.json, tokenizer_config.json, processor_config.json and "
-    "preprocessor_config.json beside model.safetensors or pytorch_model.bin (or shards with an "
-    "index)"
+    "preprocessor_config.json, and weights in model.safetensors or pytorch_model.bin (or shards "
+    "with an index)"
 )
 RELEASED = ("deepseek-ai/Janus-Pro-1B", "deepseek-ai/Janus-Pro-7B", "deepseek-ai/Janus-1.3B")
 BUNDLED = "janus_tiny"  # the name of the model in assets/

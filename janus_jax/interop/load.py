@@ -31,7 +31,7 @@ from janus_jax.paths import value_errors_of
 from janus_jax.processing.json_files import read_json
 from janus_jax.progress import Report
 
-FLOAT32_PATHS = r"gen_vq\."  # images decoded in bfloat16 show colour banding
+FLOAT32_PATHS = r"gen_vq\."  # images decoded in bfloat16 show color banding
 ALIGNMENT = 64  # bytes; the alignment of JAX's CPU buffers
 COLUMNS = 16  # copied at a time, which makes a transposed copy five times as fast
 ShardingFor = Callable[[str, Shape], jax.sharding.Sharding | None]
@@ -151,7 +151,7 @@ def plan_folder(folder: Folder) -> tuple[TensorSource, Plan]:
     """Opens a PyTorch folder's weights and matches them with the model.
 
     Raises:
-      ValueError: the weights are quantised, or do not fit config.json.
+      ValueError: the weights are quantized, or do not fit config.json.
     """
     source = open_checkpoint(folder.path)
     check_not_quantised(folder.config, source)
@@ -308,7 +308,7 @@ def check_stored(folder: Folder) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def build_model(cfg: JanusConfig, params: Mapping[str, jax.Array]) -> Janus:
-    """Builds a Janus from parameter arrays, without initialising parameters first.
+    """Builds a Janus from parameter arrays, without initializing parameters first.
 
     Raises:
       ValueError: the paths in `params` are not exactly those of the model's parameters.

@@ -1,7 +1,7 @@
 """Writes a folder atomically: it appears under its final name only when it is complete.
 
-These hidden files and folders exist beside FOLDER while a process writes it, or after a process was
-killed:
+These hidden files and folders exist next to FOLDER while a process writes it, or after a process
+was killed:
 .FOLDER.lock               lock file, held with flock by the process that writes FOLDER
 .FOLDER.XXXXXXXX.partial   the new folder so far; after the exchange, the previous FOLDER
 .FOLDER.XXXXXXXX.replaced  the previous FOLDER, if the system cannot exchange two folders
@@ -37,7 +37,7 @@ def new_folder(
 ) -> Iterator[Path]:
     """Yields a temporary sibling that becomes `folder` on success and is deleted after an error.
 
-    Before it writes, it deletes the leftovers of killed processes beside `folder`, and restores a
+    Before it writes, it deletes the leftovers of killed processes next to `folder`, and restores a
     `folder` that such a process had moved away.
 
     Args:

@@ -52,9 +52,9 @@ SHARED_IMAGE_KEYS = (
 
 
 def check_files(folder: Path) -> None:
-    """Raises ValueError if a tokenizer or processor file is not a JSON object or is refused.
+    """Raises ValueError if a tokenizer or processor file is not a JSON object or is invalid.
 
-    The checks and messages are those of loading the folder, but files may be missing.
+    Runs the same checks as loading the folder does, but accepts missing files.
     """
     for name in (PREPROCESSOR, PROCESSOR, TOKENIZER, TOKENIZER_CONFIG, SPECIAL_TOKENS, GENERATION):
         read_json_if_any(folder / name)

@@ -1,4 +1,4 @@
-"""Detects quantised checkpoints, which are refused with the key or tensor that reveals them."""
+"""Detects quantized checkpoints and raises an error that names the key or tensor found."""
 
 import re
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from janus_jax.interop.tensors import TensorSource
 KEYS = ("quantization_config", "quantization", "compression_config")
 SECTIONS = ("language_config", "text_config")
 QUANTISED_DTYPES = ("F8_", "F6_", "F4", "U16", "U32")  # of safetensors; MLX packs bits in U32
-# Names of the tensors that each method stores beside a weight, or instead of it.
+# Names of the tensors that each method stores in addition to a weight, or instead of it.
 TENSOR_NAMES = {
     "bitsandbytes, 4 bits": re.compile(
         r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)"
@@ -24,7 +24,7 @@ TENSOR_NAMES = {
 }
 FLOAT_WEIGHTS_ONLY = (
     "only float32, float16 and bfloat16 weights are supported: use the original checkpoint, such "
-    "as deepseek-ai/Janus-Pro-7B, or dequantise this one and save it as bfloat16"
+    "as deepseek-ai/Janus-Pro-7B, or dequantize this one and save it as bfloat16"
 )
 
 GGUF_UNSUPPORTED = (
@@ -33,21 +33,21 @@ GGUF_UNSUPPORTED = (
 
 
 def check_not_quantised(config: Mapping, source: TensorSource) -> None:
-    """Raises ValueError if the weights are quantised.
+    """Raises ValueError if the weights are quantized.
 
-    A quantisation key in config.json alone is not an error: the weights may be plain floats.
+    A quantization key in config.json alone is not an error: the weights may be plain floats.
     """
-    key = _quantisation_key(config)
-    tensor = _quantised_name(source) or (key and _non_float_weight(source))
+    key = _quantization_key(config)
+    tensor = _quantized_name(source) or (key and _non_float_weight(source))
     if tensor:
         reason = f"{key}; {tensor}" if key else tensor
         raise ValueError(
-            f"{source.folder} holds quantised weights ({reason}); {FLOAT_WEIGHTS_ONLY}"
+            f"{source.folder} holds quantized weights ({reason}); {FLOAT_WEIGHTS_ONLY}"
         )
 
 
-def _quantisation_key(config: Mapping) -> str:
-    """Describes the first quantisation key in config.json; '' if there is none."""
+def _quantization_key(config: Mapping) -> str:
+    """Describes the first quantization key in config.json; '' if there is none."""
     sections = {"": config} | {f"{key}.": config.get(key) for key in SECTIONS}
     for prefix, section in sections.items():
         for key in KEYS:
@@ -59,8 +59,8 @@ def _quantisation_key(config: Mapping) -> str:
     return ""
 
 
-def _quantised_name(source: TensorSource) -> str:
-    """Describes the first tensor that has a name of a quantisation method; '' if none has."""
+def _quantized_name(source: TensorSource) -> str:
+    """Describes the first tensor that has a name of a quantization method; '' if none has."""
     for method, pattern in TENSOR_NAMES.items():
         for name in source.names:
             if pattern.fullmatch(name):

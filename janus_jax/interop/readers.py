@@ -183,7 +183,7 @@ def _locate(path: Path, name: str, fields: dict, data_start: int) -> Tensor:
     if not isinstance(dtype_name, str) or dtype_name not in SAFETENSORS_DTYPES:
         found = f"{short_name} has dtype {shorten(dtype_name)}"
         if str(dtype_name).startswith(QUANTISED_DTYPES):
-            raise ValueError(f"{path} holds quantised weights ({found}); {FLOAT_WEIGHTS_ONLY}")
+            raise ValueError(f"{path} holds quantized weights ({found}); {FLOAT_WEIGHTS_ONLY}")
         raise ValueError(f"{path}: {found}, expected one of {', '.join(SAFETENSORS_DTYPES)}")
     dtype = SAFETENSORS_DTYPES[dtype_name]
     if not is_shape(shape, dtype) or not is_shape((start,), dtype) or not is_shape((end,), dtype):

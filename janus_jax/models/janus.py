@@ -62,7 +62,7 @@ class JanusConfig:
         )
 
     def with_remat(self, remat: str) -> "JanusConfig":
-        """Returns a copy with another rematerialisation setting, one of remat.REMAT_CHOICES."""
+        """Returns a copy with another rematerialization setting, one of remat.REMAT_CHOICES."""
         return dataclasses.replace(
             self,
             und_encoder=dataclasses.replace(self.und_encoder, remat=remat),
@@ -177,12 +177,12 @@ class Janus(nnx.Module):
         self.language_model = Llama(decoder, rngs=rngs)
 
     def encode_images(self, pixels: jax.Array) -> jax.Array:
-        """Encodes images for understanding: normalised float[B, Y, X, 3] -> float[B, N, D]."""
+        """Encodes images for understanding: normalized float[B, Y, X, 3] -> float[B, N, D]."""
         return self.und_aligner(self.und_encoder(pixels))
 
     def embed_image_tokens(self, indices: jax.Array) -> jax.Array:
         """Embeds image tokens for the decoder: int32[...] -> float[..., D].
 
-        The codes are not l2-normalised here, unlike those that VQ decodes.
+        The codes are not l2-normalized here, unlike those that VQ decodes.
         """
         return self.gen_aligner(embed_lookup(self.gen_embed, indices))

@@ -1,4 +1,4 @@
-"""Rematerialisation: what the backward pass recomputes instead of saving it."""
+"""Rematerialization: what the backward pass recomputes instead of saving it."""
 
 from collections.abc import Callable
 
@@ -17,7 +17,7 @@ REMAT_CHOICES = ("none", *POLICIES)
 def block_call(block: type[nnx.Module], remat: str) -> Callable:
     """Returns the __call__ of a block class, wrapped according to `remat`.
 
-    remat: what is saved for the backward pass; the rest is recomputed.
+    remat: which values are saved for the backward pass; all others are recomputed.
         "none": everything.
         "dots": the inputs of the block and the outputs of its linear layers; attention and
             elementwise operations are recomputed.

@@ -163,7 +163,7 @@ class Siglip(nnx.Module):
     def embed(self, pixels: jax.Array) -> jax.Array:
         """Embeds patches and adds the position embeddings: the input of the first block.
 
-        pixels: float[B, Y, X, 3], normalised. Returns float[B, T, W].
+        pixels: float[B, Y, X, 3], normalized. Returns float[B, T, W].
         """
         x = self.patch_embed(pixels)
         x = x.reshape(x.shape[0], -1, x.shape[-1])
@@ -172,7 +172,7 @@ class Siglip(nnx.Module):
     def __call__(self, pixels: jax.Array) -> jax.Array:
         """Encodes images.
 
-        pixels: float[B, Y, X, 3], normalised. Returns float[B, T, W], patches in row-major order.
+        pixels: float[B, Y, X, 3], normalized. Returns float[B, T, W], patches in row-major order.
         """
         x, call = self.embed(pixels), block_call(Block, self.cfg.remat)
         for block in self.blocks[: len(self.blocks) + self.cfg.select_layer + 1]:

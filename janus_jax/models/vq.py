@@ -1,7 +1,7 @@
 """VQ-16, the image tokenizer of the generation path.
 
 B batch, Y X pixels, y x grid of latents, C channels, G codebook size.
-It always computes in float32: the released weights are bfloat16, but colours that are decoded in
+It always computes in float32: the released weights are bfloat16, but colors that are decoded in
 bfloat16 show bands.
 Source: janus/models/vq_model.py of the original code.
 """
@@ -228,7 +228,7 @@ def l2_normalise(x: jax.Array) -> jax.Array:
 
 
 class VQ(nnx.Module):
-    """The image tokenizer: an encoder, a codebook of l2-normalised codes and a decoder."""
+    """The image tokenizer: an encoder, a codebook of l2-normalized codes and a decoder."""
 
     def __init__(self, cfg: VQConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -243,7 +243,7 @@ class VQ(nnx.Module):
         self.decoder = Decoder(cfg, rngs=rngs)
 
     def latents(self, pixels: jax.Array) -> jax.Array:
-        """Encodes pixels without quantising.
+        """Encodes pixels without quantizing.
 
         pixels: float32[B, Y, X, 3] in [-1, 1]. Returns float32[B, y, x, codebook_dim].
         """
@@ -252,7 +252,7 @@ class VQ(nnx.Module):
     def nearest(self, latents: jax.Array) -> jax.Array:
         """Returns the index of the nearest code: float32[..., C] -> int32[...].
 
-        Latents and codes are l2-normalised first. If a latent or any code is NaN or infinite, the
+        Latents and codes are l2-normalized first. If a latent or any code is NaN or infinite, the
         index is codebook_size. That is out of range, so a lookup of it gives NaN and callers can
         detect it.
         """
@@ -264,11 +264,11 @@ class VQ(nnx.Module):
         return jnp.where(finite, jnp.argmin(distance, axis=-1), len(codes)).astype(jnp.int32)
 
     def lookup(self, indices: jax.Array) -> jax.Array:
-        """Looks up l2-normalised codes: int32[...] -> float32[..., codebook_dim]."""
+        """Looks up l2-normalized codes: int32[...] -> float32[..., codebook_dim]."""
         return l2_normalise(self.codebook[...][indices])
 
     def pixels(self, quantised: jax.Array) -> jax.Array:
-        """Decodes quantised latents: float32[B, y, x, codebook_dim] -> float32[B, Y, X, 3].
+        """Decodes quantized latents: float32[B, y, x, codebook_dim] -> float32[B, Y, X, 3].
 
         Pixels are about in [-1, 1]; they are not clipped.
         """

@@ -34,7 +34,7 @@ _DRY_RUN = flags.DEFINE_bool(
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Run as one of several processes that JAX can find by itself: on Cloud TPU, Slurm, Open MPI "
+    "Run as one of several processes that JAX can detect by itself: on Cloud TPU, Slurm, Open MPI "
     "or Kubernetes.",
 )
 _COORDINATOR = flags.DEFINE_string(
@@ -43,10 +43,10 @@ _COORDINATOR = flags.DEFINE_string(
     "Run as one of several processes on other clusters: HOST:PORT at which process 0 listens.",
 )
 _NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Number of processes; needs --coordinator."
+    "num_processes", None, "Number of processes; requires --coordinator."
 )
 _PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Index of this process, from 0; needs --coordinator."
+    "process_id", None, "Index of this process, from 0; requires --coordinator."
 )
 flags.mark_flag_as_required("config")
 
@@ -112,7 +112,7 @@ def _with_config_paths(argv: Sequence[str]) -> list[str]:
 
 
 def _is_relevant(record: LogRecord) -> bool:
-    """Keeps the log of this package, and warnings of others.
+    """Keeps all log records of this package, and warnings and errors of other packages.
 
     At level INFO, Orbax logs every file and Optax every schedule.
     """

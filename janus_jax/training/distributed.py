@@ -78,15 +78,15 @@ def _check_values(coordinator: str, num_processes: int, process_id: int) -> None
 
 
 def check_processes(mesh: Mesh) -> None:
-    """Raises ValueError unless every process has the same number of rows, all of its own."""
+    """Raises ValueError unless the mesh divides a batch into equal, disjoint parts per process."""
     parts, number = num_batch_shards(mesh), jax.process_count()
     rows = collections.defaultdict(set)
     for device, (part,) in batch_sharding(mesh).devices_indices_map((parts,)).items():
         rows[device.process_index].add(part.indices(parts)[0])
-    # every part is on some process: if the numbers add up to all parts, none is on two processes
+    # Every part is on at least one process, so equal shares mean that no two processes share one.
     if [len(rows[process]) for process in range(number)] != [parts / number] * number:
         sizes = ",".join(f"{name}={size}" for name, size in mesh.shape.items())
-        rule = f"mesh must give each of {number} processes rows of its own"
+        rule = f"mesh must give each of the {number} processes its own rows"
         raise ValueError(f"{rule}: data * fsdp must be a multiple of {number}, got {sizes}")
 
 

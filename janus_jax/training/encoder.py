@@ -1,8 +1,8 @@
 """Pretrain the understanding encoder of janus_tiny; the released models start from SigLIP.
 
-The answer to a question says little about the patches of the image, so the encoder hardly learns
-from answers alone: after 1000 steps, 57 % of the answers were correct. After 1000 steps of this
-task, which are faster, all patches were labelled correctly in 98 % of the images.
+The answer to a question has little information about individual patches, so the encoder learns
+slowly from answers alone: after 1000 steps, 57 % of the answers were correct. After 1000 steps of
+this task, which are faster, all patches were labeled correctly in 98 % of the images.
 """
 
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""LoRA: low-rank adapters beside frozen linear layers (Hu et al., 2021, arXiv 2106.09685).
+"""LoRA: low-rank adapters for frozen linear layers (Hu et al., 2021, arXiv 2106.09685).
 
 The kernel W of an adapted layer, float[inputs, outputs], acts as W + alpha / rank * a @ b. The
 adapter replaces the layer's dot_general, so its parameters have the paths

@@ -20,7 +20,7 @@ from janus_jax.paths import atomic_write, file_size, os_errors_of, write_all, wr
 
 METRICS = "metrics.jsonl"
 EVENTS = "tensorboard"
-FLUSH_SECONDS = 10  # a killed run may lose the TensorBoard events of this time
+FLUSH_SECONDS = 10  # a killed run loses the TensorBoard events since the last flush
 MAX_RECORDS_IN_MESSAGE = 8
 
 SkippedCounts = Mapping[str, Mapping[str, int]]  # numbers of bad records by source and reason

@@ -54,7 +54,7 @@ from janus_jax.training.setup import DTYPES, MODEL, Params, Setup, put_rows
 from janus_jax.training.state import TrainState, eval_params
 
 SETTINGS, CHECKPOINTS, LOCK, LIBRARY_LOG = "run.json", "checkpoints", ".lock", "libraries.log"
-ADAPTER = "adapter"  # folder of a LoRA run's adapter, beside MODEL
+ADAPTER = "adapter"  # folder of a LoRA run's adapter, next to MODEL
 # Settings that may change when a run resumes. All but `steps` leave the result the same: the
 # cosine schedule of the learning rate ends at the last step.
 CHANGEABLE = frozenset(
@@ -189,7 +189,7 @@ def make_callbacks(
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """The training loop, and what is constant in it."""
+    """The training loop, with all objects that stay the same in every step."""
 
     step: Callable
     mesh: Mesh
@@ -215,7 +215,7 @@ class Run:
             stopping = self._should_stop(number)
             at_end = number == steps
             due = [call for every, call in self.callbacks if at_end or number % every == 0]
-            due = [] if stopping and not at_end else due  # the machine may be gone soon
+            due = [] if stopping and not at_end else due  # the machine may be shut down soon
             save = stopping or at_end or number % save_every == 0
             if due or save:
                 self.log.step(*pending)  # checks that the state is finite before it is used
@@ -272,7 +272,7 @@ def save_model(setup: Setup, state: TrainState, folder: Path) -> None:
 
 
 def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> None:
-    """Writes the model folder, and for LoRA first the adapter folder beside it.
+    """Writes the model folder, and for LoRA first the adapter folder next to it.
 
     Modules with a trained parameter are written in model_dtype, the others in their stored dtype.
 

@@ -57,7 +57,7 @@ def _parser(command: str, name: str) -> OneLineParser:
     add("--dtype", choices=("float32", "bfloat16"), help=text)
     text = (
         "number of image tokens to generate (default: %(default)s; a whole image of Janus-Pro has "
-        "576, which take long on a CPU)"
+        "576, which takes long on a CPU)"
     )
     add("--num_image_tokens", metavar="N", type=int, default=32, help=text)
     text = "length limit of the answer in tokens (default: %(default)s)"

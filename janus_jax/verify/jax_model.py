@@ -1,4 +1,4 @@
-"""Janus of this package as `python -m convert verify` runs it.
+"""Runs Janus in this package for `python -m convert verify`.
 
 outputs.py documents the methods and the shapes of their arrays.
 """

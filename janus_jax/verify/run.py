@@ -27,7 +27,7 @@ Report = Callable[[str], None]  # is called with the name of each step before it
 
 
 def check_installed() -> None:
-    """Raises ImportError, with the command that installs them, without torch or transformers."""
+    """Raises ImportError with the install command if torch or transformers is missing."""
     try:
         import torch  # noqa: F401
         import transformers  # noqa: F401
@@ -38,7 +38,7 @@ def check_installed() -> None:
 
 
 def builtin_image() -> Image.Image:
-    """Returns 640 x 480 pixels: colour gradients, a red disc, a blue square and stripes."""
+    """Returns 640 x 480 pixels: color gradients, a red disc, a blue square and stripes."""
     y, x = np.mgrid[:480, :640]
     pixels = np.stack([x * 255 // 639, y * 255 // 479, (x + y) * 255 // 1118], axis=-1)
     pixels[(x - 200) ** 2 + (y - 220) ** 2 < 110**2] = (220, 30, 30)
@@ -48,7 +48,7 @@ def builtin_image() -> Image.Image:
 
 
 def fit_image(image: Image.Image, size: int) -> Image.Image:
-    """Crops an image to its centre square if the implementations would resize it differently.
+    """Crops an image to its center square if the implementations would resize it differently.
 
     DeepSeek's code and janus_jax truncate the sides of the resized image to integers, and
     `transformers` rounds them. All other images are returned unchanged.
@@ -124,7 +124,7 @@ def verify(
     cfg = open_folder(model).cfg
     image = fit_image(request.image, cfg.image_size)
     if image is not request.image:
-        report("cropping the image to its centre square (see docs/verify.md)")
+        report("cropping the image to its center square (see docs/verify.md)")
     num_image_tokens = min(request.num_image_tokens, cfg.num_image_tokens)
     request = dataclasses.replace(request, image=image, num_image_tokens=num_image_tokens)
     baseline = None

@@ -1,4 +1,4 @@
-"""Janus of `transformers` as `python -m convert verify` runs it, on the CPU.
+"""Runs Janus in `transformers` on the CPU for `python -m convert verify`.
 
 In the package, only this module and the check in run.py that torch is installed import torch.
 outputs.py documents the methods and the shapes of their arrays.
@@ -48,7 +48,7 @@ class TorchJanus:
         self.processor = transformers.AutoProcessor.from_pretrained(
             folder, local_files_only=True, backend="pil"
         )
-        # Older releases of transformers expand an image to 576 tokens whatever its config says.
+        # Older releases of transformers expand an image to 576 tokens, regardless of the config.
         self.processor.num_image_tokens = model.config.vision_config.num_image_tokens
         self.tokenizer = self.processor.tokenizer
 
@@ -86,7 +86,7 @@ class TorchJanus:
         return np.moveaxis(to_numpy(vq.quant_conv(vq.encoder(pixels)))[0], 0, -1)
 
     def vq_indices(self, image: Image.Image) -> np.ndarray:
-        """Normalises latents and codes like DeepSeek's code; `transformers` omits this step."""
+        """Normalizes latents and codes like DeepSeek's code; `transformers` omits this step."""
         normalize = torch.nn.functional.normalize
         latents = torch.tensor(self.vq_latents(image).copy())
         latents = normalize(latents.reshape(-1, latents.shape[-1]), dim=-1)
