@@ -51,7 +51,7 @@ _PROCESS_ID = flags.DEFINE_integer(
 flags.mark_flag_as_required("config")
 
 _MEMORY_ADVICE = (
-    "while training; reduce batch_size or raise accumulate, or see the section on devices and "
+    "while training; reduce batch_size or raise accumulate, or see the sections on devices and "
     "memory in docs/training.md"
 )
 
