@@ -1,4 +1,4 @@
-"""Stage 1 of Janus-1.3B: trains the adapters and the image head on a frozen decoder.
+"""Stage 1 of Janus-1.3B: trains the aligners and the image head on a frozen decoder.
 
     python train.py --config=configs/janus_1_3b_stage1.py
 

@@ -1,4 +1,4 @@
-"""Stage 1 of Janus-Pro-7B: trains the adapters and the image head on a frozen decoder.
+"""Stage 1 of Janus-Pro-7B: trains the aligners and the image head on a frozen decoder.
 
     python train.py --config=configs/janus_pro_7b_stage1.py
 

@@ -1,4 +1,4 @@
-"""Stage 1 of janus_tiny: trains the adapters and the image head on a frozen decoder.
+"""Stage 1 of janus_tiny: trains the aligners and the image head on a frozen decoder.
 
     python train.py --config=configs/janus_tiny_stage1.py
 

@@ -164,7 +164,7 @@ def make_parser(command: str = "python sample.py") -> argparse.ArgumentParser:
         group = parser.add_argument_group(title)
         for name, settings in flags.items():
             group.add_argument(name, **settings)
-    parser.set_defaults(program=name)
+    parser.set_defaults(program=parser.prog)
     return parser
 
 

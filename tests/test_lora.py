@@ -126,7 +126,7 @@ def test_only_adapters_are_trained(new, plain):
     assert by_path(frozen).keys() == by_path(plain[1]).keys() | by_path(plain[2]).keys()
 
 
-def test_adapters_begin_as_the_paper_says(new):
+def test_aligners_begin_as_the_paper_says(new):
     adapters = by_path(new[1])
     for path in LAYERS:
         a, b = (np.asarray(adapters[f"{path}.dot_general.{name}"]) for name in "ab")
@@ -175,7 +175,7 @@ def test_gradients_are_those_of_the_sum(trained, plain):
             np.testing.assert_allclose(grads[name], expected, rtol=0, atol=1e-5 * size)
 
 
-def test_adapters_stay_float32_where_layers_compute_in_bfloat16():
+def test_aligners_stay_float32_where_layers_compute_in_bfloat16():
     types = dict(dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     layer = linear(16, 8, **types, rngs=nnx.Rngs(0))
     layer.dot_general = nnx.data(LoRADot(16, 8, CONFIG, rngs=nnx.Rngs(1)))

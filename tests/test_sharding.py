@@ -48,7 +48,7 @@ def adapted_paths(pipeline):
     return [".".join(map(str, path)) for path, _ in flat]
 
 
-def test_adapters_lie_as_their_kernels_do(adapted_paths):
+def test_aligners_lie_as_their_kernels_do(adapted_paths):
     adapters = [path for path in adapted_paths if ".dot_general." in path]
     assert len(adapters) > 40
     for path in adapters:

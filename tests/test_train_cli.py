@@ -218,7 +218,7 @@ def refused(train_one, cfg, capsys) -> str:
         (dict(seed=-1), "seed must be at least 0, got -1"),
         (dict(crop=40), "crop must be a multiple of 16 and at most 96, got 40"),
         (dict(crop=112), "crop must be a multiple of 16 and at most 96, got 112"),
-        (dict(output="FOLDER/file"), "is a file, not a folder"),
+        (dict(output="FOLDER/file"), "output must be a folder, got the file "),
         (dict(output="gs://bucket/run"), "output must be a local path, got "),
         (dict(output="FOLDER/file/new"), "file is not a writable folder"),
     ],

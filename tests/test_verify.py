@@ -215,7 +215,7 @@ def test_what_is_refused(golden, refused, tmp_path):
     no_image = "--image", tmp_path / "i.png"
     assert "image file not found: " in refused(golden / "janus_small", *no_image)
     assert "--json: " in refused(golden / "janus_small", "--json", tmp_path / "absent" / "t.json")
-    assert "needs 32 groups" in refused(ROOT / "janus_jax" / "assets" / "janus_tiny")
+    assert "must be 32, got 8" in refused(ROOT / "janus_jax" / "assets" / "janus_tiny")
     assert "invalid choice: 'float16'" in refused(golden / "janus_small", "--dtype", "float16")
 
 

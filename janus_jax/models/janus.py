@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from janus_jax.models.adapters import Aligner, GenHead
+from janus_jax.models.aligners import Aligner, GenHead
 from janus_jax.models.linear import embed_lookup
 from janus_jax.models.llama import Llama, LlamaConfig
 from janus_jax.models.siglip import Siglip, SiglipConfig

@@ -8,7 +8,7 @@ import torch
 from flax import nnx
 from torch_reference import assert_close, call, golden_janus, rebuilt, tiny_pair, uniform
 
-from janus_jax.models.adapters import Aligner
+from janus_jax.models.aligners import Aligner
 from janus_jax.models.janus import Janus
 from janus_jax.models.linear import gelu
 
