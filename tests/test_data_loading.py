@@ -161,7 +161,7 @@ def test_the_benchmark_measures_what_it_writes(tmp_path, monkeypatch):
     assert 0.5 < found["packing_efficiency"] <= 1
 
 
-def test_what_is_longer_than_the_decoder_s_positions_is_left_out(settings, processor, tmp_path):
+def test_what_is_longer_than_the_decoder_s_positions_is_skipped(settings, processor, tmp_path):
     longest = MODEL.language_model.max_position_embeddings
     texts = [Record("text", text="red " * number) for number in (longest + 1, longest // 2)]
     write_records("jsonl", tmp_path / "long.jsonl", texts * 5)
@@ -197,7 +197,7 @@ def test_settings_out_of_range_are_refused(settings, changed, message):
     assert str(error.value) == message
 
 
-def test_a_run_does_not_go_on_with_other_data(settings, processor, tmp_path):
+def test_a_run_does_not_resume_with_other_data(settings, processor, tmp_path):
     def opened(**changed):
         cfg = dataclasses.replace(settings, **changed)
         return iter(open_rows(cfg, processor, MODEL, tmp_path)[0])

@@ -36,7 +36,7 @@ def files_of_a_run_before(folder: Path) -> Path:
     return folder / "row-0" / "note.txt"
 
 
-def test_a_dry_run_tells_what_the_run_would_do_and_trains_nothing(tmp_path):
+def test_a_dry_run_shows_what_the_run_would_do_and_trains_nothing(tmp_path):
     config = small_config(tmp_path, trained=r"gen_head\.", mesh="fsdp=2", batch_size=4)
     del config.mixture["text"]
     kept = files_of_a_run_before(tmp_path / "dry_run" / "host-0")
@@ -73,7 +73,7 @@ def test_a_dry_run_tells_what_the_run_would_do_and_trains_nothing(tmp_path):
         dict(eval_every=1, eval_mixture=dict(asked=dict(format="jsonl", path="no/such.jsonl"))),
     ],
 )
-def test_a_dry_run_looks_at_what_will_be_asked(tmp_path, changed):
+def test_a_dry_run_checks_prompts(tmp_path, changed):
     config = small_config(tmp_path)
     config.eval_mixture = ConfigDict(changed.pop("eval_mixture", {}))
     config.update(changed)

@@ -88,7 +88,7 @@ def test_all_of_a_text_is_predicted(processor, make):
 
 
 @pytest.mark.parametrize("tokenized", [False, True])
-def test_a_drawn_image_follows_its_caption(processor, make, tokenized):
+def test_a_generated_image_follows_its_caption(processor, make, tokenized):
     indices = np.arange(NUM_TOKENS, dtype=np.int32)
     record = Record("generation", text="a red circle", images=(png(3),), indices=indices)
     seed = next(s for s in range(9) if np.random.default_rng(s).random() > 0.1)
@@ -155,7 +155,7 @@ def test_what_cannot_be_trained_on_is_named(make, record, tokenized, reason):
     assert isinstance(bad, BadRecord) and bad.reason == reason
 
 
-def test_rows_without_drawn_places_take_no_drawn_image(make):
+def test_rows_without_generated_positions_take_no_generated_image(make):
     bad = make(Record("generation", text="a", images=(png(0),)), max_generated_images=0)
     assert bad.reason == "too many images"
 
@@ -242,7 +242,7 @@ def test_a_long_text_is_not_tokenized_whole(make, encoded, long):
     assert sum(encoded) < 100_000
 
 
-def test_a_conversation_that_reads_differently_once_it_goes_on_is_refused(processor):
+def test_a_conversation_that_reads_differently_in_a_later_turn_is_refused(processor):
     plain = dataclasses.replace(processor, sft_format="plain")
     with pytest.raises(BadRecord, match="tokenize differently once a turn is added"):
         conversation_tokens(plain, TURNS[1:] * 2, 0, 200)

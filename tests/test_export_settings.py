@@ -23,7 +23,7 @@ def with_settings(golden, folder, name, **settings):
     return folder
 
 
-def test_another_layout_keeps_how_it_draws_and_system_prompt(golden, tmp_path):
+def test_another_layout_keeps_image_settings_and_system_prompt(golden, tmp_path):
     name = "generation_config.json"
     source = with_settings(golden, tmp_path / "s", name, guidance_scale=1.5, temperature=0.5)
     config = json.loads((source / "processor_config.json").read_text())

@@ -43,7 +43,7 @@ def test_a_damaged_norm_ends_every_path(small, value):
             next(small.stream("Hello", max_new_tokens=NEW))
 
 
-def test_one_damaged_logit_of_many_ends_a_drawing(small):
+def test_one_damaged_logit_of_many_stops_generation(small):
     """The original code raises an error in the softmax."""
     with damaged(small.model, "gen_head.out.bias"):
         with pytest.raises(ValueError, match=IMAGE_LOGITS + r"the weights in gen_head\.out\.bias "):
@@ -53,7 +53,7 @@ def test_one_damaged_logit_of_many_ends_a_drawing(small):
                 generate(small)
 
 
-def test_a_damaged_token_ends_a_drawing_where_it_is_met(small):
+def test_a_damaged_token_stops_generation_where_it_is_met(small):
     """The logits of the first token are finite; those of the second are not."""
     first = generate(small).indices[0, 0]
     with damaged(small.model, "gen_embed.embedding", row=first):
@@ -110,14 +110,14 @@ def test_a_damaged_encoder_of_pixels_ends_encoding(small, photo, path):
             encoder.finish()
 
 
-def test_finite_weights_that_overflow_are_told_apart(small):
+def test_finite_weights_that_overflow_are_distinguished(small):
     message = "all weights of language_model, gen_embed, .* are finite, so a value overflowed; "
     with damaged(small.model, NORM, 3e38):
         with pytest.raises(ValueError, match=IMAGE_LOGITS + message + ".* closer to 1 than 5$"):
             generate(small)
 
 
-def test_guidance_that_overflows_ends_a_drawing(small):
+def test_guidance_that_overflows_stops_generation(small):
     """Otherwise many logits would be infinite, and their tokens equally likely."""
     assert generate(small, guidance_weight=1e30).indices.max() < 128
     with pytest.raises(ValueError, match=r"or try a guidance_weight closer to 1 than 3e\+38$"):

@@ -81,7 +81,7 @@ def test_answers_a_question_about_an_image(pro_1b):
 
 
 @pytest.mark.slow
-def test_draws_a_whole_image(pro_1b):
+def test_generates_a_whole_image(pro_1b):
     images = pro_1b.generate_images("a red circle left of a blue square", seed=1)
     assert images.pixels.shape == (1, 384, 384, 3) and images.pixels.dtype == np.uint8
     assert images.indices.shape == (1, 576) and images.indices.dtype == np.int32

@@ -188,7 +188,7 @@ def test_progress_reaches_the_end_and_changes_nothing(small, five):
     assert len(set(done)) > 16  # more than once a chunk
 
 
-def test_bfloat16_draws_with_a_float32_image_tokenizer(golden):
+def test_bfloat16_generates_with_a_float32_image_tokenizer(golden):
     from janus_jax import load
 
     pipeline = load(golden / "janus_small", dtype="bfloat16")

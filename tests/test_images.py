@@ -191,7 +191,7 @@ def test_exif_orientation_is_applied(tmp_path):
     assert images.load_image(got).size == (2, 4)
 
 
-def test_a_image_of_too_many_pixels(tmp_path, monkeypatch):
+def test_an_image_of_too_many_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # Pillow raises beyond twice that
     Image.new("RGB", (10, 10), "red").save(tmp_path / "a.png")
     with pytest.raises(ValueError, match="exceeds limit of 80 pixels"):

@@ -218,7 +218,7 @@ def test_bfloat16_is_near_float32(param_dtype):
     assert_close(f"Janus, bfloat16 on {param_dtype.__name__} weights", got, expected, limit)
 
 
-def test_drawing_decodes_in_float32_whatever_the_compute_type():
+def test_generation_decodes_in_float32_whatever_the_compute_type():
     _, exact = tiny_pair()
     rough = rebuilt(exact, exact.cfg.with_dtype(jnp.bfloat16))
     indices, decode = np.arange(32).reshape(2, 16), jax.jit(VQ.decode)

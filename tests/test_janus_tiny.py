@@ -32,7 +32,7 @@ def test_it_is_a_small_folder_in_deepseeks_layout():
     assert inspect_folder(TINY)
 
 
-def test_it_draws_what_the_readme_says(janus):
+def test_it_generates_what_the_readme_says(janus):
     """The images of the README's first line, and more of them."""
     text = "a red circle left of a blue square"
     (prompt,) = (p for p in scenes.prompts("train", "position") if p.text == text)
@@ -41,7 +41,7 @@ def test_it_draws_what_the_readme_says(janus):
     assert right[0] and sum(right) >= 6
 
 
-def test_it_draws_every_kind(janus):
+def test_it_generates_every_kind(janus):
     """Few images, so with room for chance below what the record says."""
     rng = np.random.default_rng(5)
     for kind, scored in record()["generation"]["train"]["kinds"].items():
@@ -74,14 +74,14 @@ def test_the_records_are_of_these_weights(name):
     assert record(name)["sha256"] == score_scenes.weights_digests(TINY)
 
 
-def test_it_reaches_what_was_asked_of_it():
+def test_it_reaches_its_targets():
     scores = record()
     assert scores["generation"]["train"]["mean_of_kinds"] >= 0.9
     assert scores["understanding"]["train"]["exact_match"] >= 0.95
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/janus_tiny.md"])
-def test_the_scores_told_are_those_of_the_record(page):
+def test_the_published_scores_are_those_of_the_record(page):
     scores = record()
     text = (ROOT / page).read_text(encoding="utf-8")
     generation, understanding = scores["generation"], scores["understanding"]
@@ -91,7 +91,7 @@ def test_the_scores_told_are_those_of_the_record(page):
         assert re.search(rf"{seen}(, | \| ){held_out}", text), name
 
 
-def test_it_draws_in_the_way_that_was_best_when_it_was_scored(janus):
+def test_it_generates_in_the_way_that_was_best_when_it_was_scored(janus):
     generation = record()["generation"]
     assert janus.image_defaults == (generation["guidance_weight"], generation["temperature"])
     best = max(generation["tuning_scores"], key=lambda tried: tried["score"])

@@ -57,7 +57,7 @@ def test_resident_memory_counts_what_is_touched():
     assert load_memory.resident_bytes("VmHWM") >= before + grown
 
 
-def test_a_folder_that_does_not_load_is_told_in_one_line(golden, capsys):
+def test_a_folder_that_does_not_load_is_reported_in_one_line(golden, capsys):
     status, out, err = run(capsys, "--folder", golden / "listings", "--dtype", "float32")
     assert (status, out) == (2, "")
     assert err.startswith("load_memory: ") and err.count("\n") == 1

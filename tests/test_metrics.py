@@ -153,7 +153,7 @@ def test_tensorboard_has_what_the_lines_have(tmp_path, clock):
     assert sorted(_logged(tmp_path)) == sorted(lines)
 
 
-def test_a_full_disk_is_told_with_the_name_of_the_log(tmp_path, clock):
+def test_a_full_disk_is_reported_with_the_name_of_the_log(tmp_path, clock):
     with Log(tmp_path, 5, 1, 1e6, 0, dict) as log:
         with full_disk(at=20), pytest.raises(OSError, match=f"too large: '{tmp_path / METRICS}'"):
             log.step(1, _metrics(), [["a"]], flops=3e5)
@@ -168,7 +168,7 @@ def test_progress_is_logged(tmp_path, clock, caplog):
     )
 
 
-def test_what_is_left_out_is_told_when_it_has_changed(tmp_path, caplog):
+def test_what_is_skipped_is_reported_when_it_has_changed(tmp_path, caplog):
     caplog.set_level("INFO", logger="absl")
     counts = {}
     with Log(tmp_path, 9, 2, None, 0, lambda: dict(counts)) as log:

@@ -242,7 +242,7 @@ def by_stream(batch, streams, rows=2):
     return dict(zip(streams, parts, strict=True))
 
 
-def test_a_run_resumed_on_other_hosts_goes_on_as_one_host_would():
+def test_a_run_resumed_on_other_hosts_continues_as_one_host_would():
     alone = steps(range(4))
     whole = [by_stream(next(alone), range(4)) for _ in range(9)]
     first, second = steps([0, 1]), steps([2, 3])

@@ -182,7 +182,7 @@ def test_two_processes_have_the_losses_and_records_of_one(stopped, whole):
     assert_same_run(stopped, 2, whole, range(1, saved_steps(stopped)[-1] + 1))
 
 
-def test_one_process_goes_on_from_two(stopped, whole, tmp_path):
+def test_one_process_continues_from_two(stopped, whole, tmp_path):
     """With eight devices."""
     (last,) = saved_steps(stopped)
     shutil.copytree(stopped / "checkpoints", tmp_path / "checkpoints")
@@ -192,7 +192,7 @@ def test_one_process_goes_on_from_two(stopped, whole, tmp_path):
     assert_same_run(tmp_path, 1, whole, range(last + 1, last + 4))
 
 
-def test_two_processes_go_on_from_one_and_write_the_model(whole, tmp_path):
+def test_two_processes_continue_from_one_and_write_the_model(whole, tmp_path):
     """Started by Slurm, on another mesh; a damaged checkpoint is skipped."""
     output, last = tmp_path / "run", saved_steps(whole)[-1]
     shutil.copytree(whole / "checkpoints" / "2", output / "checkpoints" / "2")
@@ -210,7 +210,7 @@ def test_two_processes_go_on_from_one_and_write_the_model(whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_processes_are_asked_as_one(tmp_path):
+def test_two_processes_sample_as_one(tmp_path):
     """Compares the losses on held-out records and the generated images."""
     settings = dict(steps=1, eval_every=1, eval_batches=1, sample_every=1)
     one, other = tmp_path / "one", tmp_path / "other"
@@ -279,7 +279,7 @@ def test_an_output_folder_that_is_not_shared(monkeypatch):
         check_shared(None)
 
 
-def test_others_that_nothing_tells_of(monkeypatch):
+def test_others_that_have_no_marker(monkeypatch):
     def unknown():
         raise ValueError("coordinator_address should be defined.")  # as JAX does
 
@@ -288,7 +288,7 @@ def test_others_that_nothing_tells_of(monkeypatch):
         initialize(None, None, None, True)
 
 
-def test_a_port_in_use_is_told_of():
+def test_a_port_in_use_is_reported():
     with socket.create_server(("", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
         with pytest.raises(OSError, match=rf"cannot listen on the port of coordinator={address}: "):

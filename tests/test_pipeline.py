@@ -50,7 +50,7 @@ ANSWERED = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "
         ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
     ],
 )
-def test_drawing_refuses_arguments_out_of_range(pipeline, settings, message):
+def test_generation_refuses_arguments_out_of_range(pipeline, settings, message):
     with pytest.raises(ValueError, match=message):
         pipeline.generate_images(**{"prompts": "a cat", **settings})
 
@@ -328,7 +328,7 @@ def test_public_names_are_there():
         _ = janus_jax.nothing
 
 
-def test_the_checkpoint_states_how_it_draws(small, golden, tmp_path):
+def test_the_checkpoint_states_its_image_settings(small, golden, tmp_path):
     assert small.image_defaults == (5.0, 1.0)  # the folder sets no defaults
     shutil.copytree(golden / "janus_small", tmp_path / "janus_small")
     stated = tmp_path / "janus_small" / "generation_config.json"

@@ -147,7 +147,7 @@ def test_images_in_the_messages_and_beside_them_are_the_same(processor):
         processor.conversation(messages, [first])
 
 
-def test_a_image_is_shown_in_the_message_that_carries_it(processor):
+def test_an_image_is_shown_in_the_message_that_carries_it(processor):
     image = np.full((8, 8, 3), 128, np.uint8)
     roles, tag = ("user", "assistant", "user"), processor.image_tag
 

@@ -64,7 +64,7 @@ def test_image_settings(refused, values, expected):
         ({"guidance_scale": 1e39}, "guidance_scale must be a finite number, got 1e+39"),
     ],
 )
-def test_how_a_checkpoint_draws(refused, values, expected):
+def test_image_settings_of_a_checkpoint(refused, values, expected):
     assert refused("generation_config.json", **values) == expected
 
 

@@ -101,7 +101,7 @@ def test_sample(home, command):
             assert Image.open(path).text["software"] == "janus_jax"
 
 
-def test_the_first_line_draws(home):
+def test_the_first_line_generates(home):
     (line,) = commands("python3 -m venv")
     paths = run(home, line.rsplit("&& ", 1)[1]).stdout.splitlines()
     assert Image.open(home / paths[0]).text["prompt"] == "a red circle left of a blue square"
@@ -118,7 +118,7 @@ def test_the_training_line_is_one_of_the_page():
     assert line in blocks("bash", "docs/training.md")[0].splitlines()  # test_the_page_on_training
 
 
-def test_each_config_of_janus_tiny_goes_on_from_one_before():
+def test_each_config_of_janus_tiny_continues_from_one_before():
     (block,) = [b for b in blocks("bash", "docs/janus_tiny.md") if "train.py" in b]
     lines = [line for line in block.splitlines() if line.startswith("python train.py")]
     written = {""}

@@ -114,7 +114,7 @@ def test_prompts_come_through_a_pipe():
 
 
 @pytest.mark.parametrize("full", [False, True])
-def test_what_was_drawn_before_an_error_is_kept(run, loaded, full, monkeypatch, tmp_path):
+def test_what_was_generated_before_an_error_is_kept(run, loaded, full, monkeypatch, tmp_path):
     save, saved = gallery.save_png, []
 
     def broken(path, *rest):
@@ -345,7 +345,7 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(flags, run, monkeyp
         ),
     ],
 )
-def test_out_of_memory_is_told_in_one_line(flags, fails, advice, run, small, monkeypatch):
+def test_out_of_memory_is_reported_in_one_line(flags, fails, advice, run, small, monkeypatch):
     def exhausted(*_, **__):
         raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory")
 

@@ -89,7 +89,7 @@ def test_without_filters_the_logits_are_left_alone(logits):
     np.testing.assert_array_equal(samplers.filter_logits(logits, _sampling()), logits)
 
 
-def test_draws_follow_the_softmax():
+def test_samples_follow_the_softmax():
     logits, number = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32)), 20_000
     index = jnp.arange(number, dtype=jnp.uint32)
     noise = samplers.gumbel_noise(samplers.seed_words(1), index, 0, 4)

@@ -65,7 +65,7 @@ def test_kinds_do_not_share_their_scenes():
 
 
 @pytest.mark.parametrize("kind", ["generation", "understanding"])
-def test_images_are_the_drawn_pixels(kind):
+def test_images_are_the_generated_pixels(kind):
     source = open_source("scenes", kind, count=50)
     for number, record in enumerate(source):
         pixels = decoded(record)

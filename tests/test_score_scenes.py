@@ -91,7 +91,7 @@ def test_answers_are_those_of_what_the_checker_reads(change):
             score_scenes.check_reading(wrong, image)
 
 
-def test_scenes_of_the_training_are_left_out(monkeypatch):
+def test_scenes_of_the_training_are_skipped(monkeypatch):
     rng = np.random.default_rng((score_scenes.SEED, 0))
     first = scenes.sample_any(rng, "train")
     seen = {score_scenes.digest(first)}
@@ -99,7 +99,7 @@ def test_scenes_of_the_training_are_left_out(monkeypatch):
     assert record["skipped_as_seen"] >= 1 and record["questions"] == 60
 
 
-def test_scenes_of_the_training_are_those_that_it_draws(monkeypatch):
+def test_scenes_of_the_training_are_those_that_it_generates(monkeypatch):
     """They are those of the encoder's steps, and those of the stages' records with images."""
     encoder, stage = janus_tiny_encoder.get_config(), janus_tiny_stage3.get_config()
     encoder.steps = 2

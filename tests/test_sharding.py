@@ -144,7 +144,7 @@ def test_a_mesh_with_explicit_axes_is_as_good(golden, one_device):
 
 
 @pytest.mark.parametrize("shape", MESHES)
-def test_eight_devices_draw_what_one_draws(golden, one_device, shape):
+def test_eight_devices_generate_what_one_generates(golden, one_device, shape):
     mesh = sharding.make_mesh(*shape)
     pipeline = load(golden / "janus_small", dtype="float32", mesh=mesh)
     generated = pipeline.generate_images(PROMPTS, num_images=4, seed=11)

@@ -55,7 +55,7 @@ def test_a_list_that_was_cut_short_is_gone_on_with(opened, tmp_path):
     assert opened(0.5, a=12).counts == {} and path.read_bytes() == b""
 
 
-def test_a_run_that_begins_anew_forgets_the_list(opened, tmp_path):
+def test_a_run_that_restarts_forgets_the_list(opened, tmp_path):
     skipped = opened(0.5, a=12)
     skipped.forget()  # there is no list yet
     skipped(bad(1))

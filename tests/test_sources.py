@@ -92,7 +92,7 @@ def test_a_file_given_twice(format, tmp_path, monkeypatch):
         open_source(format, [f"a/{file}", "a"])
 
 
-def test_names_with_a_dot_in_front_are_left_out(tmp_path):
+def test_names_with_a_dot_in_front_are_skipped(tmp_path):
     for name in ("a.jsonl", ".b.jsonl", ".tokenize_images/skipped.jsonl"):
         write_records("jsonl", tmp_path / name, some_records())
     assert find_files(tmp_path, "*.jsonl") == [tmp_path / "a.jsonl"]
@@ -211,7 +211,7 @@ def test_compressed_and_damaged_tars(tmp_path):
         TarSource(path)
 
 
-def test_pyarrow_is_asked_for(monkeypatch, tmp_path):
+def test_missing_pyarrow_is_reported(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     hint = r"needs pyarrow; install it with pip install 'janus_jax\[parquet\]'"
@@ -265,7 +265,7 @@ def test_an_interrupted_file_leaves_the_one_before(format, tmp_path):
     assert set(os.listdir(tmp_path)) <= {path.name, "train.images"}
 
 
-def test_indices_are_written_in_place_of_a_image(tmp_path):
+def test_indices_are_written_in_place_of_an_image(tmp_path):
     indices = np.arange(4, dtype=np.int32)
     both = Record("generation", text="a", images=(image(1),), indices=indices)
     for format in (*FILES, "class_folder"):

@@ -72,7 +72,7 @@ def test_records_come_in_the_reported_ratio(model, number):
         assert kinds.get("imagenet", 0) == (4 if old and number == 2 else 0)
 
 
-def test_each_stage_goes_on_from_the_one_before():
+def test_each_stage_continues_from_the_one_before():
     for model in MODELS:
         for number in (2, 3):
             before = config_of(f"{model}_stage{number - 1}").output

@@ -54,7 +54,7 @@ def test_what_trains_changes_and_the_rest_is_as_it_was(whole):
     assert {"und_encoder.pos_embed", "gen_embed.embedding"} <= changed
 
 
-def test_sigterm_saves_and_the_run_goes_on_to_the_same_weights(whole, tmp_path, monkeypatch):
+def test_sigterm_saves_and_the_run_resumes_to_the_same_weights(whole, tmp_path, monkeypatch):
     log_step = Log.step
 
     def log_and_stop(log, step, *rest):
@@ -84,7 +84,7 @@ def test_a_finished_run_is_not_run_again(whole):
     assert lines(whole) == before[1]
 
 
-def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_path):
+def test_a_loss_that_is_nan_stops_the_run_and_spares_the_checkpoint(tmp_path):
     """The first step has learning rate 0, so its checkpoint has the initial weights."""
     config = small_config(tmp_path, learning_rate=1e30, warmup_steps=1, save_every=1)
     message = r"at step 2; records in the batch: scenes:\w+:\d+, "
@@ -101,7 +101,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_spares_the_checkpoint(tmp_pa
     assert not (tmp_path / "model").exists()
 
 
-def test_the_newest_checkpoints_are_kept_and_each_is_good_to_go_on_from(whole, tmp_path):
+def test_the_newest_checkpoints_are_kept_and_each_is_good_to_continue_from(whole, tmp_path):
     """The arrays of step 3 are donated to step 4 while they are being saved."""
     config = small_config(tmp_path, save_every=1, keep=2)
     train_stage(config)
@@ -128,13 +128,13 @@ def test_a_run_does_not_go_back_nor_write_over_what_it_begins_with(whole):
         (dict(seed=1), "seed 0 -> 1"),
     ],
 )
-def test_a_run_goes_on_with_the_settings_it_began_with(whole, changed, message):
+def test_a_run_resumes_with_the_settings_it_began_with(whole, changed, message):
     rule = "a resumed run must use the settings in .*run.json, got "
     with pytest.raises(ValueError, match=rule + message):
         train_stage(small_config(whole, steps=5, **changed))
 
 
-def test_what_is_asked_comes_after_what_is_saved(tmp_path, monkeypatch):
+def test_sampling_comes_after_saving(tmp_path, monkeypatch):
     def fails(*_):
         raise ValueError("no answer")
 
@@ -146,7 +146,7 @@ def test_what_is_asked_comes_after_what_is_saved(tmp_path, monkeypatch):
         assert checkpoints.newest == 2
 
 
-def test_a_image_that_cannot_be_read_is_told_of_before_the_first_step(tmp_path):
+def test_an_image_that_cannot_be_read_is_reported_before_the_first_step(tmp_path):
     with pytest.raises(ValueError, match=r"cannot read image README\.md"):
         asked = dict(sample_every=2, questions=(("README.md", "What is it?"),))
         train_stage(small_config(tmp_path, **asked))
@@ -161,7 +161,7 @@ def test_a_image_that_cannot_be_read_is_told_of_before_the_first_step(tmp_path):
         (dict(questions=(("docs/scene.png", "a " * 5000),)), "must fit the trained context of 512"),
     ],
 )
-def test_what_cannot_be_asked_is_told_of_before_the_first_step(tmp_path, asked, message):
+def test_what_cannot_be_sampled_is_reported_before_the_first_step(tmp_path, asked, message):
     setup = Setup.from_config(small_config(tmp_path, sample_every=2, **asked))
     with pytest.raises(ValueError, match=message):
         prompt_images(setup)
@@ -265,7 +265,7 @@ def test_the_held_out_loss_is_that_of_the_same_rows_each_time(tmp_path):
     assert len(found) == 2 and found[0] == found[1] | dict(step=1)
 
 
-def test_what_was_left_out_is_reported_and_forgotten_by_a_run_that_begins_anew(tmp_path):
+def test_what_was_skipped_is_reported_and_forgotten_by_a_run_that_restarts(tmp_path):
     data, listed = tmp_path / "said.jsonl", tmp_path / "run" / "skipped-000.jsonl"
     held_out = tmp_path / "run" / "eval" / "skipped-000.jsonl"
     data.write_text('{"text": "a word"}\n' * 20 + "{\n" + '{"text": ""}\n')

@@ -145,7 +145,7 @@ def text_lines(path: Path, count: int, bad: dict[int, str]) -> Path:
     return path
 
 
-def test_a_wrong_image_root_stops_the_run_and_a_right_one_begins_anew(run, refused, tmp_path):
+def test_a_wrong_image_root_stops_the_run_and_a_right_one_restarts(run, refused, tmp_path):
     write_records("jsonl", tmp_path / "train.jsonl", captioned(7))
     out = tmp_path / "tokens"
     args = f"jsonl:{tmp_path / 'train.jsonl'}", f"jsonl:{out}", "--shard_size", 3, "--image_root"
@@ -205,7 +205,7 @@ def test_the_list_is_no_source_of_records(run, tmp_path):
 
 
 @pytest.mark.parametrize("format", [*SUFFIXES, "class_folder"])
-def test_an_interrupted_run_goes_on(format, run, tmp_path, monkeypatch):
+def test_an_interrupted_run_resumes(format, run, tmp_path, monkeypatch):
     write_records("tar", tmp_path / "train.tar", captioned(7))
     args = f"tar:{tmp_path / 'train.tar'}", f"{format}:{tmp_path / 'tokens'}", "--shard_size", 3
     assert run(args[0], f"{format}:{tmp_path / 'whole'}", *args[2:])[0] == 0
@@ -241,7 +241,7 @@ def test_an_interrupted_run_goes_on(format, run, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("left", [None, ".manifest.json.ab12", ".skipped.jsonl.ab12"])
-def test_a_run_killed_before_it_noted_anything_begins_anew(left, run, refused, tmp_path):
+def test_a_run_killed_before_it_noted_anything_restarts(left, run, refused, tmp_path):
     write_records("tar", tmp_path / "train.tar", captioned(2))
     out = tmp_path / "tokens"
     reports = out / ".tokenize_images"
@@ -293,7 +293,7 @@ def test_one_run_at_a_time(run, refused, tmp_path, monkeypatch):
     assert len(open_source("tar", tmp_path / "tokens")) == 3
 
 
-def test_a_full_disk_is_told_with_the_name_of_the_file(refused, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_with_the_name_of_the_file(refused, tmp_path, monkeypatch):
     def without_room(*args, **settings):
         with full_disk(at=1000):
             write_records(*args, **settings)
@@ -306,7 +306,7 @@ def test_a_full_disk_is_told_with_the_name_of_the_file(refused, tmp_path, monkey
     assert sorted(contents(out)) == [".tokenize_images/lock", ".tokenize_images/manifest.json"]
 
 
-def test_it_goes_on_only_with_the_same(golden, run, refused, tmp_path):
+def test_it_resumes_only_with_the_same(golden, run, refused, tmp_path):
     for name, count in (("train", 3), ("other", 3)):
         write_records("tar", tmp_path / f"{name}.tar", captioned(count))
     source, output = f"tar:{tmp_path / 'train.tar'}", f"tar:{tmp_path / 'tokens'}"

@@ -101,7 +101,7 @@ def test_a_special_tokens_text_is_that_token(tokenizer):
     assert ids[2:] == [tokenizer.bos_id, tokenizer.image_id]
 
 
-def test_truncation_and_padding_saved_in_the_file_are_left_out(tmp_path, spec, tokenizer):
+def test_truncation_and_padding_saved_in_the_file_are_skipped(tmp_path, spec, tokenizer):
     spec = copy.deepcopy(spec)
     spec["truncation"] = {
         "direction": "Right", "max_length": 4, "strategy": "LongestFirst", "stride": 0,

@@ -101,7 +101,7 @@ def trained(tmp_path_factory, quick_compiles) -> Path:
     return folder
 
 
-def test_what_was_trained_loads_and_draws(trained):
+def test_what_was_trained_loads_and_generates(trained):
     names = ["encoder", "refined", "stage1", "stage2", "stage3", "stage3_refined"]
     assert sorted(path.name for path in trained.iterdir()) == [*names, "tokens", "vq"]
     pipeline = janus_jax.load(trained / "stage3_refined" / "model", dtype="float32")

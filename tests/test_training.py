@@ -265,7 +265,7 @@ def test_a_state_that_is_not_finite_does_not_replace_a_good_one():
     assert saved == [5]
 
 
-def test_every_step_draws_from_seed_and_step_alone():
+def test_every_step_samples_from_seed_and_step_alone():
     def make(rng, step):
         return step, int(rng.integers(10**9))
 
