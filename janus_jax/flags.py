@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import signal
 import sys
 import warnings
@@ -61,9 +62,13 @@ def one_line_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
     """Turns exceptions that a user can cause into a one-line message and exit status 2.
 
     These are ValueError, OSError, MemoryError and `kinds`. KeyboardInterrupt exits with status 130.
+    If the reader of stdout has closed it, such as `head`, the program exits without a message.
     """
     try:
         yield
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        sys.exit(1)
     except KeyboardInterrupt:
         exit_with_error(name, "interrupted", 130)
     except MemoryError as error:

@@ -42,6 +42,13 @@ def test_sigterm_and_large_images(command):
     assert done.stderr.count("\n") == 1 and "required" in done.stderr
 
 
+def test_a_closed_pipe_ends_without_a_message(golden):
+    command = [sys.executable, "-m", "convert", "inspect", str(golden / "janus")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 1
+
+
 def test_sigterm_leaves_nothing(golden, tmp_path):
     done = python(STOP, golden / "janus", tmp_path / "new" / "o")
     assert (done.returncode, done.stdout) == (143, "") and list(tmp_path.iterdir()) == []

@@ -48,6 +48,13 @@ def test_what_is_no_folder(tmp_path, monkeypatch, name, says):
     assert len(str(caught.value)) < 320
 
 
+def test_a_hub_id_where_only_folders_are_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    message = r"is not a folder; to use this hub id, download it first: hf download deepseek-ai/Ja"
+    with pytest.raises(FileNotFoundError, match=message):
+        open_folder("deepseek-ai/Janus-Pro-1B")
+
+
 def test_the_shipped_model_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_folder("janus_tiny") == find_folder(None) == open_folder("janus_tiny").path

@@ -31,6 +31,8 @@ def call(*command, cwd: Path) -> subprocess.CompletedProcess:
 def installed(tmp_path_factory) -> Path:
     """Builds the wheel of a copy of the sources, and installs it into a virtual environment.
 
+    In the copy, the symbolic link janus_jax/configs is a plain file, as pip leaves it when it
+    unpacks a zip archive.
     The dependencies come from this interpreter's environment, which the new one has on its path.
     Returns the folder of the commands.
     """
@@ -40,6 +42,9 @@ def installed(tmp_path_factory) -> Path:
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         options = dict(symlinks=True) if copy is shutil.copytree else {}
         copy(ROOT / name, home / "source" / name, **options)
+    link = home / "source" / "janus_jax" / "configs"
+    link.unlink()
+    link.write_text("../configs")
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check")
     wheels = home / "wheels"
     build = ("wheel", "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, home / "source")

@@ -237,6 +237,7 @@ def test_settings_that_cannot_be_trained_with_are_refused(config, changed, messa
         ("output", "", "output must be a writable folder, got ''"),
         ("output", "gs://bucket/run", "output must be a local path, got gs"),
         ("questions", ("a.png", "What?"), "questions must be pairs"),
+        ("stepz", 3, "the config has settings that do not exist: stepz"),
         ("output", __file__, "output must be a writable folder, got "),
     ],
 )

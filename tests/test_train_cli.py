@@ -154,14 +154,14 @@ def test_a_run_may_replace_an_earlier_one(trained):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([ENCODER, "--config.stepz=3"], 'Did you mean "steps"'),
+        ([ENCODER, "--config.stepz=3"], '; did you mean "steps"'),
         ([ENCODER, "--config.steps=many"], "--config.steps=many: invalid"),
         ([LORA, "--config.mixture.more.path=x"], "the config has no such setting: 'more'"),
         (["--config=configs/none.py", "--config.steps=3"], "no config file at configs/none.py"),
         (["--config", "finetune"], "one of: finetune_full, finetune_lora, janus_1_3b_stage1, "),
         ([ENCODER, "now"], "arguments must be flags, got ['now']"),
         ([ENCODER, "--config.init=/none"], "init must be a checkpoint folder: /none is not"),
-        ([], "Flag --config must have a value"),
+        ([], "--config is required; run --help for the list of configs"),
         (["--config=configs/janus_tiny_stage3.py:stage9"], "stage2 or nothing, got 'stage9'"),
         (["--config=janus_tiny_stage3:stage9"], "stage2 or nothing, got 'stage9'"),
         (["--config=README.md"], "the config file must be Python, got "),
@@ -196,6 +196,27 @@ def test_a_config_is_found_by_its_name_or_as_a_file(tmp_path, monkeypatch):
     assert cli.find_config(path) == path
     (tmp_path / "janus_tiny_vq").write_text("")  # a file goes before a name
     assert cli.find_config("janus_tiny_vq:a") == "janus_tiny_vq:a"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("from janus_jax.configs import nope", "config file failed: ImportError: cannot import "),
+        ("def get_config():\n    return missing", "NameError: name 'missing' is not defined (FILE"),
+        ("steps = 3", "the config file must define get_config()"),
+        ("def get_config():\n    return dict(task='stage')", "ml_collections.ConfigDict, got dict"),
+        ("def get_config(", "the config file must be Python, got '(' was never closed"),
+    ],
+)
+def test_errors_in_a_config_file_take_one_line(text, message, tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "config_config", raising=False)  # of an earlier config file
+    path = tmp_path / "mine.py"
+    path.write_text(text + "\n")
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stopped:
+        cli.parse(["train.py", f"--config={path}"])
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.startswith("train.py: ") and err.count("\n") == 1
+    assert message.replace("FILE", str(path)) in err
 
 
 def refused(train_one, cfg, capsys) -> str:

@@ -214,6 +214,9 @@ def test_what_is_refused(golden, refused, tmp_path):
     )
     no_image = "--image", tmp_path / "i.png"
     assert "image file not found: " in refused(golden / "janus_small", *no_image)
+    assert "--json must be a file, got the folder" in refused(
+        golden / "janus_small", "--json", tmp_path
+    )
     assert "--json: " in refused(golden / "janus_small", "--json", tmp_path / "absent" / "t.json")
     assert "must be 32, got 8" in refused(ROOT / "janus_jax" / "assets" / "janus_tiny")
     assert "invalid choice: 'float16'" in refused(golden / "janus_small", "--dtype", "float16")

@@ -67,6 +67,8 @@ def suggestion(name: str, hub_ids: bool) -> str:
     suggested = [ids[each] for each in similar if not hub_ids or ids[each] != name]
     if not suggested:
         return ""
+    if suggested == [name]:
+        return f"; to use this hub id, download it first: hf download {name} --local-dir DIR"
     question = f"; did you mean {' or '.join(suggested)}?"
     download = f" Download it first: hf download {suggested[0]} --local-dir DIR"
     return question + ("" if hub_ids else download)

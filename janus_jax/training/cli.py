@@ -1,20 +1,23 @@
 """The command line of `train.py` and `janus-train`."""
 
 import contextlib
+import difflib
 import functools
 import re
 import textwrap
+import traceback
 from collections.abc import Iterator, Sequence
 from logging import INFO, LogRecord
 from pathlib import Path
 
 from absl import app, flags, logging
-from ml_collections import config_flags
+from ml_collections import ConfigDict, config_flags
 
-from janus_jax.checks import shorten_text
+from janus_jax import configs
+from janus_jax.checks import error_text, shorten_text
 from janus_jax.flags import device_memory_errors, one_line_errors
 
-CONFIGS = Path(__file__).parents[1] / "configs"  # the folder configs/ of a clone
+CONFIGS = Path(configs.__file__).parent  # the folder configs/ of a clone
 COMMAND = "python train.py"
 
 _CONFIG = config_flags.DEFINE_config_file(
@@ -69,7 +72,8 @@ def settings_errors(name: str = "train.py") -> Iterator[None]:
             # a ConfigDict raises AttributeError with a KeyError as its argument
             if not error.args or not isinstance(error.args[0], KeyError):
                 raise
-            raise ValueError(f"the config has no {error.args[0].args[0]}") from error
+            name = str(error.args[0].args[0]).replace("\nDid you", "; did you")
+            raise ValueError(f"the config has no {name}") from error
 
 
 def config_names() -> list[str]:
@@ -84,15 +88,21 @@ def find_config(value: str) -> str:
         file is used.
 
     Raises:
-        FileNotFoundError: there is neither such a file nor such a config.
+        FileNotFoundError: there is neither such a file nor such a config. ValueError: the name is
+            empty.
     """
     name, colon, argument = value.partition(":")
+    if not name:
+        raise ValueError("--config must be the path or the name of a config, got ''")
     if Path(name).is_file():
         return value
-    if name not in config_names():
+    names = config_names()
+    if name not in names:
+        similar = difflib.get_close_matches(Path(name).stem, names, 1)
+        hint = f"did you mean {similar[0]}? " if similar else ""
         raise FileNotFoundError(
-            f"no config file at {shorten_text(name)}, and no config of that name; give the path "
-            f"of a Python file, or one of: {', '.join(config_names())}"
+            f"no config file at {shorten_text(name)}, and no config of that name; {hint}give the "
+            f"path of a Python file, or one of: {', '.join(names)}"
         )
     return f"{CONFIGS / name}.py{colon}{argument}"
 
@@ -104,7 +114,7 @@ def _with_config_paths(argv: Sequence[str]) -> list[str]:
         flag, equals, value = word.partition("=")
         if flag not in ("-config", "--config"):
             continue
-        if equals and value:
+        if equals:
             words[number] = f"{flag}={find_config(value)}"
         elif not equals and number + 1 < len(words):
             words[number + 1] = find_config(words[number + 1])
@@ -158,18 +168,43 @@ def parse(argv: Sequence[str], command: str = COMMAND) -> list[str]:
         print(help_text(command))
         raise SystemExit(0)
     with settings_errors(_error_name(command)):
-        argv = _with_config_paths(argv)
-        try:
-            return flags.FLAGS(argv)
-        except SyntaxError as error:
-            raise ValueError(f"the config file must be Python, got {error}") from None
-        except KeyError as error:  # an unknown name inside a mapping, or inside a plain value
-            raise ValueError(f"the config has no such setting: {error.args[0]}") from None
-        except flags.IllegalFlagValueError as error:
-            # an error inside the config file comes with its whole traceback
-            before, trace, _ = str(error).partition("Traceback")
-            last = str(error).splitlines()[-1] if trace else ""
-            raise ValueError(f"{before}{last}") from None
+        words = _parse_flags(_with_config_paths(argv))
+        if not isinstance(_CONFIG.value, ConfigDict):
+            got = type(_CONFIG.value).__name__
+            raise ValueError(f"get_config() must return an ml_collections.ConfigDict, got {got}")
+        return words
+
+
+def _parse_flags(argv: Sequence[str]) -> list[str]:
+    """Parses the flags and runs the config file.
+
+    Raises:
+        ValueError: a flag is wrong, or an exception was raised in the config file.
+    """
+    try:
+        return flags.FLAGS(argv)
+    except SyntaxError as error:
+        raise ValueError(f"the config file must be Python, got {error}") from None
+    except KeyError as error:  # an unknown name inside a mapping, or inside a plain value
+        raise ValueError(f"the config has no such setting: {error.args[0]}") from None
+    except flags.IllegalFlagValueError as error:
+        if str(error).startswith("flag --config=None"):
+            raise ValueError("--config is required; run --help for the list of configs") from None
+        # a ValueError raised in the config file comes with its whole traceback
+        before, trace, _ = str(error).partition("Traceback")
+        last = str(error).splitlines()[-1] if trace else ""
+        raise ValueError(f"{before}{last}") from None
+    except flags.Error:
+        raise
+    except Exception as error:
+        if error.args and isinstance(error.args[0], KeyError):  # see settings_errors
+            raise
+        if "no attribute 'get_config'" in str(error):
+            raise ValueError("the config file must define get_config()") from None
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        kind, place = type(error).__name__, f"{where.filename}, line {where.lineno}"
+        reason = f"{kind}: {error_text(error)} ({place})"
+        raise ValueError(f"the config file failed: {reason}") from error
 
 
 def train(argv: Sequence[str], command: str = COMMAND) -> None:

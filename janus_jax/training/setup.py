@@ -41,7 +41,7 @@ from janus_jax.sharding import (
 )
 from janus_jax.training.folders import check_init
 from janus_jax.training.lora import ADAPTERS, LoRAConfig, add_adapters
-from janus_jax.training.stages import ALL_BUT_TOKENIZER
+from janus_jax.training.stages import ALL_BUT_TOKENIZER, base_config
 from janus_jax.training.state import (
     TrainState,
     init_state,
@@ -304,6 +304,8 @@ def check_reinit(reinit: str, trained: Iterable[str], frozen: Iterable[str]) -> 
 
 def check_settings(cfg) -> None:
     """Raises ValueError for a number out of its range, or a name that is not a valid choice."""
+    if unknown := sorted(set(cfg) - set(base_config())):
+        raise ValueError(f"the config has settings that do not exist: {', '.join(unknown)}")
     counts = ("steps", "log_every", "save_every", "keep", "accumulate", "chunk", "eval_batches")
     minimums = dict.fromkeys(counts, 1)
     minimums |= dict.fromkeys(("seed", "lora_rank", "eval_every", "sample_every"), 0)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from janus_jax.flags import OneLineParser, one_line_errors
+from janus_jax.flags import OneLineParser, one_line_errors, path_arg
 
 DESCRIPTION = """\
 Compare MODEL in janus_jax with the same weights in PyTorch's `transformers`, on the CPU.
@@ -62,7 +62,7 @@ def _parser(command: str, name: str) -> OneLineParser:
     add("--num_image_tokens", metavar="N", type=int, default=32, help=text)
     text = "length limit of the answer in tokens (default: %(default)s)"
     add("--max_new_tokens", metavar="N", type=int, default=32, help=text)
-    add("--json", metavar="FILE", help="also write the table to this file as JSON")
+    add("--json", type=path_arg, metavar="FILE", help="also write the table to this file as JSON")
     return parser
 
 
@@ -93,8 +93,10 @@ def _run(args: argparse.Namespace) -> int:
     model = find_folder(args.model)
     reference = None if args.reference is None else find_folder(args.reference)
     run.check_reference(reference)
-    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json: {Path(args.json).parent} is not a folder")
+    if args.json is not None and not args.json.absolute().parent.is_dir():
+        raise FileNotFoundError(f"--json: {args.json.parent} is not a folder")
+    if args.json is not None and args.json.is_dir():
+        raise ValueError(f"--json must be a file, got the folder {args.json}")
     print(run.memory_text(model), flush=True)
     start = time.monotonic()
 
@@ -105,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
     print(f"{args.model}: {run.versions()}")
     print("\n".join(format_table(rows)))
     if args.json is not None:
-        _write_json(Path(args.json), args, run.versions(), rows)
+        _write_json(args.json, args, run.versions(), rows)
     return 0 if all(row.passed for row in rows) else 1
 
 
