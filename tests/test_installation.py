@@ -64,6 +64,15 @@ def installed(tmp_path_factory) -> Path:
     return python.parent
 
 
+def packages(folder: Path) -> set[str]:
+    """Returns the names of the packages in a folder, which setup.cfg must list."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*") if is_package(path)}
+
+
+def is_package(path: Path) -> bool:
+    return (path / "__init__.py").is_file()
+
+
 def test_only_the_package_is_installed(installed, tmp_path):
     code = (
         "import importlib.util, janus_jax; print(janus_jax.__file__); "
@@ -73,6 +82,8 @@ def test_only_the_package_is_installed(installed, tmp_path):
     file, others = done.stdout.splitlines()
     assert Path(file).is_relative_to(installed.parent)
     assert others == "[None, None, None, None]"
+    package = Path(file).parent
+    assert packages(package) == packages(ROOT / "janus_jax")
 
 
 def test_janus_sample(installed, tmp_path):
