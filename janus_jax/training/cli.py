@@ -142,7 +142,7 @@ def help_text(command: str = COMMAND) -> str:
             f"usage: {command} --config=CONFIG [--config.NAME=VALUE ...] [FLAGS]",
             "",
             "Train a Janus model: one of the stages of the Janus-Pro report, fine-tuning of all",
-            "weights, or LoRA. See docs/training.md.",
+            "weights, or LoRA. See docs/training.md in the repository.",
             "",
             "examples:",
             f"  {command} --config={stage3} --config.steps=20",

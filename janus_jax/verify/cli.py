@@ -19,7 +19,8 @@ Compare MODEL in janus_jax with the same weights in PyTorch's `transformers`, on
 Prints a table of the differences in preprocessing, SigLIP features, image tokenizer, logits and
 greedy generation. The exit status is 0 if all are within their limits, 1 if not, 2 after an error.
 If MODEL is not in the layout of transformers, it is first exported to a temporary folder.
-Needs torch and transformers. See docs/verify.md for limits, memory and time."""
+Needs torch and transformers. See docs/verify.md in the repository for limits,
+memory and time."""
 
 
 def main(argv: Sequence[str], command: str) -> NoReturn:
