@@ -35,6 +35,7 @@ def outputs_of(notebook, part: str) -> tuple[str, list[str]]:
     return text, [images["image/png"] for images in data if "image/png" in images]
 
 
+@pytest.mark.slow
 def test_the_notebook_runs(notebook, tmp_path, monkeypatch):
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert [HUB_ID in cell.source for cell in code] == [True] + [False] * (len(code) - 1)
