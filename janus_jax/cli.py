@@ -15,6 +15,7 @@ from janus_jax.flags import (
     error_line,
     one_line_errors,
     path_arg,
+    program_name,
 )
 from janus_jax.paths import MAX_TEXT_BYTES, atomic_write, check_local
 from janus_jax.progress import Progress
@@ -141,7 +142,7 @@ _TEXT_DEFAULTS = {"image": [], "allow_urls": False, "max_new_tokens": 256, "temp
 
 def make_parser(command: str = "python sample.py") -> argparse.ArgumentParser:
     """Returns the parser of all flags. command: how the user calls this program."""
-    name = command.rpartition(" ")[2]
+    name = program_name(command)
     parser = OneLineParser(
         name,
         prog=name,
@@ -433,5 +434,5 @@ def main(argv: Sequence[str] | None = None, command: str = "python sample.py") -
     """
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # the encoding may lack characters of a path or answer
-    with one_line_errors(command.rpartition(" ")[2]):
+    with one_line_errors(program_name(command)):
         run(argv, command)

@@ -16,7 +16,7 @@ def sample() -> None:
 
 def convert() -> None:
     """Runs janus-convert."""
-    from janus_jax.interop.cli import main
+    from janus_jax.convert_cli import main
 
     set_up_program()
     main(command="janus-convert")

@@ -40,6 +40,11 @@ def exit_with_error(name: str, message: str, status: int = 2) -> NoReturn:
     sys.exit(status)
 
 
+def program_name(command: str) -> str:
+    """Returns the name that error messages start with: "convert" for "python -m convert"."""
+    return command.rpartition(" ")[2]
+
+
 def error_line(name: str, message: str) -> str:
     """Formats an error of the command `name` as one line and shortens very long words."""
     words = (word if len(word) < 256 else shorten_text(word) for word in message.split())

@@ -106,8 +106,8 @@ def test_dst_that_exists(golden, refused, run, tmp_path):
     for flags in ((), ("--overwrite",)):
         said = refused(golden / "janus", tmp_path / "o", *flags)
         assert "exists and is not replaced: it must be empty" in said
-    told = refused(golden / "janus", "gs://bucket/o")
-    assert "must be a local path, got gs:/" in told
+    message = refused(golden / "janus", "gs://bucket/o")
+    assert "must be a local path, got gs:/" in message
     (tmp_path / "o" / "config.json").write_text("{}")  # as many a project has
     refused(golden / "janus", tmp_path / "o", "--overwrite")
     (tmp_path / "o" / "model.safetensors").touch()

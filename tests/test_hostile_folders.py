@@ -27,10 +27,10 @@ def refusal(call, path, kind=ValueError):
     began = time.monotonic()
     with pytest.raises(kind) as error:
         call(path)
-    told = str(error.value)
-    assert "\n" not in told and len(told) < len(str(path)) + 400
+    message = str(error.value)
+    assert "\n" not in message and len(message) < len(str(path)) + 400
     assert time.monotonic() - began < 20
-    return told
+    return message
 
 
 def make_safetensors(path, header, data=b""):
@@ -129,9 +129,9 @@ KINDS = ("fifo", "folder", "device", "dangling link")
 @pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin"])
 def test_weights_that_are_no_regular_file_are_not_opened(tmp_path, name, kind):
     error = not_regular(tmp_path / name, kind)
-    told = refusal(open_checkpoint, tmp_path, error)
+    message = refusal(open_checkpoint, tmp_path, error)
     found = "folder" if kind == "folder" else "FIFO, socket or device"
-    assert told == {
+    assert message == {
         FileNotFoundError: f"no {name} in {tmp_path} (a symbolic link to a missing file)",
         ValueError: f"{tmp_path / name} must be a regular file, got a {found}",
     }[error]
@@ -158,8 +158,8 @@ def test_json_of_any_size_is_not_read(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{}")
     os.truncate(path, 10**11)  # sparse
-    told = f"{path} must have at most {MAX_JSON_BYTES} bytes, got {10**11}"
-    assert refusal(read_json, path) == told
+    message = f"{path} must have at most {MAX_JSON_BYTES} bytes, got {10**11}"
+    assert refusal(read_json, path) == message
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/etc/passwd", "a/b", "n" * 10**5, "é" * 128])
@@ -173,9 +173,9 @@ def test_absent_shards_are_counted(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     names = {f"t{i}": f"{i:04d}\0.safetensors" for i in range(1000)}
     index.write_text(json.dumps({"weight_map": names}))
-    told = refusal(open_checkpoint, tmp_path, FileNotFoundError)
-    assert told.startswith(f"1000 of the 1000 shards named in {index} are missing: ")
-    assert "'0000\\x00.safetensors', " in told and told.endswith(", ...")
+    message = refusal(open_checkpoint, tmp_path, FileNotFoundError)
+    assert message.startswith(f"1000 of the 1000 shards named in {index} are missing: ")
+    assert "'0000\\x00.safetensors', " in message and message.endswith(", ...")
 
 
 def test_a_file_that_became_shorter_is_named(tmp_path):

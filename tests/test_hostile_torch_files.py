@@ -30,10 +30,10 @@ def values(path):
 def refusal(path):
     with pytest.raises(ValueError) as error:
         values(path)
-    told = str(error.value)
-    assert told.startswith(f"refusing to load {path}: ") and "\n" not in told
-    assert len(told) < len(str(path)) + 300
-    return told
+    message = str(error.value)
+    assert message.startswith(f"refusing to load {path}: ") and "\n" not in message
+    assert len(message) < len(str(path)) + 300
+    return message
 
 
 @pytest.fixture
@@ -228,7 +228,7 @@ def tensor_pickle(shape, strides=(1,), offset=0, size=12):
 
 
 @pytest.mark.parametrize(
-    ("shape", "strides", "told"),
+    ("shape", "strides", "message"),
     [
         ((2**40,), (0,), "is larger than the file"),
         ((0, 2**62, 2**62), (1, 1, 1), "an invalid shape: (0, 4611686018427387904, 46"),
@@ -243,15 +243,15 @@ def tensor_pickle(shape, strides=(1,), offset=0, size=12):
         ((2,), (2**70,), "of shape (2,) has invalid strides (1180591620717411303424,)"),
     ],
 )
-def test_sizes_that_no_tensor_has(saved, shape, strides, told):
-    assert told in refusal(with_pickle(saved, tensor_pickle(shape, strides)))
+def test_sizes_that_no_tensor_has(saved, shape, strides, message):
+    assert message in refusal(with_pickle(saved, tensor_pickle(shape, strides)))
     assert values(with_pickle(saved, tensor_pickle((2, 3), (4, 1))))["a"][1] == (2, 3)
 
 
 def test_long_names_are_cut(saved):
     name = "n" * 10**5
-    told = refusal(with_pickle(saved, pickle.dumps({name: 1})))
-    assert re.search(r"got 'n{20,80}\.\.\.n*': int$", told), told
+    message = refusal(with_pickle(saved, pickle.dumps({name: 1})))
+    assert re.search(r"got 'n{20,80}\.\.\.n*': int$", message), message
 
 
 def test_mutated_pickles_are_refused_or_read(saved):

@@ -167,11 +167,12 @@ def test_too_many_skipped_are_refused_also_when_all_shards_are_there(run, refuse
     bad = {2: "{", 5: '{"text": ""}', 11: "["}
     source = text_lines(tmp_path / "train.jsonl", 50, bad)
     args = f"jsonl:{source}", f"tar:{tmp_path / 'tokens'}", "--shard_size", 20
-    told = "3 of the 50 records of --source are bad (2 malformed, 1 empty text), more than"
-    assert told in refused(*args)
+    message = "3 of the 50 records of --source are bad (2 malformed, 1 empty text), more than"
+    assert message in refused(*args)
     status, said, err = run(*args, "--max_bad", 0.06)
     assert (status, err) == (0, "") and "47 records copied, 3 skipped (2 malformed" in said
-    assert told in refused(*args, "--max_bad", 0.059)  # also counts the records of finished shards
+    # records of finished shards are counted too
+    assert message in refused(*args, "--max_bad", 0.059)
     assert run(*args, "--max_bad", 0.06)[:2] == (0, said)
 
 
@@ -268,9 +269,9 @@ def test_a_report_with_other_content_is_named(wrong, run, refused, tmp_path):
     assert run(*args)[0] == 0
     report = tmp_path / "tokens/.tokenize_images/00000.json"
     report.write_text(json.dumps(wrong and json.loads(report.read_text()) | wrong))
-    told = refused(*args)
+    message = refused(*args)
     rule = "must contain the integers encoded and copied, and the list skipped; delete it to"
-    assert told == f"tokenize_images: {report} {rule} write its shard again\n"
+    assert message == f"tokenize_images: {report} {rule} write its shard again\n"
     report.unlink()
     assert "3 images tokenized" in run(*args)[1]
 
@@ -278,17 +279,17 @@ def test_a_report_with_other_content_is_named(wrong, run, refused, tmp_path):
 def test_one_run_at_a_time(run, refused, tmp_path, monkeypatch):
     write_records("tar", tmp_path / "train.tar", captioned(3))
     args = f"tar:{tmp_path / 'train.tar'}", f"tar:{tmp_path / 'tokens'}"
-    told = []
+    errors = []
 
     def meanwhile(format, path, records, first):
-        told.append(refused(*args))  # must not call this function again
+        errors.append(refused(*args))  # must not call this function again
         write_records(format, path, records, first)
 
     monkeypatch.setattr(tokenize_images, "write_records", meanwhile)
     status, said, _ = run(*args)
     hint = "wait until it ends, or use another folder"
     message = f"{tmp_path / 'tokens'} is in use by another run; {hint}"
-    assert told == [f"tokenize_images: {message}\n"]
+    assert errors == [f"tokenize_images: {message}\n"]
     assert status == 0 and "3 images tokenized" in said
     assert len(open_source("tar", tmp_path / "tokens")) == 3
 
@@ -301,8 +302,8 @@ def test_a_full_disk_is_reported_with_the_name_of_the_file(refused, tmp_path, mo
     write_records("tar", tmp_path / "train.tar", captioned(3))
     monkeypatch.setattr(tokenize_images, "write_records", without_room)
     out = tmp_path / "tokens"
-    told = refused(f"tar:{tmp_path / 'train.tar'}", f"tar:{out}")
-    assert told == f"tokenize_images: [Errno 27] File too large: '{out}/shard-00000.tar'\n"
+    message = refused(f"tar:{tmp_path / 'train.tar'}", f"tar:{out}")
+    assert message == f"tokenize_images: [Errno 27] File too large: '{out}/shard-00000.tar'\n"
     assert sorted(contents(out)) == [".tokenize_images/lock", ".tokenize_images/manifest.json"]
 
 
@@ -343,8 +344,8 @@ def test_options_of_the_source(run, refused, tmp_path):
     rooted = (*args, "--image_root", tmp_path / "images")
     assert "1 images tokenized" in run(*rooted)[1]
     assert "started with image_root" in refused(*args)
-    told = refused(*rooted, "--class_names", "names.txt")
-    assert "wrong options for a source of the format jsonl" in told
+    message = refused(*rooted, "--class_names", "names.txt")
+    assert "wrong options for a source of the format jsonl" in message
 
 
 def test_what_is_refused_leaves_nothing(golden, refused, tmp_path):
@@ -358,8 +359,8 @@ def test_what_is_refused_leaves_nothing(golden, refused, tmp_path):
     assert "is not a folder" in refused(source, output, model="missing")
     assert "--batch_size must be an integer" in refused(source, output, "--batch_size", 0)
     for wrong in (-0.1, 1, "nan"):
-        told = f"--max_bad must be at least 0 and below 1, got {float(wrong)}"
-        assert told in refused(source, output, "--max_bad", wrong)
+        message = f"--max_bad must be at least 0 and below 1, got {float(wrong)}"
+        assert message in refused(source, output, "--max_bad", wrong)
     assert "--max_bad: invalid float value: 'x'" in refused(source, output, "--max_bad", "x")
     assert "--shard_size must be an integer" in refused(source, output, "--shard_size", -1)
     assert "unrecognized arguments: --batch" in refused(source, output, "--batch", 3)
@@ -367,8 +368,8 @@ def test_what_is_refused_leaves_nothing(golden, refused, tmp_path):
     assert "must be a folder, got the file" in refused(source, f"tar:{tmp_path / 'a.jsonl'}")
     assert "that of an interrupted run, got" in refused(source, f"tar:{tmp_path}")
     assert contents(tmp_path) == before and os.listdir(tmp_path) == ["a.jsonl"]
-    told = refused(source, f"class_folder:{tmp_path / 'tokens'}")
-    assert f"can only hold generation records, got text {tmp_path / 'a.jsonl'}:1" in told
+    message = refused(source, f"class_folder:{tmp_path / 'tokens'}")
+    assert f"can only hold generation records, got text {tmp_path / 'a.jsonl'}:1" in message
 
 
 def test_out_of_device_memory(refused, tmp_path, monkeypatch):
@@ -377,8 +378,8 @@ def test_out_of_device_memory(refused, tmp_path, monkeypatch):
 
     monkeypatch.setattr(codec, "encode_pixels", encode_pixels)
     write_records("tar", tmp_path / "a.tar", captioned(1))
-    told = refused(f"tar:{tmp_path / 'a.tar'}", f"tar:{tmp_path / 'tokens'}")
-    assert "out of memory: on the device, while encoding; a smaller --batch_size" in told
+    message = refused(f"tar:{tmp_path / 'a.tar'}", f"tar:{tmp_path / 'tokens'}")
+    assert "out of memory: on the device, while encoding; a smaller --batch_size" in message
 
 
 def test_the_image_tokenizer_alone_is_the_models(golden, small, tmp_path, capsys):

@@ -306,9 +306,9 @@ def test_a_device_without_memory_takes_one_line(monkeypatch, capsys):
         words = cli.parse(["train.py", "--config=configs/janus_tiny_stage3.py"])
         with pytest.raises(SystemExit) as stopped:
             cli.train(words)
-    told = capsys.readouterr().err.splitlines()[-1]
+    message = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2
-    assert told.startswith("train.py: out of memory: on the device, while training; reduce batch_")
+    assert message.startswith("train.py: out of memory: on the device, while training; reduce ")
 
 
 def test_an_interrupt_takes_one_line_and_a_bug_its_traceback(capsys):

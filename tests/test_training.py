@@ -116,32 +116,32 @@ def vq_run():
     graph, params, frozen = split_model(tiny_model(), "gen_vq")
     optimizer = make_optimizer(cfg)
     step = make_vq_step(graph, frozen, optimizer, cfg)
-    state, usage, told = init_state(params, optimizer), jnp.zeros(CODES), []
+    state, usage, history = init_state(params, optimizer), jnp.zeros(CODES), []
     for _ in range(16):
         state, usage, metrics = step(state, usage, images(4), np.arange(16, dtype=np.int32))
         params = jax.device_get(state.params)
-        told.append(jax.device_get(metrics) | dict(params=params, usage=np.array(usage)))
-    return graph, frozen, told
+        history.append(jax.device_get(metrics) | dict(params=params, usage=np.array(usage)))
+    return graph, frozen, history
 
 
 def test_steps_of_the_tokenizer_lower_the_loss(vq_run):
-    *_, told = vq_run
-    losses = [metrics["l1"] + metrics["l2"] for metrics in told]
+    *_, history = vq_run
+    losses = [metrics["l1"] + metrics["l2"] for metrics in history]
     assert losses[3] < 0.9 * losses[0] and losses[-1] < losses[4]
 
 
 def test_only_the_tokenizer_is_trained(vq_run):
-    graph, frozen, told = vq_run
-    after = by_path(nnx.state(nnx.merge(graph, told[-1]["params"], frozen)))
+    graph, frozen, history = vq_run
+    after = by_path(nnx.state(nnx.merge(graph, history[-1]["params"], frozen)))
     for path, value in by_path(tiny_params()[1]).items():
         assert np.array_equal(value, after[path]) != path.startswith("gen_vq."), path
 
 
 def test_codes_lie_on_latents_until_these_are_quantised(vq_run):
     """Before step 4 every code is on a latent of its batch and counts as used."""
-    graph, frozen, told = vq_run
+    graph, frozen, history = vq_run
     latents_of = jax.jit(lambda vq, pixels: l2_normalise(vq.latents(pixels)))
-    for earlier, later in itertools.pairwise(told[:4]):
+    for earlier, later in itertools.pairwise(history[:4]):
         vq = nnx.merge(graph, earlier["params"], frozen).gen_vq
         pixels = images(4).astype(np.float32) / 127.5 - 1
         latents = np.asarray(latents_of(vq, pixels)).reshape(-1, 4)
@@ -149,7 +149,7 @@ def test_codes_lie_on_latents_until_these_are_quantised(vq_run):
         distance = np.abs(codes[:, None] - latents).max(-1).min(-1)
         assert distance.max() < 1e-5
         assert (later["usage"] == 1).all()
-    before, first = told[3], told[4]
+    before, first = history[3], history[4]
     assert np.isclose(first["usage"].sum(), USAGE_DECAY * CODES + (1 - USAGE_DECAY) * 16)
     moved = np.abs(first["params"]["gen_vq"]["codebook"] - before["params"]["gen_vq"]["codebook"])
     assert moved.max() < 0.011  # a step of the optimizer at most

@@ -69,8 +69,8 @@ def unread_media(
     Args:
         fields: the fields of a record or a turn.
         known: names of fields that are read.
-        has_image: whether the record has an image of its own. If so, a field named like a file name
-            or a path is assumed to say where that image comes from, and is allowed.
+        has_image: whether the record contains an image. If so, a field named like a file name or
+            a path is assumed to describe the origin of that image, and is allowed.
     """
     origin = {"origin": _IMAGE_ORIGIN} if has_image else {}
     for name, value in fields.items():

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from janus_jax import configs
 from janus_jax.checks import error_text, shorten_text
-from janus_jax.flags import device_memory_errors, one_line_errors
+from janus_jax.flags import device_memory_errors, one_line_errors, program_name
 
 CONFIGS = Path(configs.__file__).parent  # the folder configs/ of a clone
 COMMAND = "python train.py"
@@ -37,8 +37,8 @@ _DRY_RUN = flags.DEFINE_bool(
 _DISTRIBUTED = flags.DEFINE_bool(
     "distributed",
     False,
-    "Run as one of several processes that JAX can detect by itself: on Cloud TPU, Slurm, Open MPI "
-    "or Kubernetes.",
+    "Run as one of several processes whose addresses JAX detects: on Cloud TPU, Slurm, Open MPI or "
+    "Kubernetes.",
 )
 _COORDINATOR = flags.DEFINE_string(
     "coordinator",
@@ -167,7 +167,7 @@ def parse(argv: Sequence[str], command: str = COMMAND) -> list[str]:
     if any(re.fullmatch("-h|--?(help|helpshort)", word) for word in argv[1:]):
         print(help_text(command))
         raise SystemExit(0)
-    with settings_errors(_error_name(command)):
+    with settings_errors(program_name(command)):
         words = _parse_flags(_with_config_paths(argv))
         if not isinstance(_CONFIG.value, ConfigDict):
             got = type(_CONFIG.value).__name__
@@ -214,7 +214,7 @@ def train(argv: Sequence[str], command: str = COMMAND) -> None:
         argv: the name of the program, and the words that are not flags (none are allowed).
         command: how the user calls this program, for error messages.
     """
-    with settings_errors(_error_name(command)):
+    with settings_errors(program_name(command)):
         if len(argv) > 1:
             raise ValueError(f"arguments must be flags, got {argv[1:]}")
         logging.set_verbosity(logging.INFO)
@@ -248,15 +248,10 @@ def train(argv: Sequence[str], command: str = COMMAND) -> None:
         # the inner settings_errors prints its line before exit_without_waiting ends the process
         with (
             distributed.exit_without_waiting(),
-            settings_errors(_error_name(command)),
+            settings_errors(program_name(command)),
             device_memory_errors(_MEMORY_ADVICE),
         ):
             run(cfg)
-
-
-def _error_name(command: str) -> str:
-    """Returns the name that error messages start with: "train.py" for "python train.py"."""
-    return command.rpartition(" ")[2]
 
 
 def main(command: str = COMMAND) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from janus_jax.flags import OneLineParser, one_line_errors, path_arg
+from janus_jax.flags import OneLineParser, one_line_errors, path_arg, program_name
 
 DESCRIPTION = """\
 Compare MODEL in janus_jax with the same weights in PyTorch's `transformers`, on the CPU.
@@ -30,7 +30,7 @@ def main(argv: Sequence[str], command: str) -> NoReturn:
         argv: arguments after `verify`.
         command: how the user calls the command that has `verify`, such as "python -m convert".
     """
-    name = command.rpartition(" ")[2]
+    name = program_name(command)
     args = _parser(command, name).parse_args(argv)
     os.environ["JAX_PLATFORMS"] = "cpu"  # both implementations run on the host
     with one_line_errors(name, ImportError):

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from janus_jax.flags import OneLineParser, one_line_errors, path_arg
+from janus_jax.flags import OneLineParser, one_line_errors, path_arg, program_name
 from janus_jax.progress import Progress
 from janus_jax.verify import cli as verify_cli
 
@@ -36,7 +36,7 @@ def _description(command: str) -> str:
 
 
 def _parser(command: str, subcommand: str | None) -> OneLineParser:
-    name = _error_name(command)
+    name = program_name(command)
     if subcommand == "inspect":
         text = "Print components, parameter counts, dtypes and the tensors that are not read."
         parser = OneLineParser(name, prog=f"{command} inspect", description=text)
@@ -65,11 +65,6 @@ def _parser(command: str, subcommand: str | None) -> OneLineParser:
     return parser
 
 
-def _error_name(command: str) -> str:
-    """Returns the name that error messages start with: "convert" for "python -m convert"."""
-    return command.rpartition(" ")[2]
-
-
 def _run(subcommand: str | None, args: argparse.Namespace) -> list[str]:
     # Imported late, so that --help is fast and main can select the platform before JAX starts.
     from janus_jax.interop import export
@@ -96,5 +91,5 @@ def main(argv: Sequence[str] | None = None, command: str = "python -m convert") 
         verify_cli.main(argv, command)
     args = _parser(command, subcommand).parse_args(argv)
     os.environ["JAX_PLATFORMS"] = "cpu"  # conversion runs on the host
-    with one_line_errors(_error_name(command)):
+    with one_line_errors(program_name(command)):
         print("\n".join(_run(subcommand, args)))
