@@ -308,7 +308,8 @@ def test_a_device_without_memory_takes_one_line(monkeypatch, capsys):
             cli.train(words)
     message = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2
-    assert message.startswith("train.py: out of memory: on the device, while training; reduce ")
+    start = "train.py: out of memory: on the device, while training; reduce batch_size"
+    assert message.startswith(start)
 
 
 def test_an_interrupt_takes_one_line_and_a_bug_its_traceback(capsys):
