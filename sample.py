@@ -3,11 +3,11 @@
 python sample.py --prompt "a red circle left of a blue square"
 python sample.py --image a.png --question "What is in the image?"
 
-The code is in janus_jax/cli.py.
+The code is in janus_jax/commands/sample.py.
 """
 
-from janus_jax.cli import main
-from janus_jax.flags import set_up_program
+from janus_jax.commands.flags import set_up_program
+from janus_jax.commands.sample import main
 
 if __name__ == "__main__":
     set_up_program()

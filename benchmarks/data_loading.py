@@ -21,11 +21,11 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import synthetic
+from janus_jax.commands.flags import OneLineParser, one_line_errors
 from janus_jax.data import packing
 from janus_jax.data.loading import RowsConfig, open_rows
 from janus_jax.data.records import Record
 from janus_jax.data.writers import write_records
-from janus_jax.flags import OneLineParser, one_line_errors
 from janus_jax.interop.load import open_folder
 from janus_jax.processing.processor import Processor
 

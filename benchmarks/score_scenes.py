@@ -2,9 +2,9 @@
 
     python -m benchmarks.score_scenes --output benchmarks/results/janus_tiny.json
 
-Generated images are scored by janus_jax/data/checker.py, which reads pixels and shares no code with
-the renderer. There are four images per prompt, as in GenEval. Guidance weight and temperature are
-tuned on prompts that are not scored.
+Generated images are scored by janus_jax/shapes/checker.py, which reads pixels and shares no code
+with the renderer. There are four images per prompt, as in GenEval. Guidance weight and temperature
+are tuned on prompts that are not scored.
 
 An answer must equal the expected answer exactly. Expected answers come from the rendered scene; the
 checker must detect the same scene in the pixels. Questions are about scenes that neither the
@@ -14,6 +14,7 @@ questions.)
 
 import argparse
 import collections
+import functools
 import hashlib
 import itertools
 import json
@@ -27,14 +28,15 @@ import numpy as np
 
 from configs import janus_tiny_encoder, janus_tiny_stage3
 from janus_jax import load
-from janus_jax.data import checker, scenes
 from janus_jax.data.mixture import open_parts
-from janus_jax.data.questions import sample_question
-from janus_jax.data.scene_batches import sample_scenes
 from janus_jax.data.sources import open_source
 from janus_jax.generation.loading import GENERATION_KEYS, TINY, ImageDefaults, find_folder
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.processing.json_files import write_json
+from janus_jax.shapes import checker, scenes
+from janus_jax.shapes.batches import sample_scenes
+from janus_jax.shapes.questions import sample_question
+from janus_jax.shapes.source import ALL_FORMATS
 
 GUIDANCE = (1.0, 1.5, 2.0, 3.0, 5.0)
 TEMPERATURES = (1.0, 0.8, 0.6)
@@ -172,7 +174,8 @@ def training_scenes() -> set[bytes]:
         for step in range(cfg.steps)
         for scene in sample_scenes(np.random.default_rng((cfg.seed, step)), cfg.batch_size)
     ]
-    sources = open_parts(janus_tiny_stage3.get_config().mixture.to_dict(), open_source)
+    open_any = functools.partial(open_source, formats=ALL_FORMATS)
+    sources = open_parts(janus_tiny_stage3.get_config().mixture.to_dict(), open_any)
     for part in sources.leaves():
         if part.name != "text":  # text records have no images
             seen += map(part.source.scene, range(len(part.source)))

@@ -42,7 +42,7 @@ def noting(output: Path) -> Callable:
 if __name__ == "__main__":
     import sys
 
-    from janus_jax.training import cli
+    from janus_jax.commands import train as cli
 
     (config,) = [word for word in sys.argv if word.startswith("--config=")]
     Log.step = noting(Path(config.rpartition(":")[2]))

@@ -13,7 +13,8 @@ import safetensors.numpy
 from stage_configs import SMALL
 
 from convert.__main__ import main as convert
-from janus_jax import cli, load
+from janus_jax import load
+from janus_jax.commands import sample as cli
 from janus_jax.generation import loading
 from janus_jax.interop.adapter import Adapter
 from janus_jax.interop.adapter_config import read_adapter_config

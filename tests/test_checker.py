@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from janus_jax.data import checker, scenes
+from janus_jax.shapes import checker, scenes
 
 RED_CIRCLE = scenes.Object("circle", "red", 28, 24, 48)
 BLUE_SQUARE = scenes.Object("square", "blue", 28, 72, 48)

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janus_jax import checks, cli
+from janus_jax import checks
+from janus_jax.commands import sample as cli
 
 
 def doubled(value, times: int):

@@ -8,7 +8,7 @@ import pytest
 from png_files import RGB, png_file
 
 from benchmarks import data_loading as benchmark
-from janus_jax.data import packing, questions, scenes
+from janus_jax.data import packing
 from janus_jax.data.loading import RowsConfig, open_rows
 from janus_jax.data.mixture import open_parts, stream
 from janus_jax.data.records import Record
@@ -18,6 +18,7 @@ from janus_jax.generation.loading import TINY
 from janus_jax.models.janus import JanusConfig
 from janus_jax.processing.images import encode_png
 from janus_jax.processing.processor import Processor
+from janus_jax.shapes import questions, scenes
 
 MODEL = JanusConfig.janus_tiny()
 

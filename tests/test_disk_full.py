@@ -8,7 +8,7 @@ import pytest
 from limits import full_disk
 from source_files import FILES
 
-from janus_jax import gallery
+from janus_jax.commands import gallery
 from janus_jax.data.mixture import Loaded
 from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import Skipped

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from stage_configs import small_config
+from stage_configs import make_setup, small_config
 
+from janus_jax.commands.dry_run import dry_run
 from janus_jax.data.loading import open_rows
 from janus_jax.data.records import Record
 from janus_jax.data.writers import write_records
-from janus_jax.training.dry_run import dry_run
+from janus_jax.shapes.source import ALL_FORMATS
 from janus_jax.training.memory import row_shapes
-from janus_jax.training.setup import Setup
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -40,10 +40,10 @@ def test_a_dry_run_shows_what_the_run_would_do_and_trains_nothing(tmp_path):
     config = small_config(tmp_path, trained=r"gen_head\.", mesh="fsdp=2", batch_size=4)
     del config.mixture["text"]
     kept = files_of_a_run_before(tmp_path / "dry_run" / "host-0")
-    lines = list(dry_run(config))
+    lines = list(dry_run(config, ALL_FORMATS))
     assert kept.exists() and not (tmp_path / "dry_run" / "host-0" / "row-7").exists()
     assert not any("skipped" in line for line in lines)
-    trained, frozen = Setup.from_config(config).shapes
+    trained, frozen = make_setup(config).shapes
     number = sum(leaf.size for leaf in trained.values())
     assert lines[0] == f"trainable: {number:,} parameters (gen_head {number:,})"
     assert lines[1].startswith(f"frozen: {sum(leaf.size for leaf in frozen.values()):,} param")
@@ -78,7 +78,7 @@ def test_a_dry_run_checks_prompts(tmp_path, changed):
     config.eval_mixture = ConfigDict(changed.pop("eval_mixture", {}))
     config.update(changed)
     with pytest.raises(FileNotFoundError, match="no/such"):
-        list(dry_run(config))
+        list(dry_run(config, ALL_FORMATS))
 
 
 @pytest.mark.parametrize("tokenized", [False, True])
@@ -88,8 +88,10 @@ def test_the_rows_that_are_planned_with_are_those_that_come(tmp_path, tokenized)
         record = Record("generation", text="a scene", indices=np.zeros(16, np.int32))
         write_records("jsonl", tmp_path / "records.jsonl", [record] * 9)
         config.mixture.generation = dict(format="jsonl", path=str(tmp_path / "records.jsonl"))
-    setup = Setup.from_config(config)
-    rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, tmp_path)
+    setup = make_setup(config)
+    rows, _ = open_rows(
+        setup.rows, setup.processor, setup.source.cfg, tmp_path, formats=ALL_FORMATS
+    )
     batch = next(iter(rows))
     assert batch.pop("records")
     shapes = row_shapes(setup)

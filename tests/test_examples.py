@@ -8,12 +8,13 @@ import pytest
 from PIL import Image
 from png_files import RGB, png_file
 
-from janus_jax.data import examples, scenes, tiny_tokenizer
+from janus_jax.data import examples
 from janus_jax.data.examples import ExampleMaker, conversation_tokens
 from janus_jax.data.records import BadRecord, Record
 from janus_jax.processing.images import load_image, preprocess, preprocess_generation
 from janus_jax.processing.processor import Processor
 from janus_jax.processing.tokenizer import Tokenizer
+from janus_jax.shapes import scenes, text_tokenizer
 
 SIDE, NUM_TOKENS = 96, 36
 LONG = png_file(np.zeros((1, 1, 3), int), 8, RGB, size=(60_000, 1))
@@ -30,7 +31,7 @@ def png(seed: int, size=(40, 25)) -> bytes:
 @pytest.fixture(scope="module")
 def processor(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tokenizer")
-    tiny_tokenizer.build(folder)
+    text_tokenizer.build(folder)
     return Processor.from_dir(folder)
 
 

@@ -7,7 +7,7 @@ import pytest
 import transformers
 
 from janus_jax.generation import loading
-from janus_jax.interop import export
+from janus_jax.interop import convert
 from janus_jax.interop.load import open_folder
 from janus_jax.interop.processor_files import translate_files
 from janus_jax.processing.json_files import read_json, write_json
@@ -28,10 +28,10 @@ def test_another_layout_keeps_image_settings_and_system_prompt(golden, tmp_path)
     source = with_settings(golden, tmp_path / "s", name, guidance_scale=1.5, temperature=0.5)
     config = json.loads((source / "processor_config.json").read_text())
     (source / "processor_config.json").write_text(json.dumps(config | {"system_prompt": ""}))
-    export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+    convert.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
     stated = json.loads((tmp_path / "hf" / "processor_config.json").read_text())
     assert stated["use_default_system_prompt"] is False
-    export.export_folder(tmp_path / "hf", tmp_path / "back", "deepseek", overwrite=False)
+    convert.export_folder(tmp_path / "hf", tmp_path / "back", "deepseek", overwrite=False)
     for folder in (tmp_path / "hf", tmp_path / "back"):
         assert loading.ImageDefaults.from_dir(folder) == (1.5, 0.5)
         assert Processor.from_dir(folder).system_prompt == ""
@@ -39,20 +39,20 @@ def test_another_layout_keeps_image_settings_and_system_prompt(golden, tmp_path)
 
 def test_the_same_layout_asks_nothing_of_the_tokenizer(golden, tmp_path):
     source = with_settings(golden, tmp_path / "s", "config.json")
-    export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+    convert.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
     (tmp_path / "hf" / "tokenizer.json").unlink()
-    export.export_folder(tmp_path / "hf", tmp_path / "again", "transformers", overwrite=False)
+    convert.export_folder(tmp_path / "hf", tmp_path / "again", "transformers", overwrite=False)
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
 
 
 def test_a_folder_of_transformers_without_system_prompt_stays_so(golden, tmp_path):
-    export.export_folder(
+    convert.export_folder(
         with_settings(golden, tmp_path / "s", "config.json"), tmp_path / "hf", "transformers", False
     )
     path = tmp_path / "hf" / "processor_config.json"
     path.write_text('{"num_image_tokens": 16, "use_default_system_prompt": false}')
-    export.export_folder(tmp_path / "hf", tmp_path / "back", "deepseek", overwrite=False)
+    convert.export_folder(tmp_path / "hf", tmp_path / "back", "deepseek", overwrite=False)
     for folder in (tmp_path / "hf", tmp_path / "back"):
         assert Processor.from_dir(folder).system_prompt == ""
 
@@ -60,7 +60,7 @@ def test_a_folder_of_transformers_without_system_prompt_stays_so(golden, tmp_pat
 def test_bos_is_added_wherever_its_name_stands(golden, tmp_path):
     source = with_settings(golden, tmp_path / "s", "tokenizer_config.json")
     (source / "tokenizer_config.json").write_text("{}")
-    export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+    convert.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     assert tokenizer("a").input_ids[0] == Processor.from_dir(source).tokenizer.bos_id
 
@@ -72,7 +72,7 @@ def test_bos_is_added_where_a_template_adds_none(golden, tmp_path):
     step |= {"single": [{"Sequence": {"id": "A", "type_id": 0}}]}
     step |= {"pair": [{"Sequence": {"id": name, "type_id": 0}} for name in "AB"]}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": step}))
-    export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+    convert.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     bos_id = Processor.from_dir(source).tokenizer.bos_id
     tokens = tokenizer("a").input_ids
@@ -91,7 +91,7 @@ def test_bos_is_added_where_a_template_adds_none(golden, tmp_path):
 def test_what_transformers_cannot_hold_is_refused(settings, says, golden, tmp_path):
     source = with_settings(golden, tmp_path / "s", "processor_config.json", **settings)
     with pytest.raises(ValueError, match=says):
-        export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+        convert.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
     assert not (tmp_path / "hf").exists()
 
 
@@ -113,7 +113,7 @@ def test_image_settings_inside_processor_config_go_along(golden, tmp_path):
 def test_refusals_name_the_file_of_the_source(golden, tmp_path):
     source = with_settings(golden, tmp_path / "s", "tokenizer_config.json", eos_token=[])
     with pytest.raises(ValueError) as error:
-        export.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
+        convert.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
     assert str(error.value).startswith(f"{source}/tokenizer_config.json: eos_token must be ")
     assert not (tmp_path / "hf").exists()
 

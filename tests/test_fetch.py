@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from janus_jax import cli
+from janus_jax.commands import sample as cli
 from janus_jax.processing import fetch, image_sources
 from janus_jax.processing.processor import Processor
 

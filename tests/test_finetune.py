@@ -11,17 +11,17 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
+from stage_configs import train_stage
 
 from benchmarks.score_scenes import SEED, ask_all, score_images, split_prompts
 from configs.janus_tiny_stage1 import tiny_stage
 from janus_jax import load
-from janus_jax.data import scenes
-from janus_jax.data.questions import sample_question
 from janus_jax.data.records import Record
 from janus_jax.data.writers import write_records
 from janus_jax.generation.loading import TINY
 from janus_jax.processing.images import encode_png
-from janus_jax.training.run import train_stage
+from janus_jax.shapes import scenes
+from janus_jax.shapes.questions import sample_question
 from janus_jax.training.stages import ALL_BUT_TOKENIZER
 
 LEARNED, TRIED = 400, 60  # images of the new shape

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from damage import damaged
 
-from janus_jax import cli
-from janus_jax.data.tokenize_images import Encoder
+from janus_jax.commands import sample as cli
+from janus_jax.commands.tokenize_images import Encoder
 from janus_jax.generation import image, text
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")  # no comparison with recordings

@@ -35,7 +35,7 @@ def python(program: str, *args) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
-@pytest.mark.parametrize("command", ["sample", "convert", "janus_jax.data.tokenize_images"])
+@pytest.mark.parametrize("command", ["sample", "convert", "janus_jax.commands.tokenize_images"])
 def test_sigterm_and_large_images(command):
     done = python(ASK, command)
     assert done.returncode == 0, done.stderr

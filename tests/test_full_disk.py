@@ -7,11 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from stage_configs import small_config
+from stage_configs import small_config, train_stage
 
 from janus_jax.training import checkpoints
 from janus_jax.training.metrics import METRICS, Log
-from janus_jax.training.run import train_stage
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from janus_jax import gallery
+from janus_jax.commands import gallery
 from janus_jax.paths import atomic_write
 
 

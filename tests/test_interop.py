@@ -12,8 +12,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from janus_jax import checkpoint
-from janus_jax.interop import export, files
+from janus_jax.interop import convert, files, orbax
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.interop.readers import open_checkpoint
 from janus_jax.processing.chat import format_conversation
@@ -66,7 +65,7 @@ def folders(golden, tmp_path_factory):
         "transformers": checkpoints.make_transformers(golden, root / "transformers"),
     }
     for name in ("single", "transformers"):
-        export.import_folder(made[name], root / f"orbax_{name}", overwrite=False)
+        convert.import_folder(made[name], root / f"orbax_{name}", overwrite=False)
         made[f"orbax_{name}"] = root / f"orbax_{name}"
     return made
 
@@ -142,7 +141,7 @@ def test_build_model_holds_exactly_the_parameters(golden, params):
 
 @pytest.mark.parametrize("form", ["single", "bin", "orbax_single"])
 def test_deepseek_comes_back_bit_for_bit(golden, folders, tmp_path, form):
-    export.export_folder(folders[form], tmp_path / "out", "deepseek", overwrite=False)
+    convert.export_folder(folders[form], tmp_path / "out", "deepseek", overwrite=False)
     assert_same_files(tmp_path / "out", checkpoints.tensors(golden))
     for path in (golden / "janus").glob("*.json"):
         assert json.loads((tmp_path / "out" / path.name).read_text()) == json.loads(
@@ -152,13 +151,13 @@ def test_deepseek_comes_back_bit_for_bit(golden, folders, tmp_path, form):
 
 @pytest.mark.parametrize("form", ["single", "transformers", "orbax_single", "orbax_transformers"])
 def test_transformers_comes_out_bit_for_bit(golden, folders, tmp_path, form):
-    export.export_folder(folders[form], tmp_path / "out", "transformers", overwrite=False)
+    convert.export_folder(folders[form], tmp_path / "out", "transformers", overwrite=False)
     assert_same_files(tmp_path / "out", checkpoints.transformers_tensors(golden))
 
 
 def test_there_and_back_keeps_all_but_the_unused(golden, folders, tmp_path):
-    export.export_folder(folders["single"], tmp_path / "hf", "transformers", overwrite=False)
-    said = export.export_folder(tmp_path / "hf", tmp_path / "back", "deepseek", overwrite=False)
+    convert.export_folder(folders["single"], tmp_path / "hf", "transformers", overwrite=False)
+    said = convert.export_folder(tmp_path / "hf", tmp_path / "back", "deepseek", overwrite=False)
     assert "wrote zeros for 14 unused tensors (attn_pool and codebook_used)" in said
     expected = {}
     for name, value in checkpoints.tensors(golden).items():
@@ -184,7 +183,7 @@ def test_large_exports_are_sharded(golden, tmp_path):
 
 
 def test_transformers_loads_an_export_and_gives_the_recorded_logits(golden, folders, tmp_path):
-    export.export_folder(folders["orbax_single"], tmp_path / "hf", "transformers", overwrite=False)
+    convert.export_folder(folders["orbax_single"], tmp_path / "hf", "transformers", overwrite=False)
     model, info = transformers.JanusForConditionalGeneration.from_pretrained(
         tmp_path / "hf", dtype=torch.float32, output_loading_info=True
     )
@@ -201,7 +200,7 @@ def test_transformers_loads_an_export_and_gives_the_recorded_logits(golden, fold
 
 
 def test_transformers_reads_the_exported_processor_files(golden, folders, tmp_path):
-    export.export_folder(folders["single"], tmp_path / "hf", "transformers", overwrite=False)
+    convert.export_folder(folders["single"], tmp_path / "hf", "transformers", overwrite=False)
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
     recorded = json.loads((golden / "chat_templates.json").read_text())
     sample = next(s for s in recorded["sft"] if s["name"] == "pro_single_image/deepseek/none")
@@ -224,7 +223,7 @@ def test_an_orbax_folder_that_does_not_fit_lists_all(golden, folders, tmp_path):
     stored = {p: np.zeros(leaf.shape, np.float32) for p, leaf in sizes(folders).items()}
     stored["stranger"] = stored.pop("gen_vq.codebook")
     stored["und_encoder.pos_embed"] = np.zeros((3, 3), np.float32)
-    checkpoint.save(tmp_path / "o", stored, config=config, files_from=golden / "janus")
+    orbax.save(tmp_path / "o", stored, config=config, files_from=golden / "janus")
     with pytest.raises(ValueError) as caught:
         load(tmp_path / "o")
     for part in ("1 missing: gen_vq.codebook", "1 unknown: stranger", "(3, 3), expected (16, 24)"):
@@ -232,7 +231,7 @@ def test_an_orbax_folder_that_does_not_fit_lists_all(golden, folders, tmp_path):
 
 
 def sizes(folders):
-    return checkpoint.stored_params(folders["orbax_single"])
+    return orbax.stored_params(folders["orbax_single"])
 
 
 def test_orbax_is_read_in_groups(folders, monkeypatch):
@@ -245,7 +244,7 @@ def test_orbax_is_read_in_groups(folders, monkeypatch):
         return restore(self, directory, args=args)
 
     monkeypatch.setattr(ocp.Checkpointer, "restore", recorded)
-    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 200_000)
+    monkeypatch.setattr(orbax, "GROUP_BYTES", 200_000)
     assert_same_params(load(folders["orbax_single"]), whole)
     assert sum(map(sum, groups)) == 2 * 1_109_891 and len(groups) > 5
     assert all(sum(sizes) <= 200_000 or len(sizes) == 1 for sizes in groups)
@@ -253,7 +252,7 @@ def test_orbax_is_read_in_groups(folders, monkeypatch):
 
 @pytest.mark.parametrize("form", ["sharded", "transformers", "orbax_single"])
 def test_loading_reports_the_bytes_read(folders, params, form, monkeypatch):
-    monkeypatch.setattr(checkpoint, "GROUP_BYTES", 1e5)
+    monkeypatch.setattr(orbax, "GROUP_BYTES", 1e5)
     reports = []
     cfg, report = open_folder(folders[form]).cfg, lambda *now: reports.append(now)
     load_params(folders[form], cfg, anywhere, jnp.bfloat16, progress=report)
@@ -264,14 +263,14 @@ def test_loading_reports_the_bytes_read(folders, params, form, monkeypatch):
 
 
 def test_conversion_reports_the_bytes_written(golden, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "_REPORT_SECONDS", 1e-3)
+    monkeypatch.setattr(orbax, "_REPORT_SECONDS", 1e-3)
     reports = {"orbax": [], "torch": []}
     for name, seen in reports.items():
         options = dict(overwrite=False, progress=lambda *now, seen=seen: seen.append(now))
         if name == "orbax":
-            export.import_folder(golden / "janus", tmp_path / name, **options)
+            convert.import_folder(golden / "janus", tmp_path / name, **options)
         else:
-            export.export_folder(tmp_path / "orbax", tmp_path / name, "deepseek", **options)
+            convert.export_folder(tmp_path / "orbax", tmp_path / name, "deepseek", **options)
     total = sum(path.stat().st_size for path in (tmp_path / "torch").glob("*.safetensors"))
     for seen in reports.values():
         done = [done for done, _ in seen]

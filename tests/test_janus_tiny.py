@@ -9,12 +9,12 @@ import pytest
 
 import janus_jax
 from benchmarks import score_scenes
-from janus_jax.data import checker, scenes
-from janus_jax.data.questions import sample_question
 from janus_jax.generation.loading import TINY
-from janus_jax.interop.export import inspect_folder
+from janus_jax.interop.convert import inspect_folder
 from janus_jax.interop.load import open_folder
 from janus_jax.models.janus import JanusConfig
+from janus_jax.shapes import checker, scenes
+from janus_jax.shapes.questions import sample_question
 
 ROOT = Path(__file__).parents[1]
 

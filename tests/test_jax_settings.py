@@ -7,10 +7,9 @@ import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from stage_configs import small_config
+from stage_configs import small_config, train_stage
 
 from janus_jax import load
-from janus_jax.training.run import train_stage
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 

@@ -7,15 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stage_configs import SMALL, small_config
+from stage_configs import SMALL, make_setup, small_config, train_stage
 
-from janus_jax.interop.export import export_folder
+from janus_jax.interop.convert import export_folder
 from janus_jax.interop.load import build_model, load_params, open_folder, stored_params
 from janus_jax.interop.readers import read_safetensors
 from janus_jax.models.attention import causal_mask
 from janus_jax.training.checkpoints import Checkpoints
-from janus_jax.training.run import train_stage
-from janus_jax.training.setup import Setup
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -41,7 +39,7 @@ def weights(folder, adapter=None):
 
 def test_lora_trains_and_keeps_adapters_alone_and_is_merged_in_the_model(lora_run):
     config, output = lora_run
-    setup = Setup.from_config(config)
+    setup = make_setup(config)
     with Checkpoints(output / "checkpoints", 3) as checkpoints:
         state, _ = checkpoints.restore(setup.abstract_state())
     layers = {path.rpartition(".dot_general")[0] for path in state.params}

@@ -17,11 +17,11 @@ import multihost_worker
 import numpy as np
 import pytest
 from jax.experimental import multihost_utils
+from stage_configs import train_stage
 
 from janus_jax.interop.load import open_folder, stored_params
 from janus_jax.training.distributed import check_processes, check_shared, initialize
 from janus_jax.training.metrics import Log
-from janus_jax.training.run import train_stage
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")  # as in the processes
 

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janus_jax import checkpoint, orbax_errors
+from janus_jax import orbax_errors
+from janus_jax.interop import orbax
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +24,7 @@ def whole(golden, tmp_path_factory):
     """A small Orbax folder."""
     folder = tmp_path_factory.mktemp("orbax") / "o"
     params = {f"a.p{i}": np.full((64, 8), i, np.float32) for i in range(8)}
-    checkpoint.save(folder, params, config={}, files_from=golden / "janus_small")
+    orbax.save(folder, params, config={}, files_from=golden / "janus_small")
     return folder
 
 
@@ -41,7 +42,7 @@ def damaged(whole, tmp_path, caplog, capfd, monkeypatch):
         caplog.clear()
         capfd.readouterr()
         with pytest.raises(ValueError) as error:
-            list(checkpoint.restore_numpy(folder, [f"a.p{i}" for i in range(8)]))
+            list(orbax.restore_numpy(folder, [f"a.p{i}" for i in range(8)]))
         gc.collect()
         assert (caplog.records, reports, capfd.readouterr().err) == ([], [], "")
         assert error.value.__context__ is None or error.value.__suppress_context__
@@ -90,10 +91,10 @@ def test_data_that_cannot_be_read(damaged, kind):
 
 
 def test_parameters_placed_on_devices_say_the_same(damaged, whole, tmp_path, caplog):
-    stored = checkpoint.stored_params(whole)
+    stored = orbax.stored_params(whole)
     here = jnp.zeros(()).sharding
     wanted = {p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here) for p, s in stored.items()}
-    np.testing.assert_array_equal(checkpoint.restore(whole, wanted)["a.p3"], np.full((64, 8), 3))
+    np.testing.assert_array_equal(orbax.restore(whole, wanted)["a.p3"], np.full((64, 8), 3))
     folder = tmp_path / "m"
     shutil.copytree(whole, folder)
     contents = {path: path.read_bytes() for path in data_files(folder / "params")}
@@ -101,7 +102,7 @@ def test_parameters_placed_on_devices_say_the_same(damaged, whole, tmp_path, cap
     for path, data in contents.items():  # some files are used for writing only and are not read
         path.write_bytes(data[: len(data) // 2])
         try:
-            checkpoint.restore(folder, wanted)
+            orbax.restore(folder, wanted)
         except ValueError as error:
             assert "params is damaged: " in str(error) and "\n" not in str(error)
             refused += 1
@@ -117,7 +118,7 @@ def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(whole, tmp_path, ca
     shutil.copytree(whole, folder)
     files = [path for path in (folder / "params").rglob("*") if path.stat().st_size > 0]
     files = [path for path in files if path.is_file()]
-    stored, values = checkpoint.stored_params(folder), checkpoint.restore_numpy(folder)
+    stored, values = orbax.stored_params(folder), orbax.restore_numpy(folder)
     capfd.readouterr()
     for _ in range(200):
         path = rng.choice([*files, folder / "params" / "_METADATA"])
@@ -126,8 +127,8 @@ def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(whole, tmp_path, ca
         flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
         try:
-            if checkpoint.stored_params(folder) == stored:
-                found = checkpoint.restore_numpy(folder)
+            if orbax.stored_params(folder) == stored:
+                found = orbax.restore_numpy(folder)
                 assert all(np.array_equal(found[name], values[name]) for name in stored)
         except ValueError as error:
             assert f"{folder / 'params'} is damaged: " in str(error) and "\n" not in str(error)

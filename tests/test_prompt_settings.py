@@ -8,7 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from janus_jax.generation.loading import TINY
-from janus_jax.interop import export, processor_files
+from janus_jax.interop import convert, processor_files
 from janus_jax.processing import chat
 from janus_jax.processing.processor import Processor
 from janus_jax.processing.prompt_settings import (
@@ -17,7 +17,7 @@ from janus_jax.processing.prompt_settings import (
     janus_template,
     template_format,
 )
-from janus_jax.training.folders import TrainingFolders
+from janus_jax.shapes.folders import TrainingFolders
 
 FORMATS = ("deepseek", "deepseek_old")
 OTHER = "{% for m in messages %}{{ '<|User|>: ' + m['content'] }}{% endfor %}{{ '<|Assistant|>:' }}"
@@ -223,10 +223,10 @@ def test_a_refused_template_is_refused_by_every_command(golden, tmp_path):
     with pytest.raises(ValueError, match="unknown chat template") as loading:
         Processor.from_dir(folder)
     for command in (
-        lambda: export.inspect_folder(folder),
-        lambda: export.import_folder(folder, tmp_path / "o", False),
-        lambda: export.export_folder(folder, tmp_path / "o", "deepseek", False),
-        lambda: export.export_folder(folder, tmp_path / "o", "transformers", False),
+        lambda: convert.inspect_folder(folder),
+        lambda: convert.import_folder(folder, tmp_path / "o", False),
+        lambda: convert.export_folder(folder, tmp_path / "o", "deepseek", False),
+        lambda: convert.export_folder(folder, tmp_path / "o", "transformers", False),
     ):
         with pytest.raises(ValueError) as error:
             command()

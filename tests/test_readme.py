@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from configs import janus_tiny_stage1, janus_tiny_stage2
-from janus_jax.data import scenes
+from janus_jax.shapes import scenes
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")  # as in the commands, see `run`
 

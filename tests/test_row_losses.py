@@ -11,10 +11,11 @@ import pytest
 from flax import nnx
 
 import janus_jax
-from janus_jax.data import packing, scenes
+from janus_jax.data import packing
 from janus_jax.data.examples import ExampleMaker
 from janus_jax.data.records import KINDS, Record
 from janus_jax.processing.images import encode_png
+from janus_jax.shapes import scenes
 from janus_jax.training.row_losses import cross_entropies, generated_indices, normalise, row_losses
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")

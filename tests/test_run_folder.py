@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from stage_configs import small_config
+from stage_configs import small_config, train_stage
 
-from janus_jax.training.run import Run, train_stage
+from janus_jax.training.run import Run
 from janus_jax.training.setup import Setup
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -66,9 +66,9 @@ def resumed(monkeypatch):
         arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
         return int(state.step), arrays, rows, (output / "metrics.jsonl").read_text()
 
-    def setup_of(cfg):
+    def setup_of(cfg, *options):
         if cfg.trained not in setups:
-            setups[cfg.trained] = made(cfg)
+            setups[cfg.trained] = made(cfg, *options)
         return setups[cfg.trained]
 
     made = Setup.from_config

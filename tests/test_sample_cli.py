@@ -15,7 +15,8 @@ from limits import full_disk
 from PIL import Image
 from png_files import GRAY, png_file
 
-from janus_jax import cli, gallery
+from janus_jax.commands import gallery
+from janus_jax.commands import sample as cli
 from janus_jax.generation import image
 
 PROMPT = "A close-up photo of a red cat, studio light."

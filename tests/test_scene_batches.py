@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from janus_jax.data import checker, scenes
-from janus_jax.data.scene_batches import NUM_PATCH_LABELS, labelled_images, scene_images
-from janus_jax.training.tokenizer import random_crops
+from janus_jax.shapes import checker, scenes
+from janus_jax.shapes.batches import NUM_PATCH_LABELS, labelled_images, scene_images
+from janus_jax.shapes.train_vq import random_crops
 
 
 def test_nothing_held_out_is_shown():

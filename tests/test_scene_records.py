@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import functools
 import io
 import itertools
 import pickle
@@ -13,17 +14,18 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from janus_jax.data import checker, questions, scenes
 from janus_jax.data.loading import RowsConfig, open_rows
 from janus_jax.data.records import KINDS, Record
-from janus_jax.data.scene_records import TURNS
 from janus_jax.data.sources import open_source
 from janus_jax.generation.loading import TINY
 from janus_jax.models.janus import JanusConfig
 from janus_jax.processing.processor import Processor
+from janus_jax.shapes import checker, questions, scenes
+from janus_jax.shapes.source import ALL_FORMATS, TURNS
 
 PAIR = re.compile(rf"({'|'.join(scenes.COLORS)}) ({'|'.join(scenes.SHAPES)})")
 RELATION = re.compile(rf"Is the (.+) ({'|'.join(scenes.RELATIONS)}) the (.+)\?")
+open_scenes = functools.partial(open_source, "scenes", formats=ALL_FORMATS)
 PROMPTS = {p.text: p for kind in scenes.KINDS for p in scenes.prompts("train", kind)}
 
 
@@ -43,14 +45,14 @@ def pairs_of(scene: scenes.Scene) -> list[scenes.Pair]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_record_depends_on_seed_and_number_alone(kind):
-    source = open_source("scenes", kind, count=40, seed=3)
+    source = open_scenes(kind, count=40, seed=3)
     records = list(source)
     assert len(source) == len(records) == 40 and repr(source) == f"ScenesSource({kind})"
     assert [one.where for one in records] == [f"scenes:{kind}:{i}" for i in range(40)]
     assert {one.kind for one in records} == {kind}
-    again = pickle.loads(pickle.dumps(open_source("scenes", Path(kind), count=60, seed=3)))
+    again = pickle.loads(pickle.dumps(open_scenes(Path(kind), count=60, seed=3)))
     assert [again[i] for i in reversed(range(40))] == records[::-1]
-    other = open_source("scenes", kind, count=40, seed=4)
+    other = open_scenes(kind, count=40, seed=4)
     mine, others = (
         [dataclasses.replace(one, where="") for one in each] for each in (records, other)
     )
@@ -59,14 +61,14 @@ def test_a_record_depends_on_seed_and_number_alone(kind):
 
 
 def test_kinds_do_not_share_their_scenes():
-    first, second, third = (open_source("scenes", kind, count=50) for kind in KINDS)
+    first, second, third = (open_scenes(kind, count=50) for kind in KINDS)
     for one, other in itertools.combinations((first, second, third), 2):
         assert sum(one.scene(i) == other.scene(i) for i in range(50)) < 3
 
 
 @pytest.mark.parametrize("kind", ["generation", "understanding"])
 def test_images_are_the_generated_pixels(kind):
-    source = open_source("scenes", kind, count=50)
+    source = open_scenes(kind, count=50)
     for number, record in enumerate(source):
         pixels = decoded(record)
         assert pixels.dtype == np.uint8
@@ -74,7 +76,7 @@ def test_images_are_the_generated_pixels(kind):
 
 
 def test_captions_are_true_of_their_images():
-    for record in open_source("scenes", "generation", count=200):
+    for record in open_scenes("generation", count=200):
         found = checker.detect(decoded(record))
         assert checker.satisfies(PROMPTS[record.text].requirement, found), record.text
         assert record.turns == ()
@@ -82,13 +84,13 @@ def test_captions_are_true_of_their_images():
 
 @pytest.mark.parametrize("kind", scenes.KINDS)
 def test_a_path_may_name_the_kind_of_captions(kind):
-    records = list(open_source("scenes", f"generation/{kind}", count=100))
+    records = list(open_scenes(f"generation/{kind}", count=100))
     assert {PROMPTS[record.text].kind for record in records} == {kind}
     assert records[3].where == f"scenes:generation/{kind}:3"
 
 
 def test_captions_are_of_all_kinds_equally_unless_the_path_names_one():
-    texts = [record.text for record in open_source("scenes", "generation", count=1500)]
+    texts = [record.text for record in open_scenes("generation", count=1500)]
     found = collections.Counter(PROMPTS[text].kind for text in texts)
     assert set(found) == set(scenes.KINDS)
     # the standard deviation is 0.01
@@ -96,7 +98,7 @@ def test_captions_are_of_all_kinds_equally_unless_the_path_names_one():
 
 
 def test_sentences_are_captions_and_descriptions():
-    source = open_source("scenes", "text", count=300)
+    source = open_scenes("text", count=300)
     records = list(source)
     assert all(one.images == one.turns == () for one in records)
     described = [i for i, one in enumerate(records) if one.text not in PROMPTS]
@@ -114,7 +116,7 @@ def test_sentences_are_captions_and_descriptions():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_nothing_held_out_is_shown_or_named(kind):
-    source = open_source("scenes", kind, count=2000, seed=1)
+    source = open_scenes(kind, count=2000, seed=1)
     several = 0
     for number, record in enumerate(source):
         pairs = pairs_of(source.scene(number))
@@ -132,7 +134,7 @@ def test_the_check_of_names_finds_what_is_held_out():
 
 def relation_questions(relations: float, count: int) -> tuple[list, int]:
     """Returns the (scene, question, answer) about relations, and how many would be possible."""
-    source = open_source("scenes", "understanding", count=count, relations=relations)
+    source = open_scenes("understanding", count=count, relations=relations)
     asked, possible = [], 0
     for number, record in enumerate(source):
         scene = source.scene(number)
@@ -192,7 +194,7 @@ def test_answers_about_relations_are_right():
 )
 def test_wrong_options_are_refused_in_one_line(path, options, rule):
     with pytest.raises(ValueError, match=rule) as refused:
-        open_source("scenes", path, **options)
+        open_scenes(path, **options)
     assert "\n" not in str(refused.value)
 
 
@@ -204,7 +206,7 @@ def processor():
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_shipped_tokenizer_has_every_word(kind, processor):
     """Every word is one token; otherwise the texts would be harder to learn."""
-    for record in open_source("scenes", kind, count=100, seed=2):
+    for record in open_scenes(kind, count=100, seed=2):
         for text in [record.text, *itertools.chain(*record.turns)]:
             words = re.findall(r"\w+|[^\w\s]", text)
             # one more for BOS, or for the space before the first word
@@ -230,7 +232,9 @@ def test_scenes_become_rows_of_the_shipped_model(processor, tmp_path):
         threads=1,
         seed=0,
     )
-    rows, skipped = open_rows(cfg, processor, JanusConfig.janus_tiny(), tmp_path)
+    rows, skipped = open_rows(
+        cfg, processor, JanusConfig.janus_tiny(), tmp_path, formats=ALL_FORMATS
+    )
     batches = list(itertools.islice(rows, 12))
     places = [place for batch in batches for row in batch["records"] for place in row]
     found = collections.Counter(re.split("[:/]", place)[1] for place in places)
@@ -239,5 +243,5 @@ def test_scenes_become_rows_of_the_shipped_model(processor, tmp_path):
         assert abs(found[kind] / len(places) - node["weight"] / 6) < 0.1
     first = next(p for p in batches[0]["records"][0] if p.startswith("scenes:generation/"))
     _, path, number = first.split(":")
-    image = scenes.draw(open_source("scenes", path).scene(int(number)))
+    image = scenes.draw(open_scenes(path).scene(int(number)))
     np.testing.assert_array_equal(batches[0]["generated"][0, 0], image)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
-from janus_jax.data import checker, questions, scenes, tiny_tokenizer
 from janus_jax.processing import chat
+from janus_jax.shapes import checker, questions, scenes, text_tokenizer
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
@@ -149,8 +149,8 @@ def test_describe(objects, text):
 
 
 def test_tokenizer_folder(tmp_path):
-    tiny_tokenizer.build(tmp_path / "a")
-    tiny_tokenizer.build(tmp_path / "b")
+    text_tokenizer.build(tmp_path / "a")
+    text_tokenizer.build(tmp_path / "b")
     for path in (tmp_path / "a").iterdir():
         assert path.read_bytes() == (tmp_path / "b" / path.name).read_bytes()
     config = json.loads((tmp_path / "a" / "processor_config.json").read_text())
@@ -158,7 +158,7 @@ def test_tokenizer_folder(tmp_path):
 
 
 def test_tokenizer_keeps_words_whole_and_any_text(tmp_path):
-    tiny_tokenizer.build(tmp_path)
+    text_tokenizer.build(tmp_path)
     tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     rng = np.random.default_rng(11)
     for _ in range(200):
@@ -170,6 +170,6 @@ def test_tokenizer_keeps_words_whole_and_any_text(tmp_path):
     for text in ("<|User|>: caf\u00e9 \u4f60\u597d <begin_of_image>", "a\nb  c 12"):
         ids = tokenizer.encode(text).ids
         assert tokenizer.decode(ids, skip_special_tokens=False) == text
-        assert tokenizer.token_to_id(tiny_tokenizer.BOS) not in ids
-    for token in (*tiny_tokenizer.SPECIAL, *chat.JANUS_ROLES["deepseek"]):
+        assert tokenizer.token_to_id(text_tokenizer.BOS) not in ids
+    for token in (*text_tokenizer.SPECIAL, *chat.JANUS_ROLES["deepseek"]):
         assert len(tokenizer.encode(token).ids) == 1

@@ -8,9 +8,10 @@ import pytest
 
 from benchmarks import score_scenes
 from configs import janus_tiny_encoder, janus_tiny_stage3
-from janus_jax.data import questions, scenes
-from janus_jax.data.scene_batches import labelled_images
 from janus_jax.data.sources import open_source
+from janus_jax.shapes import questions, scenes
+from janus_jax.shapes.batches import labelled_images
+from janus_jax.shapes.source import ALL_FORMATS
 
 
 class Oracle:
@@ -116,7 +117,7 @@ def test_scenes_of_the_training_are_those_that_it_generates(monkeypatch):
         labelled_images(rng, encoder.batch_size, patch=16)
     for part in parts:
         options = {name: part[name] for name in part if name not in ("weight", "format", "path")}
-        source = open_source(part.format, part.path, **options)
+        source = open_source(part.format, part.path, formats=ALL_FORMATS, **options)
         list(map(source.__getitem__, range(3)))
     assert len(drawn) == 2 * encoder.batch_size + 7 * 3
     assert score_scenes.training_scenes() == set(map(score_scenes.digest, drawn))

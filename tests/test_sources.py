@@ -154,7 +154,7 @@ def test_several_files_are_read_in_order(format, tmp_path):
 
 def test_wrong_formats_options_and_paths(tmp_path):
     rule = "the format must be one of jsonl, tar, arrayrecord, parquet, class_folder"
-    with pytest.raises(ValueError, match=f"{rule}, scenes, got 'csv'"):
+    with pytest.raises(ValueError, match=f"{rule}, got 'csv'"):
         open_source("csv", tmp_path)
     with pytest.raises(ValueError, match=f"{rule}, got 'csv'"):
         write_records("csv", tmp_path / "x", [])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from stage_configs import SMALL, small_config
+from stage_configs import SMALL, make_setup, small_config, train_stage
 
 import janus_jax
 from janus_jax.generation.pipeline import Pipeline
@@ -17,8 +17,7 @@ from janus_jax.interop.load import open_folder, stored_params
 from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.evaluation import prompt_images
 from janus_jax.training.metrics import Log
-from janus_jax.training.run import lock_folder, train_stage
-from janus_jax.training.setup import Setup
+from janus_jax.training.run import lock_folder
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -92,7 +91,7 @@ def test_a_loss_that_is_nan_stops_the_run_and_spares_the_checkpoint(tmp_path):
         train_stage(config)
     listed = (tmp_path / "not_finite-2-000.txt").read_text().splitlines()
     assert len(listed) > 3 and all(line.startswith("scenes:") for line in listed)
-    setup = Setup.from_config(config)
+    setup = make_setup(config)
     with Checkpoints(tmp_path / "checkpoints", 3) as checkpoints:
         assert checkpoints.newest == 1
         state, _ = checkpoints.restore(setup.abstract_state())
@@ -162,7 +161,7 @@ def test_an_image_that_cannot_be_read_is_reported_before_the_first_step(tmp_path
     ],
 )
 def test_what_cannot_be_sampled_is_reported_before_the_first_step(tmp_path, asked, message):
-    setup = Setup.from_config(small_config(tmp_path, sample_every=2, **asked))
+    setup = make_setup(small_config(tmp_path, sample_every=2, **asked))
     with pytest.raises(ValueError, match=message):
         prompt_images(setup)
 
@@ -186,7 +185,7 @@ def test_a_run_does_not_write_over_what_is_no_runs(whole, tmp_path):
     with pytest.raises(ValueError, match=rule):
         train_stage(small_config(tmp_path / "other"))
     assert (tmp_path / "other" / "run.json").read_text() == '{"athlete": "J. Doe"}'
-    setup = Setup.from_config(small_config(whole, trained=r"gen_head\."))
+    setup = make_setup(small_config(whole, trained=r"gen_head\."))
     with Checkpoints(whole / "checkpoints", 3) as checkpoints:
         with pytest.raises(ValueError, match="4 does not match the parameters that this config"):
             checkpoints.restore(setup.abstract_state())
@@ -204,7 +203,7 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
 def test_a_moving_average_is_what_is_written(tmp_path):
     trained = r"language_model\.layers\.0\."
     config = small_config(tmp_path, ema_decay=0.75, trained=trained, steps=2, save_every=1)
-    setup, path = Setup.from_config(config), "language_model.layers.0.mlp.up_proj.kernel"
+    setup, path = make_setup(config), "language_model.layers.0.mlp.up_proj.kernel"
 
     def newest():
         """Returns (parameter, moving average) of the newest checkpoint."""

@@ -6,11 +6,12 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
-from stage_configs import small_config
+from stage_configs import make_setup, small_config
 
 from janus_jax.data.loading import open_rows
+from janus_jax.shapes.source import ALL_FORMATS
 from janus_jax.training.memory import row_shapes
-from janus_jax.training.setup import Setup, put_rows
+from janus_jax.training.setup import put_rows
 from janus_jax.training.state import default_promotion, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -28,9 +29,9 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def batch(config, tmp_path_factory):
     """Rows with targets of every kind."""
-    setup = Setup.from_config(config())
+    setup = make_setup(config())
     folder = tmp_path_factory.mktemp("rows")
-    rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, folder)
+    rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, folder, formats=ALL_FORMATS)
     found = next(iter(rows))
     del found["records"]
     assert set(found["kind"][found["segment_ids"] > 0].tolist()) == {0, 1, 2}
@@ -39,7 +40,7 @@ def batch(config, tmp_path_factory):
 
 def gradients(cfg, batch):
     """Returns gradients by path and losses of a config on one batch, on the host."""
-    setup = Setup.from_config(cfg)
+    setup = make_setup(cfg)
     trained, frozen = setup.load_trained(), setup.load_frozen()
     with default_promotion():  # as make_step has it
         found = jax.jit(setup.objective().gradients)(trained, frozen, put_rows(batch, setup.mesh))
@@ -71,7 +72,7 @@ def assert_close(found, plain):
 
 def test_a_step_is_one_of_the_optimizer_and_takes_the_state_over(config, batch, plain):
     cfg = config(max_grad_norm=0.1, weight_decay=0.1, warmup_steps=1, end_learning_rate=1e-4)
-    setup = Setup.from_config(cfg)
+    setup = make_setup(cfg)
     trained, frozen = setup.load_trained(), setup.load_frozen()
     grads, _ = plain
     optimizer = make_optimizer(cfg)
@@ -121,7 +122,7 @@ def test_what_is_computed_again_gives_the_same_gradients(config, batch, plain, r
 def test_what_is_computed_again_is_not_kept(config, batch):
     def kept(remat):
         """Returns the bytes kept from the forward pass for the backward pass."""
-        setup = Setup.from_config(config(remat=remat))
+        setup = make_setup(config(remat=remat))
         objective = setup.objective()
 
         def backward(trained, frozen):
@@ -138,7 +139,7 @@ def test_what_is_computed_again_is_not_kept(config, batch):
 
 def test_the_objective_is_the_weighted_mean_over_all_targets(config, batch, plain):
     weights = dict(understanding=3.0, text=0.0, generation=0.5)
-    setup = Setup.from_config(config(loss_weights=weights, accumulate=2))
+    setup = make_setup(config(loss_weights=weights, accumulate=2))
     objective, (_, losses) = setup.objective(), plain
     total = 3 * losses["understanding"][0] + 0.5 * losses["generation"][0]
     number = 3 * losses["understanding"][1] + 0.5 * losses["generation"][1]
@@ -166,7 +167,7 @@ def test_gradients_in_bfloat16_are_near_those_in_float32(config, batch, plain):
 
 
 def test_what_is_frozen_has_no_gradient_no_optimizer_state_and_no_float32_copy(config, batch):
-    setup = Setup.from_config(config(trained=r"(und|gen)_aligner\.", dtype="bfloat16"))
+    setup = make_setup(config(trained=r"(und|gen)_aligner\.", dtype="bfloat16"))
     trained, frozen = setup.shapes
     assert {path.split(".")[0] for path in trained} == {"und_aligner", "gen_aligner"}
     assert {leaf.dtype for leaf in trained.values()} == {jnp.dtype(jnp.float32)}
@@ -184,11 +185,11 @@ def test_what_is_frozen_has_no_gradient_no_optimizer_state_and_no_float32_copy(c
         return lowered.as_text().count("stablehlo.dot_general")
 
     kernels = sum(path.endswith("_proj.kernel") for path in frozen)
-    assert products(Setup.from_config(config(dtype="bfloat16"))) - products(setup) >= kernels > 10
+    assert products(make_setup(config(dtype="bfloat16"))) - products(setup) >= kernels > 10
 
 
 def test_no_step_reads_the_tokenizer_where_images_come_as_indices(config):
-    trained, frozen = Setup.from_config(config(tokenized=True)).shapes
+    trained, frozen = make_setup(config(tokenized=True)).shapes
     assert not any(path.startswith("gen_vq.") for path in trained | frozen)
 
 
@@ -226,7 +227,7 @@ def test_no_step_reads_the_tokenizer_where_images_come_as_indices(config):
 )
 def test_settings_that_cannot_be_trained_with_are_refused(config, changed, message):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        Setup.from_config(config(**changed))
+        make_setup(config(**changed))
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
@@ -245,13 +246,13 @@ def test_settings_that_a_config_may_lack_are_refused(config, name, value, messag
     cfg = config()
     cfg[name] = value
     with pytest.raises(ValueError, match=message):
-        Setup.from_config(cfg)
+        make_setup(cfg)
 
 
 def test_only_parameters_of_reinit_are_initialised(config):
     cfg = config(reinit=r"gen_head\.", trained=r"(gen_head|und_aligner)\.")
     before, after = (
-        Setup.from_config(one).load_trained() for one in (config(trained=cfg.trained), cfg)
+        make_setup(one).load_trained() for one in (config(trained=cfg.trained), cfg)
     )
     same = {path.split(".")[0] for path in before if np.array_equal(before[path], after[path])}
     assert same == {"und_aligner"}

@@ -1,4 +1,4 @@
-"""Tests python -m janus_jax.data.tokenize_images: its output, resumption and errors."""
+"""Tests python -m janus_jax.commands.tokenize_images: its output, resumption and errors."""
 
 import io
 import json
@@ -16,7 +16,7 @@ from limits import full_disk
 from PIL import Image
 
 from convert.__main__ import main as convert
-from janus_jax.data import tokenize_images
+from janus_jax.commands import tokenize_images
 from janus_jax.data.records import Record
 from janus_jax.data.sources import open_source
 from janus_jax.data.writers import SUFFIXES, write_records
@@ -392,7 +392,7 @@ def test_the_image_tokenizer_alone_is_the_models(golden, small, tmp_path, capsys
 
 
 def test_help_comes_without_jax():
-    code = "import sys; from janus_jax.data.tokenize_images import main\n"
+    code = "import sys; from janus_jax.commands.tokenize_images import main\n"
     code += "try: main(['--help'])\nfinally: assert 'jax' not in sys.modules"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True

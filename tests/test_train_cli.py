@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from absl.testing import flagsaver
 from safetensors.numpy import load_file
+from stage_configs import train_stage
 from torch_reference import golden_janus
 
 import janus_jax
@@ -23,15 +24,15 @@ from configs import (
     janus_tiny_stage3_refine,
     janus_tiny_vq,
 )
-from janus_jax.data import scenes, tokenize_images
+from janus_jax.commands import tokenize_images
+from janus_jax.commands import train as cli
 from janus_jax.generation import compile_cache
 from janus_jax.interop import files, new_folder, save
 from janus_jax.models.janus import JanusConfig
-from janus_jax.training import cli
-from janus_jax.training.encoder import train_encoder
-from janus_jax.training.folders import check_output
-from janus_jax.training.run import train_stage
-from janus_jax.training.tokenizer import train_tokenizer
+from janus_jax.shapes import scenes
+from janus_jax.shapes.folders import check_output
+from janus_jax.shapes.train_encoder import train_encoder
+from janus_jax.shapes.train_vq import train_tokenizer
 
 ROOT = Path(__file__).parents[1]
 ENCODER, LORA = (f"--config=configs/{name}.py" for name in ("janus_tiny_encoder", "finetune_lora"))
@@ -297,7 +298,7 @@ def test_a_folder_of_other_things_is_not_replaced(tmp_path, golden):
 
 
 def test_a_device_without_memory_takes_one_line(monkeypatch, capsys):
-    def train_stage(cfg):
+    def train_stage(cfg, **options):
         raise RuntimeError("RESOURCE_EXHAUSTED: 99 GB")
 
     monkeypatch.setattr(janus_jax.training.run, "train_stage", train_stage)

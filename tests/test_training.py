@@ -17,15 +17,15 @@ from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.llama import LlamaConfig
 from janus_jax.models.siglip import SiglipConfig
 from janus_jax.models.vq import VQConfig, l2_normalise
-from janus_jax.training.loop import generated_batches, run_steps
+from janus_jax.shapes.loop import generated_batches, run_steps
+from janus_jax.shapes.vq_loss import USAGE_DECAY, make_vq_step
+from janus_jax.shapes.vq_loss import reset_dead_codes as move
 from janus_jax.training.state import (
     default_promotion,
     init_state,
     make_optimizer,
     split_model,
 )
-from janus_jax.training.vq import USAGE_DECAY, make_vq_step
-from janus_jax.training.vq import reset_dead_codes as move
 
 CODES = 12
 reset_dead_codes = jax.jit(move)

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 
 from convert.__main__ import main
-from janus_jax.interop.export import export_folder, import_folder
+from janus_jax.interop.convert import export_folder, import_folder
 from janus_jax.verify import run as verify
 from janus_jax.verify import table
 from janus_jax.verify.outputs import Greedy

@@ -10,7 +10,7 @@ from torch.nn.functional import normalize
 from torch_reference import assert_close, uniform
 
 from janus_jax.models.vq import VQ, VQConfig
-from janus_jax.training.vq import COMMITMENT, variance_within, vq_loss
+from janus_jax.shapes.vq_loss import COMMITMENT, variance_within, vq_loss
 
 vq_gradients = jax.jit(jax.value_and_grad(vq_loss, has_aux=True))
 ALONE = np.arange(18, dtype=np.int32)  # no two patches of the same pixels: no locality loss

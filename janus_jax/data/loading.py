@@ -1,6 +1,7 @@
 """Builds the input pipeline of a run: sources, examples, streams, packing, batches of rows."""
 
 import dataclasses
+import functools
 from pathlib import Path
 
 import grain
@@ -11,7 +12,7 @@ from janus_jax.data.examples import ExampleMaker
 from janus_jax.data.mixture import Part, Streams, open_parts, stream
 from janus_jax.data.packing import OPEN_ROWS, pack_examples
 from janus_jax.data.skipped import Skipped
-from janus_jax.data.sources import open_source
+from janus_jax.data.sources import FORMATS, Formats, open_source
 from janus_jax.models.janus import JanusConfig
 from janus_jax.processing.processor import Processor
 
@@ -91,6 +92,7 @@ def open_rows(
     folder: str | Path,
     host: int = 0,
     hosts: int = 1,
+    formats: Formats = FORMATS,
 ) -> tuple[grain.IterDataset, Skipped]:
     """Opens the rows that one host reads, and the filter that skips and counts bad records.
 
@@ -105,12 +107,13 @@ def open_rows(
         folder: where bad records are listed, in skipped-HOST.jsonl.
         host: number of this host, from 0.
         hosts: number of hosts.
+        formats: the formats of sources that the mixture may name.
     Raises:
         ValueError: own_streams rejects the settings, or the mixture is invalid.
         FileNotFoundError: a source does not exist.
     """
     own_streams = cfg.own_streams(host, hosts)
-    part = open_parts(cfg.mixture, open_source)
+    part = open_parts(cfg.mixture, functools.partial(open_source, formats=formats))
     make_example = _example_maker(cfg, processor, model)
     num_records = {leaf.name: len(leaf.source) for leaf in part.leaves()}
     skipped = Skipped(Path(folder) / f"skipped-{host:03d}.jsonl", cfg.max_bad, num_records)

@@ -1,6 +1,7 @@
 """Random-access sources of records for Grain, one class per format.
 
-The formats are files and folders of records, and generated scenes. Every source returns Records, or
+The formats are files and folders of records; other sources, such as generated scenes, can be handed
+in as further formats. Every source returns Records, or
 BadRecords for those that cannot be used, both with their location. Images stay encoded. Only
 the index of the files is kept in memory. A source reopens the file for each record, so it can be
 pickled and shared by threads. records.py describes the fields of a record.
@@ -9,6 +10,7 @@ pickled and shared by threads. records.py describes the fields of a record.
 import inspect
 import os
 from array import array
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -30,7 +32,6 @@ from janus_jax.data.reading import (
     read_span,
 )
 from janus_jax.data.records import BadRecord, Record, parse_record
-from janus_jax.data.scene_records import ScenesSource
 from janus_jax.data.tar import TarSource
 from janus_jax.paths import MAX_TEXT_BYTES, os_errors_of, read_bounded
 
@@ -219,25 +220,30 @@ FORMATS = {
     "arrayrecord": ArrayRecordSource,
     "parquet": ParquetSource,
     "class_folder": ClassFolderSource,
-    "scenes": ScenesSource,
 }
 
 
-def open_source(format: str, path: Paths, **options) -> Source:
+Formats = Mapping[str, type[Source]]  # by name
+
+
+def open_source(
+    format: str, path: Paths, *, formats: Formats = FORMATS, **options
+) -> Source:
     """Opens a source.
 
     Args:
-        format: one of FORMATS.
+        format: one of `formats`.
         path: see the format's class.
+        formats: the classes that can be opened, by name.
         options: other arguments of the format's class.
     Raises:
         ValueError: the format or an option is unknown, a file is not of this format, or there are
             no records.
         FileNotFoundError: the path does not exist.
     """
-    if format not in FORMATS:
-        raise ValueError(f"the format must be one of {', '.join(FORMATS)}, got {shorten(format)}")
-    kind = FORMATS[format]
+    if format not in formats:
+        raise ValueError(f"the format must be one of {', '.join(formats)}, got {shorten(format)}")
+    kind = formats[format]
     try:
         inspect.signature(kind).bind(path, **options)
     except TypeError as error:

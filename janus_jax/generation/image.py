@@ -19,8 +19,8 @@ from jax.sharding import Mesh
 from janus_jax import sharding
 from janus_jax.generation import codec, decoding, finite, samplers
 from janus_jax.generation.samplers import Sampling
+from janus_jax.interop.files import Report
 from janus_jax.models.janus import Janus
-from janus_jax.progress import Report
 
 # Maximum number of progress reports per chunk.
 _MAX_REPORTS = 25

@@ -9,13 +9,13 @@ from jax.sharding import Mesh
 
 from janus_jax import checks, sharding
 from janus_jax.generation import codec, compile_cache, decoding, image, loading, samplers, text
+from janus_jax.interop.files import Report
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.models.janus import Janus
 from janus_jax.processing import chat
 from janus_jax.processing.images import ImageSource, image_list, split_images
 from janus_jax.processing.processor import Example, Processor
 from janus_jax.processing.tokenizer import TextStream
-from janus_jax.progress import Report
 
 Conversation = str | Sequence[chat.Message]
 

@@ -10,7 +10,8 @@ import numpy as np
 from janus_jax.interop.readers import SAFETENSORS, SAFETENSORS_DTYPES
 from janus_jax.paths import os_errors_of
 from janus_jax.processing.json_files import write_json
-from janus_jax.progress import Report
+
+Report = Callable[[int, int], None]  # called with the amount done and the total, in any unit
 
 CONFIG = "config.json"
 PARAMS = "params"  # subfolder with the parameters of an Orbax folder

@@ -12,13 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from janus_jax import checkpoint
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.interop import deepseek, transformers
+from janus_jax.interop import deepseek, orbax, transformers
 from janus_jax.interop.adapter import Adapter, read_adapter
 from janus_jax.interop.adapter_config import check_unmerged_adapter
 from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS, layout_of, read_config
-from janus_jax.interop.files import CONFIG
+from janus_jax.interop.files import CONFIG, Report
 from janus_jax.interop.folders import check_folder
 from janus_jax.interop.names import abbreviate, summarize_problems
 from janus_jax.interop.quantised import check_not_quantised
@@ -29,7 +28,6 @@ from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.vq import VQ, VQConfig
 from janus_jax.paths import value_errors_of
 from janus_jax.processing.json_files import read_json
-from janus_jax.progress import Report
 
 FLOAT32_PATHS = r"gen_vq\."  # images decoded in bfloat16 show color banding
 ALIGNMENT = 64  # bytes; the alignment of JAX's CPU buffers
@@ -70,7 +68,7 @@ def open_folder(path: Path | str, adapter: Path | str | None = None) -> Folder:
     config = read_json(path / CONFIG)
     with value_errors_of(path):
         layout, cfg = layout_of(config), read_config(config)
-    return Folder(path, config, layout, cfg, checkpoint.is_orbax(path), adapter)
+    return Folder(path, config, layout, cfg, orbax.is_orbax(path), adapter)
 
 
 def table_for(layout: str, cfg: JanusConfig) -> Table:
@@ -269,14 +267,14 @@ def _restore(
         if paths is None or path in paths
     }
     if adapter is None:
-        return checkpoint.restore(folder.path, abstract_params, progress)
+        return orbax.restore(folder.path, abstract_params, progress)
     unchanged = {p: leaf for p, leaf in abstract_params.items() if p not in adapter.updates}
-    sizes = {path: checkpoint.size(stored[path]) for path in abstract_params}
+    sizes = {path: orbax.size(stored[path]) for path in abstract_params}
     done, total = sum(sizes[path] for path in unchanged), sum(sizes.values())
     report = progress and (lambda read, _: progress(read, total))
-    params = checkpoint.restore(folder.path, unchanged, report)
+    params = orbax.restore(folder.path, unchanged, report)
     updated = abstract_params.keys() - unchanged.keys()
-    for path, array in checkpoint.restore_numpy(folder.path, updated):
+    for path, array in orbax.restore_numpy(folder.path, updated):
         leaf, done = abstract_params[path], done + sizes[path]
         params[path] = _place(adapter.merged(path, array), leaf.sharding, leaf.dtype)
         if progress is not None:
@@ -291,7 +289,7 @@ def check_stored(folder: Folder) -> dict[str, jax.ShapeDtypeStruct]:
       ValueError: parameters are missing, unknown or have a wrong shape; the message has the count
         and the first names of each kind.
     """
-    expected, stored = param_shapes(folder.cfg), checkpoint.stored_params(folder.path)
+    expected, stored = param_shapes(folder.cfg), orbax.stored_params(folder.path)
     shared = [path for path in expected if path in stored]
     problems = {
         "missing": [path for path in expected if path not in stored],
@@ -397,10 +395,10 @@ def _stored_torch(folder: Folder) -> StoredParams:
 def _stored_orbax(folder: Folder) -> StoredParams:
     stored = check_stored(folder)
     metadata = {path: (np.dtype(leaf.dtype), tuple(leaf.shape)) for path, leaf in stored.items()}
-    path = folder.path / checkpoint.UNUSED
+    path = folder.path / orbax.UNUSED
     tensors, _ = read_safetensors(path) if path.is_file() else ({}, [])
     unused = {name: tensor.read() for name, tensor in tensors.items()}
     table = table_for(folder.layout, folder.cfg)
     skipped = {name: " ".join(skip_reasons(table, name)) for name in unused}
-    arrays = functools.cache(lambda: dict(checkpoint.restore_numpy(folder.path, stored)))
+    arrays = functools.cache(lambda: dict(orbax.restore_numpy(folder.path, stored)))
     return StoredParams(metadata, lambda path: arrays()[path], unused, skipped)

@@ -37,7 +37,8 @@ def held_out_rows(setup: Setup, output: Path) -> tuple[grain.IterDataset, Skippe
     """
     rows_cfg = dataclasses.replace(setup.rows, mixture=setup.cfg.eval_mixture.to_dict())
     hosts = jax.process_index(), jax.process_count()
-    return open_rows(rows_cfg, setup.processor, setup.source.cfg, output / "eval", *hosts)
+    cfg, folder = setup.source.cfg, output / "eval"
+    return open_rows(rows_cfg, setup.processor, cfg, folder, *hosts, formats=setup.formats)
 
 
 def evaluation_callback(

@@ -31,9 +31,10 @@ from jax.sharding import Mesh
 from janus_jax.checks import shorten_text
 from janus_jax.data.loading import open_rows
 from janus_jax.data.skipped import Skipped
+from janus_jax.data.sources import FORMATS, Formats
 from janus_jax.interop.adapter import Adapter
 from janus_jax.interop.adapter_writing import write_adapter
-from janus_jax.interop.export import write_folder
+from janus_jax.interop.convert import write_folder
 from janus_jax.interop.load import open_adapter, param_shapes, stored_params, table_for
 from janus_jax.library_log import library_log
 from janus_jax.paths import locked
@@ -50,7 +51,7 @@ from janus_jax.training.evaluation import (
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
 from janus_jax.training.lora import lora_factors
 from janus_jax.training.metrics import Log
-from janus_jax.training.setup import DTYPES, MODEL, Params, Setup, put_rows
+from janus_jax.training.setup import DTYPES, MODEL, Params, Setup, no_progress, put_rows
 from janus_jax.training.state import TrainState, eval_params
 
 SETTINGS, CHECKPOINTS, LOCK, LIBRARY_LOG = "run.json", "checkpoints", ".lock", "libraries.log"
@@ -63,27 +64,32 @@ CHANGEABLE = frozenset(
 )
 
 
-def train_stage(cfg) -> None:
+def train_stage(cfg, formats: Formats = FORMATS, progress=no_progress) -> None:
     """Trains as the config says, and resumes from the newest checkpoint in cfg.output if any.
 
     On SIGTERM it saves a checkpoint and returns.
 
     Args:
         cfg: ConfigDict of stages.base_config.
+        formats: the formats of sources that the mixtures may name.
+        progress: makes the report of a task, for example a progress bar, from its description.
     Raises:
         FileNotFoundError, ValueError: a setting, a folder or a source cannot be used, or too many
             records are bad.
         FloatingPointError: the loss, a gradient or a weight is NaN or infinite. Checkpoints saved
             before are not affected.
     """
-    setup, output = Setup.from_config(cfg), Path(cfg.output)
+    setup, output = Setup.from_config(cfg, formats, progress), Path(cfg.output)
     check_processes(setup.mesh)
     hosts = jax.process_index(), jax.process_count()
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
         stack.enter_context(lock_folder(output))
         stack.enter_context(library_log(output / LIBRARY_LOG))
-        rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, output, *hosts)
+        source = setup.source
+        rows, skipped = open_rows(
+            setup.rows, setup.processor, source.cfg, output, *hosts, formats=formats
+        )
         newest = max(steps_in(output / CHECKPOINTS), default=None)
         check_shared(newest)
         check_run_settings(cfg, newest)
@@ -95,7 +101,7 @@ def train_stage(cfg) -> None:
         if int(state.step) < cfg.steps:
             checkpoints.check_disk_space(state)
         log = stack.enter_context(open_log(setup, output, int(state.step), skipped))
-        flops = step_flops(setup.source.cfg, *setup.shapes)
+        flops = step_flops(source.cfg, *setup.shapes)
         callbacks = make_callbacks(setup, frozen, log, output, int(state.step))
         run = Run(setup.step(), setup.mesh, frozen, flops, checkpoints, log, callbacks, stop)
         state = run.steps(state, iterator, cfg.steps, cfg.save_every)

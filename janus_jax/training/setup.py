@@ -1,5 +1,6 @@
 """Set up a run from its config: devices, parameters and the jitted step."""
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -16,7 +17,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from janus_jax.data.loading import RowsConfig
 from janus_jax.data.records import KINDS
+from janus_jax.data.sources import FORMATS, Formats
 from janus_jax.generation.loading import DTYPES, check_processor
+from janus_jax.interop.files import Report
+from janus_jax.interop.folders import check_folder
 from janus_jax.interop.load import (
     FLOAT32_PATHS,
     Folder,
@@ -30,7 +34,6 @@ from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.remat import REMAT_CHOICES
 from janus_jax.paths import check_local
 from janus_jax.processing.processor import Processor
-from janus_jax.progress import Progress
 from janus_jax.sharding import (
     batch_sharding,
     check_mesh,
@@ -39,7 +42,6 @@ from janus_jax.sharding import (
     parse_mesh,
     sharding_for,
 )
-from janus_jax.training.folders import check_init
 from janus_jax.training.lora import ADAPTERS, LoRAConfig, add_adapters
 from janus_jax.training.stages import ALL_BUT_TOKENIZER, base_config
 from janus_jax.training.state import (
@@ -56,6 +58,11 @@ MODEL = "model"  # folder of the trained model in a run's output
 Shapes = dict[str, jax.ShapeDtypeStruct]  # with shardings
 
 
+def no_progress(description: str) -> contextlib.AbstractContextManager[None]:
+    """Reports nothing."""
+    return contextlib.nullcontext()
+
+
 @dataclasses.dataclass(frozen=True)
 class Setup:
     """A validated config. Creating it loads no weights.
@@ -68,6 +75,8 @@ class Setup:
         mesh: the devices.
         rows: how the rows of a batch are made.
         lora: the adapters to train instead of the weights, or None.
+        formats: the formats of sources that the mixtures may name.
+        progress: makes the report of a task, for example a progress bar, from its description.
     """
 
     cfg: Any
@@ -77,12 +86,16 @@ class Setup:
     mesh: Mesh
     rows: RowsConfig
     lora: LoRAConfig | None
+    formats: Formats
+    progress: Callable[[str], contextlib.AbstractContextManager[Report | None]]
 
     @classmethod
-    def from_config(cls, cfg) -> "Setup":
+    def from_config(cls, cfg, formats: Formats = FORMATS, progress=no_progress) -> "Setup":
         """Checks the config.
 
         cfg: ConfigDict of stages.base_config.
+        formats: the formats of sources that the mixtures may name.
+        progress: see the attribute; by default nothing is reported.
         Raises FileNotFoundError or ValueError if it cannot be trained.
         """
         check_settings(cfg)
@@ -105,7 +118,7 @@ class Setup:
             lora = LoRAConfig(cfg.lora_rank, cfg.lora_alpha, cfg.lora_targets)
         rows = rows_config(cfg, mesh)
         check_weights(source)  # before a model with the sizes in config.json is built
-        setup = cls(cfg, source, processor, model_cfg, mesh, rows, lora)
+        setup = cls(cfg, source, processor, model_cfg, mesh, rows, lora, formats, progress)
         trained, frozen = setup.shapes
         if cfg.reinit:
             check_reinit(cfg.reinit, trained, frozen)
@@ -173,7 +186,7 @@ class Setup:
     def _load(self, paths: Container[str], dtype) -> Params:
         """Loads parameters from the initial checkpoint; process 0 reports the bytes read."""
         sharding = sharding_for(self.mesh)
-        with Progress(f"loading {self.cfg.init}", "B") as report:
+        with self.progress(f"loading {self.cfg.init}") as report:
             report = report if jax.process_index() == 0 else None
             return load_params(
                 self.source.path, self.source.cfg, sharding, dtype, paths=paths, progress=report
@@ -287,6 +300,17 @@ def rows_config(cfg, mesh: Mesh) -> RowsConfig:
         raise ValueError(f"{rule}, got {rows.batch_size}")
     rows.own_streams(jax.process_index(), jax.process_count())
     return rows
+
+
+def check_init(init: str) -> Path:
+    """Returns the checkpoint folder `init`; "janus_tiny" is the shipped model.
+
+    Raises FileNotFoundError if it is not a checkpoint folder.
+    """
+    try:
+        return check_folder(init)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"init must be a checkpoint folder: {error}") from None
 
 
 def check_reinit(reinit: str, trained: Iterable[str], frozen: Iterable[str]) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from janus_jax.interop.config import TRANSFORMERS
-from janus_jax.interop.export import export_folder
+from janus_jax.interop.convert import export_folder
 from janus_jax.interop.load import open_folder, param_shapes
 from janus_jax.paths import size_text
 from janus_jax.verify.outputs import Outputs, Request, compute_outputs

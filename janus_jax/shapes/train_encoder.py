@@ -13,10 +13,10 @@ import numpy as np
 import optax
 from flax import nnx
 
-from janus_jax.data.scene_batches import NUM_PATCH_LABELS, labelled_images
 from janus_jax.models.siglip import Siglip
-from janus_jax.training.folders import TrainingFolders, check_counts
-from janus_jax.training.loop import generated_batches, run_steps
+from janus_jax.shapes.batches import NUM_PATCH_LABELS, labelled_images
+from janus_jax.shapes.folders import TrainingFolders, check_counts
+from janus_jax.shapes.loop import generated_batches, run_steps
 from janus_jax.training.state import (
     TrainState,
     apply_gradients,

@@ -19,10 +19,10 @@ from tokenizers import (
     trainers,
 )
 
-from janus_jax.data import questions, scenes
 from janus_jax.processing.chat import JANUS_ROLES
 from janus_jax.processing.json_files import write_json
 from janus_jax.processing.tokenizer import BOS, EOS, IMAGE, IMAGE_END, IMAGE_START, PAD
+from janus_jax.shapes import questions, scenes
 
 PATCH = "<patch_placeholder>"  # part of the released tokenizers; never used
 SPECIAL = (BOS, EOS, PAD, IMAGE, PATCH, IMAGE_START, IMAGE_END)

@@ -19,12 +19,11 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from janus_jax import orbax_errors
-from janus_jax.interop.files import CONFIG, PARAMS, write_safetensors_file
+from janus_jax.interop.files import CONFIG, PARAMS, Report, write_safetensors_file
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.processor_files import copy_files
 from janus_jax.paths import bounded_size
 from janus_jax.processing.json_files import MAX_JSON_BYTES, write_json
-from janus_jax.progress import Report
 
 UNUSED = "unused.safetensors"
 METADATA = "_METADATA"  # Orbax's list of parameters

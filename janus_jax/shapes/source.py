@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from janus_jax.checks import shorten
-from janus_jax.data import scenes
-from janus_jax.data.questions import QuestionAnswer, ask_relation, describe, sample_question
 from janus_jax.data.reading import Source
 from janus_jax.data.records import KINDS, Record
+from janus_jax.data.sources import FORMATS
 from janus_jax.processing.images import encode_png
+from janus_jax.shapes import scenes
+from janus_jax.shapes.questions import QuestionAnswer, ask_relation, describe, sample_question
 
 TURNS = 3  # questions per image
 DESCRIBED = 0.5  # fraction of the text records that are descriptions; the others are captions
@@ -122,3 +123,7 @@ def _sample_sentence(rng: np.random.Generator) -> tuple[scenes.Scene, str]:
         text = describe(scene)
         if text is not None:
             return scene, text
+
+
+# The formats of files and folders, and generated scenes.
+ALL_FORMATS = FORMATS | {"scenes": ScenesSource}

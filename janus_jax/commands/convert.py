@@ -5,9 +5,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-from janus_jax.flags import OneLineParser, one_line_errors, path_arg, program_name
-from janus_jax.progress import Progress
-from janus_jax.verify import cli as verify_cli
+from janus_jax.commands import verify as verify_cli
+from janus_jax.commands.flags import OneLineParser, one_line_errors, path_arg, program_name
+from janus_jax.commands.progress import Progress
 
 COMMANDS = ("export", "inspect", "verify")
 
@@ -67,15 +67,15 @@ def _parser(command: str, subcommand: str | None) -> OneLineParser:
 
 def _run(subcommand: str | None, args: argparse.Namespace) -> list[str]:
     # Imported late, so that --help is fast and main can select the platform before JAX starts.
-    from janus_jax.interop import export
+    from janus_jax.interop import convert
 
     if subcommand == "inspect":
-        return export.inspect_folder(args.src)
+        return convert.inspect_folder(args.src)
     with Progress("converting", "B") as progress:
         options = dict(overwrite=args.overwrite, adapter=args.adapter, progress=progress)
         if subcommand == "export":
-            return export.export_folder(args.src, args.dst, args.layout, **options)
-        return export.import_folder(args.src, args.dst, **options)
+            return convert.export_folder(args.src, args.dst, args.layout, **options)
+        return convert.import_folder(args.src, args.dst, **options)
 
 
 def main(argv: Sequence[str] | None = None, command: str = "python -m convert") -> None:

@@ -20,7 +20,7 @@ import itertools
 import numpy as np
 from PIL import Image, ImageDraw
 
-from janus_jax.data.checker import Item, Requirement
+from janus_jax.shapes.checker import Item, Requirement
 
 IMAGE_SIZE = 96
 SHAPES = ("circle", "square", "triangle", "cross")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_jax import checks
-from janus_jax.flags import (
+from janus_jax.commands.flags import (
     OneLineParser,
     device_memory_errors,
     error_line,
@@ -17,8 +17,8 @@ from janus_jax.flags import (
     path_arg,
     program_name,
 )
+from janus_jax.commands.progress import Progress
 from janus_jax.paths import MAX_TEXT_BYTES, atomic_write, check_local
-from janus_jax.progress import Progress
 
 if TYPE_CHECKING:
     from janus_jax.generation.pipeline import Pipeline
@@ -294,7 +294,7 @@ def generate(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline"
     """Generates images, writes each chunk when it is done, and prints the paths of all files."""
     import numpy as np
 
-    from janus_jax.gallery import Gallery
+    from janus_jax.commands.gallery import Gallery
 
     names = ("guidance_weight", "temperature", "top_k", "top_p")
     settings = {name: getattr(flags, name) for name in names}

@@ -15,7 +15,8 @@ from ml_collections import ConfigDict, config_flags
 
 from janus_jax import configs
 from janus_jax.checks import error_text, shorten_text
-from janus_jax.flags import device_memory_errors, one_line_errors, program_name
+from janus_jax.commands.flags import device_memory_errors, one_line_errors, program_name
+from janus_jax.commands.progress import Progress
 
 CONFIGS = Path(configs.__file__).parent  # the folder configs/ of a clone
 COMMAND = "python train.py"
@@ -228,6 +229,7 @@ def train(argv: Sequence[str], command: str = COMMAND) -> None:
             raise ValueError(f"--dry_run needs a config whose task is stage, got {cfg.task!r}")
         from janus_jax import sharding  # imported late, because JAX takes a second to import
         from janus_jax.generation import compile_cache
+        from janus_jax.shapes.source import ALL_FORMATS
         from janus_jax.training import distributed
 
         compile_cache.enable()
@@ -236,13 +238,17 @@ def train(argv: Sequence[str], command: str = COMMAND) -> None:
         )
         sharding.check_devices()
         if cfg.task == "tokenizer":
-            from janus_jax.training.tokenizer import train_tokenizer as run
+            from janus_jax.shapes.train_vq import train_tokenizer as run
         elif cfg.task == "encoder":
-            from janus_jax.training.encoder import train_encoder as run
+            from janus_jax.shapes.train_encoder import train_encoder as run
         elif _DRY_RUN.value:
-            from janus_jax.training.dry_run import print_dry_run as run
+            from janus_jax.commands.dry_run import print_dry_run
+
+            run = functools.partial(print_dry_run, formats=ALL_FORMATS)
         elif cfg.task == "stage":
-            from janus_jax.training.run import train_stage as run
+            from janus_jax.training.run import train_stage
+
+            run = functools.partial(train_stage, formats=ALL_FORMATS, progress=_progress)
         else:
             raise ValueError(f"task must be tokenizer, encoder or stage, got {cfg.task!r}")
         # the inner settings_errors prints its line before exit_without_waiting ends the process
@@ -252,6 +258,11 @@ def train(argv: Sequence[str], command: str = COMMAND) -> None:
             device_memory_errors(_MEMORY_ADVICE),
         ):
             run(cfg)
+
+
+def _progress(description: str) -> Progress:
+    """Returns a bar for the bytes of a task."""
+    return Progress(description, "B")
 
 
 def main(command: str = COMMAND) -> None:

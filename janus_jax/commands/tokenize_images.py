@@ -1,4 +1,4 @@
-"""python -m janus_jax.data.tokenize_images: precomputes the tokens of images to generate.
+"""python -m janus_jax.commands.tokenize_images: precomputes the tokens of images to generate.
 
 Training on precomputed tokens does not run the image tokenizer. Every generation record is written
 with `indices` in place of its image. Other records, and those that already have indices, are
@@ -24,16 +24,22 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from janus_jax import checks
+from janus_jax.commands.flags import (
+    OneLineParser,
+    device_memory_errors,
+    one_line_errors,
+    set_up_program,
+)
+from janus_jax.commands.progress import Progress
 from janus_jax.data.reading import Source, prepare_image
 from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import counts_text, too_many, too_many_error
-from janus_jax.data.sources import FORMATS, open_source
+from janus_jax.data.sources import open_source
 from janus_jax.data.writers import SUFFIXES, write_records
-from janus_jax.flags import OneLineParser, device_memory_errors, one_line_errors, set_up_program
 from janus_jax.paths import atomic_write, check_local, locked, write_file
 from janus_jax.processing.images import preprocess_generation
 from janus_jax.processing.json_files import read_json
-from janus_jax.progress import Progress
+from janus_jax.shapes.source import ALL_FORMATS
 
 SkippedEntry = dict[str, str]  # record (its location), reason and detail
 
@@ -47,7 +53,7 @@ _SKIPPED = "skipped.jsonl"  # in a hidden folder, so that a source of JSONL file
 _THREADS = 16  # threads that read and decode images while the device encodes others
 
 _EXAMPLE = """example:
-  python -m janus_jax.data.tokenize_images --model deepseek-ai/Janus-Pro-1B \\
+  python -m janus_jax.commands.tokenize_images --model deepseek-ai/Janus-Pro-1B \\
       --source tar:photos --output arrayrecord:photos_tokens
 """
 
@@ -55,14 +61,14 @@ _EXAMPLE = """example:
 def _parser() -> OneLineParser:
     parser = OneLineParser(
         "tokenize_images",
-        prog="python -m janus_jax.data.tokenize_images",
+        prog="python -m janus_jax.commands.tokenize_images",
         description="Replace the images of generation records by their tokens. "
         "To resume an interrupted run, run the same command again.",
         epilog=_EXAMPLE,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add, formats = parser.add_argument, ", ".join(FORMATS)
+    add, formats = parser.add_argument, ", ".join(ALL_FORMATS)
     location = dict(required=True, type=_format_and_path)
     add("--model", required=True, metavar="PATH", help="checkpoint folder or Hugging Face hub id")
     source_help = f"records to read; FORMAT is one of {formats}"
@@ -86,8 +92,8 @@ def _parser() -> OneLineParser:
 
 def _format_and_path(text: str) -> tuple[str, Path]:
     format, colon, path = text.partition(":")
-    if not (format in FORMATS and colon and path):
-        rule = f"must be FORMAT:PATH, with FORMAT one of {', '.join(FORMATS)}"
+    if not (format in ALL_FORMATS and colon and path):
+        rule = f"must be FORMAT:PATH, with FORMAT one of {', '.join(ALL_FORMATS)}"
         raise argparse.ArgumentTypeError(f"{rule}, got {text!r}")
     return format, Path(path)
 
@@ -336,7 +342,7 @@ def run(args: argparse.Namespace) -> str:
         raise ValueError(f"--max_bad must be at least 0 and below 1, got {args.max_bad}")
     options = _source_options(args)
     format, path = args.source
-    source = open_source(format, path, **options)
+    source = open_source(format, path, formats=ALL_FORMATS, **options)
     output = Output(*args.output, args.shard_size)
     output.check()
     compile_cache.enable()

@@ -12,8 +12,8 @@ import collections
 
 import numpy as np
 
-from janus_jax.data import scenes
-from janus_jax.data.checker import Item
+from janus_jax.shapes import scenes
+from janus_jax.shapes.checker import Item
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 DESCRIBE = "Describe the picture."

@@ -2,11 +2,8 @@
 
 import shutil
 import sys
-from collections.abc import Callable
 
 from tqdm import tqdm
-
-Report = Callable[[int, int], None]  # called with the amount done and the total, in any unit
 
 _LOG_INTERVAL = 30.0  # seconds between lines of a log
 _BAR_INTERVAL = 0.05  # minimum seconds between updates of a bar; a folder may have 1000 tensors

@@ -11,6 +11,7 @@ import numpy as np
 
 from janus_jax.data.loading import open_rows
 from janus_jax.data.packing import efficiency
+from janus_jax.data.sources import FORMATS, Formats
 from janus_jax.interop.load import load_vq
 from janus_jax.models.vq import VQ
 from janus_jax.paths import write_file
@@ -26,16 +27,17 @@ MAX_WRITTEN_ROWS = 4
 Row = Mapping[str, np.ndarray]
 
 
-def dry_run(cfg) -> Iterator[str]:
+def dry_run(cfg, formats: Formats = FORMATS) -> Iterator[str]:
     """Yields lines to print, and writes the first rows of the run to OUTPUT/dry_run.
 
     It loads no weights, except for the image tokenizer if the images to generate are stored as
     indices.
 
     cfg: ConfigDict of stages.base_config.
+    formats: the formats of sources that the mixtures may name.
     Raises as train_stage does.
     """
-    setup = Setup.from_config(cfg)
+    setup = Setup.from_config(cfg, formats)
     check_processes(setup.mesh)
     folder = Path(cfg.output) / "dry_run" / f"host-{jax.process_index()}"
     trained, frozen = setup.shapes
@@ -47,7 +49,9 @@ def dry_run(cfg) -> Iterator[str]:
         held_out_rows(setup, folder)
     if cfg.sample_every:
         prompt_images(setup)
-    rows, skipped = open_rows(setup.rows, setup.processor, setup.source.cfg, folder, *hosts)
+    rows, skipped = open_rows(
+        setup.rows, setup.processor, setup.source.cfg, folder, *hosts, formats=formats
+    )
     with contextlib.closing(iter(rows)) as iterator:
         batch = next(iterator)
     yield from _memory(setup)
@@ -63,9 +67,9 @@ def dry_run(cfg) -> Iterator[str]:
     yield f"the first {written} rows are in {folder}; prediction targets are in [[ ]]"
 
 
-def print_dry_run(cfg) -> None:
+def print_dry_run(cfg, formats: Formats = FORMATS) -> None:
     """Prints the lines of dry_run."""
-    for line in dry_run(cfg):
+    for line in dry_run(cfg, formats):
         print(line, flush=True)
 
 

@@ -3,12 +3,12 @@
 They run the same code as the scripts of a clone: sample.py, train.py and `python -m convert`.
 """
 
-from janus_jax.flags import set_up_program
+from janus_jax.commands.flags import set_up_program
 
 
 def sample() -> None:
     """Runs janus-sample."""
-    from janus_jax.cli import main
+    from janus_jax.commands.sample import main
 
     set_up_program()
     main(command="janus-sample")
@@ -16,7 +16,7 @@ def sample() -> None:
 
 def convert() -> None:
     """Runs janus-convert."""
-    from janus_jax.convert_cli import main
+    from janus_jax.commands.convert import main
 
     set_up_program()
     main(command="janus-convert")
@@ -24,6 +24,6 @@ def convert() -> None:
 
 def train() -> None:
     """Runs janus-train."""
-    from janus_jax.training.cli import main
+    from janus_jax.commands.train import main
 
     main(command="janus-train")

@@ -6,14 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from janus_jax.data import tiny_tokenizer
-from janus_jax.data.scene_batches import scene_images
 from janus_jax.interop.save import save_deepseek
 from janus_jax.models.janus import Janus, JanusConfig
-from janus_jax.training.folders import TrainingFolders, check_counts, check_output
-from janus_jax.training.loop import generated_batches, run_steps
+from janus_jax.shapes import text_tokenizer
+from janus_jax.shapes.batches import scene_images
+from janus_jax.shapes.folders import TrainingFolders, check_counts, check_output
+from janus_jax.shapes.loop import generated_batches, run_steps
+from janus_jax.shapes.vq_loss import make_vq_step
 from janus_jax.training.state import init_state, make_optimizer, split_model
-from janus_jax.training.vq import make_vq_step
 
 
 def train_tokenizer(cfg) -> None:
@@ -61,10 +61,10 @@ def _model_functions(cfg) -> tuple[JanusConfig, Callable[[], Janus], Callable[[J
         folders = TrainingFolders.from_config(cfg)
         return folders.source.cfg, folders.load, folders.save
     sizes = JanusConfig.janus_tiny()
-    check_output(cfg.output, sizes, tiny_tokenizer.FILES)
+    check_output(cfg.output, sizes, text_tokenizer.FILES)
 
     def save(model: Janus) -> None:
-        save_deepseek(cfg.output, model, tiny_tokenizer.build)
+        save_deepseek(cfg.output, model, text_tokenizer.build)
 
     return sizes, lambda: Janus(sizes, rngs=nnx.Rngs(cfg.seed)), save
 

@@ -8,9 +8,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 
-from janus_jax.data.scenes import IMAGE_SIZE
 from janus_jax.interop.files import CONFIG, small_files
-from janus_jax.interop.folders import check_folder
 from janus_jax.interop.load import Folder, build_model, load_params, open_folder
 from janus_jax.interop.processor_files import copy_files
 from janus_jax.interop.readers import SAFETENSORS
@@ -18,6 +16,8 @@ from janus_jax.interop.save import save_deepseek
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.paths import check_local
 from janus_jax.processing.prompt_settings import TEMPLATE_FOLDER
+from janus_jax.shapes.scenes import IMAGE_SIZE
+from janus_jax.training.setup import check_init
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,17 +60,6 @@ class TrainingFolders:
     def save(self, model: Janus) -> None:
         """Writes the model and copies the small files of the initial checkpoint."""
         save_deepseek(self.output, model, functools.partial(copy_files, self.source.path))
-
-
-def check_init(init: str) -> Path:
-    """Returns the checkpoint folder `init`; "janus_tiny" is the shipped model.
-
-    Raises FileNotFoundError if it is not a checkpoint folder.
-    """
-    try:
-        return check_folder(init)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"init must be a checkpoint folder: {error}") from None
 
 
 def check_counts(cfg, *names: str) -> None:

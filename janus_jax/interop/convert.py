@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from janus_jax import checkpoint
-from janus_jax.interop import deepseek
+from janus_jax.interop import deepseek, orbax
 from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS
 from janus_jax.interop.config_writing import write_config
-from janus_jax.interop.files import CONFIG, write_safetensors
+from janus_jax.interop.files import CONFIG, Report, write_safetensors
 from janus_jax.interop.load import (
     Folder,
     StoredParams,
@@ -24,7 +23,6 @@ from janus_jax.interop.processor_files import check_files, copy_files, translate
 from janus_jax.interop.rules import Shape, Step, export_steps, torch_shape
 from janus_jax.processing.json_files import write_json
 from janus_jax.processing.tokenizer import Tokenizer
-from janus_jax.progress import Report
 
 Metadata = dict[str, tuple[np.dtype, Shape]]  # by tensor name
 
@@ -55,7 +53,7 @@ def import_folder(
     _check_target(source, target, adapter)
     folder = _open(source, adapter)
     stored = stored_params(folder)
-    checkpoint.save(
+    orbax.save(
         target,
         {path: stored.read(path) for path in stored.metadata},
         config=folder.config,
@@ -66,7 +64,7 @@ def import_folder(
     )
     size = sum(math.prod(shape) for _, shape in stored.metadata.values())
     line = f"{target}: {len(stored.metadata)} parameter arrays with {size:,} values"
-    line += f"; kept {len(stored.unused)} unused tensors in {checkpoint.UNUSED}"
+    line += f"; kept {len(stored.unused)} unused tensors in {orbax.UNUSED}"
     return [line, *_merge_report(adapter)]
 
 

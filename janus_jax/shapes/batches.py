@@ -6,7 +6,7 @@ side in pixels, T the number of patches.
 
 import numpy as np
 
-from janus_jax.data import scenes
+from janus_jax.shapes import scenes
 
 NUM_PATCH_LABELS = 1 + len(scenes.SHAPES) * len(scenes.COLORS)
 

@@ -1,0 +1,1 @@
+"""The command lines of this package: sampling, training, conversion and comparison."""
