@@ -1,71 +1,28 @@
-"""Sharding: the device mesh, and one table that maps parameter paths to mesh axes.
+"""Sharding: the device mesh, and the shardings of parameters and batches on it.
 
 The mesh has the axes `data`, `fsdp` and `tensor`. The batch is sharded over `data` and `fsdp`, the
-parameters over `fsdp` and `tensor`; `tensor` shards heads, MLP width and vocabulary. Model code
-does not name mesh axes.
+parameters over `fsdp` and `tensor`; `tensor` shards heads, MLP width and vocabulary. The table of
+parameters of a model family (families/) has the spec of each parameter. Model code does not name
+mesh axes.
 """
 
 import functools
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
+from absl import logging
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from janus_jax.checks import check_count
-from janus_jax.models.janus import JanusConfig
+from janus_jax.families.family import ParameterTable
 from janus_jax.models.kv_cache import KVCache
 
 AXES = ("data", "fsdp", "tensor")
 BATCH_AXES = ("data", "fsdp")
-
-_COLUMN, _ROW, _REPLICATED = P("fsdp", "tensor"), P("tensor", "fsdp"), P()
-_COLUMN_BIAS = P("tensor")
-
-# Names of the layers whose kernels are sharded by columns, and by rows.
-_COLUMN_LAYERS = r"([qkv]_proj|gate_proj|up_proj|fc1|proj|layers\.\d*[02468])"
-_ROW_LAYERS = r"(o_proj|down_proj|out_proj|fc2|layers\.\d*[13579])"
-
-# (regular expression that matches a whole path, spec). Of two successive projections, the first is
-# sharded by columns and the second by rows, so that the activations between them stay on one
-# device. The image tokenizer is small, and its convolutions are fastest when replicated.
-PARAMETER_SPECS = (
-    (r"language_model\.embed_tokens\.embedding", P("tensor", "fsdp")),
-    (r"language_model\.layers\.\d+\.self_attn\.[qkv]_proj\.kernel", _COLUMN),
-    (r"language_model\.layers\.\d+\.self_attn\.o_proj\.kernel", _ROW),
-    (r"language_model\.layers\.\d+\.mlp\.(gate|up)_proj\.kernel", _COLUMN),
-    (r"language_model\.layers\.\d+\.mlp\.down_proj\.kernel", _ROW),
-    (r"language_model\.layers\.\d+\.(input|post_attention)_layernorm\.scale", _REPLICATED),
-    (r"language_model\.norm\.scale", _REPLICATED),
-    (r"language_model\.lm_head\.kernel", _COLUMN),
-    (r"und_encoder\.patch_embed\.(kernel|bias)", _REPLICATED),
-    (r"und_encoder\.pos_embed", _REPLICATED),
-    (r"und_encoder\.blocks\.\d+\.attn\.[qkv]_proj\.kernel", _COLUMN),
-    (r"und_encoder\.blocks\.\d+\.attn\.[qkv]_proj\.bias", _COLUMN_BIAS),
-    (r"und_encoder\.blocks\.\d+\.attn\.out_proj\.kernel", _ROW),
-    (r"und_encoder\.blocks\.\d+\.mlp\.fc1\.kernel", _COLUMN),
-    (r"und_encoder\.blocks\.\d+\.mlp\.fc1\.bias", _COLUMN_BIAS),
-    (r"und_encoder\.blocks\.\d+\.mlp\.fc2\.kernel", _ROW),
-    (r"und_encoder\.blocks\.\d+\.(attn\.out_proj|mlp\.fc2)\.bias", _REPLICATED),
-    (r"und_encoder\.(blocks\.\d+\.norm[12]|norm)\.(scale|bias)", _REPLICATED),
-    (r"(und|gen)_aligner\.layers\.\d*[02468]\.kernel", _COLUMN),
-    (r"(und|gen)_aligner\.layers\.\d*[02468]\.bias", _COLUMN_BIAS),
-    (r"(und|gen)_aligner\.layers\.\d*[13579]\.kernel", _ROW),
-    (r"(und|gen)_aligner\.layers\.\d*[13579]\.bias", _REPLICATED),
-    (r"gen_embed\.embedding", _REPLICATED),
-    (r"gen_head\.proj\.kernel", _COLUMN),
-    (r"gen_head\.proj\.bias", _COLUMN_BIAS),
-    (r"gen_head\.out\.kernel", _ROW),
-    (r"gen_head\.out\.bias", _REPLICATED),
-    (r"gen_vq\..*", _REPLICATED),
-    # LoRA adapters (training/lora.py): inputs and outputs as those of the kernel, rank not sharded
-    (rf".*\.{_COLUMN_LAYERS}\.dot_general\.a", P("fsdp", None)),
-    (rf".*\.{_COLUMN_LAYERS}\.dot_general\.b", P(None, "tensor")),
-    (rf".*\.{_ROW_LAYERS}\.dot_general\.a", P("tensor", None)),
-    (rf".*\.{_ROW_LAYERS}\.dot_general\.b", P(None, "fsdp")),
-)
+_NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")  # of a layer, in a path
 
 
 def make_mesh(
@@ -119,24 +76,6 @@ def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     return make_mesh(**sizes, devices=devices)
 
 
-def spec_for(path: str) -> P:
-    """Returns the spec that PARAMETER_SPECS has for a parameter.
-
-    path: the path of the parameter in the model, joined with dots.
-
-    Raises:
-        ValueError: if not exactly one row of the table matches the path.
-    """
-    matches = [(rule, spec) for rule, spec in PARAMETER_SPECS if re.fullmatch(rule, path)]
-    if len(matches) != 1:
-        rules = ", ".join(rule for rule, _ in matches) or "none"
-        raise ValueError(
-            f"exactly one row of the sharding table must match parameter {path}, "
-            f"but {len(matches)} match: {rules}"
-        )
-    return matches[0][1]
-
-
 def fit_spec(mesh: Mesh, spec: P, shape: Sequence[int]) -> P:
     """Returns the spec without mesh axes whose size does not divide the array dimension.
 
@@ -159,13 +98,35 @@ def fit_spec(mesh: Mesh, spec: P, shape: Sequence[int]) -> P:
     return P(*(divisible(size, axes) for size, axes in zip(shape, spec, strict=False)))
 
 
-def sharding_for(mesh: Mesh) -> Callable[[str, Sequence[int]], NamedSharding]:
-    """Returns a function (path, shape) -> sharding of that parameter on the mesh."""
+def sharding_for(
+    mesh: Mesh, parameters: ParameterTable
+) -> Callable[[str, Sequence[int]], NamedSharding]:
+    """Returns a function (path, shape) -> sharding of that parameter on the mesh.
+
+    A dimension that the mesh axes of its spec do not divide is not sharded; this is logged once for
+    the parameters of all layers together.
+    """
 
     def parameter_sharding(path: str, shape: Sequence[int]) -> NamedSharding:
-        return NamedSharding(mesh, fit_spec(mesh, spec_for(path), shape))
+        spec = parameters.find(path).spec
+        fitted = fit_spec(mesh, spec, shape)
+        for dimension, axes, kept in zip(shape, spec, fitted, strict=False):
+            if kept != axes:
+                _log_not_sharded(_NUMBER.sub("*", path), dimension, axes, mesh.shape[axes])
+        return NamedSharding(mesh, fitted)
 
     return parameter_sharding
+
+
+@functools.cache  # so that the same message is logged once
+def _log_not_sharded(path: str, dimension: int, axis: str, size: int) -> None:
+    logging.warning(
+        "%s is not sharded over the mesh axis %s: its size %d does not divide the dimension of %d",
+        path,
+        axis,
+        size,
+        dimension,
+    )
 
 
 def check_devices() -> None:
@@ -209,14 +170,12 @@ def with_auto_axes(mesh: Mesh) -> Mesh:
     return Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def check_mesh(mesh: Mesh, cfg: JanusConfig) -> None:
-    """Raises ValueError if the size of the axis `tensor` does not divide a number of heads."""
-    tensor, decoder = mesh.shape["tensor"], cfg.language_model
-    heads = {
-        "attention heads of the decoder": decoder.num_attention_heads,
-        "key/value heads of the decoder": decoder.num_key_value_heads,
-        "heads of the vision encoder": cfg.und_encoder.num_heads,
-    }
+def check_mesh(mesh: Mesh, heads: Mapping[str, int]) -> None:
+    """Raises ValueError if the size of the axis `tensor` does not divide a number of heads.
+
+    heads: numbers of heads by name, see families.family.Sizes.
+    """
+    tensor = mesh.shape["tensor"]
     for name, count in heads.items():
         if count % tensor:
             raise ValueError(f"mesh axis tensor={tensor} must divide the {count} {name}")

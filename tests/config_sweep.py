@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 import transformers
 
-from janus_jax.interop.config import TRANSFORMERS, read_config
-from janus_jax.interop.config_writing import write_config
+from janus_jax.families.family import TRANSFORMERS
+from janus_jax.families.registry import read_config, write_config
 from janus_jax.interop.load import param_shapes, table_for
 from janus_jax.interop.rules import export_steps, torch_shape
 from janus_jax.models.janus import JanusConfig

@@ -15,19 +15,14 @@ from stage_configs import SMALL
 from convert.__main__ import main as convert
 from janus_jax import load
 from janus_jax.commands import sample as cli
+from janus_jax.families.janus import JANUS
 from janus_jax.generation import loading
 from janus_jax.interop.adapter import Adapter
 from janus_jax.interop.adapter_config import read_adapter_config
 from janus_jax.interop.adapter_writing import write_adapter
 from janus_jax.interop.files import write_safetensors_file
-from janus_jax.interop.load import (
-    load_params,
-    open_adapter,
-    open_folder,
-    param_shapes,
-    stored_params,
-    table_for,
-)
+from janus_jax.interop.load import load_params, open_adapter, open_folder, param_shapes, table_for
+from janus_jax.interop.stored import stored_params
 from janus_jax.sharding import make_mesh, sharding_for
 
 LAYERS = ("language_model.layers.0.self_attn.q_proj", "und_encoder.blocks.0.attn.v_proj")
@@ -127,7 +122,7 @@ def test_a_sharded_load_holds_one_merged_tensor_at_a_time(written, expected, mon
         return found
 
     monkeypatch.setattr(Adapter, "merged", watched)
-    found = merged(SMALL, written, sharding=sharding_for(mesh))
+    found = merged(SMALL, written, sharding=sharding_for(mesh, JANUS.parameters))
     assert len(alive) == 1 + 3  # the tensor of the second layer holds two other layers
     assert_same(found, expected)
     assert len(found[f"{LAYERS[0]}.kernel"].sharding.device_set) == 2

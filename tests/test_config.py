@@ -7,8 +7,7 @@ import json
 import checkpoints
 import pytest
 
-from janus_jax.interop.config import read_config
-from janus_jax.interop.config_writing import write_config
+from janus_jax.families.registry import read_config, write_config
 from janus_jax.models.janus import JanusConfig
 
 

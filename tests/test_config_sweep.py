@@ -11,7 +11,8 @@ import pytest
 import transformers
 from config_sweep import ABSENT, Comparison
 
-from janus_jax.interop.config import LLAMA_DEFAULTS, read_config
+from janus_jax.families.config import LLAMA_DEFAULTS
+from janus_jax.families.registry import read_config
 
 SECONDS = float(os.environ.get("SWEEP_SECONDS", 300))
 TEXT_LAYERS = ("text_config", "layer_types")

@@ -13,7 +13,7 @@ from janus_jax.generation.loading import find_folder
 from janus_jax.interop import load
 from janus_jax.interop.folders import check_folder
 from janus_jax.interop.load import check_weights, open_folder, param_shapes, plan_folder
-from janus_jax.interop.names import abbreviate, wrapper_prefix
+from janus_jax.interop.tensors import abbreviate, wrapper_prefix
 
 FILES = "needs config.json, tokenizer.json, .* weights in model.safetensors or pytorch_model.bin"
 

@@ -11,9 +11,10 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from flax import traverse_util
 
 from janus_jax.interop import convert, files, orbax
-from janus_jax.interop.load import build_model, load_params, open_folder
+from janus_jax.interop.load import build_model, load_component, load_params, open_folder
 from janus_jax.interop.readers import open_checkpoint
 from janus_jax.processing.chat import format_conversation
 
@@ -231,7 +232,7 @@ def test_an_orbax_folder_that_does_not_fit_lists_all(golden, folders, tmp_path):
 
 
 def sizes(folders):
-    return orbax.stored_params(folders["orbax_single"])
+    return orbax.stored_shapes(folders["orbax_single"])
 
 
 def test_orbax_is_read_in_groups(folders, monkeypatch):
@@ -248,6 +249,21 @@ def test_orbax_is_read_in_groups(folders, monkeypatch):
     assert_same_params(load(folders["orbax_single"]), whole)
     assert sum(map(sum, groups)) == 2 * 1_109_891 and len(groups) > 5
     assert all(sum(sizes) <= 200_000 or len(sizes) == 1 for sizes in groups)
+
+
+def test_one_component_of_an_orbax_folder_is_read_alone(folders, params, monkeypatch):
+    read, restore = [], ocp.Checkpointer.restore
+
+    def recorded(self, directory, args):
+        read.extend(traverse_util.flatten_dict(args.item, sep="."))
+        return restore(self, directory, args=args)
+
+    monkeypatch.setattr(ocp.Checkpointer, "restore", recorded)
+    aligner = load_component(open_folder(folders["orbax_single"]), "gen_aligner")
+    names = ("0.bias", "0.kernel", "1.bias", "1.kernel")
+    assert sorted(read) == [f"gen_aligner.layers.{name}" for name in names]
+    kernel = aligner.layers[1].kernel[...]
+    np.testing.assert_array_equal(kernel, params["gen_aligner.layers.1.kernel"])
 
 
 @pytest.mark.parametrize("form", ["sharded", "transformers", "orbax_single"])

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import load_memory, synthetic
-from janus_jax.interop.config import read_config
+from janus_jax.families.registry import read_config
 from janus_jax.interop.load import param_shapes, table_for
 from janus_jax.interop.readers import TORCH_BIN, open_checkpoint
 from janus_jax.interop.rules import make_plan

@@ -10,8 +10,9 @@ import pytest
 from stage_configs import SMALL, make_setup, small_config, train_stage
 
 from janus_jax.interop.convert import export_folder
-from janus_jax.interop.load import build_model, load_params, open_folder, stored_params
+from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.interop.readers import read_safetensors
+from janus_jax.interop.stored import stored_params
 from janus_jax.models.attention import causal_mask
 from janus_jax.training.checkpoints import Checkpoints
 

@@ -19,7 +19,8 @@ import pytest
 from jax.experimental import multihost_utils
 from stage_configs import train_stage
 
-from janus_jax.interop.load import open_folder, stored_params
+from janus_jax.interop.load import open_folder
+from janus_jax.interop.stored import stored_params
 from janus_jax.training.distributed import check_processes, check_shared, initialize
 from janus_jax.training.metrics import Log
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from janus_jax.interop import new_folder
-from janus_jax.interop.load import open_folder, stored_params
+from janus_jax.interop.load import open_folder
+from janus_jax.interop.stored import stored_params
 
 ROOT = Path(__file__).parents[1]
 WRITER = """

@@ -91,7 +91,7 @@ def test_data_that_cannot_be_read(damaged, kind):
 
 
 def test_parameters_placed_on_devices_say_the_same(damaged, whole, tmp_path, caplog):
-    stored = orbax.stored_params(whole)
+    stored = orbax.stored_shapes(whole)
     here = jnp.zeros(()).sharding
     wanted = {p: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=here) for p, s in stored.items()}
     np.testing.assert_array_equal(orbax.restore(whole, wanted)["a.p3"], np.full((64, 8), 3))
@@ -118,7 +118,7 @@ def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(whole, tmp_path, ca
     shutil.copytree(whole, folder)
     files = [path for path in (folder / "params").rglob("*") if path.stat().st_size > 0]
     files = [path for path in files if path.is_file()]
-    stored, values = orbax.stored_params(folder), orbax.restore_numpy(folder)
+    stored, values = orbax.stored_shapes(folder), orbax.restore_numpy(folder)
     capfd.readouterr()
     for _ in range(200):
         path = rng.choice([*files, folder / "params" / "_METADATA"])
@@ -127,7 +127,7 @@ def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(whole, tmp_path, ca
         flipped[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
         try:
-            if orbax.stored_params(folder) == stored:
+            if orbax.stored_shapes(folder) == stored:
                 found = orbax.restore_numpy(folder)
                 assert all(np.array_equal(found[name], values[name]) for name in stored)
         except ValueError as error:

@@ -21,15 +21,9 @@ from torch_reference import (
 
 from janus_jax.interop.adapter import ADAPTER_WEIGHTS
 from janus_jax.interop.adapter_writing import write_adapter
-from janus_jax.interop.load import (
-    build_model,
-    load_params,
-    open_folder,
-    param_shapes,
-    stored_params,
-    table_for,
-)
+from janus_jax.interop.load import build_model, load_params, open_folder, param_shapes, table_for
 from janus_jax.interop.rules import export_steps
+from janus_jax.interop.stored import stored_params
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")

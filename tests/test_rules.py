@@ -7,14 +7,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from janus_jax.families.family import TRANSFORMS, ConversionTable, Rule, Skip
+from janus_jax.families.registry import detect, read_config
 from janus_jax.interop import rules
-from janus_jax.interop.config import layout_of, read_config
 from janus_jax.interop.load import param_shapes, table_for
-from janus_jax.interop.rules import TRANSFORMS, Rule, Skip, Table, export_steps, make_plan
+from janus_jax.interop.rules import export_steps, make_plan
 from janus_jax.interop.tensors import Tensor, TensorSource
 from janus_jax.models.janus import JanusConfig
 
-TABLE = Table(
+TABLE = ConversionTable(
     rules=(
         Rule("net.{i}.{p:q|k}.weight", ("ours.{i}.{p:q|k}.kernel",), "linear"),
         Rule("net.{i}.fused", ("ours.{i}.a", "ours.{i}.b", "ours.{i}.c"), "split_qkv_bias"),
@@ -102,7 +103,8 @@ def test_all_faults_come_together_on_one_line():
 
 
 def test_a_tensor_matched_by_two_rows_is_refused():
-    table = Table((*TABLE.rules, Rule("net.{i}.q.weight", ("ours.{i}.a",), "same")), TABLE.skips)
+    extra = Rule("net.{i}.q.weight", ("ours.{i}.a",), "same")
+    table = ConversionTable((*TABLE.rules, extra), TABLE.skips)
     with pytest.raises(ValueError, match=r"matched by two rows: net.0.q.weight"):
         make_plan(table, source(STORED), EXPECTED)
 
@@ -127,7 +129,7 @@ def test_long_lists_are_counted():
 
 
 def test_export_uses_the_same_rows():
-    table = Table(TABLE.rules[:2], TABLE.skips)
+    table = ConversionTable(TABLE.rules[:2], TABLE.skips)
     steps = export_steps(table, list(EXPECTED))
     assert {s.torch: rules.torch_shape(s, EXPECTED) for s in steps} == STORED
     with pytest.raises(ValueError, match=r"cannot be written: stray \(0 rows\), ours.0.c"):
@@ -148,7 +150,7 @@ def test_the_real_files_convert_both_ways(golden, name, named, skipped):
     listing = json.loads(gzip.decompress((golden / f"listings/{name}.json.gz").read_bytes()))
     cfg, stored = read_config(listing["config"]), listing["tensors"]
     assert cfg == named()
-    table = table_for(layout_of(listing["config"]), cfg)
+    table = table_for(detect(listing["config"])[1], cfg)
     expected = param_shapes(cfg)
     plan = make_plan(table, source(stored), expected)
     assert len(plan.skipped) == skipped

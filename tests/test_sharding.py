@@ -1,5 +1,8 @@
 """The sharding table, and that eight devices give the same results as one."""
 
+import dataclasses
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -8,6 +11,9 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from janus_jax import load, sharding
+from janus_jax.families.family import ParameterTable, Part, Precision, Row
+from janus_jax.families.janus import JANUS
+from janus_jax.families.registry import sizes_of
 from janus_jax.generation import codec, image, samplers
 from janus_jax.interop.load import ConstantRngs
 from janus_jax.models.janus import Janus, JanusConfig
@@ -24,7 +30,7 @@ def _params(model):
 
 def test_every_parameter_has_one_row_that_fits_its_shape(pipeline):
     mesh = sharding.make_mesh(2, 2, 2)
-    place = sharding.sharding_for(mesh)
+    place = sharding.sharding_for(mesh, JANUS.parameters)
     params = _params(pipeline.model)
     assert len(params) > 200
     sharded_paths = {path for path, x in params.items() if place(path, x.shape).spec != P()}
@@ -53,14 +59,52 @@ def test_aligners_lie_as_their_kernels_do(adapted_paths):
     assert len(adapters) > 40
     for path in adapters:
         layer, _, factor = path.partition(".dot_general.")
-        inputs, outputs = sharding.spec_for(f"{layer}.kernel")
+        kernel, found = (JANUS.parameters.find(p) for p in (f"{layer}.kernel", path))
+        inputs, outputs = kernel.spec
         expected = P(inputs, None) if factor == "a" else P(None, outputs)
-        assert sharding.spec_for(path) == expected, path
+        assert found == dataclasses.replace(kernel, spec=expected), path
 
 
 def test_every_row_is_used(adapted_paths):
-    for rule, _ in sharding.PARAMETER_SPECS:
-        assert any(sharding.re.fullmatch(rule, path) for path in adapted_paths), rule
+    for part in JANUS.parameters.parts:
+        for row in part.rows:
+            pattern = part.pattern(row)
+            assert any(pattern.fullmatch(path) for path in adapted_paths), pattern
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("gen_vq.encoder.conv_in.kernel", ("gen_vq", None, Precision.FLOAT32)),
+        ("gen_embed.embedding", ("gen_embed", "generated", Precision.FLOAT32_GRADIENT)),
+        ("gen_head.proj.dot_general.a", ("gen_head", "image_target", Precision.FLOAT32_GRADIENT)),
+        ("und_aligner.layers.1.bias", ("und_aligner", "patch", Precision.COMPUTE)),
+        ("language_model.lm_head.kernel",
+         ("language_model", "text_target", Precision.FLOAT32_GRADIENT)),
+        ("language_model.norm.scale", ("language_model", "token", Precision.COMPUTE)),
+    ],
+)
+def test_the_table_says_where_a_parameter_belongs(path, expected):
+    found = JANUS.parameters.find(path)
+    assert (found.component, found.positions, found.precision) == expected
+
+
+def test_depths_follow_the_data_flow():
+    paths = [
+        "und_encoder.pos_embed",
+        "und_encoder.blocks.0.norm1.scale",
+        "und_encoder.blocks.10.norm1.scale",
+        "und_aligner.layers.0.kernel",
+        "und_aligner.layers.1.kernel",
+        "und_aligner.layers.2.kernel",
+        "gen_aligner.layers.0.bias",
+        "language_model.layers.2.mlp.up_proj.dot_general.a",
+        "language_model.lm_head.kernel",
+        "gen_head.out.kernel",
+    ]
+    depths = [JANUS.parameters.find(path).depth for path in paths]
+    assert depths == sorted(set(depths))
+    assert depths[2][1] == 10
 
 
 @pytest.mark.parametrize(
@@ -68,14 +112,14 @@ def test_every_row_is_used(adapted_paths):
 )
 def test_a_parameter_without_a_row_is_named(path):
     with pytest.raises(ValueError, match=f"must match parameter {path}, but 0 match: none"):
-        sharding.spec_for(path)
+        JANUS.parameters.find(path)
 
 
-def test_a_parameter_with_two_rows_is_named(monkeypatch):
-    extra = (*sharding.PARAMETER_SPECS, (r"language_model\..*", P()))
-    monkeypatch.setattr(sharding, "PARAMETER_SPECS", extra)
+def test_a_parameter_with_two_rows_is_named():
+    extra = Part("language_model", None, (Row(".*", P()),))
+    table = ParameterTable((*JANUS.parameters.parts, extra))
     with pytest.raises(ValueError, match=r"parameter language_model.norm.scale, but 2 match: "):
-        sharding.spec_for("language_model.norm.scale")
+        table.find("language_model.norm.scale")
 
 
 def test_an_axis_that_does_not_divide_leaves_the_dimension_whole():
@@ -85,6 +129,18 @@ def test_an_axis_that_does_not_divide_leaves_the_dimension_whole():
     assert sharding.fit_spec(mesh, P(("data", "fsdp"),), (6, 6)) == P(None)
     with pytest.raises(ValueError, match="must have no more entries"):
         sharding.fit_spec(mesh, P("tensor", "fsdp"), (8,))
+
+
+def test_a_parameter_that_cannot_be_sharded_is_logged_once_for_all_layers(caplog):
+    table = ParameterTable((Part("net.{i}", None, (Row("kernel", P("tensor", "fsdp")),)),))
+    place = sharding.sharding_for(sharding.make_mesh(1, 4, 2), table)
+    with caplog.at_level("INFO", logger="absl"):
+        assert place("net.0.kernel", (6, 6)).spec == P("tensor", None)
+        assert place("net.12.kernel", (6, 6)).spec == P("tensor", None)
+        assert place("net.1.kernel", (6, 8)).spec == P("tensor", "fsdp")
+    (message,) = caplog.messages
+    assert "net.*.kernel" in message
+    assert re.findall(r"fsdp|tensor|\d+", message) == ["fsdp", "4", "6"]
 
 
 def test_meshes_are_read_from_text():
@@ -114,8 +170,10 @@ def test_meshes_that_cannot_be_are_refused(text, message):
 def test_the_tensor_axis_must_divide_the_heads():
     mesh = sharding.make_mesh(tensor=3)
     with pytest.raises(ValueError, match="tensor=3 must divide the 16 attention heads of the dec"):
-        sharding.check_mesh(mesh, JanusConfig.janus_pro_1b())
-    sharding.check_mesh(sharding.make_mesh(tensor=8), JanusConfig.janus_pro_1b())
+        sharding.check_mesh(mesh, sizes_of(JanusConfig.janus_pro_1b()).heads)
+    sharding.check_mesh(
+        sharding.make_mesh(tensor=8), sizes_of(JanusConfig.janus_pro_1b()).heads
+    )
 
 
 def test_a_mesh_that_does_not_fit_is_refused_before_loading(golden):

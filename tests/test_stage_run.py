@@ -13,7 +13,8 @@ from stage_configs import SMALL, make_setup, small_config, train_stage
 
 import janus_jax
 from janus_jax.generation.pipeline import Pipeline
-from janus_jax.interop.load import open_folder, stored_params
+from janus_jax.interop.load import open_folder
+from janus_jax.interop.stored import stored_params
 from janus_jax.training.checkpoints import Checkpoints
 from janus_jax.training.evaluation import prompt_images
 from janus_jax.training.metrics import Log

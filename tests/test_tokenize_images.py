@@ -21,7 +21,7 @@ from janus_jax.data.records import Record
 from janus_jax.data.sources import open_source
 from janus_jax.data.writers import SUFFIXES, write_records
 from janus_jax.generation import codec
-from janus_jax.interop.load import load_vq, open_folder
+from janus_jax.interop.load import load_component, open_folder
 
 ROOT = Path(__file__).parent.parent
 
@@ -385,7 +385,7 @@ def test_out_of_device_memory(refused, tmp_path, monkeypatch):
 def test_the_image_tokenizer_alone_is_the_models(golden, small, tmp_path, capsys):
     convert([str(golden / "janus_small"), str(tmp_path / "orbax")])
     for folder in (golden / "janus_small", tmp_path / "orbax"):
-        alone, whole = load_vq(open_folder(folder)), small.model.gen_vq
+        alone, whole = load_component(open_folder(folder), "gen_vq"), small.model.gen_vq
         assert jax.tree.structure(alone) == jax.tree.structure(whole)
         for one, other in zip(jax.tree.leaves(alone), jax.tree.leaves(whole), strict=True):
             np.testing.assert_array_equal(one, other)

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import jax
 import numpy as np
+from flax import nnx
 
 from janus_jax.data.loading import open_rows
 from janus_jax.data.packing import efficiency
 from janus_jax.data.sources import FORMATS, Formats
-from janus_jax.interop.load import load_vq
-from janus_jax.models.vq import VQ
+from janus_jax.interop.load import load_component
 from janus_jax.paths import write_file
 from janus_jax.processing.images import encode_png
 from janus_jax.processing.processor import Processor
@@ -60,7 +60,8 @@ def dry_run(cfg, formats: Formats = FORMATS) -> Iterator[str]:
     if skipped.counts:
         yield f"skipped records: {skipped.counts}"
     written = min(MAX_WRITTEN_ROWS, number)
-    vq = load_vq(setup.source) if setup.rows.tokenized else None
+    codec = setup.source.family.image_codec
+    vq = load_component(setup.source, codec) if setup.rows.tokenized else None
     for number in range(written):
         row = {name: values[number] for name, values in batch.items()}
         _write_row(setup, row, vq, folder / f"row-{number}")
@@ -102,7 +103,7 @@ def _remove_old_files(folder: Path) -> None:
             row.rmdir()
 
 
-def _write_row(setup: Setup, row: Row, vq: VQ | None, folder: Path) -> None:
+def _write_row(setup: Setup, row: Row, vq: nnx.Module | None, folder: Path) -> None:
     """Writes examples.txt, and the images in the order of the row: input-0.png, generated-0.png."""
     text = "\n\n".join(row_texts(row, setup.processor))
     write_file(folder / "examples.txt", f"{text}\n".encode())

@@ -333,7 +333,7 @@ def run(args: argparse.Namespace) -> str:
     """Runs the command and returns a one-line summary."""
     from janus_jax import sharding
     from janus_jax.generation import compile_cache, loading
-    from janus_jax.interop.load import load_vq, open_folder
+    from janus_jax.interop.load import load_component, open_folder
 
     sharding.check_devices()
     for name in ("batch_size", "shard_size"):
@@ -347,7 +347,7 @@ def run(args: argparse.Namespace) -> str:
     output.check()
     compile_cache.enable()
     model = open_folder(loading.find_folder(args.model))
-    vq = load_vq(model)
+    vq = load_component(model, model.family.image_codec)
     manifest = {
         "model": f"{model.path.resolve().name} with the image tokenizer {_fingerprint(vq)}",
         "source": f"{format}:{path.resolve()}",

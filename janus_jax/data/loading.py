@@ -13,7 +13,8 @@ from janus_jax.data.mixture import Part, Streams, open_parts, stream
 from janus_jax.data.packing import OPEN_ROWS, pack_examples
 from janus_jax.data.skipped import Skipped
 from janus_jax.data.sources import FORMATS, Formats, open_source
-from janus_jax.models.janus import JanusConfig
+from janus_jax.families.family import ModelConfig
+from janus_jax.families.registry import sizes_of
 from janus_jax.processing.processor import Processor
 
 PREFETCHED_STEPS = 2  # steps whose rows are prepared in advance
@@ -88,7 +89,7 @@ class RowsConfig:
 def open_rows(
     cfg: RowsConfig,
     processor: Processor,
-    model: JanusConfig,
+    model: ModelConfig,
     folder: str | Path,
     host: int = 0,
     hosts: int = 1,
@@ -122,14 +123,15 @@ def open_rows(
     return ThreadPrefetchIterDataset(streams, prefetch_buffer_size=PREFETCHED_STEPS), skipped
 
 
-def _example_maker(cfg: RowsConfig, processor: Processor, model: JanusConfig) -> ExampleMaker:
+def _example_maker(cfg: RowsConfig, processor: Processor, model: ModelConfig) -> ExampleMaker:
+    sizes = sizes_of(model)
     return ExampleMaker(
         processor=processor,
-        image_size=model.image_size,
-        num_generated_tokens=model.num_image_tokens,
-        codebook_size=model.gen_vq.codebook_size,
+        image_size=sizes.image_size,
+        num_generated_tokens=sizes.generated_image_tokens,
+        codebook_size=sizes.codebook_size,
         # Positions start at 0 in each example, so the decoder's limit applies to an example.
-        max_length=min(cfg.seq_len, model.language_model.max_position_embeddings),
+        max_length=min(cfg.seq_len, sizes.max_positions),
         max_input_images=cfg.max_input_images,
         max_generated_images=cfg.max_generated_images,
         tokenized=cfg.tokenized,

@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from janus_jax import checks, sharding
+from janus_jax.families.family import ModelConfig
+from janus_jax.families.registry import family_of, sizes_of
 from janus_jax.interop.folders import BUNDLED_FOLDER, check_folder, suggestion
 from janus_jax.interop.load import ShardingFor
 from janus_jax.interop.processor_files import GENERATION
-from janus_jax.models.janus import JanusConfig
 from janus_jax.processing.json_files import read_json_if_any
 from janus_jax.processing.processor import Processor
 from janus_jax.processing.prompt_settings import PREPROCESSOR, PROCESSOR
@@ -112,7 +113,7 @@ def display_name(path_or_hub_id: str | Path | None, adapter: str | Path | None) 
     return name if adapter is None else f"{name} with adapter {adapter}"
 
 
-def parameter_shardings(mesh: Mesh | None, cfg: JanusConfig) -> ShardingFor:
+def parameter_shardings(mesh: Mesh | None, cfg: ModelConfig) -> ShardingFor:
     """Returns a function (path, shape) -> sharding of a parameter.
 
     Without a mesh, the function returns None, which means the default device.
@@ -122,8 +123,9 @@ def parameter_shardings(mesh: Mesh | None, cfg: JanusConfig) -> ShardingFor:
     """
     if mesh is None:
         return lambda path, shape: None
-    sharding.check_mesh(mesh, cfg)
-    return sharding.sharding_for(mesh)
+    family = family_of(cfg)
+    sharding.check_mesh(mesh, family.sizes(cfg).heads)
+    return sharding.sharding_for(mesh, family.parameters)
 
 
 # ImageDefaults field -> key in generation_config.json, which is the name in transformers.
@@ -161,21 +163,21 @@ class ImageDefaults(NamedTuple):
         return defaults
 
 
-def check_processor(folder: str | Path, processor: Processor, cfg: JanusConfig) -> None:
+def check_processor(folder: str | Path, processor: Processor, cfg: ModelConfig) -> None:
     """Raises ValueError if the processor files of a folder do not fit its model.
 
     Token ids must be in the vocabulary, and image size and tokens per image must be those of cfg.
     """
-    folder, largest = Path(folder), processor.tokenizer.largest_id
-    if largest >= cfg.language_model.vocab_size:
+    folder, largest, sizes = Path(folder), processor.tokenizer.largest_id, sizes_of(cfg)
+    if largest >= sizes.vocab_size:
         raise ValueError(
             f"{folder / TOKENIZER} has token ids up to {largest}, but the vocabulary size in "
-            f"config.json is {cfg.language_model.vocab_size}"
+            f"config.json is {sizes.vocab_size}"
         )
     size, tokens = processor.image_config.image_size, processor.num_image_tokens
-    if (size, tokens) != (cfg.image_size, cfg.und_encoder.num_tokens):
+    if (size, tokens) != (sizes.image_size, sizes.input_image_tokens):
         raise ValueError(
             f"{folder}: {PREPROCESSOR} and {PROCESSOR} set an image size of {size} pixels and "
-            f"{tokens} tokens per image, but config.json expects {cfg.image_size} pixels and "
-            f"{cfg.und_encoder.num_tokens} tokens"
+            f"{tokens} tokens per image, but config.json expects {sizes.image_size} pixels and "
+            f"{sizes.input_image_tokens} tokens"
         )

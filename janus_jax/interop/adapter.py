@@ -13,20 +13,17 @@ from pathlib import Path
 import numpy as np
 
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.interop.adapter_config import AdapterConfig, read_adapter_config
-from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS
-from janus_jax.interop.names import PEFT, summarize_problems
-from janus_jax.interop.readers import DUPLICATES, open_checkpoint
-from janus_jax.interop.rules import (
+from janus_jax.families.family import (
+    DEEPSEEK,
+    TRANSFORMERS,
     TRANSFORMS,
+    ConversionTable,
     Shape,
-    Step,
-    Table,
-    export_steps,
-    skip_reasons,
-    torch_shape,
 )
-from janus_jax.interop.tensors import Tensor, TensorSource
+from janus_jax.interop.adapter_config import AdapterConfig, read_adapter_config
+from janus_jax.interop.readers import DUPLICATES, open_checkpoint
+from janus_jax.interop.rules import Step, export_steps, skip_reasons, torch_shape
+from janus_jax.interop.tensors import PEFT, Tensor, TensorSource, summarize_problems
 
 ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 WEIGHT = ".weight"
@@ -113,7 +110,7 @@ class Adapter:
 
 
 def read_adapter(
-    folder: Path | str, tables: Mapping[str, Table], shapes: Mapping[str, Shape]
+    folder: Path | str, tables: Mapping[str, ConversionTable], shapes: Mapping[str, Shape]
 ) -> Adapter:
     """Opens a LoRA adapter folder and matches every tensor with a module of the model.
 
@@ -166,8 +163,8 @@ def _group_by_module(source: TensorSource, problems: Problems) -> dict[str, dict
 
 
 def _best_naming(
-    modules: Mapping, tables: Mapping[str, Table], shapes: Mapping[str, Shape]
-) -> tuple[str, Table, dict[str, Step]]:
+    modules: Mapping, tables: Mapping[str, ConversionTable], shapes: Mapping[str, Shape]
+) -> tuple[str, ConversionTable, dict[str, Step]]:
     """Finds the naming (one of NAMINGS) that matches the most modules.
 
     Returns:

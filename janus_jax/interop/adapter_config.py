@@ -6,14 +6,12 @@ adapter and is not implemented raises an error with its name.
 
 import dataclasses
 import math
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
 
 from janus_jax.checks import check_count, check_number, shorten, shorten_text
-from janus_jax.interop.files import ADAPTER_CONFIG, CONFIG, PARAMS
-from janus_jax.interop.readers import SAFETENSORS, TORCH_BIN
+from janus_jax.interop.files import ADAPTER_CONFIG
 from janus_jax.paths import value_errors_of
 from janus_jax.processing.json_files import read_json
 
@@ -196,45 +194,3 @@ def _check_regex(key: str, text: str) -> None:
         raise ValueError(
             f"{key} must be a valid regular expression, got {shorten(text)}: {error}"
         ) from None
-
-
-def check_no_adapter(folder: Path) -> None:
-    """Raises ValueError if a folder that is passed as a model is a LoRA adapter."""
-    path = folder / ADAPTER_CONFIG
-    if not path.is_file() or ((folder / CONFIG).is_file() and _has_weights(folder)):
-        return
-    base = read_json(path).get("base_model_name_or_path")
-    base = f" ({shorten(base)})" if base else ""
-    # The path is not shortened, because it is part of a command to copy.
-    raise ValueError(
-        f"{folder} is a LoRA adapter ({ADAPTER_CONFIG}), not a model; use it with the model that "
-        f"it was trained on{base}: --model BASE --adapter {folder}, or merge it first: "
-        f"python -m convert BASE DST --adapter {folder}"
-    )
-
-
-def check_unmerged_adapter(folder: Path, adapter: Path | None) -> None:
-    """Raises ValueError if a model folder also holds a LoRA adapter that will not be merged.
-
-    folder: a folder with full weights. adapter: the LoRA adapter that will be merged, or None; it
-      may be in `folder` itself.
-    """
-    path = folder / ADAPTER_CONFIG
-    # lexists is also true for a link to a missing file.
-    if not os.path.lexists(path) or (adapter is not None and _same(adapter, folder)):
-        return
-    # The path is not shortened, because it is part of a command to copy.
-    raise ValueError(
-        f"{path} is in a folder with full weights: pass --adapter {folder} to sample.py or python "
-        "-m convert to merge this LoRA adapter, or delete the file if it is already merged"
-    )
-
-
-def _same(one: Path, other: Path) -> bool:
-    return one.exists() and one.samefile(other)
-
-
-def _has_weights(folder: Path) -> bool:
-    suffixes = ("", ".index.json")
-    files = [f"{name}{suffix}" for name in (SAFETENSORS, TORCH_BIN) for suffix in suffixes]
-    return any((folder / name).exists() for name in (*files, PARAMS))

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import numpy as np
 
+from janus_jax.families.family import ConversionTable, Shape
 from janus_jax.interop.adapter import ADAPTER_WEIGHTS, LINEAR, WEIGHT
 from janus_jax.interop.files import ADAPTER_CONFIG, write_safetensors_file
-from janus_jax.interop.names import PEFT
 from janus_jax.interop.new_folder import new_folder
-from janus_jax.interop.rules import Shape, Table, export_steps
+from janus_jax.interop.rules import export_steps
+from janus_jax.interop.tensors import PEFT
 from janus_jax.processing.json_files import write_json
 
 Factors = tuple[np.ndarray, np.ndarray]  # a float32[inputs, rank], b float32[rank, outputs]
@@ -17,7 +18,7 @@ Factors = tuple[np.ndarray, np.ndarray]  # a float32[inputs, rank], b float32[ra
 
 def write_adapter(
     target: Path,
-    table: Table,
+    table: ConversionTable,
     shapes: Mapping[str, Shape],
     factors: Mapping[str, Factors],
     alpha: float,

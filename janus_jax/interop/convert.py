@@ -7,20 +7,15 @@ from pathlib import Path
 
 import numpy as np
 
-from janus_jax.interop import deepseek, orbax
-from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS
-from janus_jax.interop.config_writing import write_config
+from janus_jax.families.family import TRANSFORMERS, Shape
+from janus_jax.families.registry import write_config
+from janus_jax.interop import orbax
 from janus_jax.interop.files import CONFIG, Report, write_safetensors
-from janus_jax.interop.load import (
-    Folder,
-    StoredParams,
-    open_folder,
-    stored_params,
-    table_for,
-)
+from janus_jax.interop.load import Folder, open_folder, table_for
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.processor_files import check_files, copy_files, translate_files
-from janus_jax.interop.rules import Shape, Step, export_steps, torch_shape
+from janus_jax.interop.rules import Step, export_steps, torch_shape
+from janus_jax.interop.stored import StoredParams, stored_params
 from janus_jax.processing.json_files import write_json
 from janus_jax.processing.tokenizer import Tokenizer
 
@@ -171,11 +166,12 @@ def _unused(
 ) -> tuple[dict[str, np.ndarray], Metadata]:
     """Returns the unused tensors to copy, and the unused tensors to write as zeros."""
     copied = dict(stored.unused) if folder.layout == layout else {}
-    zeros = {}
-    if layout == DEEPSEEK:
-        dtype = stored.metadata["und_encoder.pos_embed"][0]
-        shapes = deepseek.unused_shapes(folder.cfg)
-        zeros = {name: (dtype, shape) for name, shape in shapes.items() if name not in copied}
+    unused = folder.family.layouts[layout].unused(folder.cfg)
+    zeros = {
+        name: (stored.metadata[path][0], shape)
+        for name, (path, shape) in unused.items()
+        if name not in copied
+    }
     return copied, zeros
 
 
@@ -210,7 +206,7 @@ def inspect_folder(source: Path) -> list[str]:
     counts: dict[str, int] = collections.Counter()
     dtypes = collections.defaultdict(set)
     for path, (dtype, shape) in stored.metadata.items():
-        component = path.split(".")[0]
+        component = folder.family.parameters.find(path).component
         counts[component] += math.prod(shape)
         dtypes[component].add(str(dtype))
     counts["total"] = sum(counts.values())

@@ -15,6 +15,8 @@ Report = Callable[[int, int], None]  # called with the amount done and the total
 
 CONFIG = "config.json"
 PARAMS = "params"  # subfolder with the parameters of an Orbax folder
+METADATA = "_METADATA"  # Orbax's list of parameters, in PARAMS
+ORBAX_FILES = (METADATA, "_CHECKPOINT_METADATA", "manifest.ocdbt")  # any of them is in PARAMS
 ADAPTER_CONFIG = "adapter_config.json"  # config of a LoRA adapter in PEFT's format
 SMALL_FILES = ("*.json", "*.jinja", "*.txt", "*.model", "LICENSE*")
 SHARD_BYTES = 5 * 10**9

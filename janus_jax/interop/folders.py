@@ -4,13 +4,17 @@ import difflib
 import os
 from pathlib import Path
 
-from janus_jax.checks import shorten_text
-from janus_jax.interop.adapter_config import check_no_adapter
-from janus_jax.interop.files import CONFIG
-from janus_jax.interop.quantised import GGUF_UNSUPPORTED
-from janus_jax.interop.readers import WEIGHT_SUFFIXES
+from janus_jax.checks import shorten, shorten_text
+from janus_jax.interop.files import ADAPTER_CONFIG, CONFIG, ORBAX_FILES, PARAMS
+from janus_jax.interop.readers import (
+    GGUF_UNSUPPORTED,
+    SAFETENSORS,
+    TORCH_BIN,
+    WEIGHT_SUFFIXES,
+)
+from janus_jax.processing.json_files import read_json
 
-FILES = (
+REQUIRED_FILES = (
     f"{CONFIG}, tokenizer.json, tokenizer_config.json, processor_config.json and "
     "preprocessor_config.json, and weights in model.safetensors or pytorch_model.bin (or shards "
     "with an index)"
@@ -39,16 +43,19 @@ def check_folder(path: Path | str, hub_ids: bool = False) -> Path:
         return BUNDLED_FOLDER
     name = shorten_text(str(path))
     if path.suffix.lower() == ".gguf" and not os.path.isdir(path):
-        raise FileNotFoundError(f"{name} is not a folder; {GGUF_UNSUPPORTED}, which needs {FILES}")
+        raise FileNotFoundError(
+            f"{name} is not a folder; {GGUF_UNSUPPORTED}, which needs {REQUIRED_FILES}"
+        )
     if os.path.isfile(path):  # Path.is_file raises if the name is too long
         kind = "a weights file" if path.suffix.lower() in WEIGHT_SUFFIXES else "a file"
         folder = path.absolute().parent
         raise FileNotFoundError(
-            f"{name} is {kind}, not a folder; pass the folder ({folder}), which needs {FILES}"
+            f"{name} is {kind}, not a folder; pass the folder ({folder}), which needs "
+            f"{REQUIRED_FILES}"
         )
     if not os.path.isdir(path):
         raise FileNotFoundError(f"{name} is not a folder{suggestion(str(path), hub_ids)}")
-    check_no_adapter(path)
+    _check_no_adapter(path)
     if not (path / CONFIG).is_file():
         raise FileNotFoundError(f"{name} has no {CONFIG}{_describe(path)}")
     return path
@@ -82,4 +89,51 @@ def _describe(folder: Path) -> str:
         return f"; pass the snapshot folder in the hub cache: {snapshots[-1].parent}"
     if (folder / "model" / CONFIG).is_file():
         return f"; pass {folder / 'model'}"
-    return f"; a checkpoint folder needs {FILES}"
+    return f"; a checkpoint folder needs {REQUIRED_FILES}"
+
+
+def is_orbax(folder: Path | str) -> bool:
+    """Returns whether `orbax.save` wrote the folder; it may be damaged."""
+    return any(os.path.lexists(Path(folder) / PARAMS / name) for name in ORBAX_FILES)
+
+
+def _check_no_adapter(folder: Path) -> None:
+    """Raises ValueError if a folder that is passed as a model is a LoRA adapter."""
+    path = folder / ADAPTER_CONFIG
+    if not path.is_file() or ((folder / CONFIG).is_file() and _has_weights(folder)):
+        return
+    base = read_json(path).get("base_model_name_or_path")
+    base = f" ({shorten(base)})" if base else ""
+    # The path is not shortened, because it is part of a command to copy.
+    raise ValueError(
+        f"{folder} is a LoRA adapter ({ADAPTER_CONFIG}), not a model; use it with the model that "
+        f"it was trained on{base}: --model BASE --adapter {folder}, or merge it first: "
+        f"python -m convert BASE DST --adapter {folder}"
+    )
+
+
+def check_unmerged_adapter(folder: Path, adapter: Path | None) -> None:
+    """Raises ValueError if a model folder also holds a LoRA adapter that will not be merged.
+
+    folder: a folder with full weights. adapter: the LoRA adapter that will be merged, or None; it
+      may be in `folder` itself.
+    """
+    path = folder / ADAPTER_CONFIG
+    # lexists is also true for a link to a missing file.
+    if not os.path.lexists(path) or (adapter is not None and _same(adapter, folder)):
+        return
+    # The path is not shortened, because it is part of a command to copy.
+    raise ValueError(
+        f"{path} is in a folder with full weights: pass --adapter {folder} to sample.py or python "
+        "-m convert to merge this LoRA adapter, or delete the file if it is already merged"
+    )
+
+
+def _same(one: Path, other: Path) -> bool:
+    return one.exists() and one.samefile(other)
+
+
+def _has_weights(folder: Path) -> bool:
+    suffixes = ("", ".index.json")
+    files = [f"{name}{suffix}" for name in (SAFETENSORS, TORCH_BIN) for suffix in suffixes]
+    return any((folder / name).exists() for name in (*files, PARAMS))

@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 import itertools
-import re
-from collections.abc import Callable, Container, Mapping
+import operator
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -13,23 +13,19 @@ import numpy as np
 from flax import nnx
 
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.interop import deepseek, orbax, transformers
+from janus_jax.families.family import ConversionTable, Family, ModelConfig, Precision, Shape, Sizes
+from janus_jax.families.registry import detect, family_of, read_config
+from janus_jax.interop import orbax
 from janus_jax.interop.adapter import Adapter, read_adapter
-from janus_jax.interop.adapter_config import check_unmerged_adapter
-from janus_jax.interop.config import DEEPSEEK, TRANSFORMERS, layout_of, read_config
 from janus_jax.interop.files import CONFIG, Report
-from janus_jax.interop.folders import check_folder
-from janus_jax.interop.names import abbreviate, summarize_problems
-from janus_jax.interop.quantised import check_not_quantised
-from janus_jax.interop.readers import open_checkpoint, read_safetensors
-from janus_jax.interop.rules import Plan, Shape, Table, make_plan, skip_reasons
-from janus_jax.interop.tensors import TensorSource
-from janus_jax.models.janus import Janus, JanusConfig
-from janus_jax.models.vq import VQ, VQConfig
+from janus_jax.interop.folders import check_folder, check_unmerged_adapter, is_orbax
+from janus_jax.interop.readers import check_not_quantized, open_checkpoint
+from janus_jax.interop.rules import Plan, make_plan
+from janus_jax.interop.tensors import TensorSource, abbreviate, summarize_problems
 from janus_jax.paths import value_errors_of
 from janus_jax.processing.json_files import read_json
+from janus_jax.processing.processor import Processor
 
-FLOAT32_PATHS = r"gen_vq\."  # images decoded in bfloat16 show color banding
 ALIGNMENT = 64  # bytes; the alignment of JAX's CPU buffers
 COLUMNS = 16  # copied at a time, which makes a transposed copy five times as fast
 ShardingFor = Callable[[str, Shape], jax.sharding.Sharding | None]
@@ -47,9 +43,23 @@ class Folder:
     path: Path
     config: Mapping
     layout: str
-    cfg: JanusConfig
+    cfg: ModelConfig
     orbax: bool
     adapter: Path | None = None
+
+    @property
+    def family(self) -> Family:
+        """The family of the model."""
+        return family_of(self.cfg)
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of the model that matter outside of the networks."""
+        return self.family.sizes(self.cfg)
+
+    def processor(self) -> Processor:
+        """Reads the processor; raises FileNotFoundError or ValueError if a file is invalid."""
+        return self.family.processor(self.path)
 
 
 def open_folder(path: Path | str, adapter: Path | str | None = None) -> Folder:
@@ -67,13 +77,13 @@ def open_folder(path: Path | str, adapter: Path | str | None = None) -> Folder:
     check_unmerged_adapter(path, adapter)
     config = read_json(path / CONFIG)
     with value_errors_of(path):
-        layout, cfg = layout_of(config), read_config(config)
-    return Folder(path, config, layout, cfg, orbax.is_orbax(path), adapter)
+        (_, layout), cfg = detect(config), read_config(config)
+    return Folder(path, config, layout, cfg, is_orbax(path), adapter)
 
 
-def table_for(layout: str, cfg: JanusConfig) -> Table:
+def table_for(layout: str, cfg: ModelConfig) -> ConversionTable:
     """Returns the conversion table of a PyTorch layout."""
-    return (deepseek if layout == DEEPSEEK else transformers).table(cfg)
+    return family_of(cfg).layouts[layout].table(cfg)
 
 
 def open_adapter(folder: Folder) -> Adapter | None:
@@ -84,7 +94,8 @@ def open_adapter(folder: Folder) -> Adapter | None:
     """
     if folder.adapter is None:
         return None
-    tables = {layout: table_for(layout, folder.cfg) for layout in (DEEPSEEK, TRANSFORMERS)}
+    layouts = folder.family.layouts
+    tables = {name: layout.table(folder.cfg) for name, layout in layouts.items()}
     return read_adapter(folder.adapter, tables, param_shapes(folder.cfg))
 
 
@@ -100,45 +111,55 @@ class ConstantRngs:
 
 
 @functools.lru_cache(maxsize=2)
-def abstract(cfg: JanusConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """Returns the graph and state of a Janus whose parameters are only shapes and dtypes."""
-    return nnx.split(nnx.eval_shape(lambda: Janus(cfg, rngs=ConstantRngs())))
+def abstract(cfg: ModelConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    """Returns the graph and state of a model whose parameters are only shapes and dtypes."""
+    build = family_of(cfg).build
+    return nnx.split(nnx.eval_shape(lambda: build(cfg, rngs=ConstantRngs())))
 
 
-LAYERS = ("und_encoder.blocks", "language_model.layers")  # layers of a stack have equal shapes
-
-
-def param_shapes(cfg: JanusConfig) -> dict[str, Shape]:
-    """Returns the shape of each parameter of a Janus by path; allocates no parameters.
+def param_shapes(cfg: ModelConfig) -> dict[str, Shape]:
+    """Returns the shape of each parameter of a model by path; allocates no parameters.
 
     Builds only one layer of each stack, so that a config with many layers that does not match its
     weights is refused quickly.
     """
-    counts = (cfg.und_encoder.num_layers, cfg.language_model.num_hidden_layers)
+    stacks = family_of(cfg).stacks
     _, state = abstract(_one_layer_each(cfg))
     one = {_path(keys): tuple(leaf.shape) for keys, leaf in nnx.to_flat_state(state)}
     shapes = {}
-    for stack, paths in itertools.groupby(one, _stack):
+    for stack, paths in itertools.groupby(one, functools.partial(_stack, stacks)):
         if stack is None:
             shapes |= {path: one[path] for path in paths}
             continue
         names = [path.removeprefix(f"{stack}.0.") for path in paths]
-        for i in range(counts[LAYERS.index(stack)]):
+        for i in range(operator.attrgetter(stacks[stack])(cfg)):
             shapes |= {f"{stack}.{i}.{name}": one[f"{stack}.0.{name}"] for name in names}
     return shapes
 
 
-def _stack(path: str) -> str | None:
+def _stack(stacks: Iterable[str], path: str) -> str | None:
     """Returns the layer stack that a parameter path is in, or None."""
-    return next((stack for stack in LAYERS if path.startswith(f"{stack}.")), None)
+    return next((stack for stack in stacks if path.startswith(f"{stack}.")), None)
 
 
-def _one_layer_each(cfg: JanusConfig) -> JanusConfig:
-    return dataclasses.replace(
-        cfg,
-        und_encoder=dataclasses.replace(cfg.und_encoder, num_layers=1),
-        language_model=dataclasses.replace(cfg.language_model, num_hidden_layers=1),
-    )
+def _one_layer_each(cfg: ModelConfig) -> ModelConfig:
+    """Returns the config of a model with one layer in each stack."""
+    for attribute in family_of(cfg).stacks.values():
+        cfg = _replace(cfg, attribute.split("."), 1)
+    return cfg
+
+
+def _replace(cfg, names: Sequence[str], value):
+    """Returns a copy of nested dataclasses with another value of cfg.NAMES[0].NAMES[1]..."""
+    if len(names) > 1:
+        value = _replace(getattr(cfg, names[0]), names[1:], value)
+    return dataclasses.replace(cfg, **{names[0]: value})
+
+
+def component_paths(cfg: ModelConfig, component: str) -> list[str]:
+    """Returns the paths of the parameters of a module of the model, such as `gen_vq`."""
+    parameters = family_of(cfg).parameters
+    return [path for path in param_shapes(cfg) if parameters.find(path).component == component]
 
 
 def _path(keys: tuple) -> str:
@@ -152,7 +173,7 @@ def plan_folder(folder: Folder) -> tuple[TensorSource, Plan]:
       ValueError: the weights are quantized, or do not fit config.json.
     """
     source = open_checkpoint(folder.path)
-    check_not_quantised(folder.config, source)
+    check_not_quantized(folder.config, source)
     table = table_for(folder.layout, folder.cfg)
     return source, make_plan(table, source, param_shapes(folder.cfg))
 
@@ -167,10 +188,9 @@ def check_weights(folder: Folder) -> None:
 
 def load_params(
     folder: Folder | Path | str,
-    cfg: JanusConfig,
+    cfg: ModelConfig,
     sharding_for: ShardingFor,
     dtype,
-    float32_paths: str = FLOAT32_PATHS,
     paths: Container[str] | None = None,
     progress: Report | None = None,
 ) -> dict[str, jax.Array]:
@@ -182,8 +202,7 @@ def load_params(
       cfg: the model config, usually `open_folder(folder).cfg`.
       sharding_for: returns the sharding of a parameter from its path and shape; None means the
         default device.
-      dtype: dtype of all parameters except those that match float32_paths.
-      float32_paths: regular expression, matched at the beginning of a path.
+      dtype: dtype of all parameters, except those whose precision is FLOAT32.
       paths: paths of the parameters to read; None means all.
       progress: called with the bytes of the folder read so far and the total.
 
@@ -193,10 +212,11 @@ def load_params(
     opened = folder if isinstance(folder, Folder) else open_folder(folder)
     opened = dataclasses.replace(opened, cfg=cfg)
     adapter = open_adapter(opened)
-    float32_pattern = re.compile(float32_paths)
+    parameters = opened.family.parameters
 
     def dtype_of(path: str) -> np.dtype:
-        return np.dtype(jnp.float32 if float32_pattern.match(path) else dtype)
+        is_float32 = parameters.find(path).precision is Precision.FLOAT32
+        return np.dtype(jnp.float32 if is_float32 else dtype)
 
     if opened.orbax:
         return _restore(opened, sharding_for, dtype_of, paths, progress, adapter)
@@ -211,13 +231,13 @@ def load_params(
             sharding = sharding_for(path, view.shape)
             if adapter is not None:
                 view = adapter.merged(path, view)
-            params[path] = _place(view, sharding, dtype_of(path))
+            params[path] = _put(view, sharding, dtype_of(path))
         if progress is not None:
             progress(done, sum(sizes))
     return params
 
 
-def _place(view: np.ndarray, sharding: jax.sharding.Sharding | None, dtype) -> jax.Array:
+def _put(view: np.ndarray, sharding: jax.sharding.Sharding | None, dtype) -> jax.Array:
     """Casts a view of a file and places it on devices; reads only the shards of local devices."""
 
     def shard(index: tuple) -> np.ndarray:
@@ -276,7 +296,7 @@ def _restore(
     updated = abstract_params.keys() - unchanged.keys()
     for path, array in orbax.restore_numpy(folder.path, updated):
         leaf, done = abstract_params[path], done + sizes[path]
-        params[path] = _place(adapter.merged(path, array), leaf.sharding, leaf.dtype)
+        params[path] = _put(adapter.merged(path, array), leaf.sharding, leaf.dtype)
         if progress is not None:
             progress(done, total)
     return params
@@ -289,7 +309,7 @@ def check_stored(folder: Folder) -> dict[str, jax.ShapeDtypeStruct]:
       ValueError: parameters are missing, unknown or have a wrong shape; the message has the count
         and the first names of each kind.
     """
-    expected, stored = param_shapes(folder.cfg), orbax.stored_params(folder.path)
+    expected, stored = param_shapes(folder.cfg), orbax.stored_shapes(folder.path)
     shared = [path for path in expected if path in stored]
     problems = {
         "missing": [path for path in expected if path not in stored],
@@ -305,8 +325,8 @@ def check_stored(folder: Folder) -> dict[str, jax.ShapeDtypeStruct]:
     return stored
 
 
-def build_model(cfg: JanusConfig, params: Mapping[str, jax.Array]) -> Janus:
-    """Builds a Janus from parameter arrays, without initializing parameters first.
+def build_model(cfg: ModelConfig, params: Mapping[str, jax.Array]) -> nnx.Module:
+    """Builds a model from parameter arrays, without initializing parameters first.
 
     Raises:
       ValueError: the paths in `params` are not exactly those of the model's parameters.
@@ -327,78 +347,12 @@ def merge_params(graphdef: nnx.GraphDef, state: nnx.State, array: Callable[[str]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
 
 
-@functools.lru_cache(maxsize=2)
-def _abstract_vq(cfg: VQConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """Like `abstract`, for the image tokenizer alone."""
-    return nnx.split(nnx.eval_shape(lambda: VQ(cfg, rngs=ConstantRngs())))
+def load_component(folder: Folder, component: str) -> nnx.Module:
+    """Loads only one module of a model, in float32 on the default device.
 
-
-def load_vq(folder: Folder) -> VQ:
-    """Loads only the image tokenizer of a folder, in float32 on the default device.
-
-    For an Orbax folder this reads all parameters into host memory.
+    component: the name of the module, such as `Family.image_codec`.
     """
-    stored = stored_params(folder)
-
-    def array(path: str) -> jax.Array:
-        return jnp.array(stored.read(f"gen_vq.{path}"), jnp.float32)
-
-    return merge_params(*_abstract_vq(folder.cfg.gen_vq), array)
-
-
-@dataclasses.dataclass(frozen=True)
-class StoredParams:
-    """Parameters of a folder in their stored dtypes.
-
-    metadata: dtype and shape by path. read: returns the values of a path.
-    unused: tensors that the model does not use, by PyTorch name. skipped: the reason for each.
-    """
-
-    metadata: Mapping[str, tuple[np.dtype, Shape]]
-    read: Callable[[str], np.ndarray]
-    unused: Mapping[str, np.ndarray]
-    skipped: Mapping[str, str]
-
-
-def stored_params(folder: Folder) -> StoredParams:
-    """Opens a folder's parameters on the host in their stored dtypes.
-
-    Values of a PyTorch folder are views of its memory-mapped files. For an Orbax folder, the first
-    read loads all parameters into host memory. A LoRA adapter is merged in float32, and the sum is
-    rounded to the parameter's dtype.
-    """
-    stored = _stored_orbax(folder) if folder.orbax else _stored_torch(folder)
-    adapter = open_adapter(folder)
-    if adapter is None:
-        return stored
-
-    def read(path: str) -> np.ndarray:
-        return adapter.merged(path, stored.read(path)).astype(stored.metadata[path][0], copy=False)
-
-    return dataclasses.replace(stored, read=read)
-
-
-def _stored_torch(folder: Folder) -> StoredParams:
-    source, plan = plan_folder(folder)
-    steps = {path: (step, i) for step in plan.steps for i, path in enumerate(step.paths)}
-
-    def read(path: str) -> np.ndarray:
-        step, i = steps[path]
-        return step.op.from_torch(source.read(step.torch))[i]
-
-    shapes = param_shapes(folder.cfg)
-    metadata = {path: (source.dtype(step.torch), shapes[path]) for path, (step, _) in steps.items()}
-    unused = {name: source.read(name) for name in plan.skipped}
-    return StoredParams(metadata, read, unused, plan.skipped)
-
-
-def _stored_orbax(folder: Folder) -> StoredParams:
-    stored = check_stored(folder)
-    metadata = {path: (np.dtype(leaf.dtype), tuple(leaf.shape)) for path, leaf in stored.items()}
-    path = folder.path / orbax.UNUSED
-    tensors, _ = read_safetensors(path) if path.is_file() else ({}, [])
-    unused = {name: tensor.read() for name, tensor in tensors.items()}
-    table = table_for(folder.layout, folder.cfg)
-    skipped = {name: " ".join(skip_reasons(table, name)) for name in unused}
-    arrays = functools.cache(lambda: dict(orbax.restore_numpy(folder.path, stored)))
-    return StoredParams(metadata, lambda path: arrays()[path], unused, skipped)
+    paths = component_paths(folder.cfg, component)
+    params = load_params(folder, folder.cfg, lambda path, shape: None, jnp.float32, paths)
+    module = getattr(nnx.merge(*abstract(_one_layer_each(folder.cfg))), component)
+    return merge_params(*nnx.split(module), lambda path: params[f"{component}.{path}"])

@@ -19,23 +19,22 @@ import orbax.checkpoint as ocp
 from flax import traverse_util
 
 from janus_jax import orbax_errors
-from janus_jax.interop.files import CONFIG, PARAMS, Report, write_safetensors_file
+from janus_jax.interop.files import (
+    CONFIG,
+    METADATA,
+    PARAMS,
+    Report,
+    write_safetensors_file,
+)
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.processor_files import copy_files
 from janus_jax.paths import bounded_size
 from janus_jax.processing.json_files import MAX_JSON_BYTES, write_json
 
 UNUSED = "unused.safetensors"
-METADATA = "_METADATA"  # Orbax's list of parameters
-ORBAX_FILES = (METADATA, "_CHECKPOINT_METADATA", "manifest.ocdbt")
 UNREADABLE = "a parameter cannot be read"
 GROUP_BYTES = 2.5e8  # bytes read at a time
 _REPORT_SECONDS = 0.5
-
-
-def is_orbax(folder: Path | str) -> bool:
-    """Returns whether `save` wrote the folder; it may be damaged."""
-    return any(os.path.lexists(Path(folder) / PARAMS / name) for name in ORBAX_FILES)
 
 
 def save(
@@ -110,7 +109,7 @@ def _write(folder: Path | str, target: Path, tree: Mapping) -> None:
     orbax_errors.call(OSError, f"cannot write {folder}", write)
 
 
-def stored_params(folder: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
+def stored_shapes(folder: Path | str) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shape and dtype of each stored parameter by path; reads no values.
 
     Raises:
@@ -155,7 +154,7 @@ def restore(
     Raises:
       ValueError: the folder is damaged.
     """
-    stored = {path: leaf for path, leaf in stored_params(folder).items() if path in params}
+    stored = {path: leaf for path, leaf in stored_shapes(folder).items() if path in params}
     folder = Path(folder).resolve() / PARAMS
 
     def read() -> dict[str, jax.Array]:
@@ -216,7 +215,7 @@ def restore_numpy(
     Raises:
       ValueError: the folder is damaged.
     """
-    stored = {path: leaf for path, leaf in stored_params(folder).items() if path in paths}
+    stored = {path: leaf for path, leaf in stored_shapes(folder).items() if path in paths}
     folder = Path(folder).resolve() / PARAMS
     for group in _groups(stored):
         read = functools.partial(_read_numpy, folder, group)

@@ -10,9 +10,9 @@ import shutil
 from pathlib import Path
 
 from janus_jax.checks import shorten
-from janus_jax.interop.config import DEEPSEEK
+from janus_jax.families.family import DEEPSEEK, ModelConfig
+from janus_jax.families.registry import sizes_of
 from janus_jax.interop.files import small_files
-from janus_jax.models.janus import JanusConfig
 from janus_jax.paths import write_file
 from janus_jax.processing.chat import DEFAULT_SYSTEM_PROMPT, JANUS_ROLES
 from janus_jax.processing.json_files import read_json, read_json_if_any, write_json
@@ -78,7 +78,7 @@ def copy_files(source: Path, target: Path) -> None:
         shutil.copytree(source / TEMPLATE_FOLDER, target / TEMPLATE_FOLDER)
 
 
-def translate_files(source: Path, target: Path, layout: str, cfg: JanusConfig) -> None:
+def translate_files(source: Path, target: Path, layout: str, cfg: ModelConfig) -> None:
     """Copies a folder's small files and translates the processor files to another layout.
 
     layout: the layout of `target`. cfg: the model's sizes.
@@ -137,7 +137,7 @@ def _write_image_settings(folder: Path, processor: dict, settings: dict) -> None
         write_json(folder / PREPROCESSOR, shared | settings)
 
 
-def _to_deepseek(folder: Path, cfg: JanusConfig, prompts: PromptSettings) -> None:
+def _to_deepseek(folder: Path, cfg: ModelConfig, prompts: PromptSettings) -> None:
     processor, size = read_json_if_any(folder / PROCESSOR), _image_size(folder)
     images = {
         "image_processor_type": "VLMImageProcessor",
@@ -148,7 +148,7 @@ def _to_deepseek(folder: Path, cfg: JanusConfig, prompts: PromptSettings) -> Non
     settings = {
         "processor_class": "VLChatProcessor",
         "image_tag": IMAGE_TOKENS["image_token"],
-        "num_image_tokens": cfg.und_encoder.num_tokens,
+        "num_image_tokens": sizes_of(cfg).input_image_tokens,
         "sft_format": prompts.sft_format,
     }
     if prompts.system_prompt != DEFAULT_SYSTEM_PROMPT:
@@ -169,7 +169,7 @@ def _preserved_settings(processor: dict) -> dict:
 
 
 def _to_transformers(
-    folder: Path, cfg: JanusConfig, prompts: PromptSettings, tokenizer: Tokenizer
+    folder: Path, cfg: ModelConfig, prompts: PromptSettings, tokenizer: Tokenizer
 ) -> None:
     processor, size = read_json_if_any(folder / PROCESSOR), _image_size(folder)
     images = {
@@ -183,7 +183,7 @@ def _to_transformers(
     _write_image_settings(folder, processor, images)
     settings = {
         "processor_class": "JanusProcessor",
-        "num_image_tokens": cfg.und_encoder.num_tokens,
+        "num_image_tokens": sizes_of(cfg).input_image_tokens,
         "use_default_system_prompt": prompts.system_prompt == DEFAULT_SYSTEM_PROMPT,
     }
     write_json(folder / PROCESSOR, _preserved_settings(processor) | settings)

@@ -1,18 +1,27 @@
-"""Opens the weight files of a PyTorch checkpoint folder and reads their headers."""
+"""Opens the weight files of a PyTorch checkpoint folder and reads their headers.
+
+Quantized weights are refused; the error names the key of config.json or the tensor found.
+"""
 
 import collections
 import dataclasses
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.interop.names import abbreviate, wrapper_prefix
-from janus_jax.interop.quantised import FLOAT_WEIGHTS_ONLY, GGUF_UNSUPPORTED, QUANTISED_DTYPES
-from janus_jax.interop.tensors import BFLOAT16, Tensor, TensorSource, is_shape
+from janus_jax.interop.tensors import (
+    BFLOAT16,
+    Tensor,
+    TensorSource,
+    abbreviate,
+    is_shape,
+    wrapper_prefix,
+)
 from janus_jax.interop.torch_pickle import read_torch_file
 from janus_jax.paths import bounded_size
 from janus_jax.processing.json_files import parse, read_json
@@ -36,6 +45,30 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf")  # s
 MAX_HEADER = 100_000_000  # bytes; the safetensors library has the same limit
 MAX_WEIGHTS = 2**63 - 1  # bytes of a file; only its header is read at once
 _LFS_POINTER = b"version https://git-lfs"  # replaces each large file in a clone without Git LFS
+# Keys of config.json: transformers, MLX, older versions of compressed-tensors.
+QUANTIZATION_KEYS = ("quantization_config", "quantization", "compression_config")
+DECODER_SECTIONS = ("language_config", "text_config")
+QUANTIZED_DTYPES = ("F8_", "F6_", "F4", "U16", "U32")  # of safetensors; MLX packs bits in U32
+# Names of the tensors that each method stores in addition to a weight, or instead of it.
+QUANTIZATION_TENSORS = {
+    "bitsandbytes, 4 bits": re.compile(
+        r".*\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..*)"
+    ),
+    "bitsandbytes, 8 bits": re.compile(r".*\.(SCB|weight_format)"),
+    "GPTQ or AWQ": re.compile(r".*\.(qweight|qzeros|g_idx)"),
+    "fp8 or compressed-tensors": re.compile(
+        r".*\.(weight_scale|weight_scale_inv|weight_packed|weight_zero_point|input_scale)"
+    ),
+    "MLX": re.compile(r".*\.(scales|biases)"),
+}
+FLOAT_WEIGHTS_ONLY = (
+    "only float32, float16 and bfloat16 weights are supported: use the original checkpoint, such "
+    "as deepseek-ai/Janus-Pro-7B, or dequantize this one and save it as bfloat16"
+)
+
+GGUF_UNSUPPORTED = (
+    "GGUF files are not supported; use a checkpoint folder such as deepseek-ai/Janus-Pro-1B"
+)
 
 Contents = tuple[dict[str, Tensor], list[str]]  # tensors by name, and names stored twice
 
@@ -182,7 +215,7 @@ def _locate(path: Path, name: str, fields: dict, data_start: int) -> Tensor:
         raise damaged() from None
     if not isinstance(dtype_name, str) or dtype_name not in SAFETENSORS_DTYPES:
         found = f"{short_name} has dtype {shorten(dtype_name)}"
-        if str(dtype_name).startswith(QUANTISED_DTYPES):
+        if str(dtype_name).startswith(QUANTIZED_DTYPES):
             raise ValueError(f"{path} holds quantized weights ({found}); {FLOAT_WEIGHTS_ONLY}")
         raise ValueError(f"{path}: {found}, expected one of {', '.join(SAFETENSORS_DTYPES)}")
     dtype = SAFETENSORS_DTYPES[dtype_name]
@@ -234,3 +267,47 @@ def _open_shards(
         "stored but not in the index": unlisted,
     }
     return TensorSource(folder, tensors, {kind: names for kind, names in problems.items() if names})
+
+
+def check_not_quantized(config: Mapping, source: TensorSource) -> None:
+    """Raises ValueError if the weights are quantized.
+
+    A quantization key in config.json alone is not an error: the weights may be plain floats.
+    """
+    key = _quantization_key(config)
+    tensor = _quantized_name(source) or (key and _non_float_weight(source))
+    if tensor:
+        reason = f"{key}; {tensor}" if key else tensor
+        raise ValueError(
+            f"{source.folder} holds quantized weights ({reason}); {FLOAT_WEIGHTS_ONLY}"
+        )
+
+
+def _quantization_key(config: Mapping) -> str:
+    """Describes the first quantization key in config.json; '' if there is none."""
+    sections = {"": config} | {f"{key}.": config.get(key) for key in DECODER_SECTIONS}
+    for prefix, section in sections.items():
+        for key in QUANTIZATION_KEYS:
+            value = section.get(key) if isinstance(section, Mapping) else None
+            if value is not None:
+                method = value.get("quant_method") if isinstance(value, Mapping) else None
+                suffix = "" if method is None else f" with quant_method {shorten(method)}"
+                return f"config.json has {prefix}{key}{suffix}"
+    return ""
+
+
+def _quantized_name(source: TensorSource) -> str:
+    """Describes the first tensor that has a name of a quantization method; '' if none has."""
+    for method, pattern in QUANTIZATION_TENSORS.items():
+        for name in source.names:
+            if pattern.fullmatch(name):
+                return f"tensor {shorten_text(name)} is a tensor of {method}"
+    return ""
+
+
+def _non_float_weight(source: TensorSource) -> str:
+    """Describes the first weight that is not floating point; '' if there is none."""
+    for name in source.names:
+        if source.dtype(name).kind not in "fV" and name.endswith(".weight"):
+            return f"tensor {shorten_text(name)} is {source.dtype(name)}"
+    return ""

@@ -1,104 +1,21 @@
-"""Conversion tables between PyTorch tensors and janus_jax parameters, used in both directions.
+"""Applies conversion tables between PyTorch tensors and janus_jax parameters, in both directions.
 
-Each row (a Rule) holds a PyTorch tensor name, the paths of the parameters stored in that tensor,
-and the transform between them. Names are templates: `{i}` matches a layer number, `{p:a|b}` one of
-the listed words (listed on both sides); a placeholder has the same value on both sides. Reading
-matches PyTorch names, writing matches parameter paths, and both use the same rows. PyTorch stores
-linear kernels as [out, in] and convolution kernels as OIHW; janus_jax uses [in, out] and HWIO.
+Each row (families.family.Rule) holds a PyTorch tensor name, the paths of the parameters stored in
+that tensor, and the transform between them. Reading matches PyTorch names, writing matches
+parameter paths, and both use the same rows. PyTorch stores linear kernels as [out, in] and
+convolution kernels as OIHW; janus_jax uses [in, out] and HWIO.
 """
 
 import dataclasses
 import functools
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.interop.names import abbreviate, hint, summarize_problems
-from janus_jax.interop.tensors import TensorSource
-
-Shape = tuple[int, ...]
-
-
-@dataclasses.dataclass(frozen=True)
-class Transform:
-    """An array operation from a PyTorch tensor to one array per parameter path, and its inverse."""
-
-    from_torch: Callable[[np.ndarray], tuple[np.ndarray, ...]]
-    to_torch: Callable[[tuple[np.ndarray, ...]], np.ndarray]
-
-
-def _split_in_three(x: np.ndarray) -> tuple[np.ndarray, ...]:
-    if x.shape[0] % 3:
-        raise ValueError(f"expected a number of rows divisible by 3, got {x.shape[0]}")
-    return tuple(x.reshape(3, x.shape[0] // 3, *x.shape[1:]))
-
-
-def _check_rank(x: np.ndarray, rank: int) -> np.ndarray:
-    if x.ndim != rank:
-        raise ValueError(f"expected {rank} dimensions, got {x.ndim}")
-    return x
-
-
-def _squeeze_leading(x: np.ndarray) -> np.ndarray:
-    if x.shape[:1] != (1,):
-        raise ValueError(f"expected a leading dimension of size 1, got shape {x.shape}")
-    return x[0]
-
-
-def _squeeze_1x1(x: np.ndarray) -> np.ndarray:
-    if _check_rank(x, 4).shape[2:] != (1, 1):
-        raise ValueError(f"expected a 1 x 1 kernel, got {x.shape[2:]}")
-    return x[:, :, 0, 0]
-
-
-TRANSFORMS = {
-    "same": Transform(lambda x: (x,), lambda a: a[0]),
-    "linear": Transform(lambda x: (_check_rank(x, 2).T,), lambda a: a[0].T),
-    "conv2d": Transform(
-        lambda x: (_check_rank(x, 4).transpose(2, 3, 1, 0),), lambda a: a[0].transpose(3, 2, 0, 1)
-    ),
-    "pointwise": Transform(
-        lambda x: (_squeeze_1x1(x).T,), lambda a: a[0].T[:, :, np.newaxis, np.newaxis]
-    ),
-    "split_qkv": Transform(
-        lambda x: tuple(part.T for part in _split_in_three(_check_rank(x, 2))),
-        lambda a: np.concatenate([part.T for part in a]),
-    ),
-    "split_qkv_bias": Transform(lambda x: _split_in_three(_check_rank(x, 1)), np.concatenate),
-    "squeeze_leading": Transform(lambda x: (_squeeze_leading(x),), lambda a: a[0][np.newaxis]),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """One row of a table: PyTorch name template, parameter path templates, transform name."""
-
-    torch: str
-    paths: tuple[str, ...]
-    transform: str
-
-    @property
-    def op(self) -> Transform:
-        """The transform itself."""
-        return TRANSFORMS[self.transform]
-
-
-@dataclasses.dataclass(frozen=True)
-class Skip:
-    """Tensors that the model does not use: a regex that matches their PyTorch name, and why."""
-
-    torch: str
-    reason: str
-
-
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """The conversion table of one checkpoint layout."""
-
-    rules: tuple[Rule, ...]
-    skips: tuple[Skip, ...]
+from janus_jax.families.family import ConversionTable, Shape, Transform
+from janus_jax.interop.tensors import TensorSource, abbreviate, hint, summarize_problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +61,7 @@ def _match(templates: Sequence[str], name: str) -> dict[str, str] | None:
     return None
 
 
-def find_steps(table: Table, name: str) -> list[Step]:
+def find_steps(table: ConversionTable, name: str) -> list[Step]:
     """Returns one step per rule that matches a PyTorch name; a valid table has at most one."""
     steps = []
     for rule in table.rules:
@@ -154,12 +71,12 @@ def find_steps(table: Table, name: str) -> list[Step]:
     return steps
 
 
-def skip_reasons(table: Table, name: str) -> list[str]:
+def skip_reasons(table: ConversionTable, name: str) -> list[str]:
     """Returns the reasons of the skip rows that match a PyTorch name."""
     return [skip.reason for skip in table.skips if re.fullmatch(skip.torch, name)]
 
 
-def _steps_for_path(table: Table, path: str) -> dict[str, Step]:
+def _steps_for_path(table: ConversionTable, path: str) -> dict[str, Step]:
     """Returns the steps, by PyTorch name, that write a parameter; a valid table has exactly one."""
     steps = {}
     for rule in table.rules:
@@ -170,7 +87,7 @@ def _steps_for_path(table: Table, path: str) -> dict[str, Step]:
     return steps
 
 
-def export_steps(table: Table, paths: Collection[str]) -> list[Step]:
+def export_steps(table: ConversionTable, paths: Collection[str]) -> list[Step]:
     """Returns the steps, sorted by PyTorch name, that write exactly these parameters.
 
     Raises:
@@ -194,7 +111,7 @@ def torch_shape(step: Step, shapes: Mapping[str, Shape]) -> Shape:
     return step.op.to_torch(tuple(_shape_only(shapes[path]) for path in step.paths)).shape
 
 
-def make_plan(table: Table, source: TensorSource, expected: Mapping[str, Shape]) -> Plan:
+def make_plan(table: ConversionTable, source: TensorSource, expected: Mapping[str, Shape]) -> Plan:
     """Matches every stored tensor with the table and every parameter with a tensor.
 
     expected: shape of each of the model's parameters by path.
@@ -225,7 +142,10 @@ def make_plan(table: Table, source: TensorSource, expected: Mapping[str, Shape])
 
 
 def _check_targets(
-    table: Table, steps: list[Step], expected: Mapping[str, Shape], problems: dict[str, list[str]]
+    table: ConversionTable,
+    steps: list[Step],
+    expected: Mapping[str, Shape],
+    problems: dict[str, list[str]],
 ) -> None:
     """Adds parameters that no tensor, or more than one, sets."""
     writers: dict[str, list[str]] = {}

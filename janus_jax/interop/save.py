@@ -7,27 +7,31 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from janus_jax.interop import deepseek
-from janus_jax.interop.config import DEEPSEEK
-from janus_jax.interop.config_writing import write_config
+from janus_jax.families.family import DEEPSEEK
+from janus_jax.families.registry import write_config
 from janus_jax.interop.files import CONFIG, write_safetensors
+from janus_jax.interop.load import table_for
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.rules import export_steps, torch_shape
-from janus_jax.models.janus import Janus
 from janus_jax.processing.json_files import write_json
 
 
 def save_deepseek(
-    folder: Path | str, model: Janus, write_small_files: Callable[[Path], None], dtype=jnp.bfloat16
+    folder: Path | str,
+    model: nnx.Module,
+    write_small_files: Callable[[Path], None],
+    dtype=jnp.bfloat16,
 ) -> None:
     """Writes a model's parameters and config; replaces an existing checkpoint folder.
 
+    model: has its config in `cfg`.
     write_small_files: writes the tokenizer and processor files into the given folder.
     dtype: the dtype of every tensor in the file.
     """
     params = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(nnx.state(model))}
     shapes = {path: value.shape for path, value in params.items()}
-    steps = {step.torch: step for step in export_steps(deepseek.table(model.cfg), list(params))}
+    table = table_for(DEEPSEEK, model.cfg)
+    steps = {step.torch: step for step in export_steps(table, list(params))}
     dtype = np.dtype(dtype)
 
     def read(name: str) -> np.ndarray:

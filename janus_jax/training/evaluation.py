@@ -15,7 +15,7 @@ from janus_jax.data.loading import open_rows
 from janus_jax.data.skipped import Skipped
 from janus_jax.generation.loading import ImageDefaults
 from janus_jax.generation.pipeline import Pipeline
-from janus_jax.interop.load import load_params, param_shapes
+from janus_jax.interop.load import component_paths, load_params
 from janus_jax.paths import write_file
 from janus_jax.processing.images import encode_png, load_image
 from janus_jax.sharding import sharding_for
@@ -88,14 +88,15 @@ def sampling_callback(setup: Setup, frozen: Params, log: Log, output: Path) -> C
     TensorBoard. It always uses the seed of the config.
     Raises FileNotFoundError or ValueError as prompt_images does.
     """
-    cfg, sharding, images = setup.cfg, sharding_for(setup.mesh), prompt_images(setup)
+    cfg, images = setup.cfg, prompt_images(setup)
+    sharding = sharding_for(setup.mesh, setup.parameters)
     questions = [question for _, question in cfg.questions]
     # no gradients are needed, and remat writes to the model, which is not allowed inside loops
     plain = dataclasses.replace(setup, model_cfg=setup.model_cfg.with_remat("none"))
     make, image_defaults = plain.build(), ImageDefaults.from_dir(setup.source.path)
     dtype = DTYPES[cfg.dtype]
     if setup.rows.tokenized:  # the training step does not load the image tokenizer
-        paths = [path for path in param_shapes(setup.source.cfg) if path.startswith("gen_vq.")]
+        paths = component_paths(setup.source.cfg, setup.source.family.image_codec)
         folder = setup.source.path
         frozen = frozen | load_params(folder, setup.source.cfg, sharding, dtype, paths=paths)
 

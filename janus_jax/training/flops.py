@@ -19,13 +19,13 @@ tokenizer, whose tokens can be precomputed. The MFU is therefore a lower bound.
 
 import dataclasses
 import math
-import re
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 
-from janus_jax.models.janus import JanusConfig
+from janus_jax.families.family import ModelConfig
+from janus_jax.families.registry import family_of
 
 # Peak FLOP/s of dense bfloat16 matrix products of one JAX device, by device_kind. Sources: Google's
 # pages on each TPU version, and NVIDIA's data sheets (values with sparsity, halved).
@@ -46,28 +46,8 @@ _PEAKS = {
     "NVIDIA L4": 121e12,
 }
 
-# (beginning of a parameter path, type of the positions that its matrices are applied to), in the
-# order of the data flow. The group in the pattern is the number of the layer.
-_PARTS = (
-    (r"und_encoder\.(?:patch_embed|pos_embed)\b", "patch"),
-    (r"und_encoder\.blocks\.(\d+)\.", "patch"),
-    (r"und_encoder\.norm\.", "patch"),
-    (r"und_aligner\.layers\.(\d+)\.", "patch"),
-    (r"gen_embed\.", "generated"),
-    (r"gen_aligner\.layers\.(\d+)\.", "generated"),
-    (r"language_model\.embed_tokens\.", "token"),
-    (r"language_model\.layers\.(\d+)\.", "token"),
-    (r"language_model\.norm\.", "token"),
-    (r"language_model\.lm_head\.", "text_target"),
-    (r"gen_head\.proj\.", "image_target"),
-    (r"gen_head\.out\.", "image_target"),
-)
-_UND_BLOCK, _DECODER_LAYER = 1, 7  # indices in _PARTS of the parts with attention
-_NO_PRODUCT = ("embedding", "pos_embed")  # only indexed or added
-_NOT_COUNTED = "gen_vq."
-
 Leaf = jax.Array | jax.ShapeDtypeStruct
-Depth = tuple[int, int]  # index in _PARTS, number of the layer
+Depth = tuple[int, int]  # place in the data flow, see families.family.Parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +84,7 @@ class StepFlops:
 
 
 def step_flops(
-    cfg: JanusConfig, params: Mapping[str, Leaf], frozen: Mapping[str, Leaf]
+    cfg: ModelConfig, params: Mapping[str, Leaf], frozen: Mapping[str, Leaf]
 ) -> StepFlops:
     """Returns the FLOPs of a step.
 
@@ -112,21 +92,20 @@ def step_flops(
     depth: the gradient of an input that is only needed within the same layer is not counted.
 
     params: trainable parameters by dotted path. frozen: frozen parameters. Both may be abstract.
-    Raises ValueError for a parameter that belongs to no known part of the model.
+    Raises ValueError for a parameter that is not in the table of the model's family.
     """
     trained, rest = _matrices(params, cfg), _matrices(frozen, cfg)
-    first = min(depth for depth, _ in trained)
+    first = min(depth for _, depth, _ in trained)
     costs = dict.fromkeys((field.name for field in dataclasses.fields(StepFlops)), 0.0)
     for matrices, trainable in ((trained, 1), (rest, 0)):
-        for depth, size in matrices:
-            costs[_PARTS[depth[0]][1]] += 2 * size * (1 + trainable + (depth > first))
-    decoder, tower = cfg.language_model, cfg.und_encoder
-    pair = 4.0 * decoder.num_attention_heads * decoder.head_dim
-    for layer in range(decoder.num_hidden_layers):
-        costs["pair"] += pair * (3 if (_DECODER_LAYER, layer) >= first else 1)
-    for block in range(_used_blocks(cfg)):
-        pairs = 4.0 * tower.width * tower.num_tokens
-        costs["patch"] += pairs * (3 if (_UND_BLOCK, block) >= first else 1)
+        for positions, depth, size in matrices:
+            costs[positions] += 2 * size * (1 + trainable + (depth > first))
+    family = family_of(cfg)
+    for attention in family.attention(cfg):
+        place = family.parameters.place(attention.path)
+        for layer in range(attention.layers):
+            passes = 3 if (place, layer) >= first else 1
+            costs[attention.counted_by] += passes * attention.flops
     return StepFlops(**costs)
 
 
@@ -135,27 +114,20 @@ def peak_flops(device: jax.Device) -> float | None:
     return _PEAKS.get(device.device_kind)
 
 
-def _used_blocks(cfg: JanusConfig) -> int:
-    """Returns the number of SigLIP blocks whose output is used."""
-    return cfg.und_encoder.num_layers + cfg.und_encoder.select_layer + 1
+def _matrices(params: Mapping[str, Leaf], cfg: ModelConfig) -> list[tuple[str, Depth, int]]:
+    """Returns type of positions, depth and size of each parameter that counts.
 
-
-def _matrices(params: Mapping[str, Leaf], cfg: JanusConfig) -> list[tuple[Depth, int]]:
-    """Returns depth and size of each counted parameter; size 0 if it is not in a matrix product."""
+    The size is 0 if the parameter is not in a matrix product. Layers whose output is not used do
+    not count.
+    """
+    family = family_of(cfg)
+    used = {family.parameters.place(stack.path): stack.layers for stack in family.attention(cfg)}
     matrices = []
     for path, leaf in params.items():
-        if path.startswith(_NOT_COUNTED):
+        row = family.parameters.find(path)
+        place, layer = row.depth
+        if row.positions is None or layer >= used.get(place, math.inf):
             continue
-        depth = _depth(path)
-        if depth[0] == _UND_BLOCK and depth[1] >= _used_blocks(cfg):
-            continue
-        in_product = len(leaf.shape) > 1 and path.split(".")[-1] not in _NO_PRODUCT
-        matrices.append((depth, math.prod(leaf.shape) if in_product else 0))
+        size = math.prod(leaf.shape) if row.is_matrix and len(leaf.shape) > 1 else 0
+        matrices.append((row.positions, row.depth, size))
     return matrices
-
-
-def _depth(path: str) -> Depth:
-    for index, (pattern, _) in enumerate(_PARTS):
-        if match := re.match(pattern, path):
-            return index, int(match[1]) if match.lastindex else 0
-    raise ValueError(f"cannot count FLOPs: no known part of Janus has the parameter {path}")

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from janus_jax.families.family import ADAPTER, Family
+from janus_jax.families.registry import family_of
 from janus_jax.models.linear import flat_matmul, matmul
 
 # matches the full paths of adapter parameters; pass it to split_model
-ADAPTERS = r".*\.dot_general\.[ab]$"
+ADAPTERS = rf"{ADAPTER.pattern}$"
 
 # These layers are never called, only their kernels are read, so an adapter would have no effect.
 _NEVER_CALLED = ("language_model.lm_head", "gen_head.out")
@@ -97,7 +99,7 @@ def add_adapters(model: nnx.Module, cfg: LoRAConfig, *, rngs: nnx.Rngs) -> None:
     if not layers:
         raise ValueError(f"targets must match a linear layer, got {cfg.targets!r}")
     for path, layer in layers.items():
-        if reason := _not_adaptable(path, layer):
+        if reason := _not_adaptable(path, layer, family_of(model.cfg)):
             rule = "targets must only match layers that can be adapted"
             raise ValueError(f"{rule}, got {cfg.targets!r}: {path} {reason}")
     for layer in layers.values():
@@ -105,11 +107,11 @@ def add_adapters(model: nnx.Module, cfg: LoRAConfig, *, rngs: nnx.Rngs) -> None:
         layer.dot_general = nnx.data(adapter)  # replaces a function, which is static
 
 
-def _not_adaptable(path: str, layer: nnx.Linear) -> str | None:
+def _not_adaptable(path: str, layer: nnx.Linear, family: Family) -> str | None:
     """Returns why a layer cannot be adapted, or None if it can."""
     if path in _NEVER_CALLED:
         return "is a head that is never called, only its kernel is read"
-    if path.startswith("gen_vq."):
+    if family.parameters.find(f"{path}.kernel").component == family.image_codec:
         return "belongs to the image tokenizer, which is never trained"
     if isinstance(layer.dot_general, LoRADot):
         return "already has an adapter"
@@ -123,6 +125,7 @@ def lora_factors(params: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray
     """
     factors = {}
     for path in params:
-        if layer := re.fullmatch(r"(.*)\.dot_general\.a", path):
-            factors[f"{layer[1]}.kernel"] = params[path], params[f"{layer[1]}.dot_general.b"]
+        layer, factor = ADAPTER.fullmatch(path).groups()
+        if factor == "a":
+            factors[f"{layer}.kernel"] = params[path], params[f"{layer}.dot_general.b"]
     return factors

@@ -35,7 +35,8 @@ from janus_jax.data.sources import FORMATS, Formats
 from janus_jax.interop.adapter import Adapter
 from janus_jax.interop.adapter_writing import write_adapter
 from janus_jax.interop.convert import write_folder
-from janus_jax.interop.load import open_adapter, param_shapes, stored_params, table_for
+from janus_jax.interop.load import open_adapter, param_shapes, table_for
+from janus_jax.interop.stored import stored_params
 from janus_jax.library_log import library_log
 from janus_jax.paths import locked
 from janus_jax.processing.json_files import read_json, write_json
@@ -286,7 +287,8 @@ def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> N
     """
     adapter = save_adapter(setup, trained, folder.with_name(ADAPTER)) if setup.lora else None
     stored, dtype = stored_params(setup.source), np.dtype(DTYPES[setup.cfg.model_dtype])
-    parts = {path.split(".")[0] for path in trained}
+    find = setup.parameters.find
+    components = {find(path).component for path in trained}
 
     def read(path: str) -> np.ndarray:
         """Reads one array at a time: the adapted kernels of a 7B model in float32 are 24 GB."""
@@ -295,10 +297,10 @@ def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> N
         array = stored.read(path)
         if adapter is not None:
             array = adapter.merged(path, array)
-        return array.astype(dtype) if path.split(".")[0] in parts else array
+        return array.astype(dtype) if find(path).component in components else array
 
     metadata = {
-        path: (dtype if path.split(".")[0] in parts else kind, shape)
+        path: (dtype if find(path).component in components else kind, shape)
         for path, (kind, shape) in stored.metadata.items()
     }
     changed = dataclasses.replace(stored, metadata=metadata, read=read)

@@ -18,11 +18,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from janus_jax.data.loading import RowsConfig
 from janus_jax.data.records import KINDS
 from janus_jax.data.sources import FORMATS, Formats
+from janus_jax.families.family import ModelConfig, ParameterTable, Precision
 from janus_jax.generation.loading import DTYPES, check_processor
 from janus_jax.interop.files import Report
 from janus_jax.interop.folders import check_folder
 from janus_jax.interop.load import (
-    FLOAT32_PATHS,
     Folder,
     abstract,
     check_weights,
@@ -30,7 +30,6 @@ from janus_jax.interop.load import (
     merge_params,
     open_folder,
 )
-from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.remat import REMAT_CHOICES
 from janus_jax.paths import check_local
 from janus_jax.processing.processor import Processor
@@ -82,7 +81,7 @@ class Setup:
     cfg: Any
     source: Folder
     processor: Processor
-    model_cfg: JanusConfig
+    model_cfg: ModelConfig
     mesh: Mesh
     rows: RowsConfig
     lora: LoRAConfig | None
@@ -105,10 +104,11 @@ class Setup:
             raise ValueError(f"output must be a writable folder, got {cfg.output!r}")
         if init.resolve() == (Path(cfg.output) / MODEL).resolve():
             raise ValueError(f"init must not be the model folder in output, got {cfg.init}")
-        source, processor = open_folder(init), Processor.from_dir(init)
+        source = open_folder(init)
+        processor = source.processor()
         check_processor(init, processor, source.cfg)
         mesh = parse_mesh(cfg.mesh) if cfg.mesh else make_mesh(fsdp=jax.device_count())
-        check_mesh(mesh, source.cfg)
+        check_mesh(mesh, source.sizes.heads)
         model_cfg = source.cfg.with_dtype(DTYPES[cfg.dtype]).with_remat(cfg.remat)
         lora = None
         if cfg.lora_rank and cfg.trained != ALL_BUT_TOKENIZER:
@@ -128,6 +128,11 @@ class Setup:
     def trained(self) -> re.Pattern:
         """A pattern that matches the beginning of the paths of trainable parameters."""
         return re.compile(ADAPTERS if self.lora else self.cfg.trained)
+
+    @property
+    def parameters(self) -> ParameterTable:
+        """The table of the parameters of the model's family."""
+        return self.source.family.parameters
 
     @functools.cached_property
     def model(self) -> tuple[nnx.GraphDef, nnx.State]:
@@ -149,12 +154,12 @@ class Setup:
 
         Raises ValueError if no parameter is trainable, or if one of the image tokenizer is.
         """
-        sharding, pattern = sharding_for(self.mesh), self.trained
-        tokenizer = re.compile(FLOAT32_PATHS)
+        sharding, pattern = sharding_for(self.mesh, self.parameters), self.trained
         trained, frozen = {}, {}
         for path, leaf in flat(self.model[1]):
             is_trained = bool(pattern.match(path))
-            is_float32 = is_trained or tokenizer.match(path)
+            precision = self.parameters.find(path).precision
+            is_float32 = is_trained or precision is Precision.FLOAT32
             shape = jax.ShapeDtypeStruct(
                 leaf.shape,
                 jnp.float32 if is_float32 else DTYPES[self.cfg.dtype],
@@ -163,12 +168,16 @@ class Setup:
             (trained if is_trained else frozen)[path] = shape
         if not trained:
             raise ValueError(f"no parameter path matches trained={pattern.pattern!r}")
-        if any(map(tokenizer.match, trained)):
+        if any(map(self._is_tokenizer, trained)):
             rule = "trained must match no parameter of the image tokenizer, gen_vq"
             raise ValueError(f"{rule}, got {pattern.pattern!r}")
         if self.rows.tokenized:  # the image tokens are precomputed
-            frozen = {path: leaf for path, leaf in frozen.items() if not tokenizer.match(path)}
+            frozen = {path: leaf for path, leaf in frozen.items() if not self._is_tokenizer(path)}
         return trained, frozen
+
+    def _is_tokenizer(self, path: str) -> bool:
+        """Whether a parameter belongs to the image tokenizer."""
+        return self.parameters.find(path).component == self.source.family.image_codec
 
     def load_frozen(self) -> Params:
         """Loads the frozen parameters from the initial checkpoint."""
@@ -185,7 +194,7 @@ class Setup:
 
     def _load(self, paths: Container[str], dtype) -> Params:
         """Loads parameters from the initial checkpoint; process 0 reports the bytes read."""
-        sharding = sharding_for(self.mesh)
+        sharding = sharding_for(self.mesh, self.parameters)
         with self.progress(f"loading {self.cfg.init}") as report:
             report = report if jax.process_index() == 0 else None
             return load_params(
@@ -204,7 +213,7 @@ class Setup:
 
         def make() -> Params:
             rngs = nnx.Rngs(self.cfg.seed)
-            model = Janus(self.model_cfg, rngs=rngs)
+            model = self.source.family.build(self.model_cfg, rngs=rngs)
             if self.lora:
                 add_adapters(model, self.lora, rngs=rngs)
             values = dict(flat(nnx.state(model)))
@@ -213,7 +222,7 @@ class Setup:
         shardings = {path: leaf.sharding for path, leaf in shapes.items()}
         return jax.jit(make, out_shardings=shardings)()
 
-    def build(self) -> Callable[[Params], Janus]:
+    def build(self) -> Callable[[Params], nnx.Module]:
         """Returns a function that builds the model from parameters by path.
 
         Parameters that no step uses stay abstract.
@@ -221,16 +230,22 @@ class Setup:
         graph, state = self.model
         leaves = dict(flat(state))
 
-        def make(params: Params) -> Janus:
+        def make(params: Params) -> nnx.Module:
             return merge_params(graph, state, lambda path: params.get(path, leaves[path]))
 
         return make
+
+    def _float32_gradients(self) -> frozenset[str]:
+        """Returns the paths of the trainable parameters with Precision.FLOAT32_GRADIENT."""
+        find, precision = self.parameters.find, Precision.FLOAT32_GRADIENT
+        return frozenset(path for path in self.shapes[0] if find(path).precision is precision)
 
     def objective(self) -> Objective:
         """Returns the training objective."""
         return Objective(
             build=self.build(),
             dtype=DTYPES[self.cfg.dtype],
+            float32_gradients=self._float32_gradients(),
             images=self.processor.image_config,
             weights=self.cfg.loss_weights.to_dict(),
             chunk=self.cfg.chunk,

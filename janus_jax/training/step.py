@@ -4,8 +4,7 @@ R rows of a batch, A microbatches whose gradients are accumulated.
 """
 
 import dataclasses
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +17,6 @@ from janus_jax.training.row_losses import Rows, row_losses
 from janus_jax.training.state import TrainState, apply_gradients, default_promotion
 
 Params = dict[str, jax.Array]  # by dotted path
-
-# The gradients of these parameters are sums over many tokens, or over the chunks of a row. The
-# parameters stay float32, and the model casts what it reads from them, so that the sums are
-# computed in float32.
-FLOAT32_GRADIENTS = re.compile(r".*\.embedding$|language_model\.lm_head\.|gen_head\.")
 Losses = dict[str, tuple[jax.Array, jax.Array]]  # by kind: summed loss, number of targets
 
 
@@ -33,6 +27,7 @@ class Objective:
     Attributes:
         build: builds the model from its parameters.
         dtype: dtype of the computation, to which the float32 parameters are cast.
+        float32_gradients: paths of the parameters that are not cast (Precision.FLOAT32_GRADIENT).
         images: normalization of the images to understand.
         weights: weight of a target, by kind of record.
         chunk: number of positions of a row whose logits are computed at a time.
@@ -43,6 +38,7 @@ class Objective:
 
     build: Callable[[Params], Janus]
     dtype: jnp.dtype
+    float32_gradients: Container[str]
     images: ImageConfig
     weights: Mapping[str, float]
     chunk: int
@@ -53,7 +49,7 @@ class Objective:
     def losses(self, params: Params, frozen: Params, rows: Rows) -> Losses:
         """Returns the losses of one microbatch. params: float32, by path."""
         copies = {
-            path: param if FLOAT32_GRADIENTS.match(path) else param.astype(self.dtype)
+            path: param if path in self.float32_gradients else param.astype(self.dtype)
             for path, param in params.items()
         }
         model = self.build(copies | frozen)

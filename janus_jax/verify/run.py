@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from janus_jax.interop.config import TRANSFORMERS
+from janus_jax.families.family import TRANSFORMERS
 from janus_jax.interop.convert import export_folder
 from janus_jax.interop.load import open_folder, param_shapes
 from janus_jax.paths import size_text

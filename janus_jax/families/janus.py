@@ -1,0 +1,177 @@
+"""The family of Janus-1.3B, Janus-Pro-1B, Janus-Pro-7B and janus_tiny."""
+
+from jax.sharding import PartitionSpec as P
+
+from janus_jax.families import deepseek, transformers
+from janus_jax.families.family import (
+    DEEPSEEK,
+    TRANSFORMERS,
+    Attention,
+    Family,
+    Layout,
+    ParameterTable,
+    Part,
+    Precision,
+    Row,
+    Sizes,
+)
+from janus_jax.models.janus import Janus, JanusConfig
+from janus_jax.processing.processor import Processor
+
+_COLUMN, _ROW, _REPLICATED = P("fsdp", "tensor"), P("tensor", "fsdp"), P()
+_COLUMN_BIAS = P("tensor")
+
+
+# Of two successive projections, the first is sharded by columns and the second by rows, so that the
+# activations between them stay on one device.
+_ALIGNER_ROWS = (
+    Row(r"layers\.(\d*[02468])\.kernel", _COLUMN),
+    Row(r"layers\.(\d*[02468])\.bias", _COLUMN_BIAS),
+    Row(r"layers\.(\d*[13579])\.kernel", _ROW),
+    Row(r"layers\.(\d*[13579])\.bias", _REPLICATED),
+)
+_PARTS = (
+    # The image tokenizer is small, and its convolutions are fastest when replicated. Images decoded
+    # in bfloat16 show color banding.
+    Part("gen_vq", None, (Row(".*", _REPLICATED),), Precision.FLOAT32),
+    Part(
+        "und_encoder",
+        "patch",
+        (
+            Row(r"patch_embed\.(?:kernel|bias)", _REPLICATED),
+            Row("pos_embed", _REPLICATED, is_matrix=False),
+        ),
+    ),
+    Part(
+        "und_encoder.blocks.{i}",
+        "patch",
+        (
+            Row(r"attn\.[qkv]_proj\.kernel", _COLUMN),
+            Row(r"attn\.[qkv]_proj\.bias", _COLUMN_BIAS),
+            Row(r"attn\.out_proj\.kernel", _ROW),
+            Row(r"mlp\.fc1\.kernel", _COLUMN),
+            Row(r"mlp\.fc1\.bias", _COLUMN_BIAS),
+            Row(r"mlp\.fc2\.kernel", _ROW),
+            Row(r"(?:attn\.out_proj|mlp\.fc2)\.bias", _REPLICATED),
+            Row(r"norm[12]\.(?:scale|bias)", _REPLICATED),
+        ),
+    ),
+    Part("und_encoder.norm", "patch", (Row("scale|bias", _REPLICATED),)),
+    Part("und_aligner", "patch", _ALIGNER_ROWS),
+    Part(
+        "gen_embed",
+        "generated",
+        (Row("embedding", _REPLICATED, is_matrix=False),),
+        Precision.FLOAT32_GRADIENT,
+    ),
+    Part("gen_aligner", "generated", _ALIGNER_ROWS),
+    Part(
+        "language_model.embed_tokens",
+        "token",
+        (Row("embedding", P("tensor", "fsdp"), is_matrix=False),),
+        Precision.FLOAT32_GRADIENT,
+    ),
+    Part(
+        "language_model.layers.{i}",
+        "token",
+        (
+            Row(r"self_attn\.[qkv]_proj\.kernel", _COLUMN),
+            Row(r"self_attn\.o_proj\.kernel", _ROW),
+            Row(r"mlp\.(?:gate|up)_proj\.kernel", _COLUMN),
+            Row(r"mlp\.down_proj\.kernel", _ROW),
+            Row(r"(?:input|post_attention)_layernorm\.scale", _REPLICATED),
+        ),
+    ),
+    Part("language_model.norm", "token", (Row("scale", _REPLICATED),)),
+    Part(
+        "language_model.lm_head",
+        "text_target",
+        (Row("kernel", _COLUMN),),
+        Precision.FLOAT32_GRADIENT,
+    ),
+    Part(
+        "gen_head.proj",
+        "image_target",
+        (Row("kernel", _COLUMN), Row("bias", _COLUMN_BIAS)),
+        Precision.FLOAT32_GRADIENT,
+    ),
+    Part(
+        "gen_head.out",
+        "image_target",
+        (Row("kernel", _ROW), Row("bias", _REPLICATED)),
+        Precision.FLOAT32_GRADIENT,
+    ),
+)
+
+
+def check(cfg: JanusConfig) -> None:
+    """Raises ValueError if a size is not divisible by another that must divide it."""
+    vision, decoder, vq = cfg.und_encoder, cfg.language_model, cfg.gen_vq
+    heads, kv_heads = decoder.num_attention_heads, decoder.num_key_value_heads
+    divisions = (
+        ("image_size", vision.image_size, "patch_size", vision.patch_size),
+        ("image_size", vision.image_size, "the VQ model's downsampling factor", vq.downsample),
+        ("the vision width", vision.width, "the number of vision heads", vision.num_heads),
+        ("hidden_size", decoder.hidden_size, "the number of heads", heads),
+        ("the number of heads", heads, "the number of key/value heads", kv_heads),
+        ("head_dim", decoder.head_dim, "2", 2),
+        *(
+            ("the VQ channels", vq.ch * mult, "norm_num_groups", vq.norm_num_groups)
+            for mult in (1, *vq.ch_mult)
+        ),
+    )
+    for name, size, divisor_name, divisor in divisions:
+        if divisor < 1 or size % divisor:
+            by = divisor_name if divisor_name == str(divisor) else f"{divisor_name} ({divisor})"
+            raise ValueError(f"config.json: {name} ({size}) must be divisible by {by}")
+
+
+def sizes(cfg: JanusConfig) -> Sizes:
+    """Returns the sizes that matter outside of the networks."""
+    decoder = cfg.language_model
+    return Sizes(
+        image_size=cfg.image_size,
+        input_image_tokens=cfg.und_encoder.num_tokens,
+        generated_image_tokens=cfg.num_image_tokens,
+        codebook_size=cfg.gen_vq.codebook_size,
+        vocab_size=decoder.vocab_size,
+        max_positions=decoder.max_position_embeddings,
+        heads={
+            "attention heads of the decoder": decoder.num_attention_heads,
+            "key/value heads of the decoder": decoder.num_key_value_heads,
+            "heads of the vision encoder": cfg.und_encoder.num_heads,
+        },
+    )
+
+
+def attention(cfg: JanusConfig) -> tuple[Attention, ...]:
+    """Returns the FLOPs of attention, by stack."""
+    encoder, decoder = cfg.und_encoder, cfg.language_model
+    blocks = encoder.num_layers + encoder.select_layer + 1
+    per_patch = 4.0 * encoder.width * encoder.num_tokens
+    per_pair = 4.0 * decoder.num_attention_heads * decoder.head_dim
+    return (
+        Attention("und_encoder.blocks.{i}", blocks, "patch", per_patch),
+        Attention("language_model.layers.{i}", decoder.num_hidden_layers, "pair", per_pair),
+    )
+
+
+JANUS = Family(
+    name="Janus",
+    config_class=JanusConfig,
+    build=Janus,
+    parameters=ParameterTable(_PARTS),
+    stacks={
+        "und_encoder.blocks": "und_encoder.num_layers",
+        "language_model.layers": "language_model.num_hidden_layers",
+    },
+    image_codec="gen_vq",
+    layouts={
+        DEEPSEEK: Layout(deepseek.read, deepseek.write, deepseek.table, deepseek.unused),
+        TRANSFORMERS: Layout(transformers.read, transformers.write, transformers.table),
+    },
+    check=check,
+    sizes=sizes,
+    attention=attention,
+    processor=Processor.from_dir,
+)
