@@ -107,9 +107,9 @@ def _write_row(setup: Setup, row: Row, vq: nnx.Module | None, folder: Path) -> N
     """Writes examples.txt, and the images in the order of the row: input-0.png, generated-0.png."""
     text = "\n\n".join(row_texts(row, setup.processor))
     write_file(folder / "examples.txt", f"{text}\n".encode())
-    cfg = setup.source.cfg
-    num_inputs = int(row["image_mask"].sum()) // cfg.und_encoder.num_tokens
-    generated = row["generated"][: int(row["gen_mask"].sum()) // cfg.num_image_tokens]
+    sizes = setup.source.sizes
+    num_inputs = int(row["image_mask"].sum()) // sizes.input_image_tokens
+    generated = row["generated"][: int(row["gen_mask"].sum()) // sizes.generated_image_tokens]
     if vq is not None and len(generated):
         pixels = np.asarray(vq.decode(generated))
         generated = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)

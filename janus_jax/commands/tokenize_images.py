@@ -356,7 +356,7 @@ def run(args: argparse.Namespace) -> str:
         "format": output.format,
         "shard_size": output.shard_size,
     }
-    encoder = Encoder(vq, model.cfg.image_size, args.batch_size)
+    encoder = Encoder(vq, model.sizes.image_size, args.batch_size)
     # The estimated time left ignores the first shard, which includes compilation.
     with output.lock(), Progress("tokenizing", " records", warm_up=1) as progress:
         output.start(manifest)

@@ -11,10 +11,10 @@ from janus_jax.training.setup import Setup, Shapes
 
 def row_shapes(setup: Setup) -> Shapes:
     """Returns the shapes of a batch of rows, of all processes (data/packing.py)."""
-    rows, size = setup.rows, setup.source.cfg.image_size
+    rows, sizes = setup.rows, setup.source.sizes
     positions = rows.batch_size, rows.seq_len
     generated = rows.batch_size, rows.max_generated_images
-    image = (size, size, 3)
+    image = (sizes.image_size, sizes.image_size, 3)
     kinds = dict.fromkeys(("tokens", "segment_ids", "positions"), (positions, jnp.int32))
     kinds |= dict.fromkeys(("image_mask", "gen_mask", "loss_mask"), (positions, jnp.bool))
     kinds |= dict(
@@ -23,7 +23,7 @@ def row_shapes(setup: Setup) -> Shapes:
         generated=((*generated, *image), jnp.uint8),
     )
     if rows.tokenized:
-        kinds["generated"] = ((*generated, setup.source.cfg.num_image_tokens), jnp.int32)
+        kinds["generated"] = ((*generated, sizes.generated_image_tokens), jnp.int32)
     sharding = batch_sharding(setup.mesh)
     return {
         name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
