@@ -127,7 +127,7 @@ def test_what_is_computed_again_is_not_kept(config, batch):
 
         def backward(trained, frozen):
             def loss(trained):
-                return objective.mean(objective.losses(trained, frozen, batch))
+                return objective.mean(objective.terms(trained, frozen, batch))
 
             return jax.vjp(loss, trained)[1]
 
@@ -147,7 +147,7 @@ def test_the_objective_is_the_weighted_mean_over_all_targets(config, batch, plai
     trained, frozen = setup.load_trained(), setup.load_frozen()
 
     def mean(trained, frozen, batch):
-        found = objective.losses(trained, frozen, batch)
+        found = objective.terms(trained, frozen, batch)
         summed = sum(weights[kind] * total for kind, (total, _) in found.items())
         return summed / number, found
 

@@ -44,21 +44,21 @@ def held_out_rows(setup: Setup, output: Path) -> tuple[grain.IterDataset, Skippe
 def evaluation_callback(
     setup: Setup, frozen: Params, log: Log, rows: grain.IterDataset, skipped: Skipped
 ) -> Callback:
-    """Returns a callback that logs the mean loss of each kind of record as eval/KIND.
+    """Returns a callback that logs the mean of each term of the loss as eval/TERM.
 
     It evaluates the first cfg.eval_batches batches of `rows`, the same ones every time, and also
     logs the numbers of skipped records.
     """
-    cfg, losses = setup.cfg, jax.jit(setup.objective().totals)
+    cfg, compute_terms = setup.cfg, jax.jit(setup.objective().totals)
 
     def evaluate(step: int, state: TrainState) -> None:
-        batch_losses, params = [], eval_params(state)
+        batch_terms, params = [], eval_params(state)
         with contextlib.closing(iter(rows)) as iterator:
             for batch in itertools.islice(iterator, cfg.eval_batches):
-                totals = losses(params, frozen, put_rows(batch, setup.mesh))
-                batch_losses.append(jax.tree.map(float, jax.device_get(totals)))
-        sums = jax.tree.map(lambda *values: sum(values), *batch_losses)
-        means = {kind: total / count for kind, (total, count) in sums.items() if count}
+                terms = compute_terms(params, frozen, put_rows(batch, setup.mesh))
+                batch_terms.append(jax.tree.map(float, jax.device_get(terms)))
+        sums = jax.tree.map(lambda *values: sum(values), *batch_terms)
+        means = {name: total / count for name, (total, count) in sums.items() if count}
         log.scalars(step, means, "eval")
         log.skipped(step, skipped.counts, "eval/skipped")
 

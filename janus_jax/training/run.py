@@ -171,7 +171,8 @@ def open_log(setup: Setup, output: Path, start_step: int, skipped: Skipped) -> L
     cfg, devices = setup.cfg, setup.mesh.devices
     peak = peak_flops(devices.flat[0])
     total = None if peak is None else peak * devices.size
-    return Log(output, cfg.steps, cfg.log_every, total, start_step, lambda: skipped.counts)
+    terms = tuple(setup.objective().weights)
+    return Log(output, cfg.steps, cfg.log_every, total, start_step, lambda: skipped.counts, terms)
 
 
 def make_callbacks(

@@ -43,6 +43,7 @@ from janus_jax.sharding import (
     sharding_for,
 )
 from janus_jax.training.lora import ADAPTERS, LoRAConfig, add_adapters
+from janus_jax.training.row_losses import row_losses
 from janus_jax.training.stages import ALL_BUT_TOKENIZER, base_config
 from janus_jax.training.state import (
     TrainState,
@@ -228,14 +229,13 @@ class Setup:
 
     def objective(self) -> Objective:
         """Returns the training objective."""
+        images, chunk = self.processor.image_config, self.cfg.chunk
         return Objective(
             build=self.build(),
             dtype=DTYPES[self.cfg.dtype],
-            images=self.processor.image_config,
-            weights=self.cfg.loss_weights.to_dict(),
-            chunk=self.cfg.chunk,
+            loss=functools.partial(row_losses, images=images, chunk=chunk, mesh=self.mesh),
+            weights={kind: self.cfg.loss_weights[kind] for kind in KINDS},
             accumulate=self.cfg.accumulate,
-            mesh=self.mesh,
             shardings={path: leaf.sharding for path, leaf in self.shapes[0].items()},
         )
 
