@@ -17,10 +17,9 @@ from tiny_janus import CODES, tiny_config, tiny_model
 from janus_jax.interop.load import abstract, merge_params
 from janus_jax.models.attention import segment_mask
 from janus_jax.processing.images import ImageConfig
+from janus_jax.training.parameters import leaves_by_path
 from janus_jax.training.row_losses import target_log_probs
-from janus_jax.training.setup import flat
-from janus_jax.training.state import init_state
-from janus_jax.training.step import Loss, Objective, Terms, make_step
+from janus_jax.training.step import Loss, Objective, Terms, first_state, make_step
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -111,7 +110,7 @@ def objective_of(loss: Loss, weights: dict, params: dict) -> Objective:
 
 def split_params() -> tuple[dict, dict]:
     """Returns trainable and frozen parameters by path."""
-    params = dict(flat(nnx.state(tiny_model())))
+    params = dict(leaves_by_path(nnx.state(tiny_model())))
     frozen = {path: array for path, array in params.items() if path.startswith("gen_vq.")}
     return {path: array for path, array in params.items() if path not in frozen}, frozen
 
@@ -131,7 +130,7 @@ def test_a_step_follows_the_gradient_of_the_loss_that_it_is_given(rows):
     assert moved == {"language_model", "gen_head", "gen_aligner", "gen_embed"}
 
     optimizer = optax.sgd(rate)
-    state = init_state(params, optimizer)
+    state = first_state(params, optimizer)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     step = make_step(objective, optimizer, lambda _: rate, 0.0, shardings)
     state, metrics = step(jax.device_put(state, shardings), frozen, rows)

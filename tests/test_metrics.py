@@ -18,7 +18,7 @@ from janus_jax.models.janus import JanusConfig
 from janus_jax.training import metrics
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
 from janus_jax.training.metrics import EVENTS, METRICS, Log
-from janus_jax.training.setup import flat
+from janus_jax.training.parameters import leaves_by_path
 
 
 def _metrics(
@@ -318,7 +318,7 @@ _UND_ALIGNER = 8 * 8 + 8 * 8
 
 def _flops(model, part: str) -> StepFlops:
     _, params, frozen = nnx.split(model, lambda path, _: path[0] in part.split(), ...)
-    return step_flops(_small(), dict(flat(params)), dict(flat(frozen)))
+    return step_flops(_small(), dict(leaves_by_path(params)), dict(leaves_by_path(frozen)))
 
 
 def test_all_trained_costs_three_times_forward_but_for_the_first_input(small):
@@ -361,7 +361,7 @@ def test_a_parameter_of_no_known_part_is_refused(small):
     _, params, frozen = nnx.split(small, lambda path, _: path[0] == "gen_head", ...)
     frozen["other"] = frozen["gen_embed"]
     with pytest.raises(ValueError, match=r"known part of Janus has the parameter other\.embedding"):
-        step_flops(_small(), dict(flat(params)), dict(flat(frozen)))
+        step_flops(_small(), dict(leaves_by_path(params)), dict(leaves_by_path(frozen)))
 
 
 @pytest.mark.parametrize(

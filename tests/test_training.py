@@ -16,9 +16,9 @@ from janus_jax.models.vq import l2_normalise
 from janus_jax.shapes.loop import generated_batches, run_steps
 from janus_jax.shapes.vq_loss import USAGE_DECAY, make_vq_step
 from janus_jax.shapes.vq_loss import reset_dead_codes as move
-from janus_jax.training.state import (
+from janus_jax.training.step import (
     default_promotion,
-    init_state,
+    first_state,
     make_optimizer,
     split_model,
 )
@@ -69,7 +69,7 @@ def vq_run():
     graph, params, frozen = split_model(tiny_model(), "gen_vq")
     optimizer = make_optimizer(cfg)
     step = make_vq_step(graph, frozen, optimizer, cfg)
-    state, usage, history = init_state(params, optimizer), jnp.zeros(CODES), []
+    state, usage, history = first_state(params, optimizer), jnp.zeros(CODES), []
     for _ in range(16):
         state, usage, metrics = step(state, usage, images(4), np.arange(16, dtype=np.int32))
         params = jax.device_get(state.params)

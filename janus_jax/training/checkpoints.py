@@ -24,7 +24,7 @@ from janus_jax.training.checkpoint_files import (
     unfinished,
     write_sums,
 )
-from janus_jax.training.state import TrainState
+from janus_jax.training.step import TrainState
 
 
 class Checkpoints:

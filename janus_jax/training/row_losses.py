@@ -67,7 +67,7 @@ def target_log_probs(
     """Computes the log-probability of each target, at temperature 1 and without guidance.
 
     Args:
-        rows: packed rows (data/loading.py).
+        rows: packed rows (data/packing.py).
         images: normalization of the input images.
         chunk: number of positions of a row whose logits, float32[B, chunk, V], are computed at a
             time.
