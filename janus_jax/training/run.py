@@ -35,11 +35,10 @@ from janus_jax.interop.adapter import Adapter
 from janus_jax.interop.adapter_writing import write_adapter
 from janus_jax.interop.convert import write_folder
 from janus_jax.interop.load import open_adapter, param_shapes, stored_params, table_for
-from janus_jax.library_log import library_log
+from janus_jax.orbax_errors import library_log
 from janus_jax.paths import locked
 from janus_jax.processing.json_files import read_json, write_json
-from janus_jax.training.checkpoint_files import steps_in
-from janus_jax.training.checkpoints import Checkpoints
+from janus_jax.training.checkpoints import Checkpoints, steps_in
 from janus_jax.training.distributed import check_processes, check_shared
 from janus_jax.training.evaluation import (
     Callback,
