@@ -25,8 +25,8 @@ import jax
 from jax.experimental import topologies
 
 from janus_jax.sharding import make_mesh
-from janus_jax.training.memory import array_bytes, step_bytes
-from janus_jax.training.setup import Setup
+from janus_jax.training.program import Program, array_bytes, step_bytes
+from janus_jax.training.settings import Inputs
 
 SETTINGS = ("batch_size", "accumulate", "seq_len", "remat", "lora_rank")
 
@@ -42,9 +42,10 @@ def measure(config: str, device: str, changed: dict) -> dict:
     cfg = importlib.import_module(f"configs.{config}").get_config()
     cfg.update(changed | dict(mesh="data=1"))
     chips = topologies.get_topology_desc(platform="tpu", topology_name=f"{device}:2x2").devices
-    setup = dataclasses.replace(Setup.from_config(cfg), mesh=make_mesh(devices=chips[:1]))
-    sizes, start = array_bytes(setup), time.monotonic()
-    step = step_bytes(setup)
+    mesh = make_mesh(devices=chips[:1])
+    program = Program(dataclasses.replace(Inputs.from_settings(cfg), mesh=mesh))
+    sizes, start = array_bytes(program), time.monotonic()
+    step = step_bytes(program)
     return dict(
         config=config,
         model=Path(cfg.init).name,

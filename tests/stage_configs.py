@@ -7,14 +7,14 @@ from ml_collections import ConfigDict
 
 from janus_jax.shapes.source import ALL_FORMATS
 from janus_jax.training import run
-from janus_jax.training.setup import Setup
+from janus_jax.training.program import Program
 from janus_jax.training.stages import base_config
 
 SMALL = Path(__file__).parent / "golden" / "janus_small"
 
 # with the scenes that small_config trains on
 train_stage = functools.partial(run.train_stage, formats=ALL_FORMATS)
-make_setup = functools.partial(Setup.from_config, formats=ALL_FORMATS)
+make_program = functools.partial(Program.from_settings, formats=ALL_FORMATS)
 
 
 def get_config() -> ConfigDict:

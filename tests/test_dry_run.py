@@ -8,14 +8,13 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from stage_configs import make_setup, small_config
+from stage_configs import make_program, small_config
 
 from janus_jax.commands.dry_run import dry_run
-from janus_jax.data.loading import open_rows
 from janus_jax.data.records import Record
 from janus_jax.data.writers import write_records
 from janus_jax.shapes.source import ALL_FORMATS
-from janus_jax.training.memory import row_shapes
+from janus_jax.training.program import row_shapes
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -43,7 +42,8 @@ def test_a_dry_run_shows_what_the_run_would_do_and_trains_nothing(tmp_path):
     lines = list(dry_run(config, ALL_FORMATS))
     assert kept.exists() and not (tmp_path / "dry_run" / "host-0" / "row-7").exists()
     assert not any("skipped" in line for line in lines)
-    trained, frozen = make_setup(config).shapes
+    parameters = make_program(config).parameters
+    trained, frozen = parameters.trained, parameters.frozen
     number = sum(leaf.size for leaf in trained.values())
     assert lines[0] == f"trainable: {number:,} parameters (gen_head {number:,})"
     assert lines[1].startswith(f"frozen: {sum(leaf.size for leaf in frozen.values()):,} param")
@@ -88,13 +88,11 @@ def test_the_rows_that_are_planned_with_are_those_that_come(tmp_path, tokenized)
         record = Record("generation", text="a scene", indices=np.zeros(16, np.int32))
         write_records("jsonl", tmp_path / "records.jsonl", [record] * 9)
         config.mixture.generation = dict(format="jsonl", path=str(tmp_path / "records.jsonl"))
-    setup = make_setup(config)
-    rows, _ = open_rows(
-        setup.rows, setup.processor, setup.source.cfg, tmp_path, formats=ALL_FORMATS
-    )
+    program = make_program(config)
+    rows, _ = program.inputs.open_rows(tmp_path)
     batch = next(iter(rows))
     assert batch.pop("records")
-    shapes = row_shapes(setup)
+    shapes = row_shapes(program.inputs)
     assert {name: (array.shape, array.dtype) for name, array in batch.items()} == {
         name: (leaf.shape, leaf.dtype) for name, leaf in shapes.items()
     }

@@ -17,7 +17,7 @@ from janus_jax.data.skipped import Skipped
 from janus_jax.interop.load import open_folder, plan_folder
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.readers import MAX_HEADER, open_checkpoint, read_safetensors
-from janus_jax.library_log import library_log
+from janus_jax.orbax_errors import library_log
 from janus_jax.paths import locked
 from janus_jax.processing.json_files import MAX_JSON_BYTES, read_json
 from janus_jax.training.metrics import Log

@@ -16,7 +16,7 @@ from janus_jax.models.llama import LlamaConfig
 from janus_jax.models.siglip import SiglipConfig
 from janus_jax.models.vq import VQConfig
 from janus_jax.training.lora import ADAPTERS, LoRAConfig, LoRADot, add_adapters, lora_factors
-from janus_jax.training.state import split_model
+from janus_jax.training.step import split_model
 
 CONFIG = LoRAConfig(3, 6.0, r"language_model\.layers\.\d+\.(self_attn\.[qo]_proj|mlp\.down_proj)")
 LAYERS = [

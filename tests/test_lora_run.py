@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from stage_configs import SMALL, make_setup, small_config, train_stage
+from stage_configs import SMALL, make_program, small_config, train_stage
 
 from janus_jax.interop.convert import export_folder
 from janus_jax.interop.load import build_model, load_params, open_folder
@@ -40,9 +40,9 @@ def weights(folder, adapter=None):
 
 def test_lora_trains_and_keeps_adapters_alone_and_is_merged_in_the_model(lora_run):
     config, output = lora_run
-    setup = make_setup(config)
+    program = make_program(config)
     with Checkpoints(output / "checkpoints", 3) as checkpoints:
-        state, _ = checkpoints.restore(setup.abstract_state())
+        state, _ = checkpoints.restore(program.abstract_state)
     layers = {path.rpartition(".dot_general")[0] for path in state.params}
     assert len(state.params) == 2 * len(layers) and all(re.fullmatch(TARGETS, p) for p in layers)
     before, after = weights(SMALL), weights(output / "model")

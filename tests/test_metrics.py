@@ -12,12 +12,13 @@ from flax import nnx
 from limits import full_disk
 from tensorboardX.proto.event_pb2 import Event
 
+from janus_jax.data.records import KINDS
 from janus_jax.interop.load import abstract
 from janus_jax.models.janus import JanusConfig
 from janus_jax.training import metrics
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
 from janus_jax.training.metrics import EVENTS, METRICS, Log
-from janus_jax.training.setup import flat
+from janus_jax.training.parameters import leaves_by_path
 
 
 def _metrics(
@@ -89,7 +90,7 @@ def clock(monkeypatch):
 
 
 def _run(folder, clock, steps, *, seconds=2.0, log_every=2, start=0, peak=1e6, total=5):
-    with Log(folder, total, log_every, peak, start, dict) as log:
+    with Log(folder, total, log_every, peak, start, dict, KINDS) as log:
         for step in range(start + 1, start + 1 + steps):
             clock.now += 60 if step == start + 1 else seconds  # the first step is compiled
             log.step(step, _metrics(loss=float(step)), [["a"]], flops=3e5)
@@ -130,6 +131,19 @@ def test_a_line_means_over_targets_and_over_its_own_steps_only(tmp_path, clock):
     assert line["grad_norm"] == 2.0
     assert line["tokens_per_s"] == 50.0
     assert "generation" not in line and "mfu" not in line
+
+
+def test_a_line_has_the_terms_that_the_loss_returns(tmp_path):
+    sums, counts = dict(accuracy=3.0, kl=2.0, policy=-1.0), dict(accuracy=4.0, kl=8.0, policy=0.0)
+    terms = dict(sums=sums, counts=counts)
+    with Log(tmp_path, 9, 1, None, 0, dict, ["policy", "kl"]) as log:
+        log.step(1, _metrics() | terms, [], 0.0)
+        counts["policy"] = 2.0
+        log.step(2, _metrics() | terms, [], 0.0)
+    first, second = _lines(tmp_path)
+    assert list(first)[:4] == ["step", "loss", "kl", "accuracy"]
+    assert list(second)[:5] == ["step", "loss", "policy", "kl", "accuracy"]
+    assert [second[name] for name in ("policy", "kl", "accuracy")] == [-0.5, 0.25, 0.75]
 
 
 def test_seconds_left_go_by_the_whole_run(tmp_path, clock):
@@ -304,7 +318,7 @@ _UND_ALIGNER = 8 * 8 + 8 * 8
 
 def _flops(model, part: str) -> StepFlops:
     _, params, frozen = nnx.split(model, lambda path, _: path[0] in part.split(), ...)
-    return step_flops(_small(), dict(flat(params)), dict(flat(frozen)))
+    return step_flops(_small(), dict(leaves_by_path(params)), dict(leaves_by_path(frozen)))
 
 
 def test_all_trained_costs_three_times_forward_but_for_the_first_input(small):
@@ -347,7 +361,7 @@ def test_a_parameter_of_no_known_part_is_refused(small):
     _, params, frozen = nnx.split(small, lambda path, _: path[0] == "gen_head", ...)
     frozen["other"] = frozen["gen_embed"]
     with pytest.raises(ValueError, match=r"parameter other\.embedding"):
-        step_flops(_small(), dict(flat(params)), dict(flat(frozen)))
+        step_flops(_small(), dict(leaves_by_path(params)), dict(leaves_by_path(frozen)))
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_a_realistic_mix_fills_the_rows():
 def dialogue_rows(sizes, seed=0):
     def example(size):
         length, shown, drawn = size
-        masks = {name: np.zeros(length, bool) for name in packing.BY_TOKEN[1:]}
+        masks = {f"{name}_mask": np.zeros(length, bool) for name in ("image", "gen", "loss")}
         masks["kind"] = np.full(length, 0 if shown else 2 if drawn else 1, np.int8)
         pixels = np.zeros((shown, 1, 1, 3), np.uint8)
         return dict(

@@ -16,11 +16,14 @@ from torch.nn.functional import cross_entropy
 from torch_reference import IMAGE_TOKEN, channels_first, tiny_pair
 
 from janus_jax.data.records import KINDS
+from janus_jax.data.sources import FORMATS
 from janus_jax.interop.load import load_params, open_folder
 from janus_jax.processing.images import ImageConfig
 from janus_jax.sharding import parse_mesh
+from janus_jax.training.parameters import leaves_by_path
+from janus_jax.training.program import Program, put_rows
 from janus_jax.training.row_losses import row_losses
-from janus_jax.training.setup import Setup, flat, put_rows, rows_config
+from janus_jax.training.settings import Inputs, no_progress, rows_config
 
 IMAGES = ImageConfig(16, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 LENGTH, DRAWN, TARGETS = 26, 16, (4, 10, 16)  # targets by kind
@@ -111,7 +114,7 @@ def test_losses_and_gradients_equal_torch_s(rows, torch_found):
     for kind, count in zip(KINDS, TARGETS, strict=True):
         assert found[kind][1] == count
         np.testing.assert_allclose(found[kind][0], want[kind].detach(), rtol=1e-4)
-    mine = dict(flat(mine))
+    mine = dict(leaves_by_path(mine))
     assert mine.keys() == gradients.keys()
     moved = [path for path, value in gradients.items() if np.abs(value).max() > 0]
     assert len(moved) > 0.9 * len([path for path in mine if "gen_vq" not in path])
@@ -121,15 +124,16 @@ def test_losses_and_gradients_equal_torch_s(rows, torch_found):
         np.testing.assert_allclose(mine[path], value, rtol=0, atol=allowed, err_msg=path)
 
 
-def stepping(folder: Path) -> Setup:
-    """A run's setup for the checkpoint that torch wrote, which has no tokenizer of text."""
+def stepping(folder: Path) -> Program:
+    """A run's program for the checkpoint that torch wrote, which has no tokenizer of text."""
     cfg = small_config(folder / "run", init=str(folder), steps=3, batch_size=3, streams=1, chunk=7)
     # with ten times the rate small differences grow from step to step, with a third of it the last
     # place of a weight is 1e-4 of what it moves
     cfg.update(learning_rate=1e-3, end_learning_rate=1e-3, weight_decay=0.1, tokenized=True)
     source, mesh = open_folder(folder), parse_mesh(cfg.mesh)
     processor = SimpleNamespace(image_config=IMAGES)
-    return Setup(cfg, source, processor, source.cfg, mesh, rows_config(cfg, mesh), None)
+    rows, rest = rows_config(cfg, mesh), (None, FORMATS, no_progress)
+    return Program(Inputs(cfg, source, processor, source.cfg, mesh, rows, *rest))
 
 
 def torch_steps(model, rows, cfg) -> list[float]:
@@ -153,11 +157,12 @@ def test_three_steps_equal_torch_s_adamw_with_clipping(rows, torch_found, tmp_pa
     parameter's largest are left out, unless it is exactly zero (tokens that do not occur)."""
     model = copy.deepcopy(tiny_pair()[0]).requires_grad_(True)
     before = converted(model, tmp_path / "before")
-    setup = stepping(tmp_path / "before")
-    state, frozen, step = setup.first_state(setup.load_trained()), setup.load_frozen(), setup.step()
-    for norm in torch_steps(model, rows, setup.cfg):
-        assert norm > 1.2 * setup.cfg.max_grad_norm  # so it clips
-        state, metrics = step(state, frozen, put_rows(rows, setup.mesh))
+    program = stepping(tmp_path / "before")
+    parameters, settings = program.parameters, program.inputs.settings
+    state, frozen = program.first_state(parameters.load_trained()), parameters.load_frozen()
+    for norm in torch_steps(model, rows, settings):
+        assert norm > 1.2 * settings.max_grad_norm  # so it clips
+        state, metrics = program.step(state, frozen, put_rows(rows, program.inputs.mesh))
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
     after, kept = converted(model, tmp_path / "after"), []
     for path, value in state.params.items():

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from stage_configs import small_config, train_stage
 
+from janus_jax.training.parameters import Parameters
+from janus_jax.training.program import Program
 from janus_jax.training.run import Run
-from janus_jax.training.setup import Setup
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -54,7 +55,7 @@ def resumed(monkeypatch):
     It returns the step, the arrays of the state, the state of the rows and the lines of
     metrics.jsonl.
     """
-    setups, found = {}, []
+    programs, found = {}, []
 
     def steps(run, state, rows, *_):
         found.append((state, rows.get_state()))
@@ -66,15 +67,15 @@ def resumed(monkeypatch):
         arrays = [np.asarray(leaf) for leaf in jax.tree.leaves(state)]
         return int(state.step), arrays, rows, (output / "metrics.jsonl").read_text()
 
-    def setup_of(cfg, *options):
-        if cfg.trained not in setups:
-            setups[cfg.trained] = made(cfg, *options)
-        return setups[cfg.trained]
+    def program_of(settings, *options):
+        if settings.trained not in programs:
+            programs[settings.trained] = made(settings, *options)
+        return programs[settings.trained]
 
-    made = Setup.from_config
-    monkeypatch.setattr(Setup, "from_config", setup_of)
-    monkeypatch.setattr(Setup, "step", lambda setup: None)
-    monkeypatch.setattr(Setup, "load_frozen", lambda setup: {})
+    made = Program.from_settings
+    monkeypatch.setattr(Program, "from_settings", program_of)
+    monkeypatch.setattr(Program, "step", None)
+    monkeypatch.setattr(Parameters, "load_frozen", lambda parameters: {})
     monkeypatch.setattr(Run, "steps", steps)
     return resume
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
-from stage_configs import SMALL, make_setup, small_config, train_stage
+from stage_configs import SMALL, make_program, small_config, train_stage
 
 import janus_jax
 from janus_jax.generation.pipeline import Pipeline
@@ -92,12 +92,12 @@ def test_a_loss_that_is_nan_stops_the_run_and_spares_the_checkpoint(tmp_path):
         train_stage(config)
     listed = (tmp_path / "not_finite-2-000.txt").read_text().splitlines()
     assert len(listed) > 3 and all(line.startswith("scenes:") for line in listed)
-    setup = make_setup(config)
+    program = make_program(config)
     with Checkpoints(tmp_path / "checkpoints", 3) as checkpoints:
         assert checkpoints.newest == 1
-        state, _ = checkpoints.restore(setup.abstract_state())
+        state, _ = checkpoints.restore(program.abstract_state)
     assert int(state.step) == 1
-    assert_same(state.params, setup.load_trained())
+    assert_same(state.params, program.parameters.load_trained())
     assert not (tmp_path / "model").exists()
 
 
@@ -162,9 +162,9 @@ def test_an_image_that_cannot_be_read_is_reported_before_the_first_step(tmp_path
     ],
 )
 def test_what_cannot_be_sampled_is_reported_before_the_first_step(tmp_path, asked, message):
-    setup = make_setup(small_config(tmp_path, sample_every=2, **asked))
+    program = make_program(small_config(tmp_path, sample_every=2, **asked))
     with pytest.raises(ValueError, match=message):
-        prompt_images(setup)
+        prompt_images(program.inputs)
 
 
 def test_settings_may_be_mended_until_something_is_saved(tmp_path):
@@ -186,10 +186,10 @@ def test_a_run_does_not_write_over_what_is_no_runs(whole, tmp_path):
     with pytest.raises(ValueError, match=rule):
         train_stage(small_config(tmp_path / "other"))
     assert (tmp_path / "other" / "run.json").read_text() == '{"athlete": "J. Doe"}'
-    setup = make_setup(small_config(whole, trained=r"gen_head\."))
+    program = make_program(small_config(whole, trained=r"gen_head\."))
     with Checkpoints(whole / "checkpoints", 3) as checkpoints:
         with pytest.raises(ValueError, match="4 does not match the parameters that this config"):
-            checkpoints.restore(setup.abstract_state())
+            checkpoints.restore(program.abstract_state)
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
@@ -204,19 +204,19 @@ def test_two_runs_do_not_write_to_one_folder(tmp_path):
 def test_a_moving_average_is_what_is_written(tmp_path):
     trained = r"language_model\.layers\.0\."
     config = small_config(tmp_path, ema_decay=0.75, trained=trained, steps=2, save_every=1)
-    setup, path = make_setup(config), "language_model.layers.0.mlp.up_proj.kernel"
+    program, path = make_program(config), "language_model.layers.0.mlp.up_proj.kernel"
 
     def newest():
         """Returns (parameter, moving average) of the newest checkpoint."""
         with Checkpoints(tmp_path / "checkpoints", 3) as checkpoints:
-            state, _ = checkpoints.restore(setup.abstract_state())
+            state, _ = checkpoints.restore(program.abstract_state)
         return np.asarray(state.params[path]), np.asarray(state.ema[path])
 
     train_stage(config)
     param, average = newest()
     shutil.rmtree(tmp_path / "checkpoints" / "2")
     param_before, average_before = newest()
-    first = stored_params(setup.source).read(path)
+    first = stored_params(program.inputs.source).read(path)
     mean = 0.75 * first + 0.25 * param_before
     np.testing.assert_allclose(average_before, mean, rtol=1e-6)
     np.testing.assert_allclose(average, 0.75 * average_before + 0.25 * param, rtol=1e-6)

@@ -6,13 +6,10 @@ import numpy as np
 import optax
 import pytest
 from ml_collections import ConfigDict
-from stage_configs import make_setup, small_config
+from stage_configs import make_program, small_config
 
-from janus_jax.data.loading import open_rows
-from janus_jax.shapes.source import ALL_FORMATS
-from janus_jax.training.memory import row_shapes
-from janus_jax.training.setup import put_rows
-from janus_jax.training.state import default_promotion, make_optimizer
+from janus_jax.training.program import put_rows, row_shapes
+from janus_jax.training.step import default_promotion, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -29,9 +26,8 @@ def config(tmp_path_factory):
 @pytest.fixture(scope="module")
 def batch(config, tmp_path_factory):
     """Rows with targets of every kind."""
-    setup = make_setup(config())
-    folder = tmp_path_factory.mktemp("rows")
-    rows, _ = open_rows(setup.rows, setup.processor, setup.source.cfg, folder, formats=ALL_FORMATS)
+    program = make_program(config())
+    rows, _ = program.inputs.open_rows(tmp_path_factory.mktemp("rows"))
     found = next(iter(rows))
     del found["records"]
     assert set(found["kind"][found["segment_ids"] > 0].tolist()) == {0, 1, 2}
@@ -40,10 +36,11 @@ def batch(config, tmp_path_factory):
 
 def gradients(cfg, batch):
     """Returns gradients by path and losses of a config on one batch, on the host."""
-    setup = make_setup(cfg)
-    trained, frozen = setup.load_trained(), setup.load_frozen()
+    program = make_program(cfg)
+    trained, frozen = program.parameters.load_trained(), program.parameters.load_frozen()
+    rows = put_rows(batch, program.inputs.mesh)
     with default_promotion():  # as make_step has it
-        found = jax.jit(setup.objective().gradients)(trained, frozen, put_rows(batch, setup.mesh))
+        found = jax.jit(program.objective.gradients)(trained, frozen, rows)
     return jax.device_get(found)
 
 
@@ -72,8 +69,8 @@ def assert_close(found, plain):
 
 def test_a_step_is_one_of_the_optimizer_and_takes_the_state_over(config, batch, plain):
     cfg = config(max_grad_norm=0.1, weight_decay=0.1, warmup_steps=1, end_learning_rate=1e-4)
-    setup = make_setup(cfg)
-    trained, frozen = setup.load_trained(), setup.load_frozen()
+    program = make_program(cfg)
+    trained, frozen = program.parameters.load_trained(), program.parameters.load_frozen()
     grads, _ = plain
     optimizer = make_optimizer(cfg)
 
@@ -86,11 +83,11 @@ def test_a_step_is_one_of_the_optimizer_and_takes_the_state_over(config, batch, 
     norm = norm_of(grads)
     assert norm > 1.5 * cfg.max_grad_norm
     params, opt_state = dict(trained), jax.jit(optimizer.init)(trained)
-    state, step = setup.first_state(setup.load_trained()), setup.step()
+    state, step = program.first_state(program.parameters.load_trained()), program.step
     for number in range(2):  # the first has learning rate 0, the start of the warm-up
         params, opt_state = update(params, opt_state)
         before = state
-        state, metrics = step(state, frozen, put_rows(batch, setup.mesh))
+        state, metrics = step(state, frozen, put_rows(batch, program.inputs.mesh))
         assert all(leaf.is_deleted() for leaf in jax.tree.leaves(before))
         assert float(metrics["learning_rate"]) == pytest.approx(number * cfg.learning_rate)
         np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-4)
@@ -122,16 +119,16 @@ def test_what_is_computed_again_gives_the_same_gradients(config, batch, plain, r
 def test_what_is_computed_again_is_not_kept(config, batch):
     def kept(remat):
         """Returns the bytes kept from the forward pass for the backward pass."""
-        setup = make_setup(config(remat=remat))
-        objective = setup.objective()
+        program = make_program(config(remat=remat))
+        objective = program.objective
 
         def backward(trained, frozen):
             def loss(trained):
-                return objective.mean(objective.losses(trained, frozen, batch))
+                return objective.mean(objective.terms(trained, frozen, batch))
 
             return jax.vjp(loss, trained)[1]
 
-        shapes = jax.eval_shape(backward, *setup.shapes)
+        shapes = jax.eval_shape(backward, program.parameters.trained, program.parameters.frozen)
         return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(shapes))
 
     assert kept("full") < 0.7 * kept("dots") < 0.7 * 0.9 * kept("none")
@@ -139,20 +136,20 @@ def test_what_is_computed_again_is_not_kept(config, batch):
 
 def test_the_objective_is_the_weighted_mean_over_all_targets(config, batch, plain):
     weights = dict(understanding=3.0, text=0.0, generation=0.5)
-    setup = make_setup(config(loss_weights=weights, accumulate=2))
-    objective, (_, losses) = setup.objective(), plain
+    program = make_program(config(loss_weights=weights, accumulate=2))
+    objective, (_, losses) = program.objective, plain
     total = 3 * losses["understanding"][0] + 0.5 * losses["generation"][0]
     number = 3 * losses["understanding"][1] + 0.5 * losses["generation"][1]
     np.testing.assert_allclose(objective.mean(losses), total / number, rtol=1e-6)
-    trained, frozen = setup.load_trained(), setup.load_frozen()
+    trained, frozen = program.parameters.load_trained(), program.parameters.load_frozen()
 
     def mean(trained, frozen, batch):
-        found = objective.losses(trained, frozen, batch)
+        found = objective.terms(trained, frozen, batch)
         summed = sum(weights[kind] * total for kind, (total, _) in found.items())
         return summed / number, found
 
     want = jax.jit(jax.grad(mean, has_aux=True))(trained, frozen, batch)
-    assert_close(gradients(setup.cfg, batch), jax.device_get(want))
+    assert_close(gradients(program.inputs.settings, batch), jax.device_get(want))
 
 
 def test_gradients_in_bfloat16_are_near_those_in_float32(config, batch, plain):
@@ -167,30 +164,31 @@ def test_gradients_in_bfloat16_are_near_those_in_float32(config, batch, plain):
 
 
 def test_what_is_frozen_has_no_gradient_no_optimizer_state_and_no_float32_copy(config, batch):
-    setup = make_setup(config(trained=r"(und|gen)_aligner\.", dtype="bfloat16"))
-    trained, frozen = setup.shapes
+    program = make_program(config(trained=r"(und|gen)_aligner\.", dtype="bfloat16"))
+    trained, frozen = program.parameters.trained, program.parameters.frozen
     assert {path.split(".")[0] for path in trained} == {"und_aligner", "gen_aligner"}
     assert {leaf.dtype for leaf in trained.values()} == {jnp.dtype(jnp.float32)}
     for path, leaf in frozen.items():
         assert leaf.dtype == (jnp.float32 if path.startswith("gen_vq.") else jnp.bfloat16), path
     numbers = sum(leaf.size for leaf in trained.values())
-    state = setup.abstract_state()
+    state = program.abstract_state
     assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) == 2 * numbers + 2
     # no matrix product computes the gradient of a frozen kernel
 
-    def products(setup):
-        step = jax.jit(setup.objective().gradients)
+    def products(program):
+        step, rows = jax.jit(program.objective.gradients), row_shapes(program.inputs)
         with default_promotion():
-            lowered = step.lower(*setup.shapes, row_shapes(setup))
+            lowered = step.lower(program.parameters.trained, program.parameters.frozen, rows)
         return lowered.as_text().count("stablehlo.dot_general")
 
     kernels = sum(path.endswith("_proj.kernel") for path in frozen)
-    assert products(make_setup(config(dtype="bfloat16"))) - products(setup) >= kernels > 10
+    assert products(make_program(config(dtype="bfloat16"))) - products(program) >= kernels > 10
 
 
 def test_no_step_reads_the_tokenizer_where_images_come_as_indices(config):
-    trained, frozen = make_setup(config(tokenized=True)).shapes
-    assert not any(path.startswith("gen_vq.") for path in trained | frozen)
+    parameters = make_program(config(tokenized=True)).parameters
+    paths = parameters.trained | parameters.frozen
+    assert not any(path.startswith("gen_vq.") for path in paths)
 
 
 @pytest.mark.parametrize(
@@ -227,7 +225,7 @@ def test_no_step_reads_the_tokenizer_where_images_come_as_indices(config):
 )
 def test_settings_that_cannot_be_trained_with_are_refused(config, changed, message):
     with pytest.raises((ValueError, FileNotFoundError)) as error:
-        make_setup(config(**changed))
+        make_program(config(**changed))
     assert str(error.value).startswith(message) and "\n" not in str(error.value)
 
 
@@ -246,13 +244,13 @@ def test_settings_that_a_config_may_lack_are_refused(config, name, value, messag
     cfg = config()
     cfg[name] = value
     with pytest.raises(ValueError, match=message):
-        make_setup(cfg)
+        make_program(cfg)
 
 
 def test_only_parameters_of_reinit_are_initialised(config):
     cfg = config(reinit=r"gen_head\.", trained=r"(gen_head|und_aligner)\.")
     before, after = (
-        make_setup(one).load_trained() for one in (config(trained=cfg.trained), cfg)
+        make_program(one).parameters.load_trained() for one in (config(trained=cfg.trained), cfg)
     )
     same = {path.split(".")[0] for path in before if np.array_equal(before[path], after[path])}
     assert same == {"und_aligner"}

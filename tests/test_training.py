@@ -1,6 +1,5 @@
 """The optimizer, the steps and the loop of training, on a model of a few thousand numbers."""
 
-import functools
 import itertools
 import math
 
@@ -11,23 +10,19 @@ import pytest
 import torch
 from flax import nnx
 from ml_collections import ConfigDict
+from tiny_janus import CODES, tiny_model, tiny_params
 
-from janus_jax.interop.load import abstract
-from janus_jax.models.janus import Janus, JanusConfig
-from janus_jax.models.llama import LlamaConfig
-from janus_jax.models.siglip import SiglipConfig
-from janus_jax.models.vq import VQConfig, l2_normalise
+from janus_jax.models.vq import l2_normalise
 from janus_jax.shapes.loop import generated_batches, run_steps
 from janus_jax.shapes.vq_loss import USAGE_DECAY, make_vq_step
 from janus_jax.shapes.vq_loss import reset_dead_codes as move
-from janus_jax.training.state import (
+from janus_jax.training.step import (
     default_promotion,
-    init_state,
+    first_state,
     make_optimizer,
     split_model,
 )
 
-CODES = 12
 reset_dead_codes = jax.jit(move)
 
 
@@ -49,48 +44,6 @@ def config(**changes) -> ConfigDict:
         dead_code_usage=0.02,
     )
     return ConfigDict(settings | changes)
-
-
-def tiny_config() -> JanusConfig:
-    """4-pixel images of 4 tokens to draw and 4 to read, one block a tower."""
-    return JanusConfig(
-        und_encoder=SiglipConfig(4, 2, width=8, num_layers=1, num_heads=2, mlp_dim=16),
-        und_aligner_depth=1,
-        gen_vq=VQConfig(
-            CODES, 4, ch=4, ch_mult=(1, 2), num_res_blocks=1, z_channels=6, norm_num_groups=2
-        ),
-        gen_aligner_depth=1,
-        gen_head_width=8,
-        language_model=LlamaConfig(
-            vocab_size=20,
-            hidden_size=8,
-            intermediate_size=16,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            rms_norm_eps=1e-6,
-            rope_theta=10000.0,
-            max_position_embeddings=64,
-        ),
-    )
-
-
-@functools.cache
-def tiny_params() -> tuple[nnx.GraphDef, nnx.State]:
-    """A graph and random parameters in NumPy: the buffers that a step is given are lost."""
-    graph, shapes = abstract(tiny_config())
-    rng = np.random.default_rng(0)
-
-    def fill(leaf):
-        noise = rng.normal(size=leaf.shape).astype(np.float32)
-        return 1 + 0.1 * noise if leaf.ndim == 1 else noise / leaf.shape[-2] ** 0.5
-
-    return graph, jax.tree.map(fill, shapes)
-
-
-def tiny_model() -> Janus:
-    graph, state = tiny_params()
-    return nnx.merge(graph, jax.tree.map(jnp.array, state))
 
 
 def by_path(state) -> dict[str, np.ndarray]:
@@ -116,7 +69,7 @@ def vq_run():
     graph, params, frozen = split_model(tiny_model(), "gen_vq")
     optimizer = make_optimizer(cfg)
     step = make_vq_step(graph, frozen, optimizer, cfg)
-    state, usage, history = init_state(params, optimizer), jnp.zeros(CODES), []
+    state, usage, history = first_state(params, optimizer), jnp.zeros(CODES), []
     for _ in range(16):
         state, usage, metrics = step(state, usage, images(4), np.arange(16, dtype=np.int32))
         params = jax.device_get(state.params)

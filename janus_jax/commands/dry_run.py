@@ -10,7 +10,6 @@ import jax
 import numpy as np
 from flax import nnx
 
-from janus_jax.data.loading import open_rows
 from janus_jax.data.packing import efficiency
 from janus_jax.data.sources import FORMATS, Formats
 from janus_jax.interop.load import load_component
@@ -19,8 +18,9 @@ from janus_jax.processing.images import encode_png
 from janus_jax.processing.processor import Processor
 from janus_jax.training.distributed import check_processes
 from janus_jax.training.evaluation import held_out_rows, prompt_images
-from janus_jax.training.memory import array_bytes, step_bytes
-from janus_jax.training.setup import Setup, Shapes
+from janus_jax.training.parameters import Shapes
+from janus_jax.training.program import Program, array_bytes, step_bytes
+from janus_jax.training.settings import Inputs
 
 MAX_WRITTEN_ROWS = 4
 
@@ -37,34 +37,31 @@ def dry_run(cfg, formats: Formats = FORMATS) -> Iterator[str]:
     formats: the formats of sources that the mixtures may name.
     Raises as train_stage does.
     """
-    setup = Setup.from_config(cfg, formats)
-    check_processes(setup.mesh)
+    program = Program.from_settings(cfg, formats)
+    inputs = program.inputs
+    check_processes(inputs.mesh)
     folder = Path(cfg.output) / "dry_run" / f"host-{jax.process_index()}"
-    trained, frozen = setup.shapes
-    yield f"trainable: {_param_counts(trained)}"
-    yield f"frozen: {_param_counts(frozen)}"
-    hosts = jax.process_index(), jax.process_count()
+    yield f"trainable: {_param_counts(program.parameters.trained)}"
+    yield f"frozen: {_param_counts(program.parameters.frozen)}"
     _remove_old_files(folder)
     if cfg.eval_every:
-        held_out_rows(setup, folder)
+        held_out_rows(inputs, folder)
     if cfg.sample_every:
-        prompt_images(setup)
-    rows, skipped = open_rows(
-        setup.rows, setup.processor, setup.source.cfg, folder, *hosts, formats=formats
-    )
+        prompt_images(inputs)
+    rows, skipped = inputs.open_rows(folder)
     with contextlib.closing(iter(rows)) as iterator:
         batch = next(iterator)
-    yield from _memory(setup)
+    yield from _memory(program)
     filled, number = efficiency(batch["segment_ids"]), len(batch["tokens"])
     yield f"first batch: {number} rows on this host, {filled:.1%} of the positions filled"
     if skipped.counts:
         yield f"skipped records: {skipped.counts}"
     written = min(MAX_WRITTEN_ROWS, number)
-    codec = setup.source.family.image_codec
-    vq = load_component(setup.source, codec) if setup.rows.tokenized else None
+    codec = inputs.source.family.image_codec
+    vq = load_component(inputs.source, codec) if inputs.rows.tokenized else None
     for number in range(written):
         row = {name: values[number] for name, values in batch.items()}
-        _write_row(setup, row, vq, folder / f"row-{number}")
+        _write_row(inputs, row, vq, folder / f"row-{number}")
     yield f"the first {written} rows are in {folder}; prediction targets are in [[ ]]"
 
 
@@ -83,12 +80,12 @@ def _param_counts(shapes: Shapes) -> str:
     return f"{counts.total():,} parameters ({parts})" if counts else "0 parameters"
 
 
-def _memory(setup: Setup) -> Iterator[str]:
+def _memory(program: Program) -> Iterator[str]:
     """Yields the size of the arrays on each device and the temporary memory of a step."""
-    sizes = array_bytes(setup)
+    sizes = array_bytes(program)
     parts = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in sizes.items())
     yield f"arrays on each device: {sum(sizes.values()) / 1e9:.3f} GB ({parts})"
-    device, temporary = setup.mesh.devices.flat[0].device_kind, step_bytes(setup)
+    device, temporary = program.inputs.mesh.devices.flat[0].device_kind, step_bytes(program)
     yield f"temporary memory of a step: {temporary / 1e9:.3f} GB, as XLA plans it for {device}"
 
 
@@ -103,11 +100,11 @@ def _remove_old_files(folder: Path) -> None:
             row.rmdir()
 
 
-def _write_row(setup: Setup, row: Row, vq: nnx.Module | None, folder: Path) -> None:
+def _write_row(inputs: Inputs, row: Row, vq: nnx.Module | None, folder: Path) -> None:
     """Writes examples.txt, and the images in the order of the row: input-0.png, generated-0.png."""
-    text = "\n\n".join(row_texts(row, setup.processor))
+    text = "\n\n".join(row_texts(row, inputs.processor))
     write_file(folder / "examples.txt", f"{text}\n".encode())
-    sizes = setup.source.sizes
+    sizes = inputs.source.sizes
     num_inputs = int(row["image_mask"].sum()) // sizes.input_image_tokens
     generated = row["generated"][: int(row["gen_mask"].sum()) // sizes.generated_image_tokens]
     if vq is not None and len(generated):

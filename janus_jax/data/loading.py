@@ -10,7 +10,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 from janus_jax.checks import shorten
 from janus_jax.data.examples import ExampleMaker
 from janus_jax.data.mixture import Part, Streams, open_parts, stream
-from janus_jax.data.packing import OPEN_ROWS, pack_examples
+from janus_jax.data.packing import OPEN_ROWS, Field, pack_examples, row_fields
 from janus_jax.data.skipped import Skipped
 from janus_jax.data.sources import FORMATS, Formats, open_source
 from janus_jax.families.family import ModelConfig
@@ -65,6 +65,17 @@ class RowsConfig:
         if not 0 <= self.max_bad < 1:
             raise ValueError(f"max_bad must be at least 0 and below 1, got {shorten(self.max_bad)}")
 
+    def fields(self, model: ModelConfig) -> dict[str, Field]:
+        """Returns the arrays of a row. model: config of the model, for the sizes of images."""
+        sizes = sizes_of(model)
+        return row_fields(
+            self.seq_len,
+            self.max_input_images,
+            self.max_generated_images,
+            sizes.image_size,
+            sizes.generated_image_tokens if self.tokenized else None,
+        )
+
     def own_streams(self, host: int, hosts: int) -> range:
         """Returns the numbers of the streams that a host reads.
 
@@ -98,7 +109,7 @@ def open_rows(
     """Opens the rows that one host reads, and the filter that skips and counts bad records.
 
     An element of the dataset is a dict of the stacked rows of one step (see
-    packing.pack_examples). The state of its iterator contains the state of each stream. A run on
+    packing.row_fields). The state of its iterator contains the state of each stream. A run on
     another number of hosts resumes from the states of all hosts.
 
     Args:

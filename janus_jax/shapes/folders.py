@@ -17,7 +17,7 @@ from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.paths import check_local
 from janus_jax.processing.prompt_settings import TEMPLATE_FOLDER
 from janus_jax.shapes.scenes import IMAGE_SIZE
-from janus_jax.training.setup import check_init
+from janus_jax.training.settings import check_init
 
 
 @dataclasses.dataclass(frozen=True)

@@ -17,11 +17,11 @@ from janus_jax.models.siglip import Siglip
 from janus_jax.shapes.batches import NUM_PATCH_LABELS, labelled_images
 from janus_jax.shapes.folders import TrainingFolders, check_counts
 from janus_jax.shapes.loop import generated_batches, run_steps
-from janus_jax.training.state import (
+from janus_jax.training.step import (
     TrainState,
     apply_gradients,
     default_promotion,
-    init_state,
+    first_state,
     make_optimizer,
 )
 
@@ -62,7 +62,8 @@ def train_encoder(cfg) -> None:
         folders.save(model)
 
     step_fn = make_encoder_step(graph, optimizer)
-    run_steps(init_state(params, optimizer), step_fn, generated_batches(make_batch, cfg), cfg, save)
+    state, batches = first_state(params, optimizer), generated_batches(make_batch, cfg)
+    run_steps(state, step_fn, batches, cfg, save)
 
 
 def make_encoder_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:

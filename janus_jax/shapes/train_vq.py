@@ -13,7 +13,7 @@ from janus_jax.shapes.batches import scene_images
 from janus_jax.shapes.folders import TrainingFolders, check_counts, check_output
 from janus_jax.shapes.loop import generated_batches, run_steps
 from janus_jax.shapes.vq_loss import make_vq_step
-from janus_jax.training.state import init_state, make_optimizer, split_model
+from janus_jax.training.step import first_state, make_optimizer, split_model
 
 
 def train_tokenizer(cfg) -> None:
@@ -51,7 +51,7 @@ def train_tokenizer(cfg) -> None:
 
     # the codes of a trained tokenizer count as used at first
     usage = jnp.full(sizes.gen_vq.codebook_size, 1.0 if cfg.init else 0.0, jnp.float32)
-    state = (init_state(params, optimizer), usage)
+    state = (first_state(params, optimizer), usage)
     run_steps(state, step_fn, generated_batches(make_batch, cfg), cfg, save)
 
 

@@ -8,7 +8,7 @@ import optax
 from flax import nnx
 
 from janus_jax.models.vq import VQ, l2_normalise
-from janus_jax.training.state import TrainState, apply_gradients, default_promotion
+from janus_jax.training.step import TrainState, apply_gradients, default_promotion
 
 COMMITMENT = 0.25  # as in VQ-VAE, VQGAN and the reference's quantizer
 USAGE_DECAY = 0.99

@@ -15,7 +15,6 @@ import numpy as np
 from absl import logging
 from tensorboardX import SummaryWriter
 
-from janus_jax.data.records import KINDS
 from janus_jax.paths import atomic_write, file_size, os_errors_of, write_all, write_file
 
 METRICS = "metrics.jsonl"
@@ -57,7 +56,7 @@ class _Interval:
         self.flops += flops
 
     def means(self) -> dict[str, float]:
-        """Returns the mean losses over targets, without kinds that have none, and the mean norm."""
+        """Returns the mean of the objective and of the terms of the loss, and the mean norm."""
         return dict(
             loss=self.loss / self.weight,
             **_means(self.sums, self.counts),
@@ -71,9 +70,9 @@ class Log:
     metrics.jsonl and TensorBoard have the same names. A progress line has
 
         step
-        loss: the training objective, mean over the targets since the last line.
-        understanding, text, generation: mean cross-entropy by kind; kinds without targets are
-            omitted.
+        loss: the training objective, mean over what its weights count since the last line.
+        TERM: mean of each term of the loss, for example `text`, over what it counts; terms whose
+            count is 0 are omitted.
         grad_norm: mean over the steps since the last line.
         learning_rate: of this step.
         packing_efficiency: fraction of the positions that are not padding.
@@ -96,6 +95,7 @@ class Log:
         peak_flops: float | None,
         start_step: int,
         get_skipped: Callable[[], SkippedCounts],
+        terms: Sequence[str] = (),
     ):
         """Opens the log.
 
@@ -106,10 +106,12 @@ class Log:
         start_step: the step that the run resumes from, or 0. Lines of later steps, which a killed
             run logged after its last checkpoint, are removed.
         get_skipped: returns the numbers of skipped records so far.
+        terms: names of terms of the loss in the order of a line; others follow them.
         """
         self._steps, self._log_every, self._start_step = steps, log_every, start_step
         self._peak_flops, self._folder = peak_flops, Path(folder)
         self._get_skipped = get_skipped
+        self._terms = {name: position for position, name in enumerate(terms)}
         self._logged_skipped: dict[str, SkippedCounts] = {}  # by prefix
         self._started: float | None = None
         self._interval = _Interval(None)
@@ -147,6 +149,8 @@ class Log:
         Raises FloatingPointError if loss, grad_norm or param_norm is NaN or infinite.
         """
         metrics = jax.tree.map(float, jax.device_get(dict(metrics)))
+        for name in ("sums", "counts"):
+            metrics[name] = self._in_order(metrics[name])
         self._check_finite(step, metrics, records)
         now = time.monotonic()
         self._interval.add(metrics, flops * jax.process_count())
@@ -156,6 +160,11 @@ class Log:
             self.skipped(step, self._get_skipped(), "skipped")
         if self._started is None:
             self._started = now
+
+    def _in_order(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Sorts terms for a line: jitted functions return dicts in alphabetical order."""
+        last = len(self._terms)
+        return dict(sorted(values.items(), key=lambda item: self._terms.get(item[0], last)))
 
     def scalars(self, step: int, values: Mapping[str, float], prefix: str) -> None:
         """Logs other values, such as evaluation results, as `prefix/name`.
@@ -269,7 +278,7 @@ def _step_of(line: bytes, where: str) -> int:
 
 
 def _means(sums: Mapping[str, float], counts: Mapping[str, float]) -> dict[str, float]:
-    return {kind: sums[kind] / counts[kind] for kind in KINDS if counts[kind]}
+    return {name: sums[name] / counts[name] for name in sums if counts[name]}
 
 
 def _text(values: Mapping[str, float]) -> str:

@@ -1,4 +1,7 @@
-"""The loss of packed rows. Each head is only applied to the positions of its targets.
+"""Log-probabilities and cross-entropy of the targets of packed rows.
+
+Each head is only applied to the positions of its targets. `row_losses` is the loss of the stages;
+another loss on packed rows, such as that of preferences or rewards, starts from `target_log_probs`.
 
 B rows, T tokens of a row, D model width, V size of the vocabulary or codebook, n input images and m
 images to generate per row, S pixels a side, N tokens of a generated image.
@@ -9,6 +12,7 @@ tokens of plain text, and of the tokens of generated images.
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +24,47 @@ from janus_jax.models.attention import segment_mask
 from janus_jax.models.janus import Janus, merge_features
 from janus_jax.processing.images import ImageConfig
 from janus_jax.sharding import constrain_rows
+from janus_jax.training.step import Rows, Terms
 
-Rows = dict[str, jax.Array]
+
+class TargetLogProbs(NamedTuple):
+    """The log-probabilities of the targets of packed rows.
+
+    A position predicts the next token of its example: entry [b, t] is about the token at t + 1. The
+    segment id of an entry is thus that of position t. The first token of an example is no target.
+
+    Attributes:
+        log_probs: float32[B, T]; 0 where there is no target.
+        text_mask: bool[B, T], True where the target is a text token.
+        gen_mask: bool[B, T], True where the target is a token of an image to generate.
+    """
+
+    log_probs: jax.Array
+    text_mask: jax.Array
+    gen_mask: jax.Array
 
 
 def row_losses(
     model: Janus, rows: Rows, images: ImageConfig, chunk: int, mesh: Mesh | None = None
-) -> dict[str, tuple[jax.Array, jax.Array]]:
+) -> Terms:
     """Computes the summed cross-entropy and the number of targets of each kind of record.
+
+    Args: as for target_log_probs.
+    Returns:
+        dict(understanding=(sum, count), text=..., generation=...) of float32 scalars.
+    """
+    log_probs, text_mask, gen_mask = target_log_probs(model, rows, images, chunk, mesh)
+    losses, totals, kinds = -log_probs, {}, _shift_left(rows["kind"])
+    for number, kind in enumerate(KINDS):
+        mask = (kinds == number) & (text_mask | gen_mask)
+        totals[kind] = jnp.sum(jnp.where(mask, losses, 0.0)), jnp.sum(mask, dtype=jnp.float32)
+    return totals
+
+
+def target_log_probs(
+    model: Janus, rows: Rows, images: ImageConfig, chunk: int, mesh: Mesh | None = None
+) -> TargetLogProbs:
+    """Computes the log-probability of each target, at temperature 1 and without guidance.
 
     Args:
         rows: packed rows (data/packing.py).
@@ -35,8 +72,6 @@ def row_losses(
         chunk: number of positions of a row whose logits, float32[B, chunk, V], are computed at a
             time.
         mesh: the devices that the rows are sharded over.
-    Returns:
-        dict(understanding=(sum, count), text=..., generation=...) of float32 scalars.
     """
     decoder = model.language_model
     indices = generated_indices(model, rows["generated"])
@@ -45,7 +80,6 @@ def row_losses(
     # shard input and output of the decoder by rows; XLA might shard them like the parameters
     hidden, _ = decoder(constrain_rows(embeds, mesh), rows["positions"], attn_mask)
     hidden = constrain_rows(hidden, mesh)
-    # a position predicts the next token; the first token of an example is never a target
     text_mask, gen_mask = (_shift_left(rows[name]) for name in ("loss_mask", "gen_mask"))
     text_targets = _shift_left(rows["tokens"])
     losses = cross_entropies(decoder.logits, hidden, text_targets, text_mask, chunk)
@@ -53,11 +87,7 @@ def row_losses(
         order = jnp.clip(jnp.cumsum(rows["gen_mask"], axis=1) - 1, 0, indices.shape[1] - 1)
         image_targets = _shift_left(jnp.take_along_axis(indices, order, axis=1))
         losses += cross_entropies(model.gen_head, hidden, image_targets, gen_mask, chunk)
-    totals, kinds = {}, _shift_left(rows["kind"])
-    for number, kind in enumerate(KINDS):
-        mask = (kinds == number) & (text_mask | gen_mask)
-        totals[kind] = jnp.sum(jnp.where(mask, losses, 0.0)), jnp.sum(mask, dtype=jnp.float32)
-    return totals
+    return TargetLogProbs(-losses, text_mask, gen_mask)
 
 
 def embed_rows(model: Janus, rows: Rows, indices: jax.Array, images: ImageConfig) -> jax.Array:

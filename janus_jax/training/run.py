@@ -29,7 +29,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from janus_jax.checks import shorten_text
-from janus_jax.data.loading import open_rows
 from janus_jax.data.skipped import Skipped
 from janus_jax.data.sources import FORMATS, Formats
 from janus_jax.interop.adapter import Adapter
@@ -37,11 +36,10 @@ from janus_jax.interop.adapter_writing import write_adapter
 from janus_jax.interop.convert import write_folder
 from janus_jax.interop.load import open_adapter, param_shapes, table_for
 from janus_jax.interop.stored import stored_params
-from janus_jax.library_log import library_log
+from janus_jax.orbax_errors import library_log
 from janus_jax.paths import locked
 from janus_jax.processing.json_files import read_json, write_json
-from janus_jax.training.checkpoint_files import steps_in
-from janus_jax.training.checkpoints import Checkpoints
+from janus_jax.training.checkpoints import Checkpoints, steps_in
 from janus_jax.training.distributed import check_processes, check_shared
 from janus_jax.training.evaluation import (
     Callback,
@@ -52,8 +50,9 @@ from janus_jax.training.evaluation import (
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
 from janus_jax.training.lora import lora_factors
 from janus_jax.training.metrics import Log
-from janus_jax.training.setup import DTYPES, MODEL, Params, Setup, no_progress, put_rows
-from janus_jax.training.state import TrainState, eval_params
+from janus_jax.training.program import Program, put_rows
+from janus_jax.training.settings import DTYPES, MODEL, Inputs, no_progress
+from janus_jax.training.step import Params, TrainState, eval_params
 
 SETTINGS, CHECKPOINTS, LOCK, LIBRARY_LOG = "run.json", "checkpoints", ".lock", "libraries.log"
 ADAPTER = "adapter"  # folder of a LoRA run's adapter, next to MODEL
@@ -65,13 +64,13 @@ CHANGEABLE = frozenset(
 )
 
 
-def train_stage(cfg, formats: Formats = FORMATS, progress=no_progress) -> None:
-    """Trains as the config says, and resumes from the newest checkpoint in cfg.output if any.
+def train_stage(settings, formats: Formats = FORMATS, progress=no_progress) -> None:
+    """Trains with the settings, and resumes from the newest checkpoint in `output` if any.
 
     On SIGTERM it saves a checkpoint and returns.
 
     Args:
-        cfg: ConfigDict of stages.base_config.
+        settings: ConfigDict of stages.base_config.
         formats: the formats of sources that the mixtures may name.
         progress: makes the report of a task, for example a progress bar, from its description.
     Raises:
@@ -80,34 +79,32 @@ def train_stage(cfg, formats: Formats = FORMATS, progress=no_progress) -> None:
         FloatingPointError: the loss, a gradient or a weight is NaN or infinite. Checkpoints saved
             before are not affected.
     """
-    setup, output = Setup.from_config(cfg, formats, progress), Path(cfg.output)
-    check_processes(setup.mesh)
-    hosts = jax.process_index(), jax.process_count()
+    program = Program.from_settings(settings, formats, progress)
+    inputs, output = program.inputs, Path(settings.output)
+    check_processes(inputs.mesh)
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(stop_signal())
         stack.enter_context(lock_folder(output))
         stack.enter_context(library_log(output / LIBRARY_LOG))
-        source = setup.source
-        rows, skipped = open_rows(
-            setup.rows, setup.processor, source.cfg, output, *hosts, formats=formats
-        )
+        rows, skipped = inputs.open_rows(output)
         newest = max(steps_in(output / CHECKPOINTS), default=None)
         check_shared(newest)
-        check_run_settings(cfg, newest)
-        checkpoints = stack.enter_context(Checkpoints(output / CHECKPOINTS, cfg.keep))
+        check_run_settings(settings, newest)
+        checkpoints = stack.enter_context(Checkpoints(output / CHECKPOINTS, settings.keep))
         if newest is None:
             skipped.forget()  # listed by an earlier start; the records may have been fixed since
         iterator = stack.enter_context(contextlib.closing(iter(rows)))
-        state, frozen = init_or_restore(setup, checkpoints, iterator)
-        if int(state.step) < cfg.steps:
+        state, frozen = init_or_restore(program, checkpoints, iterator)
+        if int(state.step) < settings.steps:
             checkpoints.check_disk_space(state)
-        log = stack.enter_context(open_log(setup, output, int(state.step), skipped))
-        flops = step_flops(source.cfg, *setup.shapes)
-        callbacks = make_callbacks(setup, frozen, log, output, int(state.step))
-        run = Run(setup.step(), setup.mesh, frozen, flops, checkpoints, log, callbacks, stop)
-        state = run.steps(state, iterator, cfg.steps, cfg.save_every)
-        if int(state.step) == cfg.steps:
-            save_model(setup, state, output / MODEL)
+        log = stack.enter_context(open_log(program, output, int(state.step), skipped))
+        parameters = program.parameters
+        flops = step_flops(inputs.source.cfg, parameters.trained, parameters.frozen)
+        callbacks = make_callbacks(program, frozen, log, output, int(state.step))
+        run = Run(program.step, inputs.mesh, frozen, flops, checkpoints, log, callbacks, stop)
+        state = run.steps(state, iterator, settings.steps, settings.save_every)
+        if int(state.step) == settings.steps:
+            save_model(inputs, state, output / MODEL)
 
 
 @contextlib.contextmanager
@@ -123,7 +120,7 @@ def lock_folder(folder: Path) -> Iterator[None]:
         yield
 
 
-def check_run_settings(cfg, newest: int | None) -> None:
+def check_run_settings(settings, newest: int | None) -> None:
     """Writes the settings of a new run to run.json, or compares those of a resumed run with it.
 
     newest: the step of the newest checkpoint; before the first checkpoint settings may change.
@@ -131,7 +128,7 @@ def check_run_settings(cfg, newest: int | None) -> None:
     """
     if jax.process_index():  # process 0 checks for all processes
         return
-    output, now = Path(cfg.output), json.loads(cfg.to_json_best_effort())
+    output, now = Path(settings.output), json.loads(settings.to_json_best_effort())
     now = {name: value for name, value in now.items() if name not in CHANGEABLE}
     before = read_json(output / SETTINGS) if (output / SETTINGS).is_file() else None
     is_run_folder = before is None or "init" in before
@@ -150,47 +147,50 @@ def check_run_settings(cfg, newest: int | None) -> None:
 
 
 def init_or_restore(
-    setup: Setup, checkpoints: Checkpoints, rows: grain.DatasetIterator
+    program: Program, checkpoints: Checkpoints, rows: grain.DatasetIterator
 ) -> tuple[TrainState, Params]:
     """Returns the initial or the restored state, and the frozen parameters.
 
     If the state is restored, `rows` is set to the position in the data stored with it.
     """
+    parameters, steps = program.parameters, program.inputs.settings.steps
     if checkpoints.newest is None:
-        return setup.first_state(setup.load_trained()), setup.load_frozen()
-    if checkpoints.newest > setup.cfg.steps:
+        return program.first_state(parameters.load_trained()), parameters.load_frozen()
+    if checkpoints.newest > steps:
         least = f"at least {checkpoints.newest}, the step of the newest checkpoint"
-        raise ValueError(f"steps must be {least}, got {setup.cfg.steps}")
-    state, data = checkpoints.restore(setup.abstract_state())
+        raise ValueError(f"steps must be {least}, got {steps}")
+    state, data = checkpoints.restore(program.abstract_state)
     rows.set_state(data)
     logging.info("resuming from step %d", int(state.step))
-    return state, setup.load_frozen()
+    return state, parameters.load_frozen()
 
 
-def open_log(setup: Setup, output: Path, start_step: int, skipped: Skipped) -> Log:
+def open_log(program: Program, output: Path, start_step: int, skipped: Skipped) -> Log:
     """start_step: the step that the run resumes from, or 0."""
-    cfg, devices = setup.cfg, setup.mesh.devices
+    settings, devices = program.inputs.settings, program.inputs.mesh.devices
     peak = peak_flops(devices.flat[0])
     total = None if peak is None else peak * devices.size
-    return Log(output, cfg.steps, cfg.log_every, total, start_step, lambda: skipped.counts)
+    steps, log_every, terms = settings.steps, settings.log_every, tuple(program.objective.weights)
+    return Log(output, steps, log_every, total, start_step, lambda: skipped.counts, terms)
 
 
 def make_callbacks(
-    setup: Setup, frozen: Params, log: Log, output: Path, start_step: int
+    program: Program, frozen: Params, log: Log, output: Path, start_step: int
 ) -> list[tuple[int, Callback]]:
     """Returns pairs (interval in steps, callback): evaluation and samples, if configured.
 
     start_step: as for open_log.
     """
-    cfg, callbacks = setup.cfg, []
-    if cfg.eval_every:
-        rows, skipped = held_out_rows(setup, output)
+    settings, callbacks = program.inputs.settings, []
+    if settings.eval_every:
+        rows, skipped = held_out_rows(program.inputs, output)
         if start_step == 0:
             skipped.forget()
-        evaluate = evaluation_callback(setup, frozen, log, rows, skipped)
-        callbacks.append((cfg.eval_every, evaluate))
-    if cfg.sample_every:
-        callbacks.append((cfg.sample_every, sampling_callback(setup, frozen, log, output)))
+        evaluate = evaluation_callback(program, frozen, log, rows, skipped)
+        callbacks.append((settings.eval_every, evaluate))
+    if settings.sample_every:
+        sample = sampling_callback(program.inputs, frozen, log, output)
+        callbacks.append((settings.sample_every, sample))
     return callbacks
 
 
@@ -260,34 +260,34 @@ def stop_signal() -> Iterator[threading.Event]:
         signal.signal(signal.SIGTERM, before)
 
 
-def save_model(setup: Setup, state: TrainState, folder: Path) -> None:
+def save_model(inputs: Inputs, state: TrainState, folder: Path) -> None:
     """Writes the trained model as a checkpoint folder, in the layout of the initial one.
 
     Frozen parts are copied unchanged. Adapters are merged. If the state has an exponential moving
     average, it is written instead of the last weights.
     """
     # adapters are merged in float32 and rounded afterwards
-    dtype = jnp.float32 if setup.lora else DTYPES[setup.cfg.model_dtype]
+    dtype = jnp.float32 if inputs.lora else DTYPES[inputs.settings.model_dtype]
     trained = {}
     for path, array in eval_params(state).items():  # all processes gather each array together
         value = on_host(array.astype(dtype))
         if jax.process_index() == 0:
             trained[path] = value
     if jax.process_index() == 0:
-        write_model(setup, trained, folder)
+        write_model(inputs, trained, folder)
     multihost_utils.sync_global_devices("model")  # at exit JAX waits at most 300 s for process 0
 
 
-def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> None:
+def write_model(inputs: Inputs, trained: dict[str, np.ndarray], folder: Path) -> None:
     """Writes the model folder, and for LoRA first the adapter folder next to it.
 
     Modules with a trained parameter are written in model_dtype, the others in their stored dtype.
 
     trained: trained arrays by path.
     """
-    adapter = save_adapter(setup, trained, folder.with_name(ADAPTER)) if setup.lora else None
-    stored, dtype = stored_params(setup.source), np.dtype(DTYPES[setup.cfg.model_dtype])
-    find = setup.parameters.find
+    adapter = save_adapter(inputs, trained, folder.with_name(ADAPTER)) if inputs.lora else None
+    stored, dtype = stored_params(inputs.source), np.dtype(DTYPES[inputs.settings.model_dtype])
+    find = inputs.source.family.parameters.find
     components = {find(path).component for path in trained}
 
     def read(path: str) -> np.ndarray:
@@ -304,19 +304,19 @@ def write_model(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> N
         for path, (kind, shape) in stored.metadata.items()
     }
     changed = dataclasses.replace(stored, metadata=metadata, read=read)
-    for line in write_folder(setup.source, changed, folder, setup.source.layout, overwrite=True):
+    for line in write_folder(inputs.source, changed, folder, inputs.source.layout, overwrite=True):
         logging.info(line)
 
 
-def save_adapter(setup: Setup, trained: dict[str, np.ndarray], folder: Path) -> Adapter:
+def save_adapter(inputs: Inputs, trained: dict[str, np.ndarray], folder: Path) -> Adapter:
     """Writes the adapter in PEFT's format, with the module names of the initial checkpoint.
 
     Returns the adapter as read back from the folder, so that `model` is identical to what others
     get when they merge it.
     """
-    source, shapes = setup.source, param_shapes(setup.source.cfg)
-    table = table_for(source.layout, source.cfg)
-    write_adapter(folder, table, shapes, lora_factors(trained), setup.lora.alpha, setup.cfg.init)
+    source, alpha, init = inputs.source, inputs.lora.alpha, inputs.settings.init
+    table, shapes = table_for(source.layout, source.cfg), param_shapes(source.cfg)
+    write_adapter(folder, table, shapes, lora_factors(trained), alpha, init)
     logging.info("%s: adapters of %d layers", folder, len(trained) // 2)
     return open_adapter(dataclasses.replace(source, adapter=folder))
 

@@ -1,0 +1,154 @@
+"""The parameters of a run: which are trained, how they are stored, and their first values."""
+
+import re
+from collections.abc import Container, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from janus_jax.families.family import ModelConfig, Precision
+from janus_jax.generation.loading import DTYPES
+from janus_jax.interop.load import abstract, load_params, merge_params
+from janus_jax.sharding import sharding_for
+from janus_jax.training.lora import ADAPTERS, LoRAConfig, add_adapters
+from janus_jax.training.settings import Inputs
+from janus_jax.training.step import Params
+
+Shapes = dict[str, jax.ShapeDtypeStruct]  # by path, with shardings
+
+
+class Parameters:
+    """The trainable and the frozen parameters of a run. Creating it loads no weights.
+
+    Attributes:
+        inputs: the settings and what they name.
+        table: the table of parameters of the model's family.
+        trained, frozen: shapes, dtypes and shardings, by path. Trainable parameters and the image
+            tokenizer are float32, other frozen parameters settings.dtype. Parameters that no step
+            uses are in neither dict.
+    """
+
+    def __init__(self, inputs: Inputs):
+        """Determines which parameters are trained.
+
+        Raises ValueError if no parameter is trainable, if one of the image tokenizer is, or if
+        `reinit` does not fit them.
+        """
+        self.inputs, self.table = inputs, inputs.source.family.parameters
+        self._graph, self._state = abstract_model(inputs.model_cfg, inputs.lora)
+        self.trained, self.frozen = self._split()
+        if inputs.settings.reinit:
+            check_reinit(inputs.settings.reinit, self.trained, self.frozen)
+
+    def _split(self) -> tuple[Shapes, Shapes]:
+        inputs, dtype = self.inputs, DTYPES[self.inputs.settings.dtype]
+        pattern = re.compile(ADAPTERS if inputs.lora else inputs.settings.trained)
+        sharding = sharding_for(inputs.mesh, self.table)
+        trained, frozen = {}, {}
+        for path, leaf in leaves_by_path(self._state):
+            is_trained = bool(pattern.match(path))
+            is_float32 = is_trained or self.table.find(path).precision is Precision.FLOAT32
+            shape = jax.ShapeDtypeStruct(
+                leaf.shape,
+                jnp.float32 if is_float32 else dtype,
+                sharding=sharding(path, leaf.shape),
+            )
+            (trained if is_trained else frozen)[path] = shape
+        if not trained:
+            raise ValueError(f"no parameter path matches trained={pattern.pattern!r}")
+        if any(map(self._is_vq, trained)):
+            rule = "trained must match no parameter of the image tokenizer, gen_vq"
+            raise ValueError(f"{rule}, got {pattern.pattern!r}")
+        if inputs.rows.tokenized:  # the image tokens are precomputed
+            frozen = {path: leaf for path, leaf in frozen.items() if not self._is_vq(path)}
+        return trained, frozen
+
+    def _is_vq(self, path: str) -> bool:
+        """Whether a parameter belongs to the image tokenizer."""
+        return self.table.find(path).component == self.inputs.source.family.image_codec
+
+    def float32_gradients(self) -> frozenset[str]:
+        """Returns the paths of the trainable parameters with Precision.FLOAT32_GRADIENT."""
+        precision = Precision.FLOAT32_GRADIENT
+        return frozenset(p for p in self.trained if self.table.find(p).precision is precision)
+
+    def load_frozen(self) -> Params:
+        """Loads the frozen parameters from the initial checkpoint."""
+        return self._load(self.frozen, DTYPES[self.inputs.settings.dtype])
+
+    def load_trained(self) -> Params:
+        """Loads or initializes the trainable parameters, in float32."""
+        new = {path: leaf for path, leaf in self.trained.items() if self._is_reinitialized(path)}
+        stored = self.trained.keys() - new.keys()
+        if not stored:
+            return self._initialize(new)
+        return self._load(stored, jnp.float32) | self._initialize(new)
+
+    def _load(self, paths: Container[str], dtype) -> Params:
+        """Loads parameters from the initial checkpoint; process 0 reports the bytes read."""
+        inputs, sharding = self.inputs, sharding_for(self.inputs.mesh, self.table)
+        with inputs.progress(f"loading {inputs.settings.init}") as report:
+            report = report if jax.process_index() == 0 else None
+            source = inputs.source
+            return load_params(source, source.cfg, sharding, dtype, paths=paths, progress=report)
+
+    def _is_reinitialized(self, path: str) -> bool:
+        """Whether a parameter is initialized at random: adapters and matches of `reinit`."""
+        reinit = self.inputs.settings.reinit
+        return bool(re.match(ADAPTERS, path) or (reinit and re.match(reinit, path)))
+
+    def _initialize(self, shapes: Shapes) -> Params:
+        """Initializes parameters at random."""
+        if not shapes:
+            return {}
+        inputs = self.inputs
+
+        def make() -> Params:
+            rngs = nnx.Rngs(inputs.settings.seed)
+            model = inputs.source.family.build(inputs.model_cfg, rngs=rngs)
+            if inputs.lora:
+                add_adapters(model, inputs.lora, rngs=rngs)
+            values = dict(leaves_by_path(nnx.state(model)))
+            return {path: values[path].astype(leaf.dtype) for path, leaf in shapes.items()}
+
+        shardings = {path: leaf.sharding for path, leaf in shapes.items()}
+        return jax.jit(make, out_shardings=shardings)()
+
+    def build(self, params: Params) -> nnx.Module:
+        """Builds the model from parameters by path. Parameters that are not given stay abstract."""
+        leaves = dict(leaves_by_path(self._state)) | params
+        return merge_params(self._graph, self._state, leaves.__getitem__)
+
+
+def abstract_model(
+    cfg: ModelConfig, lora: LoRAConfig | None
+) -> tuple[nnx.GraphDef, nnx.State]:
+    """Returns the graph and the abstract state of the model, including adapters."""
+    graph, state = abstract(cfg)
+    if not lora:
+        return graph, state
+    model = nnx.merge(graph, state)
+    add_adapters(model, lora, rngs=nnx.Rngs(0))
+    graph, state = nnx.split(model)
+    return graph, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
+
+
+def leaves_by_path(state: nnx.State) -> Iterator[tuple[str, Any]]:
+    """Yields the dotted path and the value of every leaf; values may be abstract."""
+    for keys, leaf in nnx.to_flat_state(state):
+        yield ".".join(map(str, keys)), leaf.get_value()
+
+
+def check_reinit(reinit: str, trained: Iterable[str], frozen: Iterable[str]) -> None:
+    """Raises ValueError unless `reinit` matches a trainable parameter and no frozen one.
+
+    trained, frozen: parameter paths.
+    """
+    if not any(re.match(reinit, path) for path in trained):
+        raise ValueError(f"no trainable parameter matches {reinit=}")
+    frozen_matches = [path for path in frozen if re.match(reinit, path)]
+    if frozen_matches:
+        rule = "reinit must not match a frozen parameter"
+        raise ValueError(f"{rule}, got {reinit!r}, which matches {frozen_matches[0]}")

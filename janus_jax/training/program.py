@@ -1,0 +1,148 @@
+"""The program of a run: its state, its objective, its jitted step and the memory that they need."""
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from janus_jax.data.records import KINDS
+from janus_jax.data.sources import FORMATS, Formats
+from janus_jax.generation.loading import DTYPES
+from janus_jax.sharding import batch_sharding
+from janus_jax.training.parameters import Parameters, Shapes
+from janus_jax.training.row_losses import row_losses
+from janus_jax.training.settings import Inputs, no_progress
+from janus_jax.training.step import (
+    Objective,
+    Params,
+    TrainState,
+    first_state,
+    learning_rates,
+    make_optimizer,
+    make_step,
+    state_shardings,
+)
+
+
+class Program:
+    """The training program of a run. Creating it loads no weights and compiles nothing.
+
+    Attributes:
+        inputs: the settings and what they name.
+        parameters: the parameters.
+        objective: the training objective.
+    """
+
+    def __init__(self, inputs: Inputs):
+        """Raises ValueError as Parameters does."""
+        settings = inputs.settings
+        self.inputs, self.parameters = inputs, Parameters(inputs)
+        self._optimizer, self._use_ema = make_optimizer(settings), settings.ema_decay > 0
+        self.objective = Objective(
+            build=self.parameters.build,
+            dtype=DTYPES[settings.dtype],
+            float32_gradients=self.parameters.float32_gradients(),
+            loss=functools.partial(
+                row_losses,
+                images=inputs.processor.image_config,
+                chunk=settings.chunk,
+                mesh=inputs.mesh,
+            ),
+            weights={kind: settings.loss_weights[kind] for kind in KINDS},
+            accumulate=settings.accumulate,
+            shardings=_shardings(self.parameters.trained),
+        )
+
+    @classmethod
+    def from_settings(
+        cls, settings, formats: Formats = FORMATS, progress=no_progress
+    ) -> "Program":
+        """Checks the settings, see Inputs.from_settings, and which parameters they train."""
+        return cls(Inputs.from_settings(settings, formats, progress))
+
+    @functools.cached_property
+    def abstract_state(self) -> TrainState:
+        """The state with shapes, dtypes and shardings instead of arrays."""
+        trained = self.parameters.trained
+        state = jax.eval_shape(self._first_state, trained)
+        replicated = NamedSharding(self.inputs.mesh, PartitionSpec())
+        shardings = state_shardings(state, self._optimizer, _shardings(trained), replicated)
+        return jax.tree.map(lambda leaf, spec: leaf.update(sharding=spec), state, shardings)
+
+    def first_state(self, params: Params) -> TrainState:
+        """Returns the state at step 0. `params` are donated."""
+        shardings = _shardings(self.abstract_state)
+        return jax.jit(self._first_state, donate_argnums=0, out_shardings=shardings)(params)
+
+    def _first_state(self, params: Params) -> TrainState:
+        return first_state(params, self._optimizer, self._use_ema)
+
+    @functools.cached_property
+    def step(self) -> Callable:
+        """The jitted step of make_step."""
+        settings = self.inputs.settings
+        schedule, shardings = learning_rates(settings), _shardings(self.abstract_state)
+        return make_step(
+            self.objective, self._optimizer, schedule, settings.ema_decay, shardings
+        )
+
+
+def _shardings(tree):
+    """Returns the sharding of each leaf."""
+    return jax.tree.map(lambda leaf: leaf.sharding, tree)
+
+
+def put_rows(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Makes global arrays from the rows of this process. Entries that are lists are omitted."""
+    sharding = batch_sharding(mesh)
+    return {
+        name: jax.make_array_from_process_local_data(sharding, values)
+        for name, values in rows.items()
+        if isinstance(values, np.ndarray)
+    }
+
+
+def row_shapes(inputs: Inputs) -> Shapes:
+    """Returns the shapes of a batch of rows, of all processes (data/packing.py)."""
+    sharding, rows = batch_sharding(inputs.mesh), inputs.rows
+    return {
+        name: jax.ShapeDtypeStruct((rows.batch_size, *shape), dtype, sharding=sharding)
+        for name, (shape, dtype) in rows.fields(inputs.source.cfg).items()
+    }
+
+
+def array_bytes(program: Program) -> dict[str, int]:
+    """Returns the bytes of the arrays on each device during a step, by purpose.
+
+    The devices need not be present. Temporary memory of the step is not included, see step_bytes.
+    """
+    state = program.abstract_state
+    parts = dict(
+        params=state.params,
+        optimizer=state.opt_state,
+        ema=state.ema,
+        frozen=program.parameters.frozen,
+        batch=row_shapes(program.inputs),
+    )
+    return {name: _bytes(tree) for name, tree in parts.items() if jax.tree.leaves(tree)}
+
+
+def _bytes(tree) -> int:
+    """Returns the bytes of a tree of shapes on one device."""
+    leaves = jax.tree.leaves(tree)
+    sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
+    return sum(size * leaf.dtype.itemsize for size, leaf in zip(sizes, leaves, strict=True))
+
+
+def step_bytes(program: Program) -> int:
+    """Returns the bytes that XLA plans for a step on each device in addition to array_bytes.
+
+    These are temporaries, and results that do not replace donated arguments. The devices need not
+    be present.
+    """
+    rows, frozen = row_shapes(program.inputs), program.parameters.frozen
+    stats = program.step.lower(program.abstract_state, frozen, rows).compile().memory_analysis()
+    return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
