@@ -18,10 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from janus_jax.data.loading import RowsConfig
 from janus_jax.data.records import KINDS
 from janus_jax.data.sources import FORMATS, Formats
-from janus_jax.generation.loading import DTYPES, check_processor
 from janus_jax.interop.files import Report
 from janus_jax.interop.folders import check_folder
 from janus_jax.interop.load import (
+    DTYPES,
     FLOAT32_PATHS,
     Folder,
     abstract,
@@ -30,6 +30,7 @@ from janus_jax.interop.load import (
     merge_params,
     open_folder,
 )
+from janus_jax.interop.processor_files import check_processor
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.remat import REMAT_CHOICES
 from janus_jax.paths import check_local
