@@ -30,8 +30,9 @@ from configs import janus_tiny_encoder, janus_tiny_stage3
 from janus_jax import load
 from janus_jax.data.mixture import open_parts
 from janus_jax.data.sources import open_source
-from janus_jax.generation.loading import GENERATION_KEYS, TINY, ImageDefaults, find_folder
+from janus_jax.generation.loading import GENERATION_KEYS, ImageDefaults
 from janus_jax.generation.pipeline import Pipeline
+from janus_jax.interop.folders import BUNDLED_FOLDER, find_folder
 from janus_jax.processing.json_files import write_json
 from janus_jax.shapes import checker, scenes
 from janus_jax.shapes.batches import sample_scenes
@@ -74,7 +75,7 @@ def score_images(
 
 def tune(pipeline: Pipeline) -> dict[ImageDefaults, float]:
     """Returns the score of each (guidance weight, temperature) on the tuning prompts of "train"."""
-    prompts = [p for kind in scenes.KINDS for p in split_prompts("train", kind)[0]]
+    prompts = [p for kind in scenes.CAPTION_KINDS for p in split_prompts("train", kind)[0]]
     settings = itertools.starmap(ImageDefaults, itertools.product(GUIDANCE, TEMPERATURES))
     return {one: score_images(pipeline, prompts, SEED + 1, **one._asdict()) for one in settings}
 
@@ -82,7 +83,7 @@ def tune(pipeline: Pipeline) -> dict[ImageDefaults, float]:
 def score_split(pipeline: Pipeline, split: str, settings: ImageDefaults) -> dict:
     """Returns the score of each kind with prompts in the split, and their mean as in GenEval."""
     by_kind = {}
-    for kind in scenes.KINDS:
+    for kind in scenes.CAPTION_KINDS:
         if prompts := split_prompts(split, kind)[1]:
             score = score_images(pipeline, prompts, SEED, **settings._asdict())
             by_kind[kind] = dict(prompts=len(prompts), score=round(score, 4))
@@ -240,7 +241,7 @@ def main() -> None:
     record = score(flags.model, flags.keep_drawing)
     if flags.set_drawing:
         chosen = {name: record["generation"][own] for own, name in GENERATION_KEYS.items()}
-        write_json(Path(flags.model or TINY) / "generation_config.json", chosen)
+        write_json(Path(flags.model or BUNDLED_FOLDER) / "generation_config.json", chosen)
     text = json.dumps(record, indent=1) + "\n"
     print(text, end="")
     if flags.output:

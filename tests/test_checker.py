@@ -11,8 +11,8 @@ from janus_jax.shapes import checker, scenes
 RED_CIRCLE = scenes.Object("circle", "red", 28, 24, 48)
 BLUE_SQUARE = scenes.Object("square", "blue", 28, 72, 48)
 TWO = scenes.Scene("white", (RED_CIRCLE, BLUE_SQUARE))
-LEFT = checker.Requirement(
-    (checker.Item("circle", "red"), checker.Item("square", "blue")), "left of"
+LEFT = scenes.Requirement(
+    (scenes.Item("circle", "red"), scenes.Item("square", "blue")), "left of"
 )
 
 
@@ -31,7 +31,7 @@ def blurred(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
-def judge(scene: scenes.Scene, requirement: checker.Requirement) -> bool:
+def judge(scene: scenes.Scene, requirement: scenes.Requirement) -> bool:
     return checker.satisfies(requirement, checker.detect(scenes.draw(scene)))
 
 
@@ -57,7 +57,7 @@ def test_detections_are_the_objects(drawn):
                        and abs(d[3] - item.y) < 1.5 for d in found)
 
 
-def test_every_shape_color_size_background_is_recognised():
+def test_every_shape_color_size_background_is_recognized():
     for background in scenes.BACKGROUNDS:
         for shape in scenes.SHAPES:
             for color in scenes.COLORS:
@@ -104,7 +104,7 @@ def test_extra_and_missing_objects_fail():
 def test_wrong_count_fails(required):
     places = [(24, 24), (72, 24), (24, 72), (72, 72)]
     triangles = [scenes.Object("triangle", "green", 24, x, y) for x, y in places]
-    need = checker.Requirement((checker.Item("triangle", None, required),))
+    need = scenes.Requirement((scenes.Item("triangle", None, required),))
     for drawn_count in range(1, 5):
         scene = scenes.Scene("black", tuple(triangles[:drawn_count]))
         assert judge(scene, need) == (drawn_count == required)

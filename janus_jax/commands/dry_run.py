@@ -12,6 +12,7 @@ from flax import nnx
 
 from janus_jax.data.packing import efficiency
 from janus_jax.data.sources import FORMATS, Formats
+from janus_jax.generation.codec import decode_batch
 from janus_jax.interop.load import load_component
 from janus_jax.paths import write_file
 from janus_jax.processing.images import encode_png
@@ -108,8 +109,7 @@ def _write_row(inputs: Inputs, row: Row, vq: nnx.Module | None, folder: Path) ->
     num_inputs = int(row["image_mask"].sum()) // sizes.input_image_tokens
     generated = row["generated"][: int(row["gen_mask"].sum()) // sizes.generated_image_tokens]
     if vq is not None and len(generated):
-        pixels = np.asarray(vq.decode(generated))
-        generated = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+        generated = np.asarray(decode_batch(vq, generated).pixels)
     images_by_name = dict(input=row["pixels"][:num_inputs], generated=generated)
     for name, images in images_by_name.items():
         for number, image in enumerate(images):

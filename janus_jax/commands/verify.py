@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from janus_jax.commands.flags import OneLineParser, one_line_errors, path_arg, program_name
+from janus_jax.commands.program import OneLineParser, one_line_errors, path_arg, program_name
 
 DESCRIPTION = """\
 Compare MODEL in janus_jax with the same weights in PyTorch's `transformers`, on the CPU.
@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     """
     # Imported late, so that --help is fast and main can select the platform before JAX starts.
     from janus_jax.checks import check_count
-    from janus_jax.generation.loading import find_folder
+    from janus_jax.interop.folders import find_folder
     from janus_jax.processing.image_sources import open_image
     from janus_jax.verify import run
     from janus_jax.verify.outputs import Request

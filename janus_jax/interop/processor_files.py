@@ -14,9 +14,9 @@ from janus_jax.families.family import DEEPSEEK, ModelConfig
 from janus_jax.families.registry import sizes_of
 from janus_jax.interop.files import small_files
 from janus_jax.paths import write_file
-from janus_jax.processing.chat import DEFAULT_SYSTEM_PROMPT, JANUS_ROLES
+from janus_jax.processing.chat import DEFAULT_SYSTEM_PROMPT
 from janus_jax.processing.json_files import read_json, read_json_if_any, write_json
-from janus_jax.processing.processor import image_config
+from janus_jax.processing.processor import Processor, image_config
 from janus_jax.processing.prompt_settings import (
     LEGACY_TEMPLATE_FILE,
     PREPROCESSOR,
@@ -105,12 +105,6 @@ def translate_files(source: Path, target: Path, layout: str, cfg: ModelConfig) -
 
 def _check_expressible(path: Path, prompts: PromptSettings) -> None:
     """Raises ValueError if the transformers layout cannot express these prompt settings."""
-    if prompts.sft_format not in JANUS_ROLES:
-        supported = " or ".join(JANUS_ROLES)
-        raise ValueError(
-            f"{path}: the transformers layout only supports sft_format {supported}, got "
-            f"{prompts.sft_format!r}"
-        )
     if prompts.system_prompt not in ("", DEFAULT_SYSTEM_PROMPT):
         raise ValueError(
             f"{path}: the transformers layout only supports DeepSeek's system prompt or none, got "
@@ -231,3 +225,23 @@ def _write_generation_config(folder: Path, tokenizer: Tokenizer) -> None:
         "pad_token_id": tokenizer.pad_id,
     }
     write_json(folder / GENERATION, settings)
+
+
+def check_processor(folder: str | Path, processor: Processor, cfg: ModelConfig) -> None:
+    """Raises ValueError if the processor files of a folder do not fit its model.
+
+    Token ids must be in the vocabulary, and image size and tokens per image must be those of cfg.
+    """
+    folder, largest, sizes = Path(folder), processor.tokenizer.largest_id, sizes_of(cfg)
+    if largest >= sizes.vocab_size:
+        raise ValueError(
+            f"{folder / TOKENIZER} has token ids up to {largest}, but the vocabulary size in "
+            f"config.json is {sizes.vocab_size}"
+        )
+    size, tokens = processor.image_config.image_size, processor.num_image_tokens
+    if (size, tokens) != (sizes.image_size, sizes.input_image_tokens):
+        raise ValueError(
+            f"{folder}: {PREPROCESSOR} and {PROCESSOR} set an image size of {size} pixels and "
+            f"{tokens} tokens per image, but config.json expects {sizes.image_size} pixels and "
+            f"{sizes.input_image_tokens} tokens"
+        )

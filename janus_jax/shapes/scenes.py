@@ -20,8 +20,6 @@ import itertools
 import numpy as np
 from PIL import Image, ImageDraw
 
-from janus_jax.shapes.checker import Item, Requirement
-
 IMAGE_SIZE = 96
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {
@@ -34,7 +32,7 @@ COLORS = {
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (20, 20, 20)}
 RELATIONS = ("left of", "right of", "above", "below")
-KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+CAPTION_KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "held_out")
 MIXED_SCENES = 0.5  # fraction of the scenes from sample_any that are not built from a caption
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
@@ -70,8 +68,29 @@ class Scene:
 
 
 @dataclasses.dataclass(frozen=True)
+class Item:
+    """`count` objects of one shape and color. `color` None means any color."""
+
+    shape: str
+    color: str | None
+    count: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Requirement:
+    """The objects that an image must show. Other objects are not allowed.
+
+    `relation` ("left of", "right of", "above" or "below") is the direction of items[0] from
+    items[1]. If it is set, both items have count 1.
+    """
+
+    items: tuple[Item, ...]
+    relation: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A caption of one of KINDS, with the requirement that an image of it must satisfy."""
+    """A caption of one of CAPTION_KINDS, with the requirement that an image of it must satisfy."""
 
     kind: str
     text: str
@@ -103,7 +122,7 @@ def sample_scene(
         ValueError: the kind has no prompts in the split, or the kind or split is unknown.
     """
     if kind is None:
-        kind = choice(rng, [k for k in KINDS if prompts(split, k)])
+        kind = choice(rng, [k for k in CAPTION_KINDS if prompts(split, k)])
     groups = _prompt_groups(split, kind)
     if not groups:
         raise ValueError(f"expected a kind with prompts in the split, got {kind=} {split=}")
@@ -140,8 +159,8 @@ def prompts(split: str, kind: str) -> tuple[Prompt, ...]:
     The module docstring defines the splits.
     """
     _check_split(split)
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if kind not in CAPTION_KINDS:
+        raise ValueError(f"kind must be one of {CAPTION_KINDS}, got {kind!r}")
     everything = [_prompt(kind, *spec) for spec in _specs(kind)]
     return tuple(p for p in everything if (split == "held_out") == _names_held_out(p.requirement))
 

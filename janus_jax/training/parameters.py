@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from janus_jax.families.family import ModelConfig, Precision
-from janus_jax.generation.loading import DTYPES
-from janus_jax.interop.load import abstract, load_params, merge_params
+from janus_jax.interop.load import DTYPES, abstract, load_params, merge_params
 from janus_jax.sharding import sharding_for
 from janus_jax.training.lora import ADAPTERS, LoRAConfig, add_adapters
 from janus_jax.training.settings import Inputs

@@ -10,7 +10,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from janus_jax.data.records import KINDS
 from janus_jax.data.sources import FORMATS, Formats
-from janus_jax.generation.loading import DTYPES
+from janus_jax.interop.load import DTYPES
 from janus_jax.sharding import batch_sharding
 from janus_jax.training.parameters import Parameters, Shapes
 from janus_jax.training.row_losses import row_losses
