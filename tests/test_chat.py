@@ -81,12 +81,12 @@ def test_an_unanswered_conversation_gets_an_empty_turn():
 @pytest.mark.parametrize(
     "messages, text",
     [
-        ([], "at least one user message, got none"),
-        ([{"role": "bot", "content": "x"}], "must be system, user or assistant, got 'bot'"),
-        ([{"role": "user"}], "content must be a string or a list of parts, got NoneType"),
-        ([user("a"), user("b")], "expected the role assistant for message 2, got user"),
-        ([assistant("a")], "expected the role user for message 1, got assistant"),
-        ([user("a"), {"role": "system", "content": "s"}], "assistant for message 2, got system"),
+        ([], "user message.*none"),
+        ([{"role": "bot", "content": "x"}], "role.*'bot'"),
+        ([{"role": "user"}], "content.*NoneType"),
+        ([user("a"), user("b")], "assistant.* 2.*got user"),
+        ([assistant("a")], "user.* 1.*got assistant"),
+        ([user("a"), {"role": "system", "content": "s"}], "assistant.* 2.*got system"),
     ],
 )
 def test_conversation_errors(messages, text):
@@ -95,7 +95,7 @@ def test_conversation_errors(messages, text):
 
 
 def test_unknown_sft_format():
-    with pytest.raises(ValueError, match=r"one of deepseek, deepseek_old, .*, got 'chatml'"):
+    with pytest.raises(ValueError, match=r"deepseek, deepseek_old, .*'chatml'"):
         chat.format_conversation([user("Hi")], "chatml")
 
 
