@@ -245,5 +245,5 @@ def test_a_long_text_is_not_tokenized_whole(make, encoded, long):
 
 def test_a_conversation_that_reads_differently_in_a_later_turn_is_refused(processor):
     plain = dataclasses.replace(processor, sft_format="plain")
-    with pytest.raises(BadRecord, match="tokenize differently once a turn is added"):
+    with pytest.raises(BadRecord, match="turn"):
         conversation_tokens(plain, TURNS[1:] * 2, 0, 200)
