@@ -150,7 +150,7 @@ def test_converting_merges_and_an_orbax_folder_takes_an_adapter(
             np.testing.assert_array_equal(found.read(path), value, err_msg=path)
     with pytest.raises(SystemExit):
         convert([str(SMALL), str(written), "--adapter", str(written), "--overwrite"])
-    assert "must not be DST or inside DST" in capsys.readouterr().err
+    assert "inside DST" in capsys.readouterr().err
 
 
 def test_the_pipeline_merges_and_names_the_adapter(written, small, expected):
@@ -166,17 +166,17 @@ def test_an_adapter_of_the_hub(written, tmp_path, monkeypatch):
     assert find_adapter("org/adapter") == tmp_path / "org/adapter"
     assert find_adapter(written) == written
     assert find_adapter(None) is None
-    with pytest.raises(ValueError, match=r"adapter must be a folder or a .* hub id, got ''"):
+    with pytest.raises(ValueError, match=r"adapter.*''"):
         find_adapter("")
 
 
 def test_an_adapter_in_place_of_a_model(written, adapter, capsys):
-    message = r"not a model; use it with the model that it was trained on \('the/base'\): --model"
+    message = "'the/base'.*--model"
     with pytest.raises(ValueError, match=message) as caught:
         load(written)
     assert f"--model BASE --adapter {written}" in str(caught.value)
     shutil.copy(SMALL / "config.json", adapter)  # some trainers write it
-    with pytest.raises(ValueError, match="is a LoRA adapter"):
+    with pytest.raises(ValueError, match=f"{adapter}.*--adapter"):
         open_folder(adapter)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--model", str(adapter), "--prompt", "a cat", "--output_dir", str(adapter / "x")])
@@ -188,7 +188,7 @@ def test_an_adapter_beside_full_weights(written, expected, tmp_path):
     both = shutil.copytree(SMALL, tmp_path / "both")
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         shutil.copy(written / name, both)
-    rule = f"adapter_config.json is in a folder with full weights: pass --adapter {both} to"
+    rule = f"adapter_config.json.*--adapter {both}"
     for other in (None, written):
         with pytest.raises(ValueError, match=rule):
             open_folder(both, other)
@@ -206,29 +206,29 @@ def test_an_adapter_beside_full_weights(written, expected, tmp_path):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(use_dora=True), "'use_dora' = True is not supported; merge the adapter with PEFT"),
-        (dict(modules_to_save=["lm_head"]), r"'modules_to_save' = \['lm_head'\] is not supported"),
-        (dict(lora_bias=True), "'lora_bias' = True is not supported"),
-        (dict(bias="all"), "'bias' = 'all' is not supported"),
-        (dict(layer_replication=[[0, 1]]), "'layer_replication' = .* is not supported"),
-        (dict(trainable_token_indices=[1]), "'trainable_token_indices' = .* is not supported"),
-        (dict(init_lora_weights="pissa_niter_4"), "'init_lora_weights' = 'pissa_niter_4' is not"),
-        (dict(init_lora_weights="olora"), "'init_lora_weights' = 'olora' is not supported"),
-        (dict(init_lora_weights="corda"), "'init_lora_weights' = 'corda' is not supported"),
-        (dict(target_parameters=["a"] * 99), "'target_parameters' = .{,80} is not supported"),
-        (dict(peft_type="LOHA"), "peft_type must be 'LORA', got 'LOHA'"),
-        (dict(peft_type=None), "peft_type must be 'LORA', got None"),
-        (dict(r=0), "r must be an integer of at least 1, got 0"),
-        (dict(r="8"), "r must be an integer of at least 1, got '8'"),
-        (dict(lora_alpha=math.nan), "lora_alpha must be a finite number, got nan"),
-        (dict(rank_pattern={"q": 1.5}), "rank_pattern of 'q' must be an integer"),
-        (dict(rank_pattern=[1]), "rank_pattern must be an object, got"),
-        (dict(alpha_pattern={"q(": 1}), "alpha_pattern must be a valid regular expression, got"),
-        (dict(target_modules=None), "target_modules must name at least one module, got none"),
-        (dict(target_modules=[1]), "target_modules must be a list of names or a regular"),
-        (dict(target_modules="*q"), "target_modules must be a valid regular expression, got"),
-        (dict(use_rslora="no"), "use_rslora must be true or false, got 'no'"),
-        (dict(layers_to_transform=["1"]), "layers_to_transform must be integers, got"),
+        (dict(use_dora=True), "use_dora.*True"),
+        (dict(modules_to_save=["lm_head"]), r"modules_to_save.*\['lm_head'\]"),
+        (dict(lora_bias=True), "lora_bias.*True"),
+        (dict(bias="all"), "bias.*'all'"),
+        (dict(layer_replication=[[0, 1]]), r"layer_replication.*\[\[0, 1\]\]"),
+        (dict(trainable_token_indices=[1]), r"trainable_token_indices.*\[1\]"),
+        (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights.*'pissa_niter_4'"),
+        (dict(init_lora_weights="olora"), "init_lora_weights.*'olora'"),
+        (dict(init_lora_weights="corda"), "init_lora_weights.*'corda'"),
+        (dict(target_parameters=["a"] * 99), r"target_parameters.*\['a', 'a'"),
+        (dict(peft_type="LOHA"), "peft_type.*'LORA'.*'LOHA'"),
+        (dict(peft_type=None), "peft_type.*'LORA'.*None"),
+        (dict(r=0), r": r\b.*\b0\b"),
+        (dict(r="8"), r": r\b.*'8'"),
+        (dict(lora_alpha=math.nan), "lora_alpha.*nan"),
+        (dict(rank_pattern={"q": 1.5}), "rank_pattern.*'q'.*1.5"),
+        (dict(rank_pattern=[1]), r"rank_pattern.*\[1\]"),
+        (dict(alpha_pattern={"q(": 1}), r"alpha_pattern.*\bq\("),
+        (dict(target_modules=None), "target_modules.*none"),
+        (dict(target_modules=[1]), r"target_modules.*\[1\]"),
+        (dict(target_modules="*q"), r"target_modules.*'\*q'"),
+        (dict(use_rslora="no"), "use_rslora.*'no'"),
+        (dict(layers_to_transform=["1"]), r"layers_to_transform.*\['1'\]"),
     ],
 )
 def test_settings_that_are_not_supported(adapter, changed, message):
@@ -295,58 +295,58 @@ def edited(kind: str, found: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        ("half", f"1 missing: {Q_PROJ}.lora_B.weight$"),
-        ("module", f"2 missing: {Q_PROJ}.lora_A.weight, {Q_PROJ}.lora_B.weight$"),
-        ("unknown", "2 for unknown modules: base_model.model.language_model.model.layers.99"),
-        ("untargeted", "2 for modules that target_modules does not name: .*k_proj.lora_A.weight"),
-        ("prefixed", r"4 for unknown .*, \.\.\. .all begin with 'base_model.model.module.*missing"),
-        ("dora", r"1 not part of a LoRA update: base_model.*oj.lora_magnitude_vector$"),
-        ("whole", "1 not part of a LoRA update: .*aligner.layers.0.weight$"),
-        ("shape", r"1 with a wrong shape: .* is \(2, 47\), expected \(2, 48\)$"),
-        ("rank", r"2 with a wrong shape: .* is \(1, 48\), expected \(2, 48\), .* is \(48, 1\)"),
-        ("nan", f"1 with NaN or infinite values: {Q_PROJ}.lora_B.weight$"),
-        ("integer", f"1 with a wrong dtype: {Q_PROJ}.lora_A.weight is int32"),
-        ("embedding", "1 of the wrong kind for their module: .*lora_embedding_A"),
-        ("twice", "1 stored twice: "),
-        ("empty", "4 missing: "),
+        ("half", f"1 missing.*{Q_PROJ}.lora_B.weight$"),
+        ("module", f"2 missing.*{Q_PROJ}.lora_A.weight, {Q_PROJ}.lora_B.weight$"),
+        ("unknown", r"\b2\b.*unknown.*layers.99"),
+        ("untargeted", r"\b2\b.*target_modules.*k_proj.lora_A.weight"),
+        ("prefixed", r"\b4\b.*unknown.*'base_model.model.module.*missing"),
+        ("dora", r"\b1 not part.*lora_magnitude_vector$"),
+        ("whole", r"\b1 not part.*aligner.layers.0.weight$"),
+        ("shape", r"\b1\b.*shape.*\(2, 47\).*\(2, 48\)$"),
+        ("rank", r"\b2\b.*shape.*\(1, 48\).*\(2, 48\).*\(48, 1\)"),
+        ("nan", f"1 with NaN.*{Q_PROJ}.lora_B.weight$"),
+        ("integer", f"1 .*dtype.*{Q_PROJ}.lora_A.weight.*int32"),
+        ("embedding", r"\b1\b.*kind.*lora_embedding_A"),
+        ("twice", r"\b1\b.*twice"),
+        ("empty", r"\b4 missing"),
     ],
 )
 def test_tensors_that_do_not_fit(adapter, kind, message):
     store(adapter, edited(kind, tensors(adapter)))
     with pytest.raises(ValueError, match=message) as caught:
         open_adapter(open_folder(SMALL, adapter))
-    assert str(caught.value).startswith(f"the tensors of the LoRA adapter {adapter} do not match")
+    assert str(adapter) in str(caught.value)
     assert "\n" not in str(caught.value) and len(str(caught.value)) < len(str(adapter)) + 900
 
 
 def test_an_adapter_of_another_model_updates_nothing(adapter):
     state(adapter, target_modules=["c_attn"])
     store(adapter, {})
-    with pytest.raises(ValueError, match="updates no module of the model"):
+    with pytest.raises(ValueError, match="no module"):
         open_adapter(open_folder(SMALL, adapter))
 
 
 def test_an_update_too_large_for_float32(adapter):
     found = tensors(adapter)
     store(adapter, {name: x * np.float32(1e30) for name, x in found.items()})
-    with pytest.raises(ValueError, match=r"the LoRA update of .* has NaN or infinite values"):
+    with pytest.raises(ValueError, match=r"q_proj.*NaN"):
         merged(SMALL, adapter)
 
 
 def test_folders_that_are_no_adapter(adapter, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"the LoRA adapter .*absent is not a folder"):
+    with pytest.raises(FileNotFoundError, match="absent is not a folder"):
         merged(SMALL, tmp_path / "absent")
-    with pytest.raises(FileNotFoundError, match=r"must hold adapter_config.json"):
+    with pytest.raises(FileNotFoundError, match=f"{SMALL}.*adapter_config.json"):
         merged(SMALL, SMALL)
     weights = adapter / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1])
-    with pytest.raises(ValueError, match=f"{weights} is truncated"):
+    with pytest.raises(ValueError, match=f"{weights}.*truncated"):
         merged(SMALL, adapter)
     weights.unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected one of adapter_model.safetensors"):
+    with pytest.raises(FileNotFoundError, match=f"{adapter}.*one of adapter_model.safetensors"):
         merged(SMALL, adapter)
     (adapter / "adapter_config.json").write_text("{")
-    with pytest.raises(ValueError, match=r"adapter_config.json is not valid JSON"):
+    with pytest.raises(ValueError, match=r"adapter_config.json.*JSON"):
         merged(SMALL, adapter)
 
 
@@ -358,13 +358,13 @@ def test_only_an_adapter_folder_is_replaced(written, factors, tmp_path):
     write_adapter(first, table, shapes, factors, 1.5, "")
     assert stated(first)["lora_alpha"] == 1.5 and not (first / "stale").exists()
     other = shutil.copytree(SMALL, tmp_path / "other")
-    with pytest.raises(ValueError, match="exists and is not replaced"):
+    with pytest.raises(ValueError, match=f"{other} exists"):
         write_adapter(other, table, shapes, factors, 1.5, "")
     assert (other / "model.safetensors").is_file()
 
 
 def test_a_file_in_place_of_an_adapter_folder_is_refused_with_what_to_give(tmp_path):
     path = tmp_path / ("a" * 200) / "adapter_model.safetensors"
-    with pytest.raises(FileNotFoundError, match="pass the folder that holds adapter_") as caught:
+    with pytest.raises(FileNotFoundError, match="folder that holds adapter_") as caught:
         read_adapter_config(path)
     assert len(str(caught.value)) < 200

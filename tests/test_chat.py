@@ -82,12 +82,12 @@ def test_an_unanswered_conversation_gets_an_empty_turn():
 @pytest.mark.parametrize(
     "messages, text",
     [
-        ([], "at least one user message, got none"),
-        ([{"role": "bot", "content": "x"}], "must be system, user or assistant, got 'bot'"),
-        ([{"role": "user"}], "content must be a string or a list of parts, got NoneType"),
-        ([user("a"), user("b")], "expected the role assistant for message 2, got user"),
-        ([assistant("a")], "expected the role user for message 1, got assistant"),
-        ([user("a"), {"role": "system", "content": "s"}], "assistant for message 2, got system"),
+        ([], "user message.*none"),
+        ([{"role": "bot", "content": "x"}], "role.*'bot'"),
+        ([{"role": "user"}], "content.*NoneType"),
+        ([user("a"), user("b")], "assistant.* 2.*got user"),
+        ([assistant("a")], "user.* 1.*got assistant"),
+        ([user("a"), {"role": "system", "content": "s"}], "assistant.* 2.*got system"),
     ],
 )
 def test_conversation_errors(messages, text):
@@ -97,7 +97,7 @@ def test_conversation_errors(messages, text):
 
 @pytest.mark.parametrize("name", ["chatml", "llama-2"])
 def test_unknown_sft_format(name):
-    with pytest.raises(ValueError, match=f"sft_format must be .* or deepseek_old, got '{name}'"):
+    with pytest.raises(ValueError, match=f"sft_format.*deepseek_old.*'{name}'"):
         chat.format_conversation([user("Hi")], name)
 
 

@@ -126,8 +126,8 @@ def test_u_shaped_blob_is_one_component_without_a_shape_name():
 
 
 def test_bad_arguments_are_named():
-    with pytest.raises(ValueError, match="expected uint8"):
+    with pytest.raises(ValueError, match=r"uint8.*float32"):
         checker.detect(np.zeros((96, 96, 3), np.float32))
     point = checker.Detection("circle", "red", 0.0, 0.0, 100)
-    with pytest.raises(ValueError, match="got 'near'"):
+    with pytest.raises(ValueError, match="'near'"):
         checker.holds("near", point, point)

@@ -75,9 +75,9 @@ def test_numbers_of_64_bits_keep_all_bits():
     "value", [True, np.bool_(True), jnp.array(True), np.nan, np.float32(np.inf), jnp.array(jnp.nan)]
 )
 def test_truth_values_and_numbers_that_are_not_finite_are_refused(value):
-    with pytest.raises(ValueError, match="size must be a finite number, got"):
+    with pytest.raises(ValueError, match=r"size.*finite"):
         checks.check_number("size", value)
-    with pytest.raises(ValueError, match="size must be an integer of at least 1, got"):
+    with pytest.raises(ValueError, match=r"size.*integer"):
         checks.check_count("size", value)
 
 
@@ -85,16 +85,16 @@ def test_truth_values_and_numbers_that_are_not_finite_are_refused(value):
 @pytest.mark.parametrize("check", [checks.check_number, checks.check_count])
 def test_arrays_with_dimensions_are_refused_by_name(check, value):
     shape = re.escape(str(value.shape))
-    with pytest.raises(ValueError, match=f"size must be .*, got an array of shape {shape}$"):
+    with pytest.raises(ValueError, match=f"size.*shape {shape}$"):
         check("size", value)
 
 
 @pytest.mark.parametrize("check", [checks.check_number, checks.check_count])
 def test_refusals_repeat_at_most_80_characters(check):
-    with pytest.raises(ValueError, match=r"size must be .* got 'xxx") as error:
+    with pytest.raises(ValueError, match=r"size.*'xxx") as error:
         check("size", "x" * 1000)
     assert len(str(error.value)) < 140
-    with pytest.raises(ValueError, match=r"seed must be .* got an integer of 100001 bits"):
+    with pytest.raises(ValueError, match=r"seed.*\b100001 bits"):
         checks.check_seed(1 << 100_000)
 
 

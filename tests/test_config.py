@@ -30,7 +30,7 @@ def test_released_configs_fill_in_the_constants(golden):
     sizes["gen_head_config"]["params"] = head
     assert read_config(sizes) == JanusConfig.janus_pro_7b()
     head["n_embed"] = 2048
-    with pytest.raises(ValueError, match="n_embed must be 4096, got 2048"):
+    with pytest.raises(ValueError, match=r"n_embed.*4096.*2048"):
         read_config(sizes)
 
 
@@ -56,7 +56,7 @@ def test_every_size_survives_both_layouts(golden):
     gen_vq = dataclasses.replace(cfg.gen_vq, norm_num_groups=8)
     ours = dataclasses.replace(cfg, und_encoder=vision, gen_vq=gen_vq, gen_head_width=20)
     assert read_config(write_config(ours, None, "deepseek")) == ours
-    with pytest.raises(ValueError, match=r"norm_num_groups of the VQ model must be 32, got 8"):
+    with pytest.raises(ValueError, match=r"norm_num_groups.*\b32\b.*\b8\b"):
         write_config(ours, None, "transformers", image_token_id=7)
 
 
@@ -73,40 +73,40 @@ def edited(config, where, value):
 @pytest.mark.parametrize(
     ("where", "value", "says"),
     [
-        ("model_type", "llama", "model_type must be 'multi_modality' or 'janus', got 'llama'"),
-        ("vision_gen_enc_config", {}, "JanusFlow model .it has vision_gen_enc_config"),
-        ("language_config.tie_word_embeddings", True, "tie_word_embeddings must be False"),
-        ("language_config.rope_scaling", {"type": "linear"}, "rope_type must be .* 'linear'"),
-        ("language_config.hidden_act", "gelu", "hidden_act must be 'silu', got 'gelu'"),
-        ("language_config.attention_bias", True, "attention_bias must be False, got True"),
-        ("language_config.head_dim", 16, "head_dim must be 12, got 16"),
-        ("language_config.num_attention_heads", 5, "hidden_size .48. must be .* heads .5."),
-        ("vision_config.cls", "HybridVisionTower", "cls must be .*, got 'HybridVisionTower'"),
-        ("vision_config.params.select_feature", "patch", "select_feature must be .* got 'patch'"),
-        ("vision_config.params.select_layer", -4, "select_layer must be an index .* got -4"),
-        ("aligner_config.params.projector_type", "linear", "projector_type must be .* 'linear'"),
-        ("gen_vision_config.cls", "VQ-8", "cls must be 'VQ-16', got 'VQ-8'"),
-        ("gen_aligner_config", {}, "gen_aligner_config.params is missing"),
-        ("language_config", [], r"language_config must be an object, got \[\]"),
-        ("vision_config", None, "vision_config must be an object, got None"),
-        ("aligner_config.params", [], r"aligner_config.params must be an object, got \[\]"),
-        ("model_type", [], r"model_type must be .*, got \[\]"),
-        ("vision_config.params.width", 1e400, "width must be an integer from 1 to"),
-        ("language_config.vocab_size", None, "vocab_size .* an integer from 1 to .* None"),
-        ("language_config.num_hidden_layers", 1.5, "num_hidden_layers .* got 1.5"),
-        ("language_config.rms_norm_eps", "x", "rms_norm_eps must be a number from .* got 'x'"),
-        ("gen_vision_config.params.ch", 0, "ch of VQConfig must be an integer from 1 to .* got 0"),
-        ("gen_vision_config.params.ch_mult", [], r"ch_mult of VQConfig must be 1 to 7 "),
-        ("gen_head_config.params.image_token_embed", -1, "gen_head_width of JanusConfig .* got -1"),
-        ("gen_vision_config.params.norm_num_groups", 7, "VQ channels .* by norm_num_groups"),
-        ("language_config.num_attention_heads", 16, "head_dim .3. must be divisible by 2"),
-        ("language_config.rope_theta", "x", "rope_theta must be a number from 1 .* 'x'"),
-        ("language_config.num_key_value_heads", 0, "num_key_value_heads .* an integer from 1 to"),
-        ("language_config.rope_parameters", [], r"rope_parameters must be an object, got \[\]"),
-        ("vision_config.params.select_layer", 1.5, "select_layer must be an integer, got 1.5"),
-        ("vision_config.params.select_layer", True, "select_layer must be an integer, got True"),
-        ("aligner_config.cls", "zzz", "aligner_config.cls must be 'MlpProjector', got 'zzz'"),
-        ("gen_head_config.cls", 5, "gen_head_config.cls must be 'vision_head', got 5"),
+        ("model_type", "llama", "model_type.*'multi_modality'.*'janus'.*'llama'"),
+        ("vision_gen_enc_config", {}, "JanusFlow.*vision_gen_enc_config"),
+        ("language_config.tie_word_embeddings", True, "tie_word_embeddings.*False"),
+        ("language_config.rope_scaling", {"type": "linear"}, "rope_type.*'linear'"),
+        ("language_config.hidden_act", "gelu", "hidden_act.*'silu'.*'gelu'"),
+        ("language_config.attention_bias", True, "attention_bias.*False.*True"),
+        ("language_config.head_dim", 16, r"head_dim.*\b12\b.*\b16\b"),
+        ("language_config.num_attention_heads", 5, r"hidden_size.*\b48\b.*heads.*\b5\b"),
+        ("vision_config.cls", "HybridVisionTower", "cls.*'HybridVisionTower'"),
+        ("vision_config.params.select_feature", "patch", "select_feature.*'patch'"),
+        ("vision_config.params.select_layer", -4, r"select_layer.*-4\b"),
+        ("aligner_config.params.projector_type", "linear", "projector_type.*'linear'"),
+        ("gen_vision_config.cls", "VQ-8", "cls.*'VQ-16'.*'VQ-8'"),
+        ("gen_aligner_config", {}, "gen_aligner_config.params.*missing"),
+        ("language_config", [], r"language_config.*\[\]"),
+        ("vision_config", None, "vision_config.*None"),
+        ("aligner_config.params", [], r"aligner_config.params.*\[\]"),
+        ("model_type", [], r"model_type.*\[\]"),
+        ("vision_config.params.width", 1e400, "width.*inf"),
+        ("language_config.vocab_size", None, "vocab_size.*None"),
+        ("language_config.num_hidden_layers", 1.5, r"num_hidden_layers.*\b1\.5"),
+        ("language_config.rms_norm_eps", "x", "rms_norm_eps.*'x'"),
+        ("gen_vision_config.params.ch", 0, r"\bch\b.*\b0\b"),
+        ("gen_vision_config.params.ch_mult", [], r"ch_mult.*\b1 to 7\b"),
+        ("gen_head_config.params.image_token_embed", -1, r"gen_head_width.*-1\b"),
+        ("gen_vision_config.params.norm_num_groups", 7, "norm_num_groups"),
+        ("language_config.num_attention_heads", 16, r"head_dim.*\b3\b.*\b2\b"),
+        ("language_config.rope_theta", "x", "rope_theta.*'x'"),
+        ("language_config.num_key_value_heads", 0, r"num_key_value_heads.*\b0\b"),
+        ("language_config.rope_parameters", [], r"rope_parameters.*\[\]"),
+        ("vision_config.params.select_layer", 1.5, r"select_layer.*\b1\.5"),
+        ("vision_config.params.select_layer", True, "select_layer.*True"),
+        ("aligner_config.cls", "zzz", "aligner_config.cls.*'MlpProjector'.*'zzz'"),
+        ("gen_head_config.cls", 5, r"gen_head_config.cls.*'vision_head'.*\b5\b"),
     ],
 )
 def test_what_is_not_supported_is_refused(golden, where, value, says):
@@ -118,12 +118,12 @@ def test_what_is_not_supported_is_refused(golden, where, value, says):
 @pytest.mark.parametrize(
     ("where", "value", "says"),
     [
-        ("text_config.rope_parameters", {"rope_type": "yarn"}, "rope_type must be .* 'yarn'"),
-        ("text_config.num_attention_heads", 0, "num_attention_heads .* integer from 1 .* got 0"),
-        ("text_config.tie_word_embeddings", True, "tie_word_embeddings must be False"),
-        ("vision_config.use_qk_norm", True, "use_qk_norm must be False"),
-        ("vision_config.projection_dim", 2048, "projection_dim must be 48, got 2048"),
-        ("vq_config.double_latent", True, "double_latent must be False"),
+        ("text_config.rope_parameters", {"rope_type": "yarn"}, "rope_type.*'yarn'"),
+        ("text_config.num_attention_heads", 0, r"num_attention_heads.*\b0\b"),
+        ("text_config.tie_word_embeddings", True, "tie_word_embeddings.*False"),
+        ("vision_config.use_qk_norm", True, "use_qk_norm.*False"),
+        ("vision_config.projection_dim", 2048, r"projection_dim.*\b48\b.*\b2048\b"),
+        ("vq_config.double_latent", True, "double_latent.*False"),
     ],
 )
 def test_what_is_not_supported_in_transformers_is_refused(where, value, says):
@@ -134,26 +134,26 @@ def test_what_is_not_supported_in_transformers_is_refused(where, value, says):
 @pytest.mark.parametrize(
     ("where", "value", "says"),
     [
-        ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}, "rope_type must .*linear"),
-        ("text_config.rope_scaling", "linear", "rope_scaling must be an object, got 'linear'"),
-        ("text_config.is_causal", False, "is_causal must be True, got False"),
-        ("text_config.sliding_window", 0, "sliding_window must be null or absent, got 0"),
-        ("text_config.layer_types", ["sliding_attention"] * 3, "'full_attention' for each layer"),
-        ("text_config.per_layer_config", {"0": {}}, "per_layer_config must be null or absent"),
-        ("text_config.hidden_size", 10**9, "hidden_size .* from 1 to 131072, got 1000000000"),
-        ("text_config.num_hidden_layers", 20_000, "num_hidden_layers .* 1 to 512, got 20000"),
-        ("text_config.rms_norm_eps", 1e300, r"text_config.rms_norm_eps must be .* got 1e\+300"),
-        ("text_config.rms_norm_eps", 1e-300, "rms_norm_eps must be a number from 1e-12 to 1, got"),
-        ("text_config.rms_norm_eps", 2**33, "rms_norm_eps must be .* got 8589934592"),
-        ("text_config.rope_theta", 10**400, "rope_theta must be .* got an integer of 1329 bits"),
-        ("text_config.rope_theta", 1e-300, "rope_theta must be a number from 1 .* got 1e-300"),
-        ("vision_config.mlp_ratio", 5e8, "mlp_ratio must be a number from .* got 500000000.0"),
-        ("vision_config.mlp_ratio", "ab", "mlp_ratio must be a number from .* got 'ab'"),
-        ("vision_config.patch_size", 8, "patch_size must be 16 .*, got 8"),
-        ("vision_config.num_image_tokens", 576, "num_image_tokens must be 16, .* got 576"),
-        ("vq_config.channel_multiplier", None, "channel_multiplier must be a list .* got None"),
-        ("vq_config.channel_multiplier", [1] * 5000, r"ch_mult of VQConfig must be 1 to 7 "),
-        ("vision_config", [1] * 10**6, r"vision_config must be an object, got \[1, 1.*\.\.\."),
+        ("text_config.rope_scaling", {"type": "linear", "factor": 2.0}, "rope_type.*'linear'"),
+        ("text_config.rope_scaling", "linear", "rope_scaling.*'linear'"),
+        ("text_config.is_causal", False, "is_causal.*True.*False"),
+        ("text_config.sliding_window", 0, r"sliding_window.*\b0\b"),
+        ("text_config.layer_types", ["sliding_attention"] * 3, "layer_types.*'full_attention'"),
+        ("text_config.per_layer_config", {"0": {}}, "per_layer_config.*null"),
+        ("text_config.hidden_size", 10**9, r"hidden_size.*\b131072\b.*\b1000000000\b"),
+        ("text_config.num_hidden_layers", 20_000, r"num_hidden_layers.*\b512\b.*\b20000\b"),
+        ("text_config.rms_norm_eps", 1e300, r"text_config.rms_norm_eps.*1e\+300"),
+        ("text_config.rms_norm_eps", 1e-300, "rms_norm_eps.*1e-300"),
+        ("text_config.rms_norm_eps", 2**33, "rms_norm_eps.*8589934592"),
+        ("text_config.rope_theta", 10**400, "rope_theta.*1329 bits"),
+        ("text_config.rope_theta", 1e-300, "rope_theta.*1e-300"),
+        ("vision_config.mlp_ratio", 5e8, "mlp_ratio.*500000000.0"),
+        ("vision_config.mlp_ratio", "ab", "mlp_ratio.*'ab'"),
+        ("vision_config.patch_size", 8, r"patch_size.*\b16\b.*\b8\b"),
+        ("vision_config.num_image_tokens", 576, r"num_image_tokens.*\b16\b.*\b576\b"),
+        ("vq_config.channel_multiplier", None, "channel_multiplier.*None"),
+        ("vq_config.channel_multiplier", [1] * 5000, r"ch_mult.*\b1 to 7\b"),
+        ("vision_config", [1] * 10**6, r"vision_config.*\[1, 1.*\.\.\."),
     ],
 )  # fmt: skip
 def test_what_transformers_reads_in_another_way_is_refused(where, value, says):
@@ -168,12 +168,12 @@ def test_what_transformers_reads_in_another_way_is_refused(where, value, says):
 @pytest.mark.parametrize(
     ("where", "value", "says"),
     [
-        ("vision_config.params.pixel_mean", [0.5] * 3, "pixel_mean must be null or absent"),
-        ("vision_config.params.ignore_head", False, "ignore_head must be True, got False"),
-        ("vision_config.params.model_name", "siglip_large_patch16_384", "width must be 1024, got"),
-        ("vision_config.params.layers", 10**5, "num_layers .* integer from 1 to 512, got 100000"),
-        ("language_config.rope_scaling", {"rope_type": "yarn"}, "rope_type must be .* 'yarn'"),
-        ("gen_vision_config.params.num_res_blocks", 99, "num_res_blocks of VQConfig .* got 99"),
+        ("vision_config.params.pixel_mean", [0.5] * 3, "pixel_mean.*null"),
+        ("vision_config.params.ignore_head", False, "ignore_head.*True.*False"),
+        ("vision_config.params.model_name", "siglip_large_patch16_384", r"width.*\b1024\b"),
+        ("vision_config.params.layers", 10**5, r"num_layers.*\b512\b.*\b100000\b"),
+        ("language_config.rope_scaling", {"rope_type": "yarn"}, "rope_type.*'yarn'"),
+        ("gen_vision_config.params.num_res_blocks", 99, r"num_res_blocks.*\b99\b"),
     ],
 )
 def test_what_the_original_reads_in_another_way_is_refused(golden, where, value, says):
@@ -186,7 +186,7 @@ def test_a_deepseek_vl_model_is_named(golden):
     config = json.loads((golden / "janus" / "config.json").read_text())
     for part in ("gen_vision", "gen_aligner", "gen_head"):
         del config[f"{part}_config"]
-    with pytest.raises(ValueError, match="of a DeepSeek-VL model"):
+    with pytest.raises(ValueError, match="DeepSeek-VL"):
         read_config(config)
 
 

@@ -13,6 +13,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+from one_line import assert_one_line
 
 from convert.__main__ import main
 from janus_jax.checks import shorten_text
@@ -45,7 +46,7 @@ def refused(run, tmp_path):
         before = sorted(tmp_path.rglob("*"))
         status, out, err = run(*args)
         assert (status, out) == (2, "")
-        assert err.startswith("convert: ") and err.count("\n") == 1, err
+        assert_one_line(err, "convert")
         assert sorted(tmp_path.rglob("*")) == before
         return err
 
@@ -85,7 +86,7 @@ def test_as_a_program(golden, tmp_path):
     assert status == 0 and "python -m convert SRC DST" in out and "inspect SRC" in out
     status, out, err = program(tmp_path / "absent", tmp_path / "o")
     assert (status, out) == (2, "")
-    assert err == f"convert: {shorten_text(str(tmp_path / 'absent'))} is not a folder\n"
+    assert_one_line(err, "convert", shorten_text(str(tmp_path / "absent")))
 
 
 def test_help_and_bad_arguments(run):
@@ -105,13 +106,12 @@ def test_dst_that_exists(golden, refused, run, tmp_path):
     (tmp_path / "o" / "mine.txt").write_text("keep")
     for flags in ((), ("--overwrite",)):
         said = refused(golden / "janus", tmp_path / "o", *flags)
-        assert "exists and is not replaced: it must be empty" in said
-    message = refused(golden / "janus", "gs://bucket/o")
-    assert "must be a local path, got gs:/" in message
+        assert f"{tmp_path / 'o'} exists" in said and "--overwrite" not in said
+    assert "local path, got gs:/" in refused(golden / "janus", "gs://bucket/o")
     (tmp_path / "o" / "config.json").write_text("{}")  # as many a project has
     refused(golden / "janus", tmp_path / "o", "--overwrite")
     (tmp_path / "o" / "model.safetensors").touch()
-    assert "exists; pass --overwrite to replace it" in refused(golden / "janus", tmp_path / "o")
+    assert "--overwrite" in refused(golden / "janus", tmp_path / "o")
     assert run(golden / "janus", tmp_path / "o", "--overwrite")[0] == 0
     assert not (tmp_path / "o" / "mine.txt").exists() and (tmp_path / "o" / "params").is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["o"]
@@ -123,7 +123,7 @@ def test_dst_that_holds_src(golden, refused, tmp_path):
     (tmp_path / "a" / "model.safetensors").touch()
     for target in (source, tmp_path / "a"):
         said = refused("export", source, target, "--layout", "deepseek", "--overwrite")
-        assert "must not be DST or inside DST" in said
+        assert "inside DST" in said
     assert len(list(source.iterdir())) > 5
 
 
@@ -142,9 +142,9 @@ def test_pointers_of_git_lfs_are_named(golden, refused, tmp_path):
     source = checkpoints.make_single(golden, tmp_path / "s")
     pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"
     (source / "model.safetensors").write_text(pointer)
-    assert "is a Git LFS pointer, not a weights file" in refused("inspect", source)
+    assert "model.safetensors is a Git LFS pointer" in refused("inspect", source)
     (source / "model.safetensors").rename(source / "pytorch_model.bin")
-    assert "is a Git LFS pointer, not a weights file" in refused("inspect", source)
+    assert "pytorch_model.bin is a Git LFS pointer" in refused("inspect", source)
 
 
 @pytest.mark.parametrize(
@@ -171,9 +171,9 @@ def test_damaged_headers(golden, refused, tmp_path, fields):
 @pytest.mark.parametrize(
     ("offsets", "size", "said"),
     [
-        (((0, 8), (0, 8)), 8, "b must be at byte {8}, directly after the data before it, got {0}"),
-        (((8, 16), (0, 8)), 24, "the end of the file must be at byte {16}, .* got {24}"),
-        (((0, 8), (12, 20)), 20, "b must be at byte {8}, .* got {12}"),
+        (((0, 8), (0, 8)), 8, r"\bb .*\b{8}\b.*\b{0}$"),
+        (((8, 16), (0, 8)), 24, r"end of the file.*\b{16}\b.*\b{24}$"),
+        (((0, 8), (12, 20)), 20, r"\bb .*\b{8}\b.*\b{12}$"),
     ],
 )
 def test_tensors_must_fill_the_file(golden, refused, tmp_path, offsets, size, said):
@@ -201,7 +201,7 @@ def test_an_index_names_files_beside_it(golden, refused, tmp_path):
     source = checkpoints.make_sharded(golden, tmp_path / "s")
     index = source / "model.safetensors.index.json"
     index.write_text(index.read_text().replace("model-00002", "../s/model-00002"))
-    assert "in its own folder, got '../s/model-00002-of-" in refused("inspect", source)
+    assert "'../s/model-00002-of-" in refused("inspect", source)
 
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
@@ -210,7 +210,7 @@ def test_index_that_names_a_missing_shard(golden, refused, tmp_path, kind):
     shard = next(source.glob(f"*-00002-of-00002.{kind}"))
     shard.unlink()
     said = refused(source, tmp_path / "o")
-    assert "1 of the 2 shards named in " in said and shard.name in said
+    assert re.search(rf"\b1 of the 2 shards.*{shard.name}", said)
 
 
 def test_index_and_shards_that_disagree(golden, refused, tmp_path):
@@ -228,7 +228,7 @@ def test_index_and_shards_that_disagree(golden, refused, tmp_path):
     index.write_text(json.dumps({"weight_map": weight_map}))
     said = refused(source, tmp_path / "o")
     assert f"1 stored twice: {names[0]}" in said
-    assert f"1 missing in the shard that the index names: {names[1]}" in said
+    assert re.search(rf"\b1 missing in the shard.*{names[1]}", said)
     assert "1 stored but not in the index: stray" in said and "1 unknown: stray" in said
 
 
@@ -259,19 +259,18 @@ def test_a_malicious_pickle_is_not_executed(golden, refused, tmp_path):
     source = checkpoints.make_bin(golden, tmp_path / "s")
     state = checkpoints.tensors(golden) | {"trap": checkpoints.Trap(tmp_path / "executed")}
     torch.save(state, source / "pytorch_model.bin")
-    assert "mkdir, and only tensors are supported" in refused(source, tmp_path / "o")
+    assert "mkdir" in refused(source, tmp_path / "o")
     assert not (tmp_path / "executed").exists()
 
 
 def test_folders_without_weights_or_config(golden, refused, tmp_path):
     checkpoints.copy_small_files(golden, tmp_path / "s")
-    assert "has no weights: expected one of model.safetensors" in refused(
-        tmp_path / "s", tmp_path / "o"
-    )
+    said = refused(tmp_path / "s", tmp_path / "o")
+    assert re.search("no weights.*model.safetensors", said)
     (tmp_path / "s" / "config.json").unlink()
-    assert "has no config.json" in refused(tmp_path / "s", tmp_path / "o")
+    assert "no config.json" in refused(tmp_path / "s", tmp_path / "o")
     (tmp_path / "s" / "config.json").write_text("{")
-    assert "is not valid JSON" in refused(tmp_path / "s", tmp_path / "o")
+    assert "JSON" in refused(tmp_path / "s", tmp_path / "o")
 
 
 def test_a_janusflow_folder_is_named(refused, tmp_path):
@@ -279,7 +278,7 @@ def test_a_janusflow_folder_is_named(refused, tmp_path):
     config = {"model_type": "multi_modality", "vision_gen_enc_config": {}, "language_config": {}}
     (tmp_path / "s" / "config.json").write_text(json.dumps(config))
     said = refused(tmp_path / "s", tmp_path / "o")
-    assert "is of a JanusFlow model (it has vision_gen_enc_config)" in said
+    assert re.search("JanusFlow.*vision_gen_enc_config", said)
     assert "JanusFlow" in refused("inspect", tmp_path / "s")
 
 
@@ -287,7 +286,7 @@ def test_transformers_needs_the_tokenizer(golden, refused, tmp_path):
     source = checkpoints.make_bin(golden, tmp_path / "s")
     (source / "tokenizer.json").unlink()
     said = refused("export", source, tmp_path / "o", "--layout", "transformers")
-    assert f"no tokenizer.json in {source}" in said
+    assert "tokenizer.json" in said and str(source) in said
     (source / "tokenizer.json").write_text('{"added_tokens": [{}], "model": {"vocab": {}}}')
     refused("export", source, tmp_path / "o", "--layout", "transformers")
 
@@ -349,7 +348,7 @@ def test_a_disk_without_room_is_seen_before_writing(golden, refused, tmp_path, m
     monkeypatch.setattr(new_folder.shutil, "disk_usage", lambda path: usage)
     folders = (golden / "janus", tmp_path / "new" / "newer" / "o")
     for command in (folders, ("export", *folders, "--layout", "deepseek")):
-        assert "not enough disk space for" in refused(*command)
+        assert "disk space" in refused(*command)
 
 
 def test_a_damaged_orbax_folder(golden, refused, run, tmp_path):
@@ -357,9 +356,9 @@ def test_a_damaged_orbax_folder(golden, refused, run, tmp_path):
     for path in (tmp_path / "o" / "params").rglob("d/*"):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     command = ("export", tmp_path / "o", tmp_path / "d", "--layout", "deepseek")
-    assert "params is damaged: " in refused(*command)
+    assert "params is damaged" in refused(*command)
     (tmp_path / "o" / "params" / "_METADATA").write_text("{")
-    assert "params is damaged: " in refused(*command)
+    assert "params is damaged" in refused(*command)
 
 
 def test_an_orbax_folder_without_the_unused_tensors_is_as_good(golden, run, tmp_path):

@@ -148,8 +148,8 @@ def test_more_bad_records_than_a_source_may_have_stop_a_run(settings, processor,
     mixture = text_lines(tmp_path / "texts.jsonl", bad=range(40, 51))
     cfg = dataclasses.replace(settings, mixture=mixture, streams=1, batch_size=1, max_bad=0.01)
     rows = iter(open_rows(cfg, processor, MODEL, tmp_path)[0])
-    number = r"11 of the 1000 records of text are bad \(11 malformed\)"
-    message = rf"{number}, more than .* max_bad=0\.01 allows; .* listed in .*skipped-000\.jsonl"
+    number = r"\b11 .*\b1000 .*\btext\b.*11 malformed"
+    message = rf"{number}.* max_bad=0\.01 .*skipped-000\.jsonl"
     with pytest.raises(ValueError, match=message):
         for _ in range(200):
             next(rows)
@@ -174,11 +174,11 @@ def test_what_is_longer_than_the_decoder_s_positions_is_skipped(settings, proces
 
 
 def test_rows_streams_and_hosts_must_divide(settings):
-    with pytest.raises(ValueError, match="got batch_size=4 streams=2 hosts=4"):
+    with pytest.raises(ValueError, match="batch_size=4 streams=2 hosts=4"):
         settings.own_streams(0, 4)
-    with pytest.raises(ValueError, match="got batch_size=3 streams=2 hosts=1"):
+    with pytest.raises(ValueError, match="batch_size=3 streams=2 hosts=1"):
         dataclasses.replace(settings, batch_size=3).own_streams(0, 1)
-    with pytest.raises(ValueError, match=r"host must be in \[0, 2\), got 2"):
+    with pytest.raises(ValueError, match=r"host .*\[0, 2\).*\b2\b"):
         settings.own_streams(2, 2)
     assert list(settings.own_streams(1, 2)) == [1]
 
@@ -186,16 +186,15 @@ def test_rows_streams_and_hosts_must_divide(settings):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(streams=0), "streams must be an integer of at least 1, got 0"),
-        (dict(seq_len=1.5), "seq_len must be an integer of at least 1, got 1.5"),
-        (dict(max_input_images=-1), "max_input_images must be an integer of at least 0, got -1"),
-        (dict(max_bad=1.0), "max_bad must be at least 0 and below 1, got 1.0"),
+        (dict(streams=0), r"streams.*\b0\b"),
+        (dict(seq_len=1.5), r"seq_len.*\b1\.5\b"),
+        (dict(max_input_images=-1), r"max_input_images.* -1\b"),
+        (dict(max_bad=1.0), r"max_bad.*\b1\.0\b"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, changed, message):
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(ValueError, match=message):
         dataclasses.replace(settings, **changed)
-    assert str(error.value) == message
 
 
 def test_a_run_does_not_resume_with_other_data(settings, processor, tmp_path):
@@ -204,7 +203,7 @@ def test_a_run_does_not_resume_with_other_data(settings, processor, tmp_path):
         return iter(open_rows(cfg, processor, MODEL, tmp_path)[0])
 
     state = opened().get_state()
-    with pytest.raises(ValueError, match=r"got seq_len 256 -> 300, streams 2 -> 4$"):
+    with pytest.raises(ValueError, match=r"seq_len 256 -> 300, streams 2 -> 4$"):
         opened(streams=4, seq_len=300).set_state(state)
     tree = settings.mixture | dict(text=settings.mixture["text"] | dict(weight=9))
     with pytest.raises(ValueError, match="weight of text 1 -> 9"):

@@ -82,10 +82,10 @@ def test_bos_is_added_where_a_template_adds_none(golden, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "says"),
     [
-        (dict(sft_format="plain"), "sft_format must be .*, got 'plain'"),
-        (dict(sft_format=["x"]), r"sft_format must be .*, got \['x'\]"),
-        (dict(image_tag="<begin_of_image>"), "image_tag must be <image_placeholder> .*got"),
-        (dict(system_prompt="Rhyme."), "DeepSeek's system prompt or none, got 'Rhyme.'"),
+        (dict(sft_format="plain"), "sft_format.*deepseek_old.*'plain'"),
+        (dict(sft_format=["x"]), r"sft_format.*\['x'\]"),
+        (dict(image_tag="<begin_of_image>"), "image_tag.*<image_placeholder>.*'<begin_of_image>'"),
+        (dict(system_prompt="Rhyme."), "system prompt.*'Rhyme.'"),
     ],
 )
 def test_what_transformers_cannot_hold_is_refused(settings, says, golden, tmp_path):
@@ -114,7 +114,7 @@ def test_refusals_name_the_file_of_the_source(golden, tmp_path):
     source = with_settings(golden, tmp_path / "s", "tokenizer_config.json", eos_token=[])
     with pytest.raises(ValueError) as error:
         convert.export_folder(source, tmp_path / "hf", "transformers", overwrite=False)
-    assert str(error.value).startswith(f"{source}/tokenizer_config.json: eos_token must be ")
+    assert str(error.value).startswith(f"{source}/tokenizer_config.json: eos_token ")
     assert not (tmp_path / "hf").exists()
 
 

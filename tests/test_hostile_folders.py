@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import struct
 import time
@@ -131,10 +132,11 @@ def test_weights_that_are_no_regular_file_are_not_opened(tmp_path, name, kind):
     error = not_regular(tmp_path / name, kind)
     message = refusal(open_checkpoint, tmp_path, error)
     found = "folder" if kind == "folder" else "FIFO, socket or device"
-    assert message == {
-        FileNotFoundError: f"no {name} in {tmp_path} (a symbolic link to a missing file)",
-        ValueError: f"{tmp_path / name} must be a regular file, got a {found}",
+    pattern = {
+        FileNotFoundError: f"{name}.*{tmp_path}.*link",
+        ValueError: f"{tmp_path / name}.*regular.*{found}",
     }[error]
+    assert re.search(pattern, message)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -158,8 +160,8 @@ def test_json_of_any_size_is_not_read(tmp_path):
     path = tmp_path / "config.json"
     path.write_text("{}")
     os.truncate(path, 10**11)  # sparse
-    message = f"{path} must have at most {MAX_JSON_BYTES} bytes, got {10**11}"
-    assert refusal(read_json, path) == message
+    limit = rf"{path}.*\b{MAX_JSON_BYTES}\b.*\b{10**11}\b"
+    assert re.search(limit, refusal(read_json, path))
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "/etc/passwd", "a/b", "n" * 10**5, "é" * 128])
@@ -174,7 +176,7 @@ def test_absent_shards_are_counted(tmp_path):
     names = {f"t{i}": f"{i:04d}\0.safetensors" for i in range(1000)}
     index.write_text(json.dumps({"weight_map": names}))
     message = refusal(open_checkpoint, tmp_path, FileNotFoundError)
-    assert message.startswith(f"1000 of the 1000 shards named in {index} are missing: ")
+    assert re.match(rf"1000 .*\b1000 .*{index}", message)
     assert "'0000\\x00.safetensors', " in message and message.endswith(", ...")
 
 
@@ -183,7 +185,7 @@ def test_a_file_that_became_shorter_is_named(tmp_path):
     safetensors.numpy.save_file({"a": np.zeros(9999)}, path)
     tensor = open_checkpoint(tmp_path).tensors["a"]
     os.truncate(path, 999)
-    with pytest.raises(ValueError, match=f"{path} has changed since it was opened: "):
+    with pytest.raises(ValueError, match=f"{path} .*changed"):
         tensor.read()
 
 
@@ -244,9 +246,9 @@ def test_a_lock_that_is_no_regular_file_is_not_opened(tmp_path, kind):
 def test_logs_of_a_run_that_are_no_regular_files_are_not_opened(tmp_path, kind):
     for name in ("metrics.jsonl", "skipped-000.jsonl"):
         (os.mkfifo if kind == "FIFO" else os.mkdir)(tmp_path / name)
-    with pytest.raises(ValueError, match=r"metrics.jsonl must be a regular file, got a"):
+    with pytest.raises(ValueError, match=r"metrics.jsonl.*regular"):
         Log(tmp_path, 9, 1, None, 0, dict)
-    with pytest.raises(ValueError, match=r"skipped-000.jsonl must be a regular file, got a"):
+    with pytest.raises(ValueError, match=r"skipped-000.jsonl.*regular"):
         Skipped(tmp_path / "skipped-000.jsonl", 0.1, {"a": 3})
 
 

@@ -29,14 +29,14 @@ def undecoded(monkeypatch):
     "size", [(178_000_000, 1), (1, 178_000_000), (65_536, 2000), (1001, 1), (2, 2002)]
 )
 def test_sides_that_no_image_has(size, undecoded):
-    rule = r"cannot read image <\d+ bytes>: the sides of an image must have at most 65535 pixels "
-    rule += f"and an aspect ratio of at most 1000, got {size[0]} x {size[1]}"
+    rule = r"<\d+ bytes>: .*sides.*\b65535\b.*\b1000\b"
+    rule += rf".*\b{size[0]} x {size[1]}\b"
     with pytest.raises(ValueError, match=rule):
         load_image(png_file(PIXEL, 8, RGB, size=size))
 
 
 def test_a_decompression_bomb(undecoded):
-    with pytest.raises(ValueError, match=r"400000000 pixels. exceeds limit of 178956970 pixels"):
+    with pytest.raises(ValueError, match=r"\b400000000\b.*\b178956970\b"):
         load_image(png_file(PIXEL, 8, RGB, size=(20_000, 20_000)))
 
 
@@ -49,9 +49,9 @@ def test_the_longest_sides(size):
 
 
 def test_sides_of_arrays_and_of_images_that_the_caller_opened(undecoded):
-    with pytest.raises(ValueError, match=r"the sides of an image must have .*, got 2000 x 1"):
+    with pytest.raises(ValueError, match=r"sides.*\b2000 x 1\b"):
         load_image(np.zeros((1, 2000), np.uint8))
-    with pytest.raises(ValueError, match=r"cannot read the image: the sides of .*, got 1 x 2000"):
+    with pytest.raises(ValueError, match=r"the image: .*sides.*\b1 x 2000\b"):
         load_image(Image.new("L", (1, 2000)))
 
 
@@ -61,9 +61,9 @@ def test_too_little_memory_is_the_fault_of_the_image(monkeypatch):
 
     monkeypatch.setattr(rgb, "_upright", exhausted)
     file = png_file(PIXEL, 8, RGB, size=(3, 2))
-    with pytest.raises(ValueError, match=r"cannot read image .*: not enough memory to decode 3 x"):
+    with pytest.raises(ValueError, match=r"<\d+ bytes>: .*memory.*\b3 x"):
         load_image(file)
-    with pytest.raises(ValueError, match="cannot read the image: not enough memory to decode 3 x"):
+    with pytest.raises(ValueError, match=r"the image: .*memory.*\b3 x"):
         load_image(Image.open(io.BytesIO(file)))
 
 
@@ -82,7 +82,7 @@ def test_warnings_of_large_images_that_are_errors(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(ValueError, match="could be decompression bomb"):
+        with pytest.raises(ValueError, match="decompression bomb"):
             load_image(png_file(PIXEL, 8, RGB, size=(3, 2)))
 
 
@@ -107,9 +107,9 @@ def test_formats_that_are_read(format):
 @pytest.mark.parametrize("format", ["EPS", "TGA", "PCX", "ICNS", "SGI", "PDF"])
 def test_other_formats_are_refused(format, tmp_path):
     (tmp_path / "a").write_bytes(encoded(format))
-    rule = "unknown format, expected PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF, JPEG2000 or PPM"
+    rule = "format.*PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF, JPEG2000 or PPM"
     for source in (tmp_path / "a", encoded(format)):
-        with pytest.raises(ValueError, match=f"cannot read image .*: {rule}"):
+        with pytest.raises(ValueError, match=rf"(<\d+ bytes>|{tmp_path / 'a'}): .*{rule}"):
             load_image(source)
 
 
@@ -118,7 +118,7 @@ def test_no_program_is_started_for_postscript(monkeypatch, tmp_path):
 
     monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("Ghostscript ran"))
     head = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n"
-    with pytest.raises(ValueError, match="unknown format"):
+    with pytest.raises(ValueError, match=r"format.*PNG"):
         load_image(head)
 
 
@@ -129,7 +129,7 @@ def test_paths_that_are_no_regular_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "link.png").symlink_to("/dev/zero")
     for path in ("/dev/zero", "/dev/null", tmp_path / "pipe.png", tmp_path / "link.png"):
-        with pytest.raises(ValueError, match=f"{path} must be a regular file, got a FIFO"):
+        with pytest.raises(ValueError, match=f"{path} .*regular.*FIFO"):
             load_image(path)
 
 
@@ -137,6 +137,6 @@ def test_a_file_too_large_to_be_an_image(tmp_path):
     with (tmp_path / "a.webp").open("wb") as file:
         file.write(encoded("WEBP"))
         file.truncate(100 * 2**30)
-    rule = f"{file.name} must have at most {MAX_FILE_BYTES} bytes, got {100 * 2**30}"
+    rule = rf"{file.name} .*\b{MAX_FILE_BYTES}\b.*\b{100 * 2**30}\b"
     with pytest.raises(ValueError, match=rule):
         load_image(file.name)

@@ -51,7 +51,7 @@ def test_a_negative_size_ends(size, kind, tmp_path):
     """A negative size leads back to the member's own header or to an earlier one."""
     wrong = header("1.json", size, kind)
     path = write(tmp_path / "a.tar", member("0.json"), wrong, member("2.json"))
-    rule = "uncompressed tar file: the header at byte 1024 (states a negative size|is damaged)"
+    rule = r"tar.*header.*\b1024\b.*(negative size|damaged)"
     with pytest.raises(ValueError, match=rule):
         TarSource(path)
 
@@ -60,7 +60,7 @@ def test_a_negative_size_ends(size, kind, tmp_path):
 @pytest.mark.parametrize("size", [HUGE, 2**80, -5000])
 def test_a_name_or_header_of_a_huge_size(size, kind, tmp_path):
     path = write(tmp_path / "a.tar", member("0.json"), header("x", size, kind), member("1.json"))
-    with pytest.raises(ValueError, match=f"{path} is not a valid .* tar file: .+") as error:
+    with pytest.raises(ValueError, match=f"{path} .*tar file: .+") as error:
         TarSource(path)
     assert "\n" not in str(error.value)
 
@@ -74,14 +74,14 @@ def test_sizes_in_pax_headers(size, tmp_path):
     try:
         assert all(isinstance(record, Record) for record in TarSource(path))  # the size is ignored
     except ValueError as error:
-        assert str(error).startswith(f"{path} is not a valid uncompressed tar file: ")
+        assert str(error).startswith(f"{path} ") and "tar file: " in str(error)
 
 
 def test_a_chain_of_headers(tmp_path):
     """Each header belongs to the next one."""
     longname = header("x", 5, tarfile.GNUTYPE_LONGNAME) + content(b"name\0")
     path = write(tmp_path / "a.tar", longname * 2000, member("0.json"))
-    with pytest.raises(ValueError, match="valid uncompressed tar file: maximum recursion depth"):
+    with pytest.raises(ValueError, match=f"{path} .*recursion depth"):
         TarSource(path)
 
 
@@ -101,7 +101,7 @@ def test_a_member_longer_than_the_file(tmp_path):
     for size in (513, HUGE, 2**70):
         path = write(tmp_path / "a.tar", member("0.json"), header("1.json", size))
         path.write_bytes(path.read_bytes()[: 1536 + 512])
-        with pytest.raises(ValueError, match=f"{path} is not a valid uncompressed tar file: .+"):
+        with pytest.raises(ValueError, match=f"{path} .*tar file: .+"):
             TarSource(path)
 
 
@@ -125,7 +125,7 @@ def test_sparse_members_and_links_are_bad_records(tmp_path):
     assert_same(found[2], Record("generation", text="a fox", images=(image(2),)))
     assert_same(found[5], Record("text", text="a"))
     for number in (1, 3, 4, 6):
-        detail = "a member must be a regular file, got a link, a sparse file or a device"
+        detail = "member.*regular file"
         assert_bad(found[number], "malformed", f"{path}:{number}", detail)
 
 
@@ -156,10 +156,10 @@ def test_members_that_are_larger_than_any_image(tmp_path, monkeypatch):
     )
     found = list(TarSource(path))
     assert found[0].text == "a"
-    rule = "the members of a record must have at most 1000 bytes in total, got 1201"
+    rule = r"members.*\b1000\b.*\b1201\b"
     assert_bad(found[1], "malformed", f"{path}:1", rule)
     for number in (2, 3):
-        rule = "a text must have at most 500 bytes, got more"
+        rule = r"text.*\b500\b.*more"
         assert_bad(found[number], "malformed", f"{path}:{number}", rule)
 
 
@@ -169,7 +169,7 @@ def test_truncated_tars_are_refused(tmp_path):
     whole = path.read_bytes()
     for size in (1, 100, 511, 512, 520, 1023, 1024 + 100, 1024 + 512, 2048 + 600):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match=f"{path} is not a valid uncompressed tar file: .+"):
+        with pytest.raises(ValueError, match=f"{path} .*tar file: .+"):
             TarSource(path)
     path.write_bytes(whole[:2048])
     assert len(TarSource(path)) == 2
@@ -187,7 +187,7 @@ def test_a_line_that_never_ends(tmp_path, monkeypatch):
     source = JsonlSource(path)
     assert [source[i].text for i in (0, 2, 3)] == ["a"] * 3
     assert [record.where for record in source] == [f"{path}:{line}" for line in (1, 3, 4, 5)]
-    rule = "a text must have at most 100 bytes, got more"
+    rule = r"text.*\b100\b.*more"
     assert_bad(source[1], "malformed", f"{path}:3", rule)
 
 
@@ -199,11 +199,11 @@ def test_images_at_paths_that_never_end(tmp_path):
     source = JsonlSource(
         write_lines(tmp_path / "a.jsonl", *({"caption": "a", "image": path} for path in paths))
     )
-    regular, kind = "must be a regular file, got a", "FIFO, socket or device"
+    regular, kind = ".*regular.*", "FIFO"
     details = [
         f"{tmp_path}/pipe.png {regular} {kind}",
         f"/dev/zero {regular} {kind}",
-        f"{tmp_path}/sparse.png must have at most",
+        rf"{tmp_path}/sparse.png .*\b{100 * 2**30}\b",
         f"no image at {tmp_path}/none.png",
         f"no image at {tmp_path}/a.jsonl/a.png",
         f"{tmp_path} {regular} folder",
@@ -219,9 +219,9 @@ def test_images_at_paths_that_never_end(tmp_path):
 def test_sources_that_are_no_regular_files(format, tmp_path):
     path = tmp_path / f"a.{dict(arrayrecord='array_record').get(format, format)}"
     os.mkfifo(path)
-    with pytest.raises(ValueError, match=f"must consist of regular files, {path} is not one"):
+    with pytest.raises(ValueError, match=f"regular files.*{path}"):
         open_source(format, tmp_path)
-    with pytest.raises(FileNotFoundError, match=f"found neither at {path}"):
+    with pytest.raises(FileNotFoundError, match=f"neither.*{path}"):
         open_source(format, path)
 
 
@@ -233,7 +233,7 @@ def test_a_parquet_file_whose_footer_is_damaged(tmp_path):
     start = len(raw) - 8 - int.from_bytes(raw[-8:-4], "little")
     raw[start : start + 8] = b"\x0f" * 8
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match=f"{path} is not a valid Parquet file: .+") as error:
+    with pytest.raises(ValueError, match=f"{path} .*Parquet file: .+") as error:
         open_source("parquet", path)
     assert "\n" not in str(error.value)
 
@@ -255,7 +255,7 @@ def test_small_parquet_files_that_unpack_to_a_lot(tmp_path):
         assert path.stat().st_size < 10**6
         source = open_source("parquet", path)
         with bounded(30, 2**28):
-            assert_bad(source[7], "malformed", f"{path}:7", "cannot be read: it unpacks from")
+            assert_bad(source[7], "malformed", f"{path}:7", "unpacks")
 
 
 def test_class_folders_with_files_that_never_end(tmp_path, monkeypatch):
@@ -263,10 +263,10 @@ def test_class_folders_with_files_that_never_end(tmp_path, monkeypatch):
     for name in ("a.png", "b.npy"):
         os.mkfifo(tmp_path / "cat" / name)
     for record, name in zip(open_source("class_folder", tmp_path), ("a.png", "b.npy"), strict=True):
-        assert_bad(record, "unreadable file", f"{tmp_path}/cat/{name}", "a regular file")
+        assert_bad(record, "unreadable file", f"{tmp_path}/cat/{name}", "regular")
     monkeypatch.setattr(sources, "MAX_TEXT_BYTES", 10)
     (tmp_path / "names.txt").write_text("cat Felis catus\n")
-    with pytest.raises(ValueError, match=r"names.txt must have at most 10 bytes, got 16"):
+    with pytest.raises(ValueError, match=r"names.txt.*\b10\b.*\b16\b"):
         open_source("class_folder", tmp_path, class_names=tmp_path / "names.txt")
 
 
@@ -285,4 +285,4 @@ def test_a_npy_file_that_states_a_huge_shape(tmp_path):
         file, {"descr": "<i4", "fortran_order": False, "shape": (HUGE,)}
     )
     path = write_tar(tmp_path / "a.tar", {"0.npy": file.getvalue() + bytes(16), "0.txt": b"a"})
-    assert_bad(TarSource(path)[0], "malformed", f"{path}:0", "not a valid .npy file")
+    assert_bad(TarSource(path)[0], "malformed", f"{path}:0", ".npy")

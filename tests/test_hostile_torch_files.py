@@ -31,7 +31,7 @@ def refusal(path):
     with pytest.raises(ValueError) as error:
         values(path)
     message = str(error.value)
-    assert message.startswith(f"refusing to load {path}: ") and "\n" not in message
+    assert f" {path}: " in message and "\n" not in message
     assert len(message) < len(str(path)) + 300
     return message
 
@@ -89,7 +89,7 @@ def test_a_flipped_length_in_a_local_header_is_refused(saved):
         flipped = bytearray(whole)
         flipped[header + 26 + bit // 8] ^= 1 << bit % 8
         saved.write_bytes(flipped)
-        assert re.search("the zip (header|descriptor) of 'm/data/0' disagrees", refusal(saved))
+        assert re.search("zip (header|descriptor).*'m/data/0'", refusal(saved))
 
 
 def members_of(path):
@@ -230,17 +230,17 @@ def tensor_pickle(shape, strides=(1,), offset=0, size=12):
 @pytest.mark.parametrize(
     ("shape", "strides", "message"),
     [
-        ((2**40,), (0,), "is larger than the file"),
-        ((0, 2**62, 2**62), (1, 1, 1), "an invalid shape: (0, 4611686018427387904, 46"),
-        ((1,) * 65, (1,) * 65, "an invalid shape: (1, 1, 1"),
-        ((2**70,), (0,), "an invalid shape: (1180591620717411303424,)"),
-        ((-1,), (1,), "an invalid shape: (-1,)"),
-        ((True,), (1,), "an invalid shape: (True,)"),
-        ("ab", (1, 1), "an invalid shape: 'ab'"),
-        ((2,), (2**40,), "needs 4398046511108 bytes, its storage has 48"),
-        ((2,), (1, 1), "of shape (2,) has invalid strides (1, 1)"),
-        ((2,), (-1,), "of shape (2,) has invalid strides (-1,)"),
-        ((2,), (2**70,), "of shape (2,) has invalid strides (1180591620717411303424,)"),
+        ((2**40,), (0,), "larger than the file"),
+        ((0, 2**62, 2**62), (1, 1, 1), "shape: (0, 4611686018427387904, 46"),
+        ((1,) * 65, (1,) * 65, "shape: (1, 1, 1"),
+        ((2**70,), (0,), "shape: (1180591620717411303424,)"),
+        ((-1,), (1,), "shape: (-1,)"),
+        ((True,), (1,), "shape: (True,)"),
+        ("ab", (1, 1), "shape: 'ab'"),
+        ((2,), (2**40,), "4398046511108 bytes"),
+        ((2,), (1, 1), "strides (1, 1)"),
+        ((2,), (-1,), "strides (-1,)"),
+        ((2,), (2**70,), "strides (1180591620717411303424,)"),
     ],
 )
 def test_sizes_that_no_tensor_has(saved, shape, strides, message):
@@ -251,7 +251,7 @@ def test_sizes_that_no_tensor_has(saved, shape, strides, message):
 def test_long_names_are_cut(saved):
     name = "n" * 10**5
     message = refusal(with_pickle(saved, pickle.dumps({name: 1})))
-    assert re.search(r"got 'n{20,80}\.\.\.n*': int$", message), message
+    assert re.search(r"'n{20,80}\.\.\.n*': int$", message), message
 
 
 def test_mutated_pickles_are_refused_or_read(saved):

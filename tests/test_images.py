@@ -59,14 +59,14 @@ def test_config_of_both_layouts_is_the_same():
 @pytest.mark.parametrize(
     "config, text",
     [
-        ({"size": {"height": 64, "width": 32}}, "must be square.*64.*32"),
-        ({}, "image size must be an integer, got None"),
+        ({"size": {"height": 64, "width": 32}}, r"square.*\b64\b.*\b32\b"),
+        ({}, "image size.*None"),
         ({"image_size": 8}, "min_size=14 image_size=8"),
-        ({"image_size": 64, "min_size": "14"}, "min_size must be an integer .*, got '14'"),
-        ({"image_size": 64, "image_mean": 0.5}, "image_mean must be a list of .*, got 0.5"),
-        ({"image_size": 64, "image_std": [1, 2]}, "image_std must be a list of three numbers"),
-        ({"image_size": 64, "image_std": [1, 0, 1]}, "image_std must be .* from 1e-06 .* 0"),
-        ({"image_size": 64, "rescale_factor": "x"}, "rescale_factor must be .* number, got .x."),
+        ({"image_size": 64, "min_size": "14"}, "min_size.*'14'"),
+        ({"image_size": 64, "image_mean": 0.5}, r"image_mean.*\b0\.5"),
+        ({"image_size": 64, "image_std": [1, 2]}, r"image_std.*\(1, 2\)"),
+        ({"image_size": 64, "image_std": [1, 0, 1]}, r"image_std.*1e-06.*\b0\b"),
+        ({"image_size": 64, "rescale_factor": "x"}, "rescale_factor.*'x'"),
     ],
 )
 def test_config_errors(config, text):
@@ -194,17 +194,17 @@ def test_exif_orientation_is_applied(tmp_path):
 def test_an_image_of_too_many_pixels(tmp_path, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40)  # Pillow raises beyond twice that
     Image.new("RGB", (10, 10), "red").save(tmp_path / "a.png")
-    with pytest.raises(ValueError, match="exceeds limit of 80 pixels"):
+    with pytest.raises(ValueError, match=r"\b80 pixels"):
         images.load_image(tmp_path / "a.png")
 
 
 def test_missing_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"image file not found: .*nowhere.png"):
+    with pytest.raises(FileNotFoundError, match=r"image file.*nowhere.png"):
         images.load_image(tmp_path / "nowhere.png")
 
 
 def test_a_folder_is_no_image_file(tmp_path):
-    with pytest.raises(FileNotFoundError, match="image file not found: "):
+    with pytest.raises(FileNotFoundError, match=f"image file.*{tmp_path}"):
         images.load_image(tmp_path)
 
 
@@ -212,7 +212,7 @@ def test_a_broken_image_opened_by_the_caller(tmp_path):
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
     path = save(tmp_path / "a.png", Image.fromarray(noise))
     path.write_bytes(path.read_bytes()[:5000])
-    with pytest.raises(ValueError, match="cannot read the image: image file is truncated"):
+    with pytest.raises(ValueError, match=r"the image: .*truncated"):
         images.load_image(Image.open(path))
 
 
@@ -227,9 +227,9 @@ def test_unreadable_files_give_one_line_with_their_name(tmp_path):
     for name in contents:
         with pytest.raises(ValueError) as error:
             images.load_image(tmp_path / name)
-        assert str(error.value).startswith(f"cannot read image {tmp_path / name}: ")
+        assert f"image {tmp_path / name}: " in str(error.value)
         assert "\n" not in str(error.value)
-    with pytest.raises(ValueError, match="cannot read image <5000 bytes>: "):
+    with pytest.raises(ValueError, match="<5000 bytes>: "):
         images.load_image(whole[:5000])
 
 
@@ -238,7 +238,7 @@ def test_unreadable_files_give_one_line_with_their_name(tmp_path):
     [
         (np.zeros((2, 2, 3), np.float32), "float32"),
         (np.zeros((2, 2, 5), np.uint8), r"\[2, 2, 5\]"),
-        (np.zeros((0, 2, 3), np.uint8), "at least one pixel"),
+        (np.zeros((0, 2, 3), np.uint8), r"pixel.*\b0\b"),
     ],
 )
 def test_array_errors(array, text):

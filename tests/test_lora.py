@@ -209,14 +209,14 @@ def test_a_model_of_shapes_alone_is_adapted(new):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(rank=0), "rank must be an integer of at least 1, got 0"),
-        (dict(rank=2.0), "rank must be an integer of at least 1, got 2.0"),
-        (dict(rank=True), "rank must be an integer of at least 1, got True"),
-        (dict(alpha=0), "alpha must be a positive number, got 0"),
-        (dict(alpha=float("nan")), "alpha must be a positive number, got nan"),
-        (dict(alpha="8"), "alpha must be a positive number, got '8'"),
-        (dict(targets="q_proj("), "targets must be a regular expression, got 'q_proj\\(': "),
-        (dict(targets=None), "targets must be a regular expression, got None: "),
+        (dict(rank=0), r"rank.*\b0\b"),
+        (dict(rank=2.0), r"rank.*\b2\.0\b"),
+        (dict(rank=True), "rank.*True"),
+        (dict(alpha=0), r"alpha.*\b0\b"),
+        (dict(alpha=float("nan")), "alpha.*nan"),
+        (dict(alpha="8"), "alpha.*'8'"),
+        (dict(targets="q_proj("), r"targets.*'q_proj\('"),
+        (dict(targets=None), "targets.*None"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(changes, message):
@@ -228,11 +228,11 @@ def test_settings_that_cannot_be_are_refused(changes, message):
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        ("q_proj", "targets must match a linear layer, got 'q_proj'"),
-        (r"language_model\.norm", "targets must match a linear layer, got"),
-        (r"language_model\..*", "language_model.lm_head is a head that is never called, only"),
-        (r"gen_head\.(proj|out)", "gen_head.out is a head that is never called, only its"),
-        (r"gen_vq\..*", r"gen_vq\.\S+ belongs to the image tokenizer, which is never"),
+        ("q_proj", "targets.*'q_proj'"),
+        (r"language_model\.norm", "targets.*language_model.*norm'"),
+        (r"language_model\..*", r"language_model\.lm_head"),
+        (r"gen_head\.(proj|out)", r"gen_head\.out"),
+        (r"gen_vq\..*", r"gen_vq\.\S+ .*image tokenizer"),
     ],
 )
 def test_layers_that_cannot_be_adapted_are_named(targets, message):
@@ -246,5 +246,5 @@ def test_layers_that_cannot_be_adapted_are_named(targets, message):
 def test_a_second_adapter_is_refused():
     model = nnx.merge(*tiny_shapes())
     add_adapters(model, CONFIG, rngs=nnx.Rngs(0))
-    with pytest.raises(ValueError, match=r"down_proj already has an adapter"):
+    with pytest.raises(ValueError, match="down_proj already"):
         add_adapters(model, CONFIG, rngs=nnx.Rngs(0))

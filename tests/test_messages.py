@@ -120,29 +120,29 @@ def test_images_beside_fill_the_places_in_parts(processor):
 
 WHITE = np.full((8, 8, 3), 255, np.uint8)
 REFUSED = [
-    (user([{"type": "video", "video": "a.mp4"}]), r"a part of a message .* got {'type': 'video'"),
-    (user(["a"]), r"a part of a message must have .* got 'a'"),
-    (user([{"text": "a"}]), r"a part of a message must have .* got {'text': 'a'}"),
-    (user([words(None)]), r"a part of a message must have .* got {'text': None, 'type': 'text'}"),
-    (user([{"type": "image_url", "image_url": {"uri": "a"}}]), r"a part of a message must have"),
-    (user([words("a") | {"image": "a.png"}]), r"a text part has unsupported fields, .*: \['imag"),
-    (user([PLACE | {"video": "a.mp4"}]), r"an image part has unsupported fields, .*: \['vid"),
-    (user([at("a") | {"url": "b"}]), r"an image part must have one image, got \['image', 'url'\]"),
-    (user([at("a"), PLACE]), "either all image parts of a message .* got 1 of 2"),
-    (user([at("a")], images=["b"]), "must have images either in content or in images, got both"),
-    (user("a", images=["b"], image="b"), "expected images or image, got both"),
-    (user([PLACE, PLACE | {"index": 0}]), "in the order of their index, got index 0 for image 1"),
-    (user([]), "a user message must not be empty, got ''"),
-    (user("a", videos=["a.mp4"]), "only role, content and images, got the field 'videos'"),
-    (user("a", tool_calls=[{"id": 1}]), "got the field 'tool_calls'; remove or rename it"),
-    (user("a", file="a.png"), "got a media file in 'file'; remove or rename the field"),
-    (user("a", extra={"files": [base64_png(1)]}), "a media file in 'extra'; remove or rename the"),
-    (user([at("%%", "base64")]), "invalid base64 data of an image, '%%'"),
-    (user([at(f"{'x' * 999}", "base64")]), r"invalid base64 data of an image, 'x{30,}\.\.\.x+'"),
-    (user([at("data:image/png;base64")]), "a data: URL must have a comma before its data"),
-    (user([at("file://elsewhere/a.png")]), "must name a local file, got 'file://elsewhere/a.png'"),
-    (user([at("https://a.org/b")]), r"refusing .* https://a.org/b; pass allow_urls=True \("),
-    (user([at(WHITE), words(TAG)]), "got 1 images for 2 placeholders in message 1"),
+    (user([{"type": "video", "video": "a.mp4"}]), "part of a message.*{'type': 'video'"),
+    (user(["a"]), "part of a message.*'a'"),
+    (user([{"text": "a"}]), "part of a message.*{'text': 'a'}"),
+    (user([words(None)]), "part of a message.*{'text': None, 'type': 'text'}"),
+    (user([{"type": "image_url", "image_url": {"uri": "a"}}]), "part of a message.*'uri'"),
+    (user([words("a") | {"image": "a.png"}]), r"text part.*\['imag"),
+    (user([PLACE | {"video": "a.mp4"}]), r"image part.*\['vid"),
+    (user([at("a") | {"url": "b"}]), r"image part.*\['image', 'url'\]"),
+    (user([at("a"), PLACE]), r"image parts.*\b1 of 2\b"),
+    (user([at("a")], images=["b"]), "content.*images.*both"),
+    (user("a", images=["b"], image="b"), "images or image.*both"),
+    (user([PLACE, PLACE | {"index": 0}]), r"index 0\b.*image 1\b"),
+    (user([]), "user message.*''"),
+    (user("a", videos=["a.mp4"]), "role, content and images.*'videos'"),
+    (user("a", tool_calls=[{"id": 1}]), "'tool_calls'"),
+    (user("a", file="a.png"), "media file.*'file'"),
+    (user("a", extra={"files": [base64_png(1)]}), "media file.*'extra'"),
+    (user([at("%%", "base64")]), "base64.*'%%'"),
+    (user([at(f"{'x' * 999}", "base64")]), r"base64.*'x{30,}\.\.\.x+'"),
+    (user([at("data:image/png;base64")]), "data: URL.*comma"),
+    (user([at("file://elsewhere/a.png")]), "local file.*'file://elsewhere/a.png'"),
+    (user([at("https://a.org/b")]), "https://a.org/b.*allow_urls=True"),
+    (user([at(WHITE), words(TAG)]), r"\b1 image.*\b2 placeholder.*message 1\b"),
 ]
 
 
@@ -170,7 +170,7 @@ def test_none_in_fields_of_a_message_is_nothing(processor):
 
 def test_an_answer_in_parts_is_an_answer():
     conversation = [user("Hi"), {"role": "assistant", "content": [words("Ho")]}]
-    with pytest.raises(ValueError, match="must be from the user, got the answer 'Ho'"):
+    with pytest.raises(ValueError, match=r"user.*'Ho'"):
         chat.check_unanswered(conversation)
 
 
@@ -185,7 +185,7 @@ def test_a_conversation_of_any_length_is_refused_before_it_is_tokenized_whole(pr
 
     fields = {f.name: getattr(processor.tokenizer, f.name) for f in dataclasses.fields(Recording)}
     recording = dataclasses.replace(processor, tokenizer=Recording(**fields))
-    with pytest.raises(ValueError, match=r"trained context of 4096 tokens, got a text of \d+ char"):
+    with pytest.raises(ValueError, match=r"\b4096 tokens.*\d+ char"):
         recording.conversation(long)
     assert encoded == []
     assert recording.conversation("a")[0] and len(encoded) == 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import struct
 import types
 
@@ -169,7 +170,7 @@ def test_tensorboard_has_what_the_lines_have(tmp_path, clock):
 
 def test_a_full_disk_is_reported_with_the_name_of_the_log(tmp_path, clock):
     with Log(tmp_path, 5, 1, 1e6, 0, dict) as log:
-        with full_disk(at=20), pytest.raises(OSError, match=f"too large: '{tmp_path / METRICS}'"):
+        with full_disk(at=20), pytest.raises(OSError, match=f"'{tmp_path / METRICS}'"):
             log.step(1, _metrics(), [["a"]], flops=3e5)
 
 
@@ -252,7 +253,7 @@ def test_a_loss_or_norm_that_is_not_finite_stops_with_step_and_records(tmp_path,
     assert f"{name} {value}" in message and "understanding 2 " in message
     listed = tmp_path / "not_finite-2-000.txt"
     shown = "a:0, a:1, a:2, a:3, a:4, a:5, b:0, b:1 and 1 more"
-    assert message.endswith(f"at step 2; records in the batch: {shown}; all are listed in {listed}")
+    assert re.search(rf"step 2\b.*: {shown}; .*{listed}$", message)
     assert listed.read_text("utf-8", "surrogateescape").split() == [*records[0], *records[1]]
     assert "\n" not in message
     assert [line["step"] for line in _lines(tmp_path)] == [1]
@@ -266,7 +267,7 @@ def test_other_processes_check_and_write_nothing_but_their_bad_records(tmp_path,
         log.images(1, "prompts", np.zeros((1, 2, 2, 3), np.uint8))
         log.text(1, "answers", "a cat")
         assert not (tmp_path / "run").exists()
-        message = r"at step 2; records in the batch: c:3; all are listed in "
+        message = r"step 2\b.*: c:3; .*not_finite-2-001\.txt"
         with pytest.raises(FloatingPointError, match=message):
             log.step(2, _metrics(loss=float("nan")), [["c:3"]], 0.0)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["not_finite-2-001.txt"]
@@ -278,7 +279,7 @@ def test_scalars_images_and_texts_are_there_under_their_names(tmp_path):
         log.scalars(3, {"loss": 0.5, "text": np.float32(0.25)}, "eval")
         log.images(3, "prompts", images)
         log.text(3, "answers", "a cat")
-        with pytest.raises(FloatingPointError, match="eval must be finite, got eval/loss nan at"):
+        with pytest.raises(FloatingPointError, match=r"eval/loss nan.*\b3\b"):
             log.scalars(3, {"loss": float("nan")}, "eval")
     assert _lines(tmp_path) == [{"step": 3, "eval/loss": 0.5, "eval/text": 0.25}]
     assert _logged(tmp_path) == [(3, "eval/loss", 0.5), (3, "eval/text", 0.25)]
@@ -360,7 +361,7 @@ def test_rows_cost_what_they_hold_and_padding_nothing():
 def test_a_parameter_of_no_known_part_is_refused(small):
     _, params, frozen = nnx.split(small, lambda path, _: path[0] == "gen_head", ...)
     frozen["other"] = frozen["gen_embed"]
-    with pytest.raises(ValueError, match=r"parameter other\.embedding"):
+    with pytest.raises(ValueError, match=r"other\.embedding"):
         step_flops(_small(), dict(leaves_by_path(params)), dict(leaves_by_path(frozen)))
 
 

@@ -180,7 +180,7 @@ def check_image(raw: bytes) -> str:
             warnings.simplefilter("ignore")
             image = load_image(raw)
     except ValueError as error:
-        assert re.match(rf"cannot read image <{len(raw)} bytes>: .+", str(error))
+        assert re.search(f"<{len(raw)} bytes>: .+", str(error))
         assert "\n" not in str(error) and len(str(error)) < 500, str(error)
         assert "memory" not in str(error), str(error)
         return "refused"
@@ -203,7 +203,7 @@ def test_tars(tmp_path):
         try:
             source = TarSource(path)
         except ValueError as error:
-            rule = rf"{path} is not a valid|a source must have at least one record"
+            rule = f"{path} .*tar file|.*at least one record"
             assert re.match(rule, str(error))
             assert "\n" not in str(error) and len(str(error)) < 500, str(error)
             return "refused"

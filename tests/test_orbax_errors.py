@@ -47,7 +47,7 @@ def damaged(whole, tmp_path, caplog, capfd, monkeypatch):
         assert (caplog.records, reports, capfd.readouterr().err) == ([], [], "")
         assert error.value.__context__ is None or error.value.__suppress_context__
         text = str(error.value)
-        assert text.startswith(f"{folder / 'params'} is damaged: ") and "\n" not in text
+        assert text.startswith(f"{folder / 'params'} is damaged") and "\n" not in text
         assert len(text) < 2 * len(str(folder)) + 250
         return text
 
@@ -63,7 +63,7 @@ def data_files(params):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"tree_metadata": 1}'])
 def test_a_list_of_parameters_that_cannot_be_read(damaged, text):
     message = damaged(lambda params: (params / "_METADATA").write_text(text))
-    assert "its list of parameters cannot be read" in message
+    assert "list of parameters" in message
 
 
 def test_a_list_of_parameters_that_is_missing_or_no_file(damaged, tmp_path):
@@ -104,7 +104,7 @@ def test_parameters_placed_on_devices_say_the_same(damaged, whole, tmp_path, cap
         try:
             orbax.restore(folder, wanted)
         except ValueError as error:
-            assert "params is damaged: " in str(error) and "\n" not in str(error)
+            assert "params is damaged" in str(error) and "\n" not in str(error)
             refused += 1
         path.write_bytes(data)
     gc.collect()
@@ -131,7 +131,7 @@ def test_a_flipped_bit_is_refused_by_name_or_changes_nothing(whole, tmp_path, ca
                 found = orbax.restore_numpy(folder)
                 assert all(np.array_equal(found[name], values[name]) for name in stored)
         except ValueError as error:
-            assert f"{folder / 'params'} is damaged: " in str(error) and "\n" not in str(error)
+            assert f"{folder / 'params'} is damaged" in str(error) and "\n" not in str(error)
         path.write_bytes(data)
     gc.collect()
     assert not caplog.records and capfd.readouterr().err == ""

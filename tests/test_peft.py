@@ -132,7 +132,7 @@ def test_an_adapter_of_a_part_of_the_model(base, tmp_path, part, targets):
     theirs, folder = base
     if targets is None:
         from_peft(theirs.get_submodule(part), tmp_path, r=2, target_modules=["fc1"])
-        with pytest.raises(ValueError, match=r"2 for unknown modules: base_model.model.fc1.lora_A"):
+        with pytest.raises(ValueError, match=r"\b2 .*unknown.*base_model.model.fc1.lora_A"):
             params_of(folder, tmp_path)
         return
     merged, whole = copy.deepcopy(theirs), copy.deepcopy(theirs)

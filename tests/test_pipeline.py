@@ -31,26 +31,26 @@ ANSWERED = [{"role": "user", "content": "a"}, {"role": "Assistant", "content": "
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"prompts": []}, "prompts must not be empty"),
-        ({"prompts": " "}, "a prompt must be a non-empty string, got ' '"),
-        ({"prompts": ["a", 3]}, "prompt 2 of 2, 3: a prompt must be a non-empty string, "),
-        ({"prompts": [{"content": "b" * 40}, "a"]}, r"prompt 1 of 2, {'content': 'b{40}'}: a "),
-        ({"prompts": ["a", "b " * 999]}, r"prompt 2 of 2, '(b ){15,}.*\.\.\..*': .* of 512 tokens"),
-        ({"prompts": None}, "a prompt must be a non-empty string, got None"),
-        ({"prompts": b"red"}, "a prompt must be a non-empty string, got b'red'"),
-        ({"prompts": {"role": "user"}}, "a prompt must be a non-empty string, got {'role'"),
-        ({"prompts": "\udcff"}, "a text must be valid Unicode"),
-        ({"temperature": 1e39}, "temperature must be a finite number, got 1e\\+39"),
-        ({"prompts": "a " * 5000}, r"must fit the trained context of 512 tokens, got \d+ \+ 16"),
-        ({"num_images": 0}, "num_images must be an integer of at least 1, got 0"),
-        ({"num_images": 10**30}, r"num_images must be below 2\*\*31, got 10{30}$"),
-        ({"num_images": 1.5}, "num_images must be an integer of at least 1, got 1.5"),
-        ({"max_batch": 0}, "max_batch must be an integer of at least 1, got 0"),
-        ({"seed": 0.5}, r"seed must be an integer in \[0, 2\*\*64\), got 0.5"),
-        ({"guidance_weight": float("inf")}, "guidance_weight must be a finite number, got inf"),
-        ({"temperature": -1}, r"temperature must be at least 0 \(0 is greedy\), got -1"),
-        ({"top_k": 129}, "top_k must be at most 128, got 129"),
-        ({"top_p": 0}, r"top_p must be in \(0, 1\], got 0"),
+        ({"prompts": []}, "prompts.*empty"),
+        ({"prompts": " "}, "prompt.*' '"),
+        ({"prompts": ["a", 3]}, "prompt 2 of 2, 3:"),
+        ({"prompts": [{"content": "b" * 40}, "a"]}, "prompt 1 of 2, {'content': 'b{40}'}:"),
+        ({"prompts": ["a", "b " * 999]}, r"prompt 2 of 2, '(b ){15,}.*\.\.\..*': .*\b512\b"),
+        ({"prompts": None}, "prompt.*None"),
+        ({"prompts": b"red"}, "prompt.*b'red'"),
+        ({"prompts": {"role": "user"}}, "prompt.*{'role'"),
+        ({"prompts": "\udcff"}, "Unicode"),
+        ({"temperature": 1e39}, r"temperature.*1e\+39"),
+        ({"prompts": "a " * 5000}, r"\b512 tokens.*\b\d+ \+ 16\b"),
+        ({"num_images": 0}, r"num_images.*\b0\b"),
+        ({"num_images": 10**30}, r"num_images.*2\*\*31.*\b10{30}$"),
+        ({"num_images": 1.5}, r"num_images.*\b1\.5\b"),
+        ({"max_batch": 0}, r"max_batch.*\b0\b"),
+        ({"seed": 0.5}, r"seed.*\[0, 2\*\*64\).*\b0\.5"),
+        ({"guidance_weight": float("inf")}, "guidance_weight.*inf"),
+        ({"temperature": -1}, r"temperature.* -1\b"),
+        ({"top_k": 129}, r"top_k.*\b128\b.*\b129\b"),
+        ({"top_p": 0}, r"top_p.*\(0, 1\].*\b0\b"),
     ],
 )
 def test_generation_refuses_arguments_out_of_range(pipeline, settings, message):
@@ -61,25 +61,25 @@ def test_generation_refuses_arguments_out_of_range(pipeline, settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"conversation": []}, "conversations must not be empty"),
-        ({"conversation": None}, "a string or a list of messages, got NoneType"),
-        ({"conversation": {"role": "user"}}, "a string or a list of messages, got dict"),
-        ({"conversation": [None]}, "a string or a list of messages, got NoneType"),
-        ({"conversation": [{"role": "user", "content": "a"}, "b"]}, "must be a dict, got str"),
-        ({"conversation": " "}, "a user message must not be empty, got ' '"),
-        ({"conversation": [{"role": [], "content": "a"}]}, r"role must be .*, got \[\]"),
-        ({"conversation": [{"role": "bot", "content": "a"}]}, "role must be .*, got 'bot'"),
-        ({"conversation": ANSWERED}, "must be from the user, got the answer 'It is red'"),
-        ({"max_batch": 0}, "max_batch must be an integer of at least 1, got 0"),
-        ({"images": [[1]]}, "an image array must be uint8"),
-        ({"images": io.BytesIO()}, "an image must be a path, .* or an array, got BytesIO"),
-        ({"conversation": ["a", "b"], "images": [[]]}, "list per conversation, 2 in all, got 1"),
-        ({"conversation": "<image_placeholder> a"}, "got 0 images for 1 placeholders"),
-        ({"max_new_tokens": 0}, "max_new_tokens must be an integer of at least 1, got 0"),
-        ({"max_new_tokens": 4096}, r"must fit the trained context of 512 tokens, got \d+ \+ 4096"),
-        ({"temperature": -1}, r"temperature must be at least 0 \(0 is greedy\), got -1"),
-        ({"top_k": 449}, "top_k must be at most 448, got 449"),
-        ({"seed": "1"}, "seed must be an integer"),
+        ({"conversation": []}, "conversations.*empty"),
+        ({"conversation": None}, "messages.*NoneType"),
+        ({"conversation": {"role": "user"}}, "messages.*dict"),
+        ({"conversation": [None]}, "messages.*NoneType"),
+        ({"conversation": [{"role": "user", "content": "a"}, "b"]}, "message.*dict.*str"),
+        ({"conversation": " "}, "user message.*' '"),
+        ({"conversation": [{"role": [], "content": "a"}]}, r"role.*\[\]"),
+        ({"conversation": [{"role": "bot", "content": "a"}]}, "role.*'bot'"),
+        ({"conversation": ANSWERED}, "user.*'It is red'"),
+        ({"max_batch": 0}, r"max_batch.*\b0\b"),
+        ({"images": [[1]]}, "image array.*uint8"),
+        ({"images": io.BytesIO()}, "image.*path.*array.*BytesIO"),
+        ({"conversation": ["a", "b"], "images": [[]]}, r"images?\b.*\b2\b.*\b1\b"),
+        ({"conversation": "<image_placeholder> a"}, r"\b0 images.*\b1 placeholder"),
+        ({"max_new_tokens": 0}, r"max_new_tokens.*\b0\b"),
+        ({"max_new_tokens": 4096}, r"\b512 tokens.*\b\d+ \+ 4096\b"),
+        ({"temperature": -1}, r"temperature.* -1\b"),
+        ({"top_k": 449}, r"top_k.*\b448\b.*\b449\b"),
+        ({"seed": "1"}, "seed.*'1'"),
     ],
 )
 def test_answering_refuses_arguments_out_of_range(pipeline, settings, message):
@@ -104,7 +104,7 @@ def test_scalars_of_numpy_and_jax_are_taken_as_numbers(small):
     "name", ["num_images", "seed", "max_batch", "temperature", "guidance_weight", "top_k", "top_p"]
 )
 def test_arrays_of_several_numbers_are_refused_by_name(pipeline, name):
-    with pytest.raises(ValueError, match=rf"^{name} must be .*, got an array of shape \(2,\)$"):
+    with pytest.raises(ValueError, match=rf"^{name} .*\(2,\)$"):
         pipeline.generate_images("a cat", **{name: np.ones(2)})
 
 
@@ -113,14 +113,14 @@ def test_images_come_chunk_by_chunk(small):
     assert [len(part.pixels) for part in parts] == [2, 2, 1]
     whole = small.generate_images("a cat", num_images=5)
     np.testing.assert_array_equal(np.concatenate([part.indices for part in parts]), whole.indices)
-    with pytest.raises(ValueError, match="num_images must be"):  # before iterating
+    with pytest.raises(ValueError, match=r"num_images.*\b0\b"):  # before iterating
         small.stream_images("a cat", num_images=0)
 
 
 def test_a_prompt_may_fill_the_context_of_config_json_and_no_more(pipeline):
     number = len(pipeline.processor.conversation("a")[0])
     pipeline.stream("a", max_new_tokens=512 - number)
-    message = f"trained context of 512 tokens, got {number} . {513 - number} = 513"
+    message = rf"\b512 tokens.*\b{number} . {513 - number} = 513\b"
     with pytest.raises(ValueError, match=message):
         pipeline.stream("a", max_new_tokens=513 - number)
 
@@ -134,7 +134,7 @@ def test_no_config_json_lengthens_the_trained_context(golden):
 
 
 def test_streaming_checks_its_arguments_when_called(pipeline):
-    with pytest.raises(ValueError, match="stream takes one conversation, got a list"):
+    with pytest.raises(ValueError, match=r"one conversation.*list"):
         pipeline.stream(["a", "b"])
     with pytest.raises(FileNotFoundError, match=r"nowhere\.png"):
         pipeline.stream("a", "nowhere.png")
@@ -159,19 +159,19 @@ def test_images_of_any_kind_are_encoded(small, golden):
     np.testing.assert_array_equal(
         small.encode_images(np.stack([pixels, pixels])), np.repeat(expected, 2, axis=0)
     )
-    with pytest.raises(ValueError, match="images must not be empty"):
+    with pytest.raises(ValueError, match=r"images.*empty"):
         small.encode_images([])
 
 
 @pytest.mark.parametrize(
     ("indices", "message"),
     [
-        (np.zeros((1, 15), int), r"indices must be int\[N, 16\], got \[1, 15\]"),
-        (np.zeros((0, 16), int), r"indices must be int\[N, 16\], got \[0, 16\]"),
-        (np.full((1, 16), 128), r"indices must be in \[0, 128\), got 128 to 128"),
-        (np.full((1, 16), -1), r"indices must be in \[0, 128\), got -1 to -1"),
-        (np.zeros((1, 16)), "indices must be integers, got float64"),
-        (np.full((1, 16), None), "indices must be integers, got object"),
+        (np.zeros((1, 15), int), r"indices.*\[N, 16\].*\[1, 15\]"),
+        (np.zeros((0, 16), int), r"indices.*\[N, 16\].*\[0, 16\]"),
+        (np.full((1, 16), 128), r"indices.*\[0, 128\).*\b128 to 128\b"),
+        (np.full((1, 16), -1), r"indices.*\[0, 128\).* -1 to -1\b"),
+        (np.zeros((1, 16)), "indices.*float64"),
+        (np.full((1, 16), None), "indices.*object"),
     ],
 )
 def test_indices_that_cannot_be_decoded_are_refused(pipeline, indices, message):
@@ -217,7 +217,7 @@ def test_the_default_dtype_is_that_of_the_mesh_s_devices():
 
 @pytest.mark.parametrize("dtype", ["float16", jnp.float16, "int8", 3])
 def test_other_dtypes_are_refused(dtype):
-    with pytest.raises(ValueError, match=r"dtype must be one of float32, bfloat16, got "):
+    with pytest.raises(ValueError, match=r"dtype.*float32, bfloat16"):
         pipelines.load("nowhere", dtype=dtype)
 
 
@@ -233,14 +233,14 @@ def test_processor_files_of_another_model_are_refused(golden, tmp_path):
         (tmp_path / path.name).write_bytes(path.read_bytes())
     path = tmp_path / "processor_config.json"
     path.write_text(path.read_text().replace('"num_image_tokens": 16', '"num_image_tokens": 576'))
-    with pytest.raises(ValueError, match=r"64 pixels and 576 tokens per image, but config"):
+    with pytest.raises(ValueError, match=r"\b64 pixels.*\b576 tokens.*config"):
         pipelines.load(tmp_path)
 
 
 def test_a_tokenizer_beyond_the_vocabulary_is_refused(pipeline, golden):
     decoder = dataclasses.replace(pipeline.model.cfg.language_model, vocab_size=100)
     cfg = dataclasses.replace(pipeline.model.cfg, language_model=decoder)
-    with pytest.raises(ValueError, match=r"tokenizer\.json has token ids up to \d+, .* is 100"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json.*\b100\b"):
         check_processor(golden / "janus", pipeline.processor, cfg)
 
 
@@ -262,9 +262,9 @@ def test_a_hub_id_is_fetched_only_if_there_is_no_such_folder(tmp_path, monkeypat
     (tmp_path / "org" / "there").mkdir(parents=True)
     (tmp_path / "org" / "there" / "config.json").touch()
     assert find_folder("org/there") == Path("org/there")
-    with pytest.raises(FileNotFoundError, match="a/b/c is not a folder"):
+    with pytest.raises(FileNotFoundError, match=r"^a/b/c "):
         find_folder("a/b/c")
-    with pytest.raises(ValueError, match=r"expected a checkpoint folder or a .* hub id, got ''"):
+    with pytest.raises(ValueError, match=r"folder.*''"):
         find_folder("")
     assert downloaded == []
     assert find_folder("org/Name-1.3B") == tmp_path
@@ -327,7 +327,7 @@ def test_public_names_are_there():
     for name in janus_jax.__all__:
         assert callable(getattr(janus_jax, name))
         assert name in dir(janus_jax)
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="'nothing'"):
         _ = janus_jax.nothing
 
 
@@ -342,10 +342,10 @@ def test_the_checkpoint_states_its_image_settings(small, golden, tmp_path):
     expected = small.generate_images("a red cat", temperature=0, guidance_weight=2.0)
     np.testing.assert_array_equal(generated.indices, expected.indices)
     stated.write_text('{"guidance_scale": "much"}')
-    with pytest.raises(ValueError, match="must be a finite number, got 'much'"):
+    with pytest.raises(ValueError, match=r"guidance_scale.*'much'"):
         janus_jax.load(tmp_path / "janus_small", dtype="float32")
     stated.write_text('{"temperature": -1}')
-    with pytest.raises(ValueError, match=r"temperature in .* must be at least 0, got -1"):
+    with pytest.raises(ValueError, match=r"temperature.*generation_config.json.* -1\b"):
         janus_jax.load(tmp_path / "janus_small", dtype="float32")
 
 
@@ -354,5 +354,5 @@ def test_a_platform_without_devices_is_refused(golden, monkeypatch):
         raise AssertionError
 
     monkeypatch.setattr(jax, "devices", devices)
-    with pytest.raises(ValueError, match=r"was requested, but JAX found no .* device; "):
+    with pytest.raises(ValueError, match="JAX_PLATFORMS"):
         janus_jax.load(golden / "janus_small")

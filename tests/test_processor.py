@@ -143,7 +143,7 @@ def test_images_in_the_messages_and_beside_them_are_the_same(processor):
     assert tokens == carried_tokens
     np.testing.assert_array_equal(pixels, carried_pixels)
     assert pixels[0].max() == -1 and pixels[1].min() == 1
-    with pytest.raises(ValueError, match="2 in the messages and 1 separately"):
+    with pytest.raises(ValueError, match=r"\b2 in the messages.*\b1\b"):
         processor.conversation(messages, [first])
 
 
@@ -160,36 +160,36 @@ def test_an_image_is_shown_in_the_message_that_carries_it(processor):
 
     both = tokens(f"{tag}\nA?", "yes", f"{tag}\nB?", first=1, last=1)
     assert tokens(f"{tag}\nA?", "yes", "B?", first=1, last=1) == both
-    with pytest.raises(ValueError, match="got 0 images for 1 placeholders in message 1"):
+    with pytest.raises(ValueError, match=r"\b0 images.*\b1 placeholder.*message 1\b"):
         tokens(f"{tag}A?", "yes", "B?", last=1)
-    with pytest.raises(ValueError, match="got 2 images for 1 placeholders in message 3"):
+    with pytest.raises(ValueError, match=r"\b2 images.*\b1 placeholder.*message 3\b"):
         tokens("A?", "yes", f"B {tag}?", last=2)
 
 
 def test_numbers_of_images_and_placeholders_must_agree(processor):
     grey = np.full((8, 8, 3), 128, np.uint8)
-    with pytest.raises(ValueError, match="got 0 images for 1 placeholders"):
+    with pytest.raises(ValueError, match=r"\b0 images.*\b1 placeholder"):
         processor.conversation("what is <image_placeholder>?")
-    with pytest.raises(ValueError, match="got 2 images for 1 placeholders"):
+    with pytest.raises(ValueError, match=r"\b2 images.*\b1 placeholder"):
         processor.conversation("what is <image_placeholder>?", [grey, grey])
     messages = [{"role": "user", "content": "what is <image_placeholder>?"}]
-    with pytest.raises(ValueError, match="got 2 images for 1 placeholders"):
+    with pytest.raises(ValueError, match=r"\b2 images.*\b1 placeholder"):
         processor.conversation(messages, [grey, grey])
-    with pytest.raises(ValueError, match="got 0 images for 1 placeholders"):
+    with pytest.raises(ValueError, match=r"\b0 images.*\b1 placeholder"):
         processor.image_prompt("a <image_placeholder>")
 
 
 def test_length_past_the_trained_context(processor):
     assert processor.trained_context == TRAINED_CONTEXT == 4096
     processor.check_length(4000, 96)
-    with pytest.raises(ValueError, match=r"context of 4096 tokens, got 4000 [+] 97 = 4097"):
+    with pytest.raises(ValueError, match=r"\b4096 tokens.*\b4000 [+] 97 = 4097\b"):
         processor.check_length(4000, 97)
 
 
 def test_image_settings_are_an_object(folder):
     (folder / "preprocessor_config.json").unlink()
     edit(folder / "processor_config.json", image_processor="VLM")
-    with pytest.raises(ValueError, match="image_processor must be an object, got 'VLM'"):
+    with pytest.raises(ValueError, match=r"image_processor.*'VLM'"):
         Processor.from_dir(folder)
 
 
@@ -259,18 +259,18 @@ def test_a_parsed_config_is_not_read_again(folder):
 
 def test_folder_errors(folder):
     edit(folder / "processor_config.json", num_image_tokens="16")
-    with pytest.raises(ValueError, match=r"num_image_tokens must be at least 1, got '16'"):
+    with pytest.raises(ValueError, match=r"num_image_tokens.*'16'"):
         Processor.from_dir(folder)
     edit(folder / "processor_config.json", num_image_tokens=16, image_tag=None)
-    with pytest.raises(ValueError, match=r"processor_config.json: image_tag must be a string"):
+    with pytest.raises(ValueError, match=r"processor_config.json.*image_tag.*None"):
         Processor.from_dir(folder)
     edit(folder / "processor_config.json", drop=("image_tag",), sft_format=[])
-    with pytest.raises(ValueError, match=r"sft_format must be .*, got \[\]"):
+    with pytest.raises(ValueError, match=r"sft_format.*\[\]"):
         Processor.from_dir(folder)
     edit(folder / "processor_config.json", sft_format="chatml")
-    with pytest.raises(ValueError, match=r"sft_format must be .*, got 'chatml'"):
+    with pytest.raises(ValueError, match=r"sft_format.*'chatml'"):
         Processor.from_dir(folder)
     edit(folder / "processor_config.json", drop=("sft_format",))
     (folder / "preprocessor_config.json").unlink()
-    with pytest.raises(FileNotFoundError, match=r"no preprocessor_config.json in"):
+    with pytest.raises(FileNotFoundError, match=f"preprocessor_config.json.*{folder}"):
         Processor.from_dir(folder)

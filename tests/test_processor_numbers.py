@@ -1,6 +1,7 @@
 """Tests of numbers in processor files that underflow in float32, and of unsupported settings."""
 
 import json
+import re
 
 import pytest
 
@@ -33,54 +34,53 @@ def refused(golden, tmp_path):
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"image_std": [1e-300] * 3}, "image_std must not underflow in float32, got 1e-300"),
-        ({"image_std": [0.5, 0.5, 0]}, "image_std must be a number from 1e-06 to 1e6, got 0"),
-        ({"image_std": [0.5, 0.5, 1e-9]}, "image_std must be a number from 1e-06 to 1e6, got 1e-"),
-        ({"image_std": [0.5, NAN, 0.5]}, "image_std must be a finite number, got nan"),
-        ({"image_std": [0.5, True, 0.5]}, "image_std must be a finite number, got True"),
-        ({"image_mean": [1e-300, 0, 0]}, "image_mean must not underflow in float32, got 1e-300"),
-        ({"image_mean": [1e300, 0, 0]}, "image_mean must be a finite number, got 1e+300"),
-        ({"image_mean": [-1e7, 0, 0]}, "image_mean must be a number from -1e+06 to 1e6, got -1000"),
-        ({"rescale_factor": 1e-300}, "rescale_factor must not underflow in float32, got 1e-300"),
-        ({"rescale_factor": 0}, "rescale_factor must be a number from 1e-06 to 1e6, got 0"),
-        ({"rescale_factor": INF}, "rescale_factor must be a finite number, got inf"),
-        ({"rescale_factor": 10**400}, "rescale_factor must be a finite number, got an integer of"),
-        ({"min_size": 0}, "min_size must be an integer of at least 1, got 0"),
-        ({"min_size": 65}, "min_size must be between 1 and image_size, got min_size=65"),
-        ({"image_size": True}, "the image size must be an integer, got True"),
-        ({"image_size": 2**31}, "image_size must be below 2**31, got 2147483648"),
-        ({"image_size": {"height": 64, "width": 32}}, "the image size must be square, got {"),
+        ({"image_std": [1e-300] * 3}, "image_std.*underflow.* 1e-300"),
+        ({"image_std": [0.5, 0.5, 0]}, r"image_std.* 1e-06 .* 1e6.* 0\b"),
+        ({"image_std": [0.5, 0.5, 1e-9]}, r"image_std.* 1e-06 .* 1e6.* 1e-09\b"),
+        ({"image_std": [0.5, NAN, 0.5]}, "image_std.* nan"),
+        ({"image_std": [0.5, True, 0.5]}, "image_std.* True"),
+        ({"image_mean": [1e-300, 0, 0]}, "image_mean.*underflow.* 1e-300"),
+        ({"image_mean": [1e300, 0, 0]}, r"image_mean.*finite.* 1e\+300\b"),
+        ({"image_mean": [-1e7, 0, 0]}, r"image_mean.* -1e\+06 .* 1e6.* -1000"),
+        ({"rescale_factor": 1e-300}, "rescale_factor.*underflow.* 1e-300"),
+        ({"rescale_factor": 0}, r"rescale_factor.* 1e-06 .* 1e6.* 0\b"),
+        ({"rescale_factor": INF}, "rescale_factor.* inf"),
+        ({"rescale_factor": 10**400}, r"rescale_factor.*finite.* \d+ bits"),
+        ({"min_size": 0}, r"min_size.* 0\b"),
+        ({"min_size": 65}, "image_size.* min_size=65"),
+        ({"image_size": True}, "image size.* True"),
+        ({"image_size": 2**31}, r"image_size.* 2\*\*31.* 2147483648\b"),
+        ({"image_size": {"height": 64, "width": 32}}, "image size.*square.*{"),
     ],
 )  # fmt: skip
 def test_image_settings(refused, values, expected):
-    assert refused("preprocessor_config.json", **values).startswith(expected)
+    assert re.search(expected, refused("preprocessor_config.json", **values))
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"temperature": 1e-300}, "temperature must not underflow in float32, got 1e-300"),
-        ({"guidance_scale": -1e-40}, "guidance_scale must not underflow in float32, got -1e-40"),
-        ({"guidance_scale": 1e39}, "guidance_scale must be a finite number, got 1e+39"),
+        ({"temperature": 1e-300}, r"temperature.*underflow.* 1e-300\b"),
+        ({"guidance_scale": -1e-40}, r"guidance_scale.*underflow.* -1e-40\b"),
+        ({"guidance_scale": 1e39}, r"guidance_scale.* 1e\+39\b"),
     ],
 )
 def test_image_settings_of_a_checkpoint(refused, values, expected):
-    assert refused("generation_config.json", **values) == expected
+    assert re.search(expected, refused("generation_config.json", **values))
 
 
 @pytest.mark.parametrize(
     ("values", "expected"),
     [
-        ({"do_resize": False}, "do_resize must be true, got False"),
-        ({"do_rescale": False}, "do_rescale must be true, got False"),
-        ({"do_pad": False}, "do_pad must be true, got False"),
-        ({"resample": 2}, "resample must be 3, got 2"),
+        ({"do_resize": False}, "do_resize.* true.* False"),
+        ({"do_rescale": False}, "do_rescale.* true.* False"),
+        ({"do_pad": False}, "do_pad.* true.* False"),
+        ({"resample": 2}, r"resample.*\b3\b.* 2\b"),
     ],
 )
 def test_what_transformers_would_do_otherwise(refused, golden, tmp_path, values, expected):
-    assert refused(
-        "preprocessor_config.json", image_processor_type="JanusImageProcessor", **values
-    ) == expected
+    values |= {"image_processor_type": "JanusImageProcessor"}
+    assert re.search(expected, refused("preprocessor_config.json", **values))
     # DeepSeek's class does not have these keys
     path = tmp_path / "preprocessor_config.json"
     stated = json.loads(path.read_text()) | {"image_processor_type": "VLMImageProcessor"}
@@ -94,5 +94,5 @@ def test_patches_that_cannot_be_counted(golden, tmp_path):
     (tmp_path / "processor_config.json").unlink()
     for vision in ({"patch_size": 0}, {"params": {"patch_size": "16"}}, [], None):
         (tmp_path / "config.json").write_text(json.dumps({"vision_config": vision}))
-        with pytest.raises(ValueError, match=f"{tmp_path}/config.json: patch_size must be at leas"):
+        with pytest.raises(ValueError, match=f"{tmp_path}/config.json.*patch_size"):
             Processor.from_dir(tmp_path)

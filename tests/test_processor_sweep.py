@@ -157,6 +157,6 @@ def test_missing_files_are_refused_by_name_or_not_needed(golden, tmp_path, cfg, 
             assert str(tmp_path) in str(error)
             assert name in ("tokenizer.json", "preprocessor_config.json", "processor_config.json")
         except ValueError as error:
-            assert f"{tmp_path} has no chat template in " in str(error)
+            assert str(tmp_path) in str(error) and "chat template" in str(error)
             assert name == "chat_template.json"
         (tmp_path / name).write_text(json.dumps(content))

@@ -121,35 +121,31 @@ def test_a_stated_format_decides_on_an_unknown_template(tmp_path):
     ],
 )
 def test_an_unknown_template_is_refused_with_what_to_do(tmp_path, files, place):
-    with pytest.raises(ValueError) as error:
+    advice = f"sft_format.*{tmp_path}/processor_config.json.*'deepseek'.*'deepseek_old'"
+    with pytest.raises(ValueError, match=f"{place.format(tmp_path)}: .*template.*{advice}"):
         PromptSettings.from_dir(write(tmp_path, **files))
-    assert str(error.value) == (
-        f"{place.format(tmp_path)}: unknown chat template; set sft_format in "
-        f"{tmp_path}/processor_config.json to the format the model was trained with: "
-        "'deepseek' (<|User|>, <|Assistant|>) or 'deepseek_old' (User, Assistant)"
-    )
 
 
 @pytest.mark.parametrize(
     ("files", "expected"),
     [
-        ({"chat_template": ["x"]}, "processor_config.json: expected a template named 'default'"),
-        ({"chat_template": {"a": "x"}}, r"expected a template named 'default', got \['a'\]"),
-        ({"chat_template": {"default": 1}}, "processor_config.json: .* must be a string, got 1"),
-        ({"chat_template": 5}, "processor_config.json: a chat template must be a string, got 5"),
-        ({"sft_format": None}, "processor_config.json: sft_format must be .*, got None"),
-        ({"sft_format": ["x" * 999]}, r"sft_format must be .*, got \['x{20,80}.{0,70}$"),
-        ({"image_tag": 7}, "processor_config.json: image_tag must be a string, got 7"),
-        ({"system_prompt": []}, r"processor_config.json: system_prompt must be a string, got \[\]"),
-        ({"system_prompt": "🦙 \ud800"}, r"system_prompt must be a string, got '🦙 \\ud800'"),
-        ({"use_default_system_prompt": "no"}, "processor_config.json: .* true or false, got 'no'"),
+        ({"chat_template": ["x"]}, "processor_config.json.*'default'"),
+        ({"chat_template": {"a": "x"}}, r"template.*'default'.*\['a'\]"),
+        ({"chat_template": {"default": 1}}, r"processor_config.json.*\b1\b"),
+        ({"chat_template": 5}, r"processor_config.json.*chat template.*\b5\b"),
+        ({"sft_format": None}, "processor_config.json.*sft_format.*None"),
+        ({"sft_format": ["x" * 999]}, r"sft_format.*\['x{20,80}.{0,70}$"),
+        ({"image_tag": 7}, r"processor_config.json.*image_tag.*\b7\b"),
+        ({"system_prompt": []}, r"processor_config.json.*system_prompt.*\[\]"),
+        ({"system_prompt": "🦙 \ud800"}, r"system_prompt.*'🦙 \\ud800'"),
+        ({"use_default_system_prompt": "no"}, "use_default_system_prompt.*'no'"),
         (
             {"use_default_system_prompt": True, "system_prompt": "Rhyme."},
-            "use_default_system_prompt is true, but system_prompt is 'Rhyme.'",
+            "use_default_system_prompt.* true.* system_prompt.*'Rhyme.'",
         ),
         (
             {"use_default_system_prompt": False, "system_prompt": chat.DEFAULT_SYSTEM_PROMPT},
-            "use_default_system_prompt is false, but system_prompt is 'You are a helpful",
+            "use_default_system_prompt.* false.* system_prompt.*'You are a helpful",
         ),
     ],
 )
@@ -161,25 +157,22 @@ def test_refusals_name_the_file(tmp_path, files, expected):
 def test_a_format_and_a_template_that_disagree(tmp_path):
     write(tmp_path, processor_config={"sft_format": "deepseek"})
     (tmp_path / "chat_template.jinja").write_text(janus_template("deepseek_old"))
-    with pytest.raises(ValueError) as error:
+    format = f"{tmp_path}/processor_config.json .*sft_format 'deepseek'"
+    template = f"{tmp_path}/chat_template.jinja .*'deepseek_old'"
+    with pytest.raises(ValueError, match=f"{format}.*{template}"):
         PromptSettings.from_dir(tmp_path)
-    assert str(error.value) == (
-        f"{tmp_path}/processor_config.json has sft_format 'deepseek', but "
-        f"{tmp_path}/chat_template.jinja has the chat template of 'deepseek_old'; "
-        "remove the wrong one"
-    )
 
 
 def test_templates_that_cannot_be_read(tmp_path):
     (tmp_path / "additional_chat_templates").mkdir()
     (tmp_path / "additional_chat_templates" / "rag.jinja").write_text(OTHER)
-    with pytest.raises(ValueError, match=r"additional_chat_templates: .* 'default', got \['rag'\]"):
+    with pytest.raises(ValueError, match=r"additional_chat_templates.*'default'.*\['rag'\]"):
         PromptSettings.from_dir(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match=f"{tmp_path}/chat_template.jinja: 'utf-8' codec"):
+    with pytest.raises(ValueError, match=f"{tmp_path}/chat_template.jinja.*utf-8"):
         PromptSettings.from_dir(tmp_path)
     os.truncate(tmp_path / "chat_template.jinja", 2**36)
-    with pytest.raises(ValueError, match=r"chat_template\.jinja must have at most 1048576 bytes"):
+    with pytest.raises(ValueError, match=r"chat_template\.jinja.*\b1048576 bytes"):
         PromptSettings.from_dir(tmp_path)
     (tmp_path / "chat_template.jinja").unlink()
     os.mkfifo(tmp_path / "chat_template.jinja")
@@ -202,7 +195,7 @@ def test_templates_that_cannot_be_read(tmp_path):
 )
 def test_the_class_of_the_processor_decides_on_the_default_system_prompt(tmp_path, files, default):
     if not default:
-        with pytest.raises(ValueError, match="has no chat template in chat_template"):
+        with pytest.raises(ValueError, match=f"{tmp_path}.*chat_template"):
             PromptSettings.from_dir(write(tmp_path, **files))
     (tmp_path / "chat_template.jinja").write_text(janus_template("deepseek"), "utf-8")
     settings = PromptSettings.from_dir(write(tmp_path, **files))
@@ -220,7 +213,7 @@ def test_a_refused_template_is_refused_by_every_command(golden, tmp_path):
         (folder / path.name).write_bytes(path.read_bytes())
     write(folder, processor_config={"num_image_tokens": 16})
     (folder / "chat_template.jinja").write_text(OTHER)
-    with pytest.raises(ValueError, match="unknown chat template") as loading:
+    with pytest.raises(ValueError, match=f"{folder}/chat_template.jinja") as loading:
         Processor.from_dir(folder)
     for command in (
         lambda: convert.inspect_folder(folder),

@@ -91,8 +91,10 @@ def test_the_extras_exist():
 def test_sample(home, command):
     written = run(home, command).stdout
     if "--prompt" not in command:
-        expected = "blue" if "What color" in command else written.strip()
-        assert written.strip() == expected != ""
+        if "--model" in command:  # weights that were drawn at random answer anything
+            assert written.strip()
+        else:
+            assert written == (" blue\n" if "What color" in command else " square\n")
         return
     paths = [home / line for line in written.splitlines()]
     assert paths and all(path.is_file() for path in paths)

@@ -2,6 +2,7 @@
 
 import base64
 import json
+import re
 
 import msgpack
 import numpy as np
@@ -157,36 +158,36 @@ def test_training_sees_what_answering_sees(golden, tmp_path):
 
 
 UNREAD = {
-    "image beside images": ({"messages": asked(), "images": ["a"], "image": "b"}, "got both"),
-    "the same of a message": ({"messages": asked(images=["a"], image="b")}, "images or image, got"),
+    "image beside images": ({"messages": asked(), "images": ["a"], "image": "b"}, "image.*both"),
+    "the same of a message": ({"messages": asked(images=["a"], image="b")}, "images.*image.*both"),
     "both places": (
-        {"messages": asked(images=["a"]), "images": ["b"]}, "1 in the messages and 1 in the record",
+        {"messages": asked(images=["a"]), "images": ["b"]}, r"\b1 in the messages.*\b1\b",
     ),
     "one message without": (
-        {"messages": asked(images=["a"]) + asked("<image> Here?")}, "0 images and 1 <image>",
+        {"messages": asked(images=["a"]) + asked("<image> Here?")}, r"\b0 images.*\b1 <image>",
     ),
     "fewer than places": (
-        {"messages": asked("<image><image>", images=["a"])}, "1 images and 2 <image>",
+        {"messages": asked("<image><image>", images=["a"])}, r"\b1 images.*\b2 <image>",
     ),
     "image in an answer": (
-        {"messages": [asked()[0], ANSWER | {"images": ["a"]}]}, "got one in an answer",
+        {"messages": [asked()[0], ANSWER | {"images": ["a"]}]}, "images?.*answer",
     ),
     "drawn in an answer": (
         {"image": "a", "conversations": [CONVERSATION[0], {"from": "gpt", "value": "<image>"}]},
-        "an answer must not contain an image, got <image>",
+        "answer.*<image>",
     ),
     "messages beside conversations": (
-        {"messages": asked(), "conversations": CONVERSATION}, "got conversations and messages",
+        {"messages": asked(), "conversations": CONVERSATION}, "conversations and messages",
     ),
-    "caption beside messages": ({"messages": asked(), "caption": "a"}, "got messages and caption"),
-    "text beside messages": ({"messages": asked(), "text": "a"}, "got messages and text"),
-    "indices beside messages": ({"messages": asked(), "indices": [1]}, "indices need a caption"),
-    "two contents": ({"messages": asked(value="b")}, "expected value or content, got both"),
-    "two roles": ({"messages": asked(**{"from": "human"})}, "expected from or role, got both"),
+    "caption beside messages": ({"messages": asked(), "caption": "a"}, "messages and caption"),
+    "text beside messages": ({"messages": asked(), "text": "a"}, "messages and text"),
+    "indices beside messages": ({"messages": asked(), "indices": [1]}, "indices.*caption"),
+    "two contents": ({"messages": asked(value="b")}, "value or content.*both"),
+    "two roles": ({"messages": asked(**{"from": "human"})}, "from or role.*both"),
     "index": (
-        {"messages": asked([{"type": "image", "index": 1}]), "images": ["a"]}, "got index 1",
+        {"messages": asked([{"type": "image", "index": 1}]), "images": ["a"]}, r"index 1\b",
     ),
-    "tool calls": ({"messages": asked(tool_calls=[1])}, "got the field 'tool_calls'"),
+    "tool calls": ({"messages": asked(tool_calls=[1])}, "'tool_calls'"),
 }  # fmt: skip
 
 
@@ -194,7 +195,7 @@ UNREAD = {
 def test_what_does_not_fit_together_is_malformed(fields, detail):
     bad = parse(fields)
     assert isinstance(bad, BadRecord) and bad.reason == "malformed"
-    assert detail in bad.detail
+    assert re.search(detail, bad.detail), bad.detail
 
 
 GENERATION = {"caption": "a", "image": "a.png"}
@@ -253,7 +254,7 @@ def test_fields_that_are_not_read_are_refused_by_name(fields, name, value):
     assert isinstance(parse(fields), Record)
     bad = parse({name: value, **fields})
     assert isinstance(bad, BadRecord) and bad.reason == "unread field"
-    assert bad.detail.startswith(f"'{name}' is not read and ")
+    assert f"'{name}'" in bad.detail
     for nothing in (None, "", [], {}):
         assert isinstance(parse({name: nothing, **fields}), Record)
 
@@ -318,7 +319,7 @@ def test_metadata_of_img2dataset_is_harmless():
 def test_remote_images_and_long_values():
     url = "https://example.org/" + "a/" * 500 + "s.png"
     bad = parse({"messages": asked(images=[url])})
-    assert bad.reason == "remote image" and "give its path" in bad.detail
+    assert bad.reason == "remote image" and "https://example.org/" in bad.detail
     long = [bad, parse({"caption": "a", "image": "data:image/png;base64," + "?" * 9999})]
     long += [parse({"conversations": [{"from": "x" * 9999, "value": "a"}]})]
     long += [parse({"messages": asked([{"type": "x" * 9999}])}), parse({"x" * 9999: 1})]
@@ -328,7 +329,7 @@ def test_remote_images_and_long_values():
 def test_a_field_given_twice_is_refused(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"caption": "a", "image": "a.png", "image": "b.png"}\n')
-    assert_bad(JsonlSource(path)[0], "malformed", f"{path}:1", "each field once, got 'image' twice")
+    assert_bad(JsonlSource(path)[0], "malformed", f"{path}:1", "'image' twice")
 
 
 def test_columns_and_members_that_are_not_read_are_refused(tmp_path):
@@ -337,22 +338,22 @@ def test_columns_and_members_that_are_not_read_are_refused(tmp_path):
     others = {"system": [None, "a"], "shown": [{"bytes": b"a", "path": None}, None]}
     pq.write_table(pa.table(said | numbers | others), tmp_path / "a.parquet")
     first, second = ParquetSource(tmp_path / "a.parquet")
-    assert_bad(first, "unread field", f"{tmp_path}/a.parquet:0", "'shown' is not read")
+    assert_bad(first, "unread field", f"{tmp_path}/a.parquet:0", "'shown'")
     assert_bad(second, "system turn", f"{tmp_path}/a.parquet:1")
     texts = {"shown": ["a.png", None], "files": [None, [{"place": "b.png"}]]}
     pq.write_table(pa.table({"text": ["a", "b"]} | numbers | texts), tmp_path / "a.parquet")
     first, second = ParquetSource(tmp_path / "a.parquet")
-    assert_bad(first, "unread field", f"{tmp_path}/a.parquet:0", "'shown' is not read")
-    assert_bad(second, "unread field", f"{tmp_path}/a.parquet:1", "'files' is not read")
+    assert_bad(first, "unread field", f"{tmp_path}/a.parquet:0", "'shown'")
+    assert_bad(second, "unread field", f"{tmp_path}/a.parquet:1", "'files'")
     fields = json.dumps({"conversations": CONVERSATION}).encode()
     members = {"1.json": fields, "1.mp4": b"video", "2.json": fields, "2.gif": image(1, "GIF")}
     write_tar(tmp_path / "a.tar", members)
     first, second = TarSource(tmp_path / "a.tar")
-    assert_bad(first, "unread field", f"{tmp_path}/a.tar:1", "a video or audio")
+    assert_bad(first, "unread field", f"{tmp_path}/a.tar:1", "video or audio")
     assert second.images == (image(1, "GIF"),)
     both = {"caption": "a", "image": "a.png", "images": ["b.png"]}
     write_tar(tmp_path / "b.tar", {"1.json": json.dumps(both).encode(), "1.png": image(1)})
-    assert_bad(TarSource(tmp_path / "b.tar")[0], "malformed", f"{tmp_path}/b.tar:1", "got both")
+    assert_bad(TarSource(tmp_path / "b.tar")[0], "malformed", f"{tmp_path}/b.tar:1", "image.*both")
 
 
 def anything(rng: np.random.Generator, depth: int = 3):

@@ -22,48 +22,48 @@ def test_jsonl_images(tmp_path):
     source = JsonlSource(path, image_root=tmp_path / "images")
     assert source[0].images == (image(1),)
     assert_bad(source[1], "missing file", f"{path}:2", "images/b.png")
-    assert_bad(source[2], "malformed", f"{path}:3", "needs exactly one image, got 0")
+    assert_bad(source[2], "malformed", f"{path}:3", r"image.*\b0\b")
     assert_bad(source[3], "missing file", f"{path}:4")
     assert_bad(source[4], "unreadable file", f"{path}:5", "too long")
     assert_bad(source[5], "unreadable file", f"{path}:6", "null")
-    assert_bad(source[6], "malformed", f"{path}:7", "must be a path, got int")
+    assert_bad(source[6], "malformed", f"{path}:7", "path.*int")
     assert_bad(JsonlSource(path)[0], "missing file", f"{path}:1")
 
 
 TOLD = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
 BAD_FIELDS = [
-    ({"caption": " ", "indices": [1]}, "empty caption", "not be empty, got ' '"),
-    ({"caption": 1, "indices": [1]}, "malformed", "must be a string, got 1"),
-    ({"caption": "a"}, "malformed", "needs exactly one image, got 0"),
-    ({"caption": "a", "indices": [1, [2]]}, "malformed", "a flat list of integers"),
-    ({"caption": "a", "indices": [1.5]}, "malformed", "list of integers, got float64[1]"),
-    ({"caption": "a", "indices": []}, "malformed", "non-empty list of integers"),
-    ({"caption": "a", "indices": [-1]}, "malformed", "in [0, 2**31), got -1"),
-    ({"caption": "a", "indices": [2**31]}, "malformed", "in [0, 2**31), got 2147483648"),
-    ({"caption": "a", "images": "x"}, "malformed", "images must be a list, got str"),
+    ({"caption": " ", "indices": [1]}, "empty caption", "' '"),
+    ({"caption": 1, "indices": [1]}, "malformed", r"caption.*\b1\b"),
+    ({"caption": "a"}, "malformed", r"image.*\b0\b"),
+    ({"caption": "a", "indices": [1, [2]]}, "malformed", "indices.*flat"),
+    ({"caption": "a", "indices": [1.5]}, "malformed", r"integers.*float64\[1\]"),
+    ({"caption": "a", "indices": []}, "malformed", "indices.*non-empty"),
+    ({"caption": "a", "indices": [-1]}, "malformed", r"\[0, 2\*\*31\).* -1\b"),
+    ({"caption": "a", "indices": [2**31]}, "malformed", r"\[0, 2\*\*31\).* 2147483648\b"),
+    ({"caption": "a", "images": "x"}, "malformed", "images.*list.*str"),
     ({"text": ""}, "empty text", ""),
-    ({"text": "a", "image": "a.png"}, "malformed", "needs a caption or conversations, got text an"),
-    ({"text": "a", "indices": [1, 2]}, "malformed", "got text and indices"),
-    ({"other": 1}, "malformed", "conversations, messages, caption and text, got the fields ['ot"),
+    ({"text": "a", "image": "a.png"}, "malformed", "text and image"),
+    ({"text": "a", "indices": [1, 2]}, "malformed", "text and indices"),
+    ({"other": 1}, "malformed", r"conversations, messages, caption and text.*\['other'\]"),
     (
         {"conversations": [{"from": "system", "value": "Be brief."}, *CONVERSATION]},
         "system turn",
-        "a record must not have a system prompt",
+        "system",
     ),
     (
         {"messages": [{"role": "system", "content": [{"type": "text", "text": "a"}]}, *TOLD]},
         "system turn",
-        "a record must not have a system prompt",
+        "system",
     ),
-    ({"conversations": "hello"}, "malformed", "must be a list of objects"),
-    ({"conversations": []}, "malformed", "and end with an answer, got []"),
-    ({"conversations": [{"from": ["human"], "value": "a"}]}, "malformed", "a role must be one of"),
-    ({"messages": [TOLD[0] | {"role": "USER"}, TOLD[1]]}, "malformed", "gpt, got 'USER'"),
-    ({"conversations": [{"from": "gpt", "value": "a"}]}, "malformed", "must alternate questions"),
+    ({"conversations": "hello"}, "malformed", "conversation.*list"),
+    ({"conversations": []}, "malformed", r"answer.*\[\]"),
+    ({"conversations": [{"from": ["human"], "value": "a"}]}, "malformed", r"role.*\['human'\]"),
+    ({"messages": [TOLD[0] | {"role": "USER"}, TOLD[1]]}, "malformed", "role.*gpt.*'USER'"),
+    ({"conversations": [{"from": "gpt", "value": "a"}]}, "malformed", "alternate"),
     (
         {"messages": [{"role": "user", "content": 1}, {"role": "assistant", "content": "a"}]},
         "malformed",
-        "content must be a string or a list of parts, got int",
+        "content.*int",
     ),
     (
         {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]},
@@ -104,7 +104,7 @@ def test_indices_of_no_length(type, tmp_path):
     file = io.BytesIO()
     np.save(file, np.zeros(0, type))
     path = write_tar(tmp_path / "a.tar", {"1.txt": b"a", "1.npy": file.getvalue()})
-    detail = f"a non-empty list of integers, got {np.dtype(type)}[0]"
+    detail = rf"non-empty.*{np.dtype(type)}\[0\]"
     assert_bad(TarSource(path)[0], "malformed", f"{path}:1", detail)
 
 
@@ -154,17 +154,17 @@ def test_parquet_messages_in_parts(tmp_path):
 
 
 RULE = (
-    "a part of a message must have a type (text, image or image_url) and a text or an image"
+    r"part of a message .*text, image or image_url"
 )
 BAD_PARTS = [
     (asked({"type": "video"}), RULE),
     (asked("a"), RULE),
     (asked(words(None)), RULE),
-    (asked(words("\ud800")), "must be a string that UTF-8 can encode"),
-    ({"messages": [TOLD[0], {"role": "assistant", "content": [PLACE]}]}, "got one in an answer"),
-    (asked(PLACE | {"video": "a.mp4"}), "has unsupported fields, remove them: ['video']"),
-    (asked(PLACE | {"index": 1}), "in the order of their index, got index 1 for image 0"),
-    (asked(PLACE, PLACE | {"index": 0}), "in the order of their index, got index 0 for image 1"),
+    (asked(words("\ud800")), "UTF-8"),
+    ({"messages": [TOLD[0], {"role": "assistant", "content": [PLACE]}]}, "images?.*answer"),
+    (asked(PLACE | {"video": "a.mp4"}), r"\['video'\]"),
+    (asked(PLACE | {"index": 1}), r"index 1\b.*image 0\b"),
+    (asked(PLACE, PLACE | {"index": 0}), r"index 0\b.*image 1\b"),
 ]
 
 

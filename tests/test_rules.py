@@ -105,7 +105,7 @@ def test_all_faults_come_together_on_one_line():
 def test_a_tensor_matched_by_two_rows_is_refused():
     extra = Rule("net.{i}.q.weight", ("ours.{i}.a",), "same")
     table = ConversionTable((*TABLE.rules, extra), TABLE.skips)
-    with pytest.raises(ValueError, match=r"matched by two rows: net.0.q.weight"):
+    with pytest.raises(ValueError, match=r"two rows.*net.0.q.weight"):
         make_plan(table, source(STORED), EXPECTED)
 
 
@@ -115,7 +115,7 @@ def test_a_layer_beyond_the_config_is_unknown():
 
 
 def test_integers_are_not_weights():
-    with pytest.raises(ValueError, match=r"3 with a wrong dtype: net.0.q.weight is int8, expected"):
+    with pytest.raises(ValueError, match=r"\b3\b.*dtype.*net.0.q.weight.*int8"):
         make_plan(TABLE, source(STORED, np.int8), EXPECTED)
 
 
@@ -132,7 +132,7 @@ def test_export_uses_the_same_rows():
     table = ConversionTable(TABLE.rules[:2], TABLE.skips)
     steps = export_steps(table, list(EXPECTED))
     assert {s.torch: rules.torch_shape(s, EXPECTED) for s in steps} == STORED
-    with pytest.raises(ValueError, match=r"cannot be written: stray \(0 rows\), ours.0.c"):
+    with pytest.raises(ValueError, match=r"stray \(0 rows\), ours.0.c"):
         export_steps(table, [*(p for p in EXPECTED if p != "ours.0.c"), "stray"])
 
 

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import pytest
 from limits import full_disk
+from one_line import assert_one_line
 from PIL import Image
 from png_files import GRAY, png_file
 
@@ -129,10 +130,10 @@ def test_what_was_generated_before_an_error_is_kept(run, loaded, full, monkeypat
 
     monkeypatch.setattr(gallery, "save_png", broken)
     status, paths, err = run("--prompt", PROMPT, "--num_images", 4, "--max_batch", 2)
-    named = f"[Errno 27] File too large: '{paths[0].removesuffix('-00.png')}-03.png'"
+    named = f"'{paths[0].removesuffix('-00.png')}-03.png'"
     expected = {130: "interrupted", 2: named}[status]
     assert status == (2 if full else 130)
-    assert paths == saved and err.endswith(f"sample.py: {expected}\n")
+    assert paths == saved and err.endswith(f"{expected}\n")
     assert sorted(saved) == sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.png"))
 
 
@@ -141,8 +142,9 @@ def test_no_memory_takes_one_line(run, loaded, monkeypatch):
         raise MemoryError("Unable to allocate 9 TiB")
 
     monkeypatch.setattr(image, "make_requests", allocate)
-    expected = "sample.py: out of memory: Unable to allocate 9 TiB\n"
-    assert run("--prompt", "a") == (2, [], expected)
+    status, lines, err = run("--prompt", "a")
+    assert (status, lines) == (2, [])
+    assert_one_line(err, "sample.py", "memory", "9 TiB")
 
 
 def test_a_question_is_answered(run, loaded, small, golden):
@@ -170,10 +172,11 @@ def test_a_chat_remembers_its_turns(run, loaded, small, golden, monkeypatch):
     monkeypatch.setattr(small, "stream", recorded)
     status, lines, err = run("--chat", "--max_new_tokens", 6)
     assert status == 0
-    assert "sample.py: image file not found: nowhere.png" in err.splitlines()
-    assert "sample.py: image file not found: ''" in err.splitlines()
-    assert "sample.py: unknown command /img; commands: '/image FILE' adds an image" in err
-    assert "sample.py: image file not found: ~no_such_user/a.png" in err.splitlines()
+    expected = (("/img", "/image FILE"), ("image", "nowhere.png"), ("image", "''"))
+    expected += (("image", "~no_such_user/a.png"),)
+    told = [line for line in err.splitlines() if line.startswith("sample.py: ")]
+    for line, words in zip(told, expected, strict=True):
+        assert_one_line(line, "sample.py", *words)
     assert len(err.splitlines()) == 5
     assert len(conversations) == 3
     discarded, first = (small.answer(text, max_new_tokens=6) for text in ("Hi", "Hello"))
@@ -196,37 +199,34 @@ def test_an_interrupt_ends_one_answer_and_not_the_chat(run, loaded, small, monke
     monkeypatch.setattr(small, "stream", stream)
     status, _, err = run("--chat")
     assert status == 0 and conversations == [["Hi"], ["Hello"]]
-    assert err.splitlines()[-1] == "Interrupted; this turn was discarded."
+    assert "discarded" in err.splitlines()[-1]
 
 
-ONE_SIZE = "a Janus model generates images of one fixed size (384 x 384 pixels for the released"
-CHOICE = "unset JAX_PLATFORMS to let JAX choose, or set it to cpu"
+ONE_SIZE = "one fixed size 384"
 
 
 @pytest.mark.parametrize(
-    ("requested", "error", "message"),
+    ("requested", "error", "words"),
     [
         (
             "cuda",
             AssertionError(),
-            "JAX_PLATFORMS=cuda was requested, but JAX found no cuda device; "
-            f"install janus_jax[cuda12] or janus_jax[cuda13], {CHOICE}",
+            "JAX_PLATFORMS=cuda janus_jax[cuda12] janus_jax[cuda13] unset JAX_PLATFORMS cpu",
         ),
         (
             "tpu",
             RuntimeError("no libtpu.so (set JAX_PLATFORMS='' to automatically choose)"),
-            "JAX_PLATFORMS=tpu was requested, but JAX found no tpu device (no libtpu.so); "
-            f"install janus_jax[tpu], {CHOICE}",
+            "JAX_PLATFORMS=tpu (no libtpu.so) janus_jax[tpu] unset JAX_PLATFORMS cpu",
         ),
         (
             "bogus",
             RuntimeError("unknown"),
-            f"JAX_PLATFORMS=bogus was requested, but JAX found no bogus device (unknown); {CHOICE}",
+            "JAX_PLATFORMS=bogus (unknown) unset JAX_PLATFORMS cpu",
         ),
-        ("", RuntimeError("the TPU is in use"), "JAX cannot use any device (the TPU is in use)"),
+        ("", RuntimeError("the TPU is in use"), "JAX (the TPU is in use)"),
     ],
 )
-def test_a_platform_without_devices_takes_one_line(run, monkeypatch, requested, error, message):
+def test_a_platform_without_devices_takes_one_line(run, monkeypatch, requested, error, words):
     def devices():
         raise error
 
@@ -234,57 +234,59 @@ def test_a_platform_without_devices_takes_one_line(run, monkeypatch, requested, 
     monkeypatch.setattr(jax, "devices", devices)
     try:
         jax.config.update("jax_platforms", requested)
-        assert run("--prompt", "a") == (2, [], f"sample.py: {message}\n")
+        status, lines, err = run("--prompt", "a")
     finally:
         jax.config.update("jax_platforms", before)
+    assert (status, lines) == (2, [])
+    assert_one_line(err, "sample.py", *words.split())
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "words"),
     [
-        ([], "one of the arguments --prompt --prompts_file --question --chat is required"),
-        (["--prompt", "a", "--chat"], "argument --chat: not allowed with argument --prompt"),
-        (["--prompt", "a", "--sed", "1"], "unrecognized arguments: --sed 1"),
+        ([], "--prompt --prompts_file --question --chat"),
+        (["--prompt", "a", "--chat"], "--chat: --prompt"),
+        (["--prompt", "a", "--sed", "1"], "--sed 1"),
         (["--image-size", "512"], ONE_SIZE),
         (["--prompt", "a", "--width=512"], ONE_SIZE),
-        (["--prompt", "a", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
-        (["--prompt", "a", "--seed", "-1"], "seed must be an integer in [0, 2**64), got -1"),
-        (["--prompt", "a", "--image", "b"], "--image cannot be combined with --prompt or"),
-        (["--chat", "--num_images", "2"], "--num_images cannot be combined with --quest"),
-        (["--question", "a", "--top_k", "3"], "--top_k has no effect at temperature 0"),
-        (["--prompt", "a", "--temperature", "0", "--top_p", "0.5"], "--top_p has no effect"),
-        (["--prompt", ""], "--prompt must not be blank, got ''"),
-        (["--prompt", "a", "--num_images", "0"], "num_images must be an integer of at least 1"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature must be at least 0"),
-        (["--prompt", "a", "--top_k", "1000"], "top_k must be at most 128, got 1000"),
-        (["--prompt", "a", "--dtype", "float16"], "dtype must be one of float32, bfloat16"),
-        (["--prompt", "a", "--mesh", "tensor=99"], "needs 99 devices, but there are only 8"),
-        (["--prompt", "a", "--mesh", "x"], "a mesh must be given as data=1,fsdp=1,tensor=1"),
-        (["--prompt", "a", "--mesh", ""], "a mesh must be given as data=1,fsdp=1,tensor=1"),
-        (["--prompt", "\udcff"], "a text must be valid Unicode"),
-        (["--question", " "], "--question must not be blank, got ' '"),
-        (["--prompts_file", "none.txt"], "--prompts_file none.txt is not a file"),
-        (["--prompts_file", "blank.txt"], "--prompts_file blank.txt contains no prompt"),
-        (["--prompts_file", "bytes.txt"], "--prompts_file bytes.txt is not UTF-8 text"),
-        (["--prompt", "a", "--output_dir", "blank.txt"], "blank.txt is not a folder"),
-        (["--prompt", "a", "--output_dir", "to_nothing"], "to_nothing is not a folder"),
-        (["--prompt", "a", "--output_dir", "gs://bucket/a"], "must be a local path, got gs:/"),
-        (["--prompt", "a", "--output_dir", "blank.txt/a"], "blank.txt is not a folder"),
-        (["--prompt", "a", "--output_dir", ""], "argument --output_dir: expected the path of a"),
-        (["--prompt", "a", "--save_indices", "a.txt"], "must name a .npz file, got a.txt"),
-        (["--prompt", "a", "--save_indices", "b.npz"], "must name a file, but b.npz is a folder"),
-        (["--prompt", "a", "--save_indices", "no/a.npz"], "no does not exist"),
-        (["--question", "a", "--image", "none.png"], "image file not found: none.png"),
-        (["--question", "a", "--image", "blank.txt"], "cannot read image blank.txt"),
-        (["--question", "a", "--image", "/dev/zero"], "/dev/zero must be a regular file"),
-        (["--question", "a", "--image", "thin.png"], "aspect ratio of at most 1000, got 60000 x 1"),
-        (["--prompts_file", "/dev/zero"], "--prompts_file /dev/zero must have at most 1000 char"),
-        (["--question", "a", "--max_new_tokens", "0"], "max_new_tokens must be an integer"),
-        (["--question", "a", "--max_new_tokens", "5000"], "trained context of 512 tokens"),
-        (["--prompt", "a", "--model", "nowhere"], "nowhere is not a folder"),
+        (["--prompt", "a", "--seed", "x"], "--seed 'x'"),
+        (["--prompt", "a", "--seed", "-1"], "seed [0, 2**64) -1"),
+        (["--prompt", "a", "--image", "b"], "--image --prompt"),
+        (["--chat", "--num_images", "2"], "--num_images --question"),
+        (["--question", "a", "--top_k", "3"], "--top_k temperature 0"),
+        (["--prompt", "a", "--temperature", "0", "--top_p", "0.5"], "--top_p temperature 0"),
+        (["--prompt", ""], "--prompt ''"),
+        (["--prompt", "a", "--num_images", "0"], "num_images 1 0"),
+        (["--prompt", "a", "--temperature", "-1"], "temperature -1"),
+        (["--prompt", "a", "--top_k", "1000"], "top_k 128 1000"),
+        (["--prompt", "a", "--dtype", "float16"], "dtype float32, bfloat16 float16"),
+        (["--prompt", "a", "--mesh", "tensor=99"], "tensor=99 99 8"),
+        (["--prompt", "a", "--mesh", "x"], "mesh data=1,fsdp=1,tensor=1 'x'"),
+        (["--prompt", "a", "--mesh", ""], "mesh data=1,fsdp=1,tensor=1 ''"),
+        (["--prompt", "\udcff"], "text Unicode"),
+        (["--question", " "], "--question blank"),
+        (["--prompts_file", "none.txt"], "--prompts_file none.txt"),
+        (["--prompts_file", "blank.txt"], "--prompts_file blank.txt"),
+        (["--prompts_file", "bytes.txt"], "--prompts_file bytes.txt UTF-8"),
+        (["--prompt", "a", "--output_dir", "blank.txt"], "blank.txt folder"),
+        (["--prompt", "a", "--output_dir", "to_nothing"], "to_nothing folder"),
+        (["--prompt", "a", "--output_dir", "gs://bucket/a"], "local gs:/"),
+        (["--prompt", "a", "--output_dir", "blank.txt/a"], "blank.txt folder"),
+        (["--prompt", "a", "--output_dir", ""], "--output_dir ''"),
+        (["--prompt", "a", "--save_indices", "a.txt"], ".npz a.txt"),
+        (["--prompt", "a", "--save_indices", "b.npz"], "b.npz folder"),
+        (["--prompt", "a", "--save_indices", "no/a.npz"], "--save_indices no exist"),
+        (["--question", "a", "--image", "none.png"], "none.png"),
+        (["--question", "a", "--image", "blank.txt"], "image blank.txt"),
+        (["--question", "a", "--image", "/dev/zero"], "/dev/zero regular"),
+        (["--question", "a", "--image", "thin.png"], "aspect 1000 60000"),
+        (["--prompts_file", "/dev/zero"], "--prompts_file /dev/zero 1000"),
+        (["--question", "a", "--max_new_tokens", "0"], "max_new_tokens 1 0"),
+        (["--question", "a", "--max_new_tokens", "5000"], "512 5000"),
+        (["--prompt", "a", "--model", "nowhere"], "nowhere folder"),
     ],
 )
-def test_what_is_wrong_takes_one_line(flags, message, run, small, monkeypatch, tmp_path):
+def test_what_is_wrong_takes_one_line(flags, words, run, small, monkeypatch, tmp_path):
     from janus_jax.generation import pipeline as pipelines
 
     real = pipelines.load
@@ -299,8 +301,7 @@ def test_what_is_wrong_takes_one_line(flags, message, run, small, monkeypatch, t
     there = sorted(tmp_path.iterdir())
     status, out, err = run(*flags)
     assert (status, out) == (2, [])
-    assert err.startswith("sample.py: ") and err.count("\n") == 1
-    assert message in err
+    assert_one_line(err, "sample.py", *words.split())
     assert sorted(tmp_path.iterdir()) == there
 
 
@@ -332,18 +333,10 @@ def test_what_needs_no_model_is_refused_before_one_is_loaded(flags, run, monkeyp
 @pytest.mark.parametrize(
     ("flags", "fails", "advice"),
     [
-        (["--prompt", "a"], "stream_images", "while generating images; use a smaller --max_batch"),
-        (
-            ["--question", "a"],
-            "stream",
-            "while answering; use fewer images or a smaller --max_new_tokens",
-        ),
-        (["--chat"], "stream", "while answering; use fewer images or a smaller --max_new_tokens"),
-        (
-            ["--question", "a"],
-            "load",
-            "while loading; use --dtype bfloat16, or a --mesh of more devices",
-        ),
+        (["--prompt", "a"], "stream_images", "--max_batch"),
+        (["--question", "a"], "stream", "images --max_new_tokens"),
+        (["--chat"], "stream", "images --max_new_tokens"),
+        (["--question", "a"], "load", "--dtype bfloat16 --mesh"),
     ],
 )
 def test_out_of_memory_is_reported_in_one_line(flags, fails, advice, run, small, monkeypatch):
@@ -358,7 +351,7 @@ def test_out_of_memory_is_reported_in_one_line(flags, fails, advice, run, small,
     status, _, err = run(*flags)
     assert status == 2
     message = err.splitlines()[-1]
-    assert message.startswith(f"sample.py: out of memory: on the device, {advice}")
+    assert_one_line(message, "sample.py", "memory", "device", *advice.split())
     for flag in re.findall(r"--\w+", advice):  # the advised flags must be accepted
         cli.parse_flags([*flags, flag, "1"])
 
@@ -368,7 +361,7 @@ def test_other_errors_of_the_runtime_are_not_hidden(run, loaded, small, monkeypa
         raise RuntimeError("INTERNAL: a bug")
 
     monkeypatch.setattr(small, "stream_images", broken)
-    with pytest.raises(RuntimeError, match="INTERNAL: a bug"):
+    with pytest.raises(RuntimeError, match="INTERNAL"):
         run("--prompt", "a")
 
 

@@ -123,15 +123,15 @@ def test_noise_does_not_follow_the_default_generator():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ((-0.1, None, None), r"temperature must be at least 0 .*, got -0.1"),
-        ((float("nan"), None, None), "temperature must be a finite number, got nan"),
-        (("1", None, None), "temperature must be a finite number, got '1'"),
-        ((1.0, 0, None), "top_k must be an integer of at least 1, got 0"),
-        ((1.0, 13, None), "top_k must be at most 12, got 13"),
-        ((1.0, 2**31, None), r"top_k must be below 2\*\*31, got 2147483648"),
-        ((1.0, 2.0, None), "top_k must be an integer of at least 1, got 2.0"),
-        ((1.0, None, 0.0), r"top_p must be in \(0, 1\], got 0.0"),
-        ((1.0, None, 1.01), r"top_p must be in \(0, 1\], got 1.01"),
+        ((-0.1, None, None), r"temperature.* -0\.1\b"),
+        ((float("nan"), None, None), "temperature.* nan"),
+        (("1", None, None), "temperature.* '1'"),
+        ((1.0, 0, None), r"top_k.* 0\b"),
+        ((1.0, 13, None), r"top_k.*\b12\b.*\b13\b"),
+        ((1.0, 2**31, None), r"top_k.*2\*\*31.* 2147483648\b"),
+        ((1.0, 2.0, None), r"top_k.* 2\.0\b"),
+        ((1.0, None, 0.0), r"top_p.*\(0, 1\].* 0\.0\b"),
+        ((1.0, None, 1.01), r"top_p.*\(0, 1\].* 1\.01\b"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
@@ -141,7 +141,7 @@ def test_settings_out_of_range_are_refused(settings, message):
 
 @pytest.mark.parametrize("seed", [-1, 2**64, 1.0, "0", None, True, np.bool_(True), np.ones(1, int)])
 def test_seeds_that_are_no_64_bit_numbers_are_refused(seed):
-    with pytest.raises(ValueError, match=r"seed must be an integer in \[0, 2\*\*64\), got "):
+    with pytest.raises(ValueError, match=r"seed.*\[0, 2\*\*64\)"):
         checks.check_seed(seed)
 
 

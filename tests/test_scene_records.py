@@ -179,17 +179,17 @@ def test_answers_about_relations_are_right():
 @pytest.mark.parametrize(
     ("path", "options", "rule"),
     [
-        ("drawing", {}, "scenes source must be one of .*generation/position, .*got 'drawing'"),
-        ("generation/dogs", {}, "path of a scenes source must be one of .*, got 'generation/dogs'"),
-        ("text/position", {}, "path of a scenes source must be one of .*, got 'text/position'"),
-        ("text", dict(count=0), "count must be an integer of at least 1, got 0"),
-        ("text", dict(count=1e3), r"count must be an integer of at least 1, got 1000\.0"),
-        ("text", dict(seed=-1), "seed must be an integer in .*, got -1"),
-        ("text", dict(seed=2**32), "seed must be an integer in .*, got 4294967296"),
-        ("generation", dict(relations=0.5), "only be set for .*, got 0.5 for 'generation'"),
-        ("understanding", dict(relations=1.5), "relations must be a number from 0 to 1, got 1.5"),
-        ("understanding", dict(relations="all"), "relations must be .*, got 'all'"),
-        ("understanding", dict(question=1), "wrong options for .* scenes: .*'question'"),
+        ("drawing", {}, "path.*generation/position, .*'drawing'"),
+        ("generation/dogs", {}, "path.*'generation/dogs'"),
+        ("text/position", {}, "path.*'text/position'"),
+        ("text", dict(count=0), r"count.* 0\b"),
+        ("text", dict(count=1e3), r"count.* 1000\.0\b"),
+        ("text", dict(seed=-1), r"seed.* -1\b"),
+        ("text", dict(seed=2**32), r"seed.* 4294967296\b"),
+        ("generation", dict(relations=0.5), r"relations.* 0\.5 .*'generation'"),
+        ("understanding", dict(relations=1.5), r"relations.*0 to 1.* 1\.5\b"),
+        ("understanding", dict(relations="all"), "relations.*'all'"),
+        ("understanding", dict(question=1), "options.*scenes.*'question'"),
     ],
 )
 def test_wrong_options_are_refused_in_one_line(path, options, rule):

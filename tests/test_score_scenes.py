@@ -88,7 +88,7 @@ def test_answers_are_those_of_what_the_checker_reads(change):
     score_scenes.check_reading(scene, image)
     other = scenes.Scene("white", (dataclasses.replace(item, **change),))
     for wrong in (other, scenes.Scene("black", (item,)), scenes.Scene("white", (item, item))):
-        with pytest.raises(ValueError, match="the checker must detect Scene"):
+        with pytest.raises(ValueError, match=r"checker.*Scene"):
             score_scenes.check_reading(wrong, image)
 
 

@@ -71,39 +71,35 @@ def test_more_bad_records_than_a_source_may_have_stop_the_run(opened, tmp_path):
     for number in range(29):
         assert not skipped(bad(number)) and skipped(good()) and not skipped(bad(number))
     assert not skipped(bad(0, source="b"))
-    with pytest.raises(ValueError) as error:
+    numbers = r"\b30 .*\b100 records of a\b.*30 missing file.* max_bad=0\.29 "
+    with pytest.raises(ValueError, match=f"{numbers}.*{tmp_path / 'run' / 'skipped.jsonl'}"):
         skipped(bad(29))
-    assert str(error.value) == (
-        "30 of the 100 records of a are bad (30 missing file), more than the fraction max_bad=0.29 "
-        f"allows; they are listed in {tmp_path / 'run' / 'skipped.jsonl'}; repair them and delete "
-        "the list, or raise max_bad"
-    )
 
 
 def test_bad_records_count_through_all_starts_of_a_run(opened):
     for start in range(5):
         skipped = opened(0.25, a=20)
         assert not skipped(bad(start)) and not skipped(bad(0))
-    with pytest.raises(ValueError, match="6 of the 20 records of a are bad"):
+    with pytest.raises(ValueError, match=r"\b6 .*\b20 records of a\b"):
         opened(0.25, a=20)(bad(5))
-    with pytest.raises(ValueError, match="6 of the 20 records of a are bad"):
+    with pytest.raises(ValueError, match=r"\b6 .*\b20 records of a\b"):
         opened(0.25, a=20)(bad(0))  # the list was not deleted
     assert not opened(0.3, a=20)(bad(0))
 
 
 def test_none_may_be_bad(opened):
-    with pytest.raises(ValueError, match=r"1 of the 1000000 records of a are .* max_bad=0 allows"):
+    with pytest.raises(ValueError, match=r"\b1 .*\b1000000 records of a\b.*max_bad=0\b"):
         opened(0, a=1_000_000)(bad(0))
 
 
 def test_a_large_source_that_is_broken_stops_the_run_at_once(opened):
     for _ in range(2):  # a restarted run is not allowed more
         skipped = opened(0.01, a=10**9)
-        with pytest.raises(ValueError, match="12 of 12 read so far of the 1000000000 records"):
+        with pytest.raises(ValueError, match=r"\b12 of 12\b.*\b1000000000\b"):
             for number in range(20):
                 skipped(bad(number))
     skipped = opened(0.01, a=10**9)
-    with pytest.raises(ValueError, match=r"\d\d of \d\d\d read so far of the 1000000000 "):
+    with pytest.raises(ValueError, match=r"\b\d\d of \d\d\d\b.*\b1000000000\b"):
         for number in range(1000):  # 1 in 10 is bad
             skipped(bad(number) if number % 10 == 0 else good())
 

@@ -30,12 +30,12 @@ def test_jsonl_lines_are_counted_as_editors_do(tmp_path):
     source = JsonlSource(path)
     assert len(source) == 8
     assert source[0].text == "first" and source[0].where == f"{path}:1"
-    assert_bad(source[1], "malformed", f"{path}:4", "not valid JSON")
-    assert_bad(source[2], "malformed", f"{path}:5", "must be an object, got list")
-    assert_bad(source[3], "malformed", f"{path}:6", "must be an object, got str")
-    assert_bad(source[4], "malformed", f"{path}:7", r"text must be a string, got '\ud800'")
-    assert_bad(source[5], "malformed", f"{path}:8", "not valid JSON")
-    assert_bad(source[6], "malformed", f"{path}:9", "not valid JSON")
+    assert_bad(source[1], "malformed", f"{path}:4", "JSON")
+    assert_bad(source[2], "malformed", f"{path}:5", "object.*list")
+    assert_bad(source[3], "malformed", f"{path}:6", "object.*str")
+    assert_bad(source[4], "malformed", f"{path}:7", r"text.*string.*'\\ud800'")
+    assert_bad(source[5], "malformed", f"{path}:8", "JSON")
+    assert_bad(source[6], "malformed", f"{path}:9", "JSON")
     assert source[7].text == "last" and source[7].where == f"{path}:10"
 
 
@@ -98,15 +98,15 @@ def test_bad_tar_records(tmp_path, monkeypatch):
     members |= {"4.txt": b"a", "5.txt": b"a"}
     bad = list(TarSource(write_tar(tmp_path / "a.tar", members)))
     expected = [
-        ("malformed", "needs exactly one image, got 0"),
-        ("malformed", "not valid JSON"),
-        ("malformed", "must be an object, got list"),
+        ("malformed", r"image.*\b0\b"),
+        ("malformed", "JSON"),
+        ("malformed", "object.*list"),
         ("malformed", "UTF-8"),
-        ("malformed", "not a valid .npy file"),
-        ("malformed", "not a valid .npy file: Object arrays cannot be loaded"),
-        ("malformed", "at most one .json member, got 2"),
-        ("missing file", "expected 2 images, as named in .json, got 1"),
-        ("missing file", "expected 1 images, as named in .json, got 0"),
+        ("malformed", ".npy"),
+        ("malformed", ".npy.*Object arrays"),
+        ("malformed", r".json.*\b2\b"),
+        ("missing file", r"\b2 images.*\.json.*\b1\b"),
+        ("missing file", r"\b1 images.*\.json.*\b0\b"),
         ("empty caption", ""),
     ]
     for i, (found, (reason, detail)) in enumerate(zip(bad, expected, strict=True)):
@@ -125,9 +125,9 @@ def test_bad_arrayrecord_entries(tmp_path):
     for entry in entries:
         writer.write(entry)
     writer.close()
-    invalid = "not a valid msgpack map"
-    expected = [invalid, "must be an object", invalid, invalid]
-    expected += ["must be the bytes of an image file, got str", "text must be a string"]
+    invalid = "msgpack"
+    expected = [invalid, "object.*list", invalid, invalid]
+    expected += ["image.*str", "text.*b'a'"]
     for i, (bad, detail) in enumerate(
         zip(open_source("arrayrecord", tmp_path), expected, strict=True)
     ):
@@ -163,10 +163,10 @@ def test_bad_parquet_rows_and_null_columns(tmp_path):
     pq.write_table(table, tmp_path / "a.parquet")
     source = ParquetSource(tmp_path)
     assert_bad(source[0], "missing file", f"{tmp_path}/a.parquet:0", "x.png")
-    assert_bad(source[1], "malformed", f"{tmp_path}/a.parquet:1", "needs exactly one image, got 0")
+    assert_bad(source[1], "malformed", f"{tmp_path}/a.parquet:1", r"image.*\b0\b")
     assert_same(source[2], Record("understanding", (("?", "!"),), images=(image(1),)))
     assert_same(source[3], Record("text", text="b"))
-    assert_bad(source[4], "malformed", f"{tmp_path}/a.parquet:4", "must have one of")
+    assert_bad(source[4], "malformed", f"{tmp_path}/a.parquet:4", "messages, caption and text")
 
 
 def test_a_parquet_row_group_is_decoded_once(tmp_path, monkeypatch):
@@ -208,7 +208,7 @@ def test_a_damaged_parquet_row_group_is_bad_records(tmp_path):
     raw[4:40] = b"\xff" * 36
     path.write_bytes(raw)
     source = ParquetSource(path)
-    assert_bad(source[0], "malformed", f"{tmp_path}/a.parquet:0", "the row group cannot be read: ")
+    assert_bad(source[0], "malformed", f"{tmp_path}/a.parquet:0", "row group")
     assert_bad(source[1], "malformed", f"{tmp_path}/a.parquet:1")
     assert source[ROW_GROUP].text == texts[ROW_GROUP]
     path.unlink()
@@ -236,7 +236,7 @@ def test_class_names_and_indices(tmp_path):
     assert_same(source[0], Record("generation", text="tench", indices=indices))
     assert_same(source[1], shark)
     assert_same(source[2], shark)
-    assert_bad(source[3], "malformed", f"{root}/n02/bad.npy", "not a valid .npy file")
+    assert_bad(source[3], "malformed", f"{root}/n02/bad.npy", ".npy")
     assert open_source("class_folder", root)[1].text == "n02"
     (root / "n02" / "a.png").unlink()
     assert_bad(source[1], "missing file", f"{root}/n02/a.png")
@@ -246,11 +246,11 @@ def test_wrong_class_names(tmp_path):
     (tmp_path / "train" / "n1").mkdir(parents=True)
     (tmp_path / "train" / "n1" / "a.png").write_bytes(image(1))
     names = tmp_path / "names.txt"
-    with pytest.raises(FileNotFoundError, match=f"class_names .* found none at {names}"):
+    with pytest.raises(FileNotFoundError, match=f"class_names.*{names}"):
         open_source("class_folder", tmp_path / "train", class_names=names)
     names.write_text("n2 a cat\n")
-    with pytest.raises(ValueError, match=f"class_names {names} must name every class, it lacks n1"):
+    with pytest.raises(ValueError, match=rf"class_names {names} .*\bn1$"):
         open_source("class_folder", tmp_path / "train", class_names=names)
     names.write_text("n2 a cat\nn1\n")
-    with pytest.raises(ValueError, match=f"{names}:2: a line must be the name of a folder"):
+    with pytest.raises(ValueError, match=f"{names}:2: .*line.*folder"):
         open_source("class_folder", tmp_path / "train", class_names=names)

@@ -86,9 +86,9 @@ def test_a_file_given_twice(format, tmp_path, monkeypatch):
     write_records(format, f"a/{file}", some_records())
     (tmp_path / "link").symlink_to(f"a/{file}")
     for again in (f"a/{file}", tmp_path / "a" / file, "link"):
-        with pytest.raises(ValueError, match=f"must be given once, got {again} twice"):
+        with pytest.raises(ValueError, match=f"once.* {again} "):
             open_source(format, [f"a/{file}", again])
-    with pytest.raises(ValueError, match=f"must be given once, got a/{file} twice"):
+    with pytest.raises(ValueError, match=f"once.* a/{file} "):
         open_source(format, [f"a/{file}", "a"])
 
 
@@ -103,7 +103,7 @@ def test_an_index_outside_is_an_error(written):
     format, path, records = written
     source = open_source(format, path)
     for index in (-1, len(records)):
-        with pytest.raises(IndexError, match=f"must be in \\[0, {len(records)}\\), got {index}"):
+        with pytest.raises(IndexError, match=f"\\[0, {len(records)}\\).* {index}$"):
             source[index]
 
 
@@ -153,14 +153,14 @@ def test_several_files_are_read_in_order(format, tmp_path):
 
 
 def test_wrong_formats_options_and_paths(tmp_path):
-    rule = "the format must be one of jsonl, tar, arrayrecord, parquet, class_folder"
-    with pytest.raises(ValueError, match=f"{rule}, got 'csv'"):
+    rule = "format.*jsonl, tar, arrayrecord, parquet, class_folder"
+    with pytest.raises(ValueError, match=f"{rule}.*'csv'"):
         open_source("csv", tmp_path)
-    with pytest.raises(ValueError, match=f"{rule}, got 'csv'"):
+    with pytest.raises(ValueError, match=f"{rule}.*'csv'"):
         write_records("csv", tmp_path / "x", [])
-    with pytest.raises(ValueError, match=r"wrong options for .* jsonl: .*'image_rot'"):
+    with pytest.raises(ValueError, match=r"options.*jsonl.*'image_rot'"):
         open_source("jsonl", tmp_path, image_rot="x")
-    with pytest.raises(ValueError, match="cached_groups must be at least 1, got 0"):
+    with pytest.raises(ValueError, match=r"cached_groups.* 0\b"):
         ParquetSource(tmp_path, cached_groups=0)
 
 
@@ -168,9 +168,9 @@ def test_wrong_formats_options_and_paths(tmp_path):
 def test_nothing_there(format, tmp_path):
     missing, empty = tmp_path / "missing", tmp_path / "empty"
     empty.mkdir()
-    with pytest.raises(FileNotFoundError, match=f"found (neither|none) at {missing}"):
+    with pytest.raises(FileNotFoundError, match=f"(neither|none) at {missing}"):
         open_source(format, missing)
-    with pytest.raises(ValueError, match=rf"must have at least one record, .* in {empty}"):
+    with pytest.raises(ValueError, match=f"record.* {empty}"):
         open_source(format, empty)
 
 
@@ -178,7 +178,7 @@ def test_nothing_there(format, tmp_path):
 def test_files_without_a_record(format, tmp_path):
     path = tmp_path / FILES[format]
     write_records(format, path, [])
-    with pytest.raises(ValueError, match=f"must have at least one record, got none in {path}"):
+    with pytest.raises(ValueError, match=f"record.*none.* {path}"):
         open_source(format, path)
 
 
@@ -191,7 +191,7 @@ def test_files_of_another_format(format, damage, tmp_path):
     size = 2000 if format == "tar" else len(whole) // 2
     contents = {"other": b"no such thing\n" * 99, "empty": b"", "truncated": whole[:size]}
     path.write_bytes(contents[damage])
-    with pytest.raises(ValueError, match=f"{path} is not a valid .* file: .+") as error:
+    with pytest.raises(ValueError, match=f"{path} .*file: .+") as error:
         open_source(format, path)
     assert "\n" not in str(error.value)
 
@@ -201,29 +201,29 @@ def test_compressed_and_damaged_tars(tmp_path):
         path = tmp_path / f"{mode}.tar"
         with tarfile.open(path, f"w:{mode}") as tar:
             tar.add(__file__, "a.txt")
-        with pytest.raises(ValueError, match="valid uncompressed tar file: it is compressed"):
+        with pytest.raises(ValueError, match=f"{path} .*tar file: .* compressed"):
             TarSource(path)
     path = write_tar(tmp_path / "a.tar", {f"{i}.json": b'{"text": "a"}' for i in range(3)})
     raw = bytearray(path.read_bytes())
     raw[1024:1034] = b"damaged!!!"  # second header; tarfile sees the end of the file
     path.write_bytes(raw)
-    with pytest.raises(ValueError, match="the header at byte 1024 is damaged"):
+    with pytest.raises(ValueError, match=r"header.*\b1024\b.*damaged"):
         TarSource(path)
 
 
 def test_missing_pyarrow_is_reported(monkeypatch, tmp_path):
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    hint = r"needs pyarrow; install it with pip install 'janus_jax\[parquet\]'"
+    hint = r"pyarrow.*pip install 'janus_jax\[parquet\]'"
     with pytest.raises(ValueError, match=hint):
         open_source("parquet", tmp_path)
-    with pytest.raises(ValueError, match=r"needs pyarrow"):
+    with pytest.raises(ValueError, match="pyarrow"):
         write_records("parquet", tmp_path / "x", [])
 
 
 def test_parquet_without_a_known_column(tmp_path):
     pq.write_table(pa.table({"a": [1], "b": [2]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match=r"at least one of the columns image, .*, got a, b"):
+    with pytest.raises(ValueError, match=r"columns.*image, .* a, b$"):
         ParquetSource(tmp_path)
 
 
@@ -233,9 +233,9 @@ def test_parquet_without_a_known_column(tmp_path):
 @pytest.mark.parametrize("caption", ["a_b", "a/b", ".a", "a" * 300, "a\0b"])
 def test_captions_that_are_no_folder(caption, tmp_path):
     record = Record("generation", text=caption, images=(image(1),))
-    with pytest.raises(ValueError, match="at most 255 bytes and no _, / or leading dot, got"):
+    with pytest.raises(ValueError, match=r"\b255 bytes.*_, /"):
         write_records("class_folder", tmp_path / "x", [record])
-    with pytest.raises(ValueError, match="can only hold generation records, got text"):
+    with pytest.raises(ValueError, match=r"generation records.*text"):
         write_records("class_folder", tmp_path / "x", [Record("text", text="a")])
     assert not (tmp_path / "x").exists()
 

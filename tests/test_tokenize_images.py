@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from limits import full_disk
+from one_line import assert_one_line
 from PIL import Image
 
 from convert.__main__ import main as convert
@@ -65,7 +66,7 @@ def refused(run):
     def call(*args, **settings):
         status, out, err = run(*args, **settings)
         assert (status, out) == (2, "")
-        assert err.startswith("tokenize_images: ") and err.count("\n") == 1, err
+        assert_one_line(err, "tokenize_images")
         return err
 
     return call
@@ -150,11 +151,8 @@ def test_a_wrong_image_root_stops_the_run_and_a_right_one_restarts(run, refused,
     out = tmp_path / "tokens"
     args = f"jsonl:{tmp_path / 'train.jsonl'}", f"jsonl:{out}", "--shard_size", 3, "--image_root"
     listed = out / ".tokenize_images" / "skipped.jsonl"
-    assert refused(*args, tmp_path / "none") == (
-        "tokenize_images: 3 of the 7 records of --source are bad (3 missing file), more than the "
-        f"fraction max_bad=0.05 allows; they are listed in {listed}; "
-        "repair them, or raise --max_bad\n"
-    )
+    numbers = (3, 7, "--source", "3 missing file", "max_bad=0.05", listed, "--max_bad")
+    assert_one_line(refused(*args, tmp_path / "none"), "tokenize_images", *numbers)
     assert len(listed.read_text().splitlines()) == 3
     assert os.listdir(out) == [".tokenize_images"]
     assert run(*args, tmp_path)[:2] == (
@@ -167,12 +165,12 @@ def test_too_many_skipped_are_refused_also_when_all_shards_are_there(run, refuse
     bad = {2: "{", 5: '{"text": ""}', 11: "["}
     source = text_lines(tmp_path / "train.jsonl", 50, bad)
     args = f"jsonl:{source}", f"tar:{tmp_path / 'tokens'}", "--shard_size", 20
-    message = "3 of the 50 records of --source are bad (2 malformed, 1 empty text), more than"
-    assert message in refused(*args)
+    numbers = (3, 50, "--source", "2 malformed, 1 empty text")
+    assert_one_line(refused(*args), "tokenize_images", *numbers)
     status, said, err = run(*args, "--max_bad", 0.06)
     assert (status, err) == (0, "") and "47 records copied, 3 skipped (2 malformed" in said
     # records of finished shards are counted too
-    assert message in refused(*args, "--max_bad", 0.059)
+    assert_one_line(refused(*args, "--max_bad", 0.059), "tokenize_images", *numbers)
     assert run(*args, "--max_bad", 0.06)[:2] == (0, said)
 
 
@@ -182,7 +180,7 @@ def test_an_error_has_a_line_of_its_own_on_a_terminal(run, tmp_path, monkeypatch
     status, _, err = run(f"jsonl:{source}", f"tar:{tmp_path / 'tokens'}", "--shard_size", 5)
     shown, blank, said = err.split("\r")[-3:]
     assert (status, blank.strip()) == (2, "") and shown.startswith("tokenizing:  50%|")
-    assert said.startswith("tokenize_images: 1 of the 10 records of --source")
+    assert_one_line(said, "tokenize_images", 1, 10, "--source")
 
 
 def test_skipped_records_are_counted_through_all_shards(run, refused, tmp_path):
@@ -194,7 +192,7 @@ def test_skipped_records_are_counted_through_all_shards(run, refused, tmp_path):
     assert len(open_source("tar", tmp_path / "tokens")) == 228
     text_lines(tmp_path / "train.jsonl", 240, bad | {7: "{"})
     args = *args[:1], f"tar:{tmp_path / 'more'}", *args[2:]
-    assert "13 of the 240 records of --source are bad (13 malformed)" in refused(*args)
+    assert_one_line(refused(*args), "tokenize_images", 13, 240, "--source", "13 malformed")
 
 
 def test_the_list_is_no_source_of_records(run, tmp_path):
@@ -251,7 +249,7 @@ def test_a_run_killed_before_it_noted_anything_restarts(left, run, refused, tmp_
         (reports / left).write_text('{"mod')
     args = f"tar:{tmp_path / 'train.tar'}", f"tar:{out}"
     (out / "other").touch()
-    assert "must be a new folder or that of an interrupted run" in refused(*args)
+    assert f"interrupted run, got {out}" in refused(*args)
     (out / "other").unlink()
     assert run(*args)[0] == 0
     assert sorted(contents(out)) == [
@@ -269,9 +267,8 @@ def test_a_report_with_other_content_is_named(wrong, run, refused, tmp_path):
     assert run(*args)[0] == 0
     report = tmp_path / "tokens/.tokenize_images/00000.json"
     report.write_text(json.dumps(wrong and json.loads(report.read_text()) | wrong))
-    message = refused(*args)
-    rule = "must contain the integers encoded and copied, and the list skipped; delete it to"
-    assert message == f"tokenize_images: {report} {rule} write its shard again\n"
+    fields = ("encoded", "copied", "skipped")
+    assert_one_line(refused(*args), "tokenize_images", report, *fields)
     report.unlink()
     assert "3 images tokenized" in run(*args)[1]
 
@@ -287,9 +284,8 @@ def test_one_run_at_a_time(run, refused, tmp_path, monkeypatch):
 
     monkeypatch.setattr(tokenize_images, "write_records", meanwhile)
     status, said, _ = run(*args)
-    hint = "wait until it ends, or use another folder"
-    message = f"{tmp_path / 'tokens'} is in use by another run; {hint}"
-    assert errors == [f"tokenize_images: {message}\n"]
+    (error,) = errors
+    assert_one_line(error, "tokenize_images", tmp_path / "tokens", "another run")
     assert status == 0 and "3 images tokenized" in said
     assert len(open_source("tar", tmp_path / "tokens")) == 3
 
@@ -303,7 +299,7 @@ def test_a_full_disk_is_reported_with_the_name_of_the_file(refused, tmp_path, mo
     monkeypatch.setattr(tokenize_images, "write_records", without_room)
     out = tmp_path / "tokens"
     message = refused(f"tar:{tmp_path / 'train.tar'}", f"tar:{out}")
-    assert message == f"tokenize_images: [Errno 27] File too large: '{out}/shard-00000.tar'\n"
+    assert_one_line(message, "tokenize_images", "Errno 27", f"'{out}/shard-00000.tar'")
     assert sorted(contents(out)) == [".tokenize_images/lock", ".tokenize_images/manifest.json"]
 
 
@@ -314,25 +310,19 @@ def test_it_resumes_only_with_the_same(golden, run, refused, tmp_path):
     assert run(source, output)[0] == 0
     before = contents(tmp_path / "tokens")
     other = f"tar:{tmp_path / 'other.tar'}"
-    assert f"with source {source}, which must not change, got {other}" in refused(
-        other, output
-    )
-    assert "with shard_size 1000, which must not change, got 5" in refused(
-        source, output, "--shard_size", 5
-    )
-    assert "with format tar, which must not change, got jsonl" in refused(
-        source, f"jsonl:{tmp_path / 'tokens'}"
-    )
+    program = "tokenize_images"
+    assert_one_line(refused(other, output), program, f"source {source}", other)
+    assert_one_line(refused(source, output, "--shard_size", 5), program, "shard_size 1000", 5)
+    jsonl = f"jsonl:{tmp_path / 'tokens'}"
+    assert_one_line(refused(source, jsonl), program, "format tar", "jsonl")
     model = shutil.copytree(golden / "janus_small", tmp_path / "janus_small")
     assert run(source, output, model=model)[0] == 0  # a copy has the same fingerprint
     weights = safetensors.numpy.load_file(model / "model.safetensors")
     weights["gen_vision_model.quant_conv.bias"] += 1
     safetensors.numpy.save_file(weights, model / "model.safetensors")
-    assert "was started with model janus_small with the image tokenizer" in refused(
-        source, output, model=model
-    )
+    assert "model janus_small with the image tokenizer" in refused(source, output, model=model)
     write_records("tar", tmp_path / "train.tar", captioned(4))
-    assert "with records 3, which must not change, got 4" in refused(source, output)
+    assert_one_line(refused(source, output), program, "records 3", 4)
     assert contents(tmp_path / "tokens") == before
 
 
@@ -343,33 +333,35 @@ def test_options_of_the_source(run, refused, tmp_path):
     args = f"jsonl:{tmp_path / 'train.jsonl'}", f"jsonl:{tmp_path / 'tokens'}"
     rooted = (*args, "--image_root", tmp_path / "images")
     assert "1 images tokenized" in run(*rooted)[1]
-    assert "started with image_root" in refused(*args)
+    assert "image_root" in refused(*args)
     message = refused(*rooted, "--class_names", "names.txt")
-    assert "wrong options for a source of the format jsonl" in message
+    assert_one_line(message, "tokenize_images", "options", "jsonl", "class_names")
 
 
 def test_what_is_refused_leaves_nothing(golden, refused, tmp_path):
     write_records("jsonl", tmp_path / "a.jsonl", [Record("text", text="a")])
     source, output = f"jsonl:{tmp_path / 'a.jsonl'}", f"tar:{tmp_path / 'tokens'}"
     before = contents(tmp_path)
-    rule = "argument --source: must be FORMAT:PATH, with FORMAT one of jsonl, tar, arrayrecord"
+    rule = ("--source", "FORMAT:PATH", "jsonl, tar, arrayrecord")
     for wrong in ("csv:a", "jsonl", "jsonl:"):
-        assert rule in refused(wrong, output)
-    assert "found neither at" in refused("jsonl:missing.jsonl", output)
-    assert "is not a folder" in refused(source, output, model="missing")
-    assert "--batch_size must be an integer" in refused(source, output, "--batch_size", 0)
+        assert_one_line(refused(wrong, output), "tokenize_images", *rule)
+    assert "neither at missing.jsonl" in refused("jsonl:missing.jsonl", output)
+    assert "missing is not a folder" in refused(source, output, model="missing")
+    message = refused(source, output, "--batch_size", 0)
+    assert_one_line(message, "tokenize_images", "--batch_size", 0)
     for wrong in (-0.1, 1, "nan"):
-        message = f"--max_bad must be at least 0 and below 1, got {float(wrong)}"
-        assert message in refused(source, output, "--max_bad", wrong)
-    assert "--max_bad: invalid float value: 'x'" in refused(source, output, "--max_bad", "x")
-    assert "--shard_size must be an integer" in refused(source, output, "--shard_size", -1)
-    assert "unrecognized arguments: --batch" in refused(source, output, "--batch", 3)
-    assert "must be a local path, got s3:/" in refused(source, "tar:s3://bucket/a")
-    assert "must be a folder, got the file" in refused(source, f"tar:{tmp_path / 'a.jsonl'}")
-    assert "that of an interrupted run, got" in refused(source, f"tar:{tmp_path}")
+        message = refused(source, output, "--max_bad", wrong)
+        assert_one_line(message, "tokenize_images", "--max_bad", float(wrong))
+    assert "'x'" in refused(source, output, "--max_bad", "x")
+    message = refused(source, output, "--shard_size", -1)
+    assert_one_line(message, "tokenize_images", "--shard_size", -1)
+    assert ": --batch 3" in refused(source, output, "--batch", 3)
+    assert "local path, got s3:/" in refused(source, "tar:s3://bucket/a")
+    assert "folder, got the file" in refused(source, f"tar:{tmp_path / 'a.jsonl'}")
+    assert f"interrupted run, got {tmp_path}" in refused(source, f"tar:{tmp_path}")
     assert contents(tmp_path) == before and os.listdir(tmp_path) == ["a.jsonl"]
     message = refused(source, f"class_folder:{tmp_path / 'tokens'}")
-    assert f"can only hold generation records, got text {tmp_path / 'a.jsonl'}:1" in message
+    assert f"text {tmp_path / 'a.jsonl'}:1" in message and "generation" in message
 
 
 def test_out_of_device_memory(refused, tmp_path, monkeypatch):
@@ -379,7 +371,7 @@ def test_out_of_device_memory(refused, tmp_path, monkeypatch):
     monkeypatch.setattr(codec, "encode_pixels", encode_pixels)
     write_records("tar", tmp_path / "a.tar", captioned(1))
     message = refused(f"tar:{tmp_path / 'a.tar'}", f"tar:{tmp_path / 'tokens'}")
-    assert "out of memory: on the device, while encoding; a smaller --batch_size" in message
+    assert_one_line(message, "tokenize_images", "memory", "device", "--batch_size")
 
 
 def test_the_image_tokenizer_alone_is_the_models(golden, small, tmp_path, capsys):
@@ -406,4 +398,4 @@ def test_a_platform_without_devices_takes_one_line(refused, monkeypatch, tmp_pat
 
     monkeypatch.setattr(jax, "devices", devices)
     err = refused(f"class_folder:{tmp_path}", f"arrayrecord:{tmp_path}/out")
-    assert "was requested, but JAX found no" in err
+    assert "JAX_PLATFORMS" in err

@@ -145,25 +145,25 @@ def test_a_missing_token_is_named(tmp_path, spec, text):
     with pytest.raises(ValueError) as error:
         Tokenizer.from_dir(folder)
     path = folder / "tokenizer.json"
-    assert str(error.value) == f"{path} has no token {text!r}, which Janus requires"
+    assert str(path) in str(error.value) and repr(text) in str(error.value)
 
 
 def test_missing_and_broken_files(tmp_path, spec):
-    with pytest.raises(FileNotFoundError, match=r"no tokenizer.json in .*nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"tokenizer.json.*nowhere"):
         Tokenizer.from_dir(tmp_path / "nowhere")
     folder = write(tmp_path / "t", {**spec, "decoder": {"type": "Metaspace"}})
-    with pytest.raises(ValueError, match="must have a ByteLevel decoder, got Metaspace"):
+    with pytest.raises(ValueError, match=r"decoder.*Metaspace"):
         Tokenizer.from_dir(folder)
     for broken in ("{", "[" * 100_000):
         (folder / "tokenizer.json").write_text(broken)
-        with pytest.raises(ValueError, match="is not valid JSON") as error:
+        with pytest.raises(ValueError, match=f"{folder}/tokenizer.json.*JSON") as error:
             Tokenizer.from_dir(folder)
         assert "\n" not in str(error.value)
     (folder / "tokenizer.json").write_text("[]")
-    with pytest.raises(ValueError, match="must contain a JSON object, got a list"):
+    with pytest.raises(ValueError, match=r"object.*list"):
         Tokenizer.from_dir(folder)
     (folder / "tokenizer.json").write_text('{"decoder": {"type": "ByteLevel"}}')
-    with pytest.raises(ValueError, match="is not a valid tokenizer"):
+    with pytest.raises(ValueError, match=f"{folder}/tokenizer.json.*tokenizer"):
         Tokenizer.from_dir(folder)
 
 
@@ -225,5 +225,5 @@ def test_is_longer_is_never_wrong(name, request):
         longer = [tokenizer.is_longer(text, limit) for limit in limits]
         assert longer[0] and not any(longer[-2:])
         assert longer == sorted(longer, reverse=True)
-    with pytest.raises(ValueError, match="valid Unicode"):
+    with pytest.raises(ValueError, match="Unicode"):
         tokenizer.encode("a\udcff")

@@ -54,13 +54,12 @@ def with_parts(spec, **parts):
 )
 def test_parts_that_change_texts_are_refused(spec, refused, parts):
     message = refused(with_parts(spec, **parts))
-    assert "tokenizer.json does not preserve texts: '" in message
-    assert "do not match; use the tokenizer.json of the original checkpoint" in message
+    assert re.search("tokenizer.json .*texts: '", message), message
 
 
 def test_spaces_that_vanish_are_shown(spec, refused):
     message = refused(with_parts(spec, pre_tokenizer=METASPACE))
-    assert "' Two wor' decodes to 'Twowords'" in message
+    assert re.search("' Two wor' .*'Twowords'", message)
 
 
 @pytest.mark.parametrize(
@@ -77,20 +76,20 @@ def test_spaces_that_vanish_are_shown(spec, refused):
     ids=lambda normalizer: normalizer["type"],
 )
 def test_normalizers_are_refused(spec, refused, normalizer):
-    rule = "must not have a normalizer, got"
     for one in (normalizer, {"type": "Sequence", "normalizers": [normalizer]}):
-        assert f"{rule} {normalizer['type']}; use" in refused(with_parts(spec, normalizer=one))
+        message = refused(with_parts(spec, normalizer=one))
+        assert re.search(rf"normalizer.*\b{normalizer['type']}\b", message), message
 
 
 def test_parts_that_double_a_text_again_and_again_take_no_time(spec, refused):
     double = {"type": "Replace", "pattern": {"String": "e"}, "content": "ee"}
     normalizer = {"type": "Sequence", "normalizers": [double] * 60}
     message = refused(with_parts(spec, normalizer=normalizer))
-    assert "must not have a normalizer, got Replace" in message
+    assert re.search(r"normalizer.*\bReplace\b", message)
     letters = {"type": "Sequence", "pretokenizers": [BYTE_LEVEL] * 60}
     for one in (letters, {"type": "Sequence", "pretokenizers": [letters]}):
         message = refused(with_parts(spec, pre_tokenizer=one))
-        assert "must have at most one ByteLevel pre_tokenizer, got several; use the" in message
+        assert re.search("one ByteLevel pre_tokenizer.*several", message)
 
 
 def test_an_expression_that_takes_too_long_is_refused(spec, refused):
@@ -98,13 +97,13 @@ def test_an_expression_that_takes_too_long_is_refused(spec, refused):
     split["pattern"] = {"Regex": "(\\w|.)*Q"}
     parts = {"type": "Sequence", "pretokenizers": [split, BYTE_LEVEL]}
     message = refused(with_parts(spec, pre_tokenizer=parts))
-    assert " cannot encode ' " in message and "library failed: Onig: Regex search" in message
+    assert "Onig: Regex search" in message
 
 
 def test_random_tokens_are_refused(spec, refused):
     """The tokenizers library applies BPE dropout to every text."""
     changed = with_parts(spec, model=spec["model"] | {"dropout": 0.5})
-    assert "tokenizer.json: model.dropout must be null, got 0.5" in refused(changed)
+    assert re.search(r"tokenizer.json: model.dropout.* 0\.5\b", refused(changed))
 
 
 def test_a_vocabulary_without_some_bytes_is_refused(spec, refused):
@@ -119,26 +118,26 @@ def test_ids_of_added_tokens_must_be_those_that_are_given(spec, refused):
     changed = copy.deepcopy(spec)
     changed["added_tokens"][3]["id"] = 500
     message = refused(changed)
-    assert "tokenizer.json: the added token '<image_placeholder>' must have the id " in message
-    assert "387 of the tokenizer, got 500" in message
+    assert "tokenizer.json: " in message and "'<image_placeholder>'" in message
+    assert re.search(r"\b387\b.*\b500\b", message)
     swapped = copy.deepcopy(spec)
     one, two = swapped["added_tokens"][5:7]
     one["id"], two["id"] = two["id"], one["id"]
-    assert "the added token '<begin_of_image>' must have the id " in refused(swapped)
+    assert re.search("'<begin_of_image>'.*id", refused(swapped))
 
 
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        ({"added_tokens_decoder": {"9": {"content": "<end_of_image>"}}}, "390 of the .* got '9'"),
-        ({"added_tokens_decoder": {"447": {"content": "<new>"}}}, "'<new>' .* known token, got"),
-        ({"added_tokens_decoder": {"384": 5}}, "added token 5 must have the id"),
-        ({"added_tokens_decoder": [5]}, r"added_tokens_decoder must be an object, got \[5\]"),
-        ({"boi_token": "<|User|>"}, "boi_token must be <begin_of_image>, got '<|User|>'"),
-        ({"image_token": 3}, "image_token must be a string, got 3"),
-        ({"bos_token": 7}, "bos_token must be a string, got 7"),
-        ({"eos_token": {"content": []}}, r"eos_token must be a string, got {'content': \[\]}"),
-        ({"bos_token": "<s>"}, "has no token '<s>', which .*tokenizer_config.json requires"),
+        ({"added_tokens_decoder": {"9": {"content": "<end_of_image>"}}}, r"\b390\b.*'9'"),
+        ({"added_tokens_decoder": {"447": {"content": "<new>"}}}, "'<new>'.*447"),
+        ({"added_tokens_decoder": {"384": 5}}, "added token 5 "),
+        ({"added_tokens_decoder": [5]}, r"added_tokens_decoder.*\[5\]"),
+        ({"boi_token": "<|User|>"}, "boi_token.*<begin_of_image>.*'<|User|>'"),
+        ({"image_token": 3}, r"image_token.* 3\b"),
+        ({"bos_token": 7}, r"bos_token.* 7\b"),
+        ({"eos_token": {"content": []}}, r"eos_token.*{'content': \[\]}$"),
+        ({"bos_token": "<s>"}, "'<s>'.*tokenizer_config.json"),
     ],
 )
 def test_tokenizer_config_must_agree(spec, refused, config, expected):
@@ -148,7 +147,7 @@ def test_tokenizer_config_must_agree(spec, refused, config, expected):
 
 def test_special_tokens_map_is_named(spec, refused):
     message = refused(spec, special_tokens_map={"eos_token": ["</s>"]})
-    assert "special_tokens_map.json: eos_token must be a string, got ['</s>']" in message
+    assert re.search(r"special_tokens_map.json: eos_token.*\['</s>'\]", message)
 
 
 def test_real_tokenizers_load_and_say_the_same(golden):

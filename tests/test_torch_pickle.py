@@ -95,7 +95,7 @@ def test_a_pickle_that_calls_something_is_named_and_not_executed(tmp_path, place
     trap = checkpoints.Trap(tmp_path / "executed")
     value = {"value": {"a": trap}, "top": trap, "inside": {"a": [torch.zeros(2), trap]}}[place]
     path = save(tmp_path / "m.bin", value)
-    with pytest.raises(ValueError, match=r"its pickle names \w+\.mkdir, and only tensors") as error:
+    with pytest.raises(ValueError, match=r"pickle.* \w+\.mkdir\b") as error:
         read_torch_file(path)
     assert "\n" not in str(error.value)
     assert not (tmp_path / "executed").exists()
@@ -118,7 +118,7 @@ def test_a_pickle_that_calls_something_is_named_and_not_executed(tmp_path, place
 def test_every_way_to_name_a_global_is_refused(tmp_path, data):
     path = save(tmp_path / "m.bin", {"a": torch.zeros(2)})
     replace_pickle(path, data)
-    with pytest.raises(ValueError, match=r"its pickle (names|uses) .*, and only tensors are"):
+    with pytest.raises(ValueError, match=f"{path}: .*pickle (names|uses) "):
         read_torch_file(path)
 
 
@@ -168,7 +168,7 @@ BUILT = {
 def test_attributes_cannot_be_set_behind_the_checks(tmp_path, part, state):
     path = save(tmp_path / "m.bin", {"a": torch.arange(2.0)})
     replace_pickle(path, spelled_pickle(**{part: state.format(BUILT[part])}))
-    with pytest.raises(ValueError, match=r"m\.bin: its pickle sets attributes of a ") as error:
+    with pytest.raises(ValueError, match=r"m\.bin: .*pickle.*attributes") as error:
         read_torch_file(path)
     assert "\n" not in str(error.value)
 
@@ -194,35 +194,35 @@ def test_a_damaged_directory(tmp_path):
     data = bytearray(path.read_bytes())
     data[data.rindex(b"PK\x06\x07") + 16] = 5  # zip files in the set
     path.write_bytes(data)
-    with pytest.raises(ValueError, match=r"m\.bin: zipfiles that span multiple disks"):
+    with pytest.raises(ValueError, match=r"m\.bin: .*disks"):
         read_torch_file(path)
 
 
 def test_a_tensor_larger_than_its_storage(tmp_path):
     path = save(tmp_path / "m.bin", {"a": torch.zeros(10)})
     rewrite(path, lambda name, data: data[:-4] if "/data/" in name else data)
-    with pytest.raises(ValueError, match="a needs 40 bytes, its storage has 36"):
+    with pytest.raises(ValueError, match=r"\ba .*\b40 bytes.*\b36\b"):
         read_torch_file(path)
 
 
 def test_a_storage_that_is_not_there(tmp_path):
     path = save(tmp_path / "m.bin", {"a": torch.zeros(10)})
     rewrite(path, lambda name, data: None if "/data/" in name else data)
-    with pytest.raises(ValueError, match=r"refers to .*data/0', which is missing"):
+    with pytest.raises(ValueError, match=r"data/0'.*missing"):
         read_torch_file(path)
 
 
 def test_other_kinds_of_file(tmp_path):
     legacy = save(tmp_path / "old.bin", {"a": torch.zeros(2)}, _use_new_zipfile_serialization=False)
-    with pytest.raises(ValueError, match=r"pickle in the format before torch 1\.6"):
+    with pytest.raises(ValueError, match=r"old\.bin.*torch 1\.6"):
         read_torch_file(legacy)
     text = tmp_path / "text.bin"
     text.write_text("version https://git-lfs.github.com/spec/v1")
-    with pytest.raises(ValueError, match="is not a PyTorch file"):
+    with pytest.raises(ValueError, match=f"{text}: .*PyTorch file"):
         read_torch_file(text)
     big = save(tmp_path / "big.bin", {"a": torch.zeros(2)})
     rewrite(big, lambda name, data: b"big" if name.endswith("byteorder") else data)
-    with pytest.raises(ValueError, match="byte order must be 'little', got 'big'"):
+    with pytest.raises(ValueError, match=r"byte order.*'little'.*'big'"):
         read_torch_file(big)
 
 
@@ -233,5 +233,5 @@ def test_compressed_archives_are_refused(tmp_path):
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in members.items():
             archive.writestr(name, data)
-    with pytest.raises(ValueError, match="is compressed"):
+    with pytest.raises(ValueError, match="compressed"):
         read_torch_file(path)

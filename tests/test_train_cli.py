@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from one_line import assert_one_line
 from safetensors.numpy import load_file
 from stage_configs import train_stage
 from torch_reference import golden_janus
@@ -152,26 +153,34 @@ def test_a_run_may_replace_an_earlier_one(trained):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "words"),
     [
-        ([ENCODER, "--config.stepz=3"], '; did you mean "steps"'),
-        ([ENCODER, "--config.steps=many"], "--config.steps=many: invalid"),
-        ([LORA, "--config.mixture.more.path=x"], "the config has no such setting: 'more'"),
-        (["--config=configs/none.py", "--config.steps=3"], "no config file at configs/none.py"),
-        (["--config", "finetune"], "one of: finetune_full, finetune_lora, janus_1_3b_stage1, "),
-        ([ENCODER, "now"], "arguments must be flags, got ['now']"),
-        ([ENCODER, "--config.init=/none"], "init must be a checkpoint folder: /none is not"),
-        ([], "--config is required; run --help for the list of configs"),
-        (["--config=configs/janus_tiny_stage3.py:stage9"], "stage2 or nothing, got 'stage9'"),
-        (["--config=janus_tiny_stage3:stage9"], "stage2 or nothing, got 'stage9'"),
-        (["--config=README.md"], "the config file must be Python, got "),
+        ([ENCODER, "--config.stepz=3"], ("stepz", '"steps"')),
+        ([ENCODER, "--config.steps=many"], ("--config.steps=many",)),
+        ([LORA, "--config.mixture.more.path=x"], ("'more'",)),
+        (["--config=configs/none.py", "--config.steps=3"], ("configs/none.py",)),
+        (["--config", "finetune"], ("finetune", "finetune_full, finetune_lora, janus_1_3b_stage1")),
+        ([ENCODER, "now"], ("flags", "['now']")),
+        ([ENCODER, "--config.init=/none"], ("init", "/none")),
+        ([], ("--config", "--help")),
+        (["--config=configs/janus_tiny_stage3.py:stage9"], ("stage2", "'stage9'")),
+        (["--config=janus_tiny_stage3:stage9"], ("stage2", "'stage9'")),
+        (["--config=README.md"], ("Python", "config file")),
     ],
 )
-def test_wrong_flags_take_one_line(flags, message):
-    done = run(*flags)
+def test_wrong_flags_take_one_line(flags, words, capsys, monkeypatch):
+    monkeypatch.setattr(compile_cache, "enable", lambda: None)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(flags)
+    out, err = capsys.readouterr()
+    assert (stopped.value.code, out) == (2, "")
+    assert_one_line(err, "train.py", *words)
+
+
+def test_the_program_itself_refuses_wrong_flags():
+    done = run(ENCODER, steps=0)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("train.py: ") and done.stderr.count("\n") == 1
-    assert message in done.stderr and "Traceback" not in done.stderr
+    assert_one_line(done.stderr, "train.py", "steps", 0)
 
 
 def test_flags_take_their_values_after_an_equals_sign_or_a_space():
@@ -209,73 +218,71 @@ def test_a_config_is_found_by_its_name_or_as_a_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "words"),
     [
-        ("from janus_jax.configs import nope", "config file failed: ImportError: cannot import "),
-        ("def get_config():\n    return missing", "NameError: name 'missing' is not defined (FILE"),
-        ("steps = 3", "the config file must define get_config()"),
-        ("def get_config():\n    return dict(task='stage')", "ml_collections.ConfigDict, got dict"),
-        ("def get_config(", "the config file must be Python, got '(' was never closed"),
+        ("from janus_jax.configs import nope", ("ImportError", "'nope'")),
+        ("def get_config():\n    return missing", ("NameError", "'missing'", "FILE")),
+        ("steps = 3", ("get_config()",)),
+        ("def get_config():\n    return dict(task='stage')", ("ConfigDict", "dict")),
+        ("def get_config(", ("Python", "'(' was never closed")),
     ],
 )
-def test_errors_in_a_config_file_take_one_line(text, message, tmp_path, capsys, monkeypatch):
+def test_errors_in_a_config_file_take_one_line(text, words, tmp_path, capsys, monkeypatch):
     monkeypatch.delitem(sys.modules, "config_config", raising=False)  # of an earlier config file
     path = tmp_path / "mine.py"
     path.write_text(text + "\n")
     with pytest.raises(SystemExit) as stopped:
         cli.parse([f"--config={path}"])
-    err = capsys.readouterr().err
-    assert stopped.value.code == 2 and err.startswith("train.py: ") and err.count("\n") == 1
-    assert message.replace("FILE", str(path)) in err
+    words = [word.replace("FILE", str(path)) for word in words]
+    assert stopped.value.code == 2
+    assert_one_line(capsys.readouterr().err, "train.py", *words)
 
 
-def refused(train_one, cfg, capsys) -> str:
-    """The line that a run ends with at once."""
+def assert_refused(train_one, cfg, capsys, words: str) -> None:
+    """A run ends at once with one line that contains the words."""
     with pytest.raises(SystemExit) as stopped, cli.settings_errors():
         train_one(cfg)
-    err = capsys.readouterr().err
     assert stopped.value.code == 2
-    assert err.startswith("train.py: ") and err.count("\n") == 1
-    return err
+    assert_one_line(capsys.readouterr().err, "train.py", *words.split())
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "words"),
     [
-        (dict(steps=50), "less than steps, got warmup_steps=50 steps=50"),
-        (dict(steps=0), "steps must be at least 1, got 0"),
-        (dict(save_every=0), "save_every must be at least 1, got 0"),
-        (dict(crop_batch_size=0), "crop_batch_size must be at least 1, got 0"),
-        (dict(seed=-1), "seed must be at least 0, got -1"),
-        (dict(crop=40), "crop must be a multiple of 16 and at most 96, got 40"),
-        (dict(crop=112), "crop must be a multiple of 16 and at most 96, got 112"),
-        (dict(output="FOLDER/file"), "output must be a folder, got the file "),
-        (dict(output="gs://bucket/run"), "output must be a local path, got "),
-        (dict(output="FOLDER/file/new"), "file is not a writable folder"),
+        (dict(steps=50), "warmup_steps=50 steps=50"),
+        (dict(steps=0), "steps 1 0"),
+        (dict(save_every=0), "save_every 1 0"),
+        (dict(crop_batch_size=0), "crop_batch_size 1 0"),
+        (dict(seed=-1), "seed -1"),
+        (dict(crop=40), "crop 16 96 40"),
+        (dict(crop=112), "crop 16 96 112"),
+        (dict(output="FOLDER/file"), "output folder FOLDER/file"),
+        (dict(output="gs://bucket/run"), "output local gs:/"),
+        (dict(output="FOLDER/file/new"), "FOLDER/file writable"),
     ],
 )
-def test_the_tokenizer_s_settings_are_checked_first(settings, message, tmp_path, capsys):
+def test_the_tokenizer_s_settings_are_checked_first(settings, words, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     cfg = janus_tiny_vq.get_config()
     cfg.output = str(tmp_path / "new")
     if "output" in settings:
         settings = dict(output=settings["output"].replace("FOLDER", str(tmp_path)))
     cfg.update(settings)
-    assert message in refused(train_vq, cfg, capsys)
+    assert_refused(train_vq, cfg, capsys, words.replace("FOLDER", str(tmp_path)))
     assert tree(tmp_path) == {"file": b"mine"}
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("settings", "words"),
     [
-        (dict(init="nowhere"), "init must be a checkpoint folder: "),
-        (dict(init="golden"), "init must be a model for images of 96 pixels a side, got 64"),
-        (dict(init="empty"), "empty has no config.json"),
-        (dict(init="golden", output="golden"), "init and output must be different folders"),
-        (dict(batch_size=0), "batch_size must be at least 1, got 0"),
+        (dict(init="nowhere"), "init nowhere"),
+        (dict(init="golden"), "init 96 64"),
+        (dict(init="empty"), "empty config.json"),
+        (dict(init="golden", output="golden"), "init output different"),
+        (dict(batch_size=0), "batch_size 1 0"),
     ],
 )
-def test_the_encoder_s_settings_are_checked_first(settings, message, tmp_path, golden, capsys):
+def test_the_encoder_s_settings_are_checked_first(settings, words, tmp_path, golden, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "golden").mkdir()
     shutil.copy(golden / "janus" / "config.json", tmp_path / "golden")
@@ -283,7 +290,7 @@ def test_the_encoder_s_settings_are_checked_first(settings, message, tmp_path, g
     cfg = janus_tiny_encoder.get_config()
     for name, value in (dict(init="nowhere", output="new") | settings).items():
         cfg[name] = str(tmp_path / value) if name in ("init", "output") else value
-    assert message in refused(train_encoder, cfg, capsys)
+    assert_refused(train_encoder, cfg, capsys, words)
     assert tree(tmp_path) == before
 
 
@@ -294,15 +301,15 @@ def test_a_folder_of_other_things_is_not_replaced(tmp_path, golden):
     folder.mkdir()
     check_output(str(folder), cfg, names)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="does not contain a model with the sizes to be trained"):
+    with pytest.raises(ValueError, match=f"output.*{folder}.*sizes"):
         check_output(str(folder), cfg, names)
     shutil.copy(golden / "janus" / "config.json", folder)
-    with pytest.raises(ValueError, match="does not contain a model with the sizes to be trained"):
+    with pytest.raises(ValueError, match=f"output.*{folder}.*sizes"):
         check_output(str(folder), cfg, names)
     files.write_json(folder / "config.json", save.write_config(cfg, None, save.DEEPSEEK))
     check_output(str(folder), cfg, names)
     (folder / "holiday.jpg").write_text("")
-    with pytest.raises(ValueError, match=r"contains holiday.jpg, which training does not write"):
+    with pytest.raises(ValueError, match=f"{folder}.*holiday.jpg"):
         check_output(str(folder), cfg, names)
 
 
@@ -316,8 +323,7 @@ def test_a_device_without_memory_takes_one_line(monkeypatch, capsys):
         cli.main(["--config=configs/janus_tiny_stage3.py"])
     message = capsys.readouterr().err.splitlines()[-1]
     assert stopped.value.code == 2
-    start = "train.py: out of memory: on the device, while training; reduce batch_size"
-    assert message.startswith(start)
+    assert_one_line(message, "train.py", "memory", "device", "batch_size")
 
 
 def test_an_interrupt_takes_one_line_and_a_bug_its_traceback(capsys):
