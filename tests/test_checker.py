@@ -118,6 +118,14 @@ def test_colorless_and_two_colored_blobs_have_no_name():
     assert [d.color for d in checker.detect(image)] == [checker.UNKNOWN] * 2
 
 
+def test_squares_that_touch_at_a_corner_are_two_objects_in_the_order_of_their_first_pixels():
+    image = np.full((96, 96, 3), 255, np.uint8)
+    image[44:68, 20:44] = (222, 32, 44)  # below and to the left of the other
+    image[20:44, 44:68] = (36, 84, 224)
+    found = [(d.shape, d.color, d.area) for d in checker.detect(image)]
+    assert found == [("square", "blue", 576), ("square", "red", 576)]
+
+
 def test_u_shaped_blob_is_one_component_without_a_shape_name():
     image = np.full((96, 96, 3), 255, np.uint8)
     image[20:60, 20:26] = image[20:60, 54:60] = image[54:60, 20:60] = (222, 32, 44)

@@ -18,9 +18,8 @@ import janus_jax
 from janus_jax import sharding
 from janus_jax.generation import codec, compile_cache, decoding, loading
 from janus_jax.generation import pipeline as pipelines
-from janus_jax.interop.folders import find_folder
+from janus_jax.interop.folders import check_processor, find_folder
 from janus_jax.interop.load import check_dtype
-from janus_jax.interop.processor_files import check_processor
 from janus_jax.models.janus import JanusConfig
 from janus_jax.processing import images
 from janus_jax.processing.processor import Processor

@@ -10,9 +10,8 @@ from jax.sharding import Mesh
 from janus_jax import checks, sharding
 from janus_jax.generation import codec, compile_cache, decoding, image, loading, samplers, text
 from janus_jax.interop.files import Report
-from janus_jax.interop.folders import find_adapter, find_folder
+from janus_jax.interop.folders import check_processor, find_adapter, find_folder
 from janus_jax.interop.load import build_model, check_dtype, load_params, open_folder
-from janus_jax.interop.processor_files import check_processor
 from janus_jax.models.janus import Janus
 from janus_jax.processing import chat
 from janus_jax.processing.images import ImageSource, image_list, split_images

@@ -1,4 +1,4 @@
-"""Finds checkpoint folders, local or on the hub; suggests what to pass instead of other paths."""
+"""Finds and checks checkpoint folders, local or on the hub; suggests what to pass instead."""
 
 import difflib
 import os
@@ -6,6 +6,8 @@ import re
 from pathlib import Path
 
 from janus_jax.checks import shorten, shorten_text
+from janus_jax.families.family import ModelConfig
+from janus_jax.families.registry import sizes_of
 from janus_jax.interop.files import ADAPTER_CONFIG, CONFIG, ORBAX_FILES, PARAMS
 from janus_jax.interop.readers import (
     GGUF_UNSUPPORTED,
@@ -14,6 +16,9 @@ from janus_jax.interop.readers import (
     WEIGHT_SUFFIXES,
 )
 from janus_jax.processing.json_files import read_json
+from janus_jax.processing.processor import Processor
+from janus_jax.processing.prompt_settings import PREPROCESSOR, PROCESSOR
+from janus_jax.processing.tokenizer import TOKENIZER
 
 REQUIRED_FILES = (
     f"{CONFIG}, tokenizer.json, tokenizer_config.json, processor_config.json and "
@@ -196,3 +201,23 @@ def _fetch(name: str) -> Path:
             f"{name} is not a local folder and cannot be downloaded from the Hugging Face hub: "
             f"{reason.rstrip('.')}" + suggestion(name, hub_ids=True)
         ) from error
+
+
+def check_processor(folder: str | Path, processor: Processor, cfg: ModelConfig) -> None:
+    """Raises ValueError if the processor files of a folder do not fit its model.
+
+    Token ids must be in the vocabulary, and image size and tokens per image must be those of cfg.
+    """
+    folder, largest, sizes = Path(folder), processor.tokenizer.largest_id, sizes_of(cfg)
+    if largest >= sizes.vocab_size:
+        raise ValueError(
+            f"{folder / TOKENIZER} has token ids up to {largest}, but the vocabulary size in "
+            f"config.json is {sizes.vocab_size}"
+        )
+    size, tokens = processor.image_config.image_size, processor.num_image_tokens
+    if (size, tokens) != (sizes.image_size, sizes.input_image_tokens):
+        raise ValueError(
+            f"{folder}: {PREPROCESSOR} and {PROCESSOR} set an image size of {size} pixels and "
+            f"{tokens} tokens per image, but config.json expects {sizes.image_size} pixels and "
+            f"{sizes.input_image_tokens} tokens"
+        )

@@ -16,7 +16,7 @@ from janus_jax.interop.files import small_files
 from janus_jax.paths import write_file
 from janus_jax.processing.chat import DEFAULT_SYSTEM_PROMPT
 from janus_jax.processing.json_files import read_json, read_json_if_any, write_json
-from janus_jax.processing.processor import Processor, image_config
+from janus_jax.processing.processor import image_config
 from janus_jax.processing.prompt_settings import (
     LEGACY_TEMPLATE_FILE,
     PREPROCESSOR,
@@ -225,23 +225,3 @@ def _write_generation_config(folder: Path, tokenizer: Tokenizer) -> None:
         "pad_token_id": tokenizer.pad_id,
     }
     write_json(folder / GENERATION, settings)
-
-
-def check_processor(folder: str | Path, processor: Processor, cfg: ModelConfig) -> None:
-    """Raises ValueError if the processor files of a folder do not fit its model.
-
-    Token ids must be in the vocabulary, and image size and tokens per image must be those of cfg.
-    """
-    folder, largest, sizes = Path(folder), processor.tokenizer.largest_id, sizes_of(cfg)
-    if largest >= sizes.vocab_size:
-        raise ValueError(
-            f"{folder / TOKENIZER} has token ids up to {largest}, but the vocabulary size in "
-            f"config.json is {sizes.vocab_size}"
-        )
-    size, tokens = processor.image_config.image_size, processor.num_image_tokens
-    if (size, tokens) != (sizes.image_size, sizes.input_image_tokens):
-        raise ValueError(
-            f"{folder}: {PREPROCESSOR} and {PROCESSOR} set an image size of {size} pixels and "
-            f"{tokens} tokens per image, but config.json expects {sizes.image_size} pixels and "
-            f"{sizes.input_image_tokens} tokens"
-        )

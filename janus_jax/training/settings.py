@@ -18,9 +18,8 @@ from janus_jax.data.skipped import Skipped
 from janus_jax.data.sources import FORMATS, Formats
 from janus_jax.families.family import ModelConfig
 from janus_jax.interop.files import Report
-from janus_jax.interop.folders import check_folder
+from janus_jax.interop.folders import check_folder, check_processor
 from janus_jax.interop.load import DTYPES, Folder, check_weights, open_folder
-from janus_jax.interop.processor_files import check_processor
 from janus_jax.models.remat import REMAT_CHOICES
 from janus_jax.paths import check_local
 from janus_jax.processing.processor import Processor
