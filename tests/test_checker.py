@@ -11,8 +11,8 @@ from janus_jax.shapes import checker, scenes
 RED_CIRCLE = scenes.Object("circle", "red", 28, 24, 48)
 BLUE_SQUARE = scenes.Object("square", "blue", 28, 72, 48)
 TWO = scenes.Scene("white", (RED_CIRCLE, BLUE_SQUARE))
-LEFT = checker.Requirement(
-    (checker.Item("circle", "red"), checker.Item("square", "blue")), "left of"
+LEFT = scenes.Requirement(
+    (scenes.Item("circle", "red"), scenes.Item("square", "blue")), "left of"
 )
 
 
@@ -31,7 +31,7 @@ def blurred(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return np.clip(noisy, 0, 255).astype(np.uint8)
 
 
-def judge(scene: scenes.Scene, requirement: checker.Requirement) -> bool:
+def judge(scene: scenes.Scene, requirement: scenes.Requirement) -> bool:
     return checker.satisfies(requirement, checker.detect(scenes.draw(scene)))
 
 
@@ -57,7 +57,7 @@ def test_detections_are_the_objects(drawn):
                        and abs(d[3] - item.y) < 1.5 for d in found)
 
 
-def test_every_shape_color_size_background_is_recognised():
+def test_every_shape_color_size_background_is_recognized():
     for background in scenes.BACKGROUNDS:
         for shape in scenes.SHAPES:
             for color in scenes.COLORS:
@@ -104,7 +104,7 @@ def test_extra_and_missing_objects_fail():
 def test_wrong_count_fails(required):
     places = [(24, 24), (72, 24), (24, 72), (72, 72)]
     triangles = [scenes.Object("triangle", "green", 24, x, y) for x, y in places]
-    need = checker.Requirement((checker.Item("triangle", None, required),))
+    need = scenes.Requirement((scenes.Item("triangle", None, required),))
     for drawn_count in range(1, 5):
         scene = scenes.Scene("black", tuple(triangles[:drawn_count]))
         assert judge(scene, need) == (drawn_count == required)
@@ -116,6 +116,14 @@ def test_colorless_and_two_colored_blobs_have_no_name():
     image[60:84, 20:32] = (222, 32, 44)
     image[60:84, 32:44] = (36, 84, 224)
     assert [d.color for d in checker.detect(image)] == [checker.UNKNOWN] * 2
+
+
+def test_squares_that_touch_at_a_corner_are_two_objects_in_the_order_of_their_first_pixels():
+    image = np.full((96, 96, 3), 255, np.uint8)
+    image[44:68, 20:44] = (222, 32, 44)  # below and to the left of the other
+    image[20:44, 44:68] = (36, 84, 224)
+    found = [(d.shape, d.color, d.area) for d in checker.detect(image)]
+    assert found == [("square", "blue", 576), ("square", "red", 576)]
 
 
 def test_u_shaped_blob_is_one_component_without_a_shape_name():

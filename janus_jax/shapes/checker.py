@@ -1,16 +1,18 @@
 """Detects colored shapes in an image and checks them against a requirement, from pixels alone.
 
-The checker shares no code and no constants with the renderer in `scenes.py`, which only uses the
-classes `Item` and `Requirement` of this file to state what a prompt requires. Foreground pixels are
-those that differ from the border of the image. Colors are classified by hue angle, and shapes by
-their overlap with masks built from the area and centroid of each blob. The check is strict, as in
-GenEval: all required objects must be present, no other object may be, and a relation must hold
-clearly.
+The checker shares no code and no constants with the renderer in `scenes.py`, except the classes
+`Item` and `Requirement`, which state what a prompt requires. Foreground pixels are those that
+differ from the border of the image. Colors are classified by hue angle, and shapes by their overlap
+with masks built from the area and centroid of each blob. The check is strict, as in GenEval: all
+required objects must be present, no other object may be, and a relation must hold clearly.
 """
 
 import dataclasses
 
 import numpy as np
+from scipy import ndimage
+
+from janus_jax.shapes.scenes import Item, Requirement
 
 BORDER = 2  # width in pixels of the border from which the background color is estimated
 FOREGROUND_DISTANCE = 80.0  # RGB distance to the background, about half that of a full object
@@ -27,27 +29,6 @@ HUES = {"red": 0.0, "orange": 30.0, "yellow": 54.0, "green": 130.0, "blue": 225.
 FILL = {"circle": np.pi / 4, "square": 1.0, "triangle": 0.5, "cross": 5 / 9}
 DROP = {"circle": 0.0, "square": 0.0, "triangle": 1 / 6, "cross": 0.0}
 UNKNOWN = "unknown"
-
-
-@dataclasses.dataclass(frozen=True)
-class Item:
-    """`count` objects of one shape and color. `color` None means any color."""
-
-    shape: str
-    color: str | None
-    count: int = 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Requirement:
-    """The objects that an image must show. Other objects are not allowed.
-
-    `relation` ("left of", "right of", "above" or "below") is the direction of items[0] from
-    items[1]. If it is set, both items have count 1.
-    """
-
-    items: tuple[Item, ...]
-    relation: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,9 +66,11 @@ def detect(image: np.ndarray) -> list[Detection]:
     difference = pixels - _background_rgb(pixels)
     distance = np.sqrt(np.einsum("yxc,yxc->yx", difference, difference))
     mask = distance > FOREGROUND_DISTANCE
-    interior = _interior(mask)
-    blobs = [blob for blob in _components(mask) if len(blob[0]) >= MIN_AREA]
-    return [_describe(pixels, interior, rows, columns) for rows, columns in blobs]
+    interior = ndimage.binary_erosion(mask)  # pixels whose four neighbors are in the mask, too
+    labels, _ = ndimage.label(mask)  # 4-connected, numbered in the order of the first pixels
+    areas = np.bincount(labels.ravel())  # areas[0] is that of the background
+    blobs = 1 + np.flatnonzero(areas[1:] >= MIN_AREA)
+    return [_describe(pixels, interior, *np.nonzero(labels == blob)) for blob in blobs]
 
 
 def satisfies(requirement: Requirement, detections: list[Detection]) -> bool:
@@ -136,12 +119,6 @@ def _describe(
     inside = interior[rows, columns]
     selected = inside if inside.any() else slice(None)
     return Detection(shape, _color(pixels[rows, columns][selected]), x, y, len(rows))
-
-
-def _interior(mask: np.ndarray) -> np.ndarray:
-    """Returns the pixels of the mask whose four neighbours are also in it, bool[Y, X]."""
-    around = np.pad(mask, 1)
-    return mask & around[:-2, 1:-1] & around[2:, 1:-1] & around[1:-1, :-2] & around[1:-1, 2:]
 
 
 def _color(rgb: np.ndarray) -> str:
@@ -203,43 +180,3 @@ def _inside(shape: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
     if shape == "cross":
         return box & (np.minimum(np.abs(u), np.abs(v)) <= 1 / 3)
     return box
-
-
-def _components(mask: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Returns the 4-connected components of bool[Y, X] as (rows, columns).
-
-    Horizontal runs of pixels are found first and then merged across rows.
-    """
-    height, width = mask.shape
-    padded = np.zeros((height, width + 2), np.int8)
-    padded[:, 1:-1] = mask
-    steps = np.diff(padded, axis=1)
-    run_rows, starts = np.nonzero(steps == 1)
-    ends = np.nonzero(steps == -1)[1]
-    labels = _join_runs(run_rows.tolist(), starts.tolist(), ends.tolist())
-    lengths = ends - starts
-    rows, columns = np.nonzero(mask)  # row-major, so the pixels of each run are contiguous
-    pixel_labels = np.repeat(labels, lengths)
-    return [(rows[pick], columns[pick])
-            for pick in (pixel_labels == label for label in np.unique(labels))]
-
-
-def _join_runs(run_rows: list[int], starts: list[int], ends: list[int]) -> np.ndarray:
-    """Returns for each run the index of the first run of its blob, int[runs]."""
-    parent = list(range(len(run_rows)))
-
-    def root(run: int) -> int:
-        while parent[run] != run:
-            run = parent[run]
-        return run
-
-    above = 0  # first run of the previous row that may touch the current run
-    for run, row in enumerate(run_rows):
-        while run_rows[above] < row - 1 or (run_rows[above] < row and ends[above] <= starts[run]):
-            above += 1
-        other = above
-        while run_rows[other] == row - 1 and starts[other] < ends[run]:
-            first, second = sorted((root(run), root(other)))
-            parent[second] = first
-            other += 1
-    return np.array([root(run) for run in range(len(parent))], np.int64)

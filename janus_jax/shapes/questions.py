@@ -13,7 +13,6 @@ import collections
 import numpy as np
 
 from janus_jax.shapes import scenes
-from janus_jax.shapes.checker import Item
 
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 DESCRIBE = "Describe the picture."
@@ -95,7 +94,7 @@ def ask_presence(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswe
                   if (s, c) not in present | scenes.held_out_pairs()]
         similar = [(s, c) for s, c in absent if any(s == p or c == q for p, q in present)]
         pair = scenes.choice(rng, similar if similar and rng.random() < 0.5 else absent)
-    return f"Is there {scenes.noun_phrase(Item(*pair))}?", answer
+    return f"Is there {scenes.noun_phrase(scenes.Item(*pair))}?", answer
 
 
 def ask_relation(rng: np.random.Generator, scene: scenes.Scene) -> QuestionAnswer | None:
@@ -145,12 +144,12 @@ def describe(scene: scenes.Scene) -> str | None:
         return _relation_phrase(*relations[0]) if relations else None
     order = sorted(groups, key=lambda pair: (scenes.SHAPES.index(pair[0]),
                                              list(scenes.COLORS).index(pair[1])))
-    phrases = [scenes.noun_phrase(Item(*pair, groups[pair])) for pair in order]
+    phrases = [scenes.noun_phrase(scenes.Item(*pair, groups[pair])) for pair in order]
     return " and ".join(part for part in (", ".join(phrases[:-1]), phrases[-1]) if part)
 
 
 def _relation_phrase(first: scenes.Object, second: scenes.Object, relation: str) -> str:
-    phrases = [scenes.noun_phrase(Item(item.shape, item.color)) for item in (first, second)]
+    phrases = [scenes.noun_phrase(scenes.Item(item.shape, item.color)) for item in (first, second)]
     return f"{phrases[0]} {relation} {phrases[1]}"
 
 

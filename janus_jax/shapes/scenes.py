@@ -20,8 +20,6 @@ import itertools
 import numpy as np
 from PIL import Image, ImageDraw
 
-from janus_jax.shapes.checker import Item, Requirement
-
 IMAGE_SIZE = 96
 SHAPES = ("circle", "square", "triangle", "cross")
 COLORS = {
@@ -67,6 +65,27 @@ class Scene:
 
     background: str
     objects: tuple[Object, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Item:
+    """`count` objects of one shape and color. `color` None means any color."""
+
+    shape: str
+    color: str | None
+    count: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Requirement:
+    """The objects that an image must show. Other objects are not allowed.
+
+    `relation` ("left of", "right of", "above" or "below") is the direction of items[0] from
+    items[1]. If it is set, both items have count 1.
+    """
+
+    items: tuple[Item, ...]
+    relation: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)
