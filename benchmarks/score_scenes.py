@@ -74,7 +74,7 @@ def score_images(
 
 def tune(pipeline: Pipeline) -> dict[ImageDefaults, float]:
     """Returns the score of each (guidance weight, temperature) on the tuning prompts of "train"."""
-    prompts = [p for kind in scenes.KINDS for p in split_prompts("train", kind)[0]]
+    prompts = [p for kind in scenes.CAPTION_KINDS for p in split_prompts("train", kind)[0]]
     settings = itertools.starmap(ImageDefaults, itertools.product(GUIDANCE, TEMPERATURES))
     return {one: score_images(pipeline, prompts, SEED + 1, **one._asdict()) for one in settings}
 
@@ -82,7 +82,7 @@ def tune(pipeline: Pipeline) -> dict[ImageDefaults, float]:
 def score_split(pipeline: Pipeline, split: str, settings: ImageDefaults) -> dict:
     """Returns the score of each kind with prompts in the split, and their mean as in GenEval."""
     by_kind = {}
-    for kind in scenes.KINDS:
+    for kind in scenes.CAPTION_KINDS:
         if prompts := split_prompts(split, kind)[1]:
             score = score_images(pipeline, prompts, SEED, **settings._asdict())
             by_kind[kind] = dict(prompts=len(prompts), score=round(score, 4))

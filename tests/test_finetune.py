@@ -99,7 +99,7 @@ def new_answers(pipeline, tried) -> float:
 
 def old_scores(pipeline) -> tuple[float, float]:
     """Images of all kinds of prompts right, and answers to questions about seen compositions."""
-    prompts = [p for kind in scenes.KINDS for p in split_prompts("train", kind)[1][:20]]
+    prompts = [p for kind in scenes.CAPTION_KINDS for p in split_prompts("train", kind)[1][:20]]
     rng = np.random.default_rng(SEED)
     asked = [(s := scenes.sample_any(rng), *sample_question(rng, s)) for _ in range(OLD_QUESTIONS)]
     images = [scenes.draw(scene) for scene, _, _ in asked]
@@ -116,7 +116,8 @@ def before(diamonds):
 
 def mixture(new_records) -> dict:
     """A quarter of the records new, the others of the kinds that the model was trained on."""
-    drawn = {kind: dict(format="scenes", path=f"generation/{kind}") for kind in scenes.KINDS}
+    kinds = scenes.CAPTION_KINDS
+    drawn = {kind: dict(format="scenes", path=f"generation/{kind}") for kind in kinds}
     return dict(
         new=dict(weight=1, format="jsonl", path=str(new_records)),
         old=dict(

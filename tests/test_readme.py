@@ -131,7 +131,7 @@ def test_each_config_of_janus_tiny_continues_from_one_before():
     assert len(lines) == 7 and "--model runs/janus_tiny_stage3_refined/model" in block
     assert "runs/janus_tiny_stage3_refined/model" in written
     kinds = re.search(r"for kind in (.*); do", block)[1].split()
-    assert kinds == list(scenes.KINDS)
+    assert kinds == list(scenes.CAPTION_KINDS)
     assert "jsonl:data/janus_tiny/$kind" in block
     for stage in (janus_tiny_stage1, janus_tiny_stage2):
         sources = stage.get_config().mixture.generation

@@ -3,7 +3,7 @@
 import numpy as np
 
 from janus_jax.shapes import checker, scenes
-from janus_jax.shapes.batches import NUM_PATCH_LABELS, labelled_images, scene_images
+from janus_jax.shapes.batches import NUM_PATCH_LABELS, labeled_images, scene_images
 from janus_jax.shapes.train_vq import random_crops
 
 
@@ -14,7 +14,7 @@ def test_nothing_held_out_is_shown():
 
 
 def test_labels_say_what_has_its_centre_where():
-    images, labels = labelled_images(np.random.default_rng(0), 200, patch=16)
+    images, labels = labeled_images(np.random.default_rng(0), 200, patch=16)
     assert (images.shape, images.dtype) == ((200, 96, 96, 3), np.uint8)
     assert (labels.shape, labels.dtype) == ((200, 36), np.int32)
     assert set(labels.ravel()) == set(range(NUM_PATCH_LABELS)) - held_out_labels()

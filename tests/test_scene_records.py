@@ -26,7 +26,7 @@ from janus_jax.shapes.source import ALL_FORMATS, TURNS
 PAIR = re.compile(rf"({'|'.join(scenes.COLORS)}) ({'|'.join(scenes.SHAPES)})")
 RELATION = re.compile(rf"Is the (.+) ({'|'.join(scenes.RELATIONS)}) the (.+)\?")
 open_scenes = functools.partial(open_source, "scenes", formats=ALL_FORMATS)
-PROMPTS = {p.text: p for kind in scenes.KINDS for p in scenes.prompts("train", kind)}
+PROMPTS = {p.text: p for kind in scenes.CAPTION_KINDS for p in scenes.prompts("train", kind)}
 
 
 def decoded(record: Record) -> np.ndarray:
@@ -82,7 +82,7 @@ def test_captions_are_true_of_their_images():
         assert record.turns == ()
 
 
-@pytest.mark.parametrize("kind", scenes.KINDS)
+@pytest.mark.parametrize("kind", scenes.CAPTION_KINDS)
 def test_a_path_may_name_the_kind_of_captions(kind):
     records = list(open_scenes(f"generation/{kind}", count=100))
     assert {PROMPTS[record.text].kind for record in records} == {kind}
@@ -92,7 +92,7 @@ def test_a_path_may_name_the_kind_of_captions(kind):
 def test_captions_are_of_all_kinds_equally_unless_the_path_names_one():
     texts = [record.text for record in open_scenes("generation", count=1500)]
     found = collections.Counter(PROMPTS[text].kind for text in texts)
-    assert set(found) == set(scenes.KINDS)
+    assert set(found) == set(scenes.CAPTION_KINDS)
     # the standard deviation is 0.01
     assert all(abs(number / 1500 - 1 / 6) < 0.04 for number in found.values())
 
@@ -128,7 +128,7 @@ def test_nothing_held_out_is_shown_or_named(kind):
 
 
 def test_the_check_of_names_finds_what_is_held_out():
-    texts = [p.text for kind in scenes.KINDS for p in scenes.prompts("held_out", kind)]
+    texts = [p.text for kind in scenes.CAPTION_KINDS for p in scenes.prompts("held_out", kind)]
     assert len(texts) > 100 and all(map(held_out_named, texts))
 
 
@@ -214,7 +214,8 @@ def test_the_shipped_tokenizer_has_every_word(kind, processor):
 
 
 def test_scenes_become_rows_of_the_shipped_model(processor, tmp_path):
-    drawn = {kind: dict(format="scenes", path=f"generation/{kind}") for kind in scenes.KINDS}
+    kinds = scenes.CAPTION_KINDS
+    drawn = {kind: dict(format="scenes", path=f"generation/{kind}") for kind in kinds}
     mixture = dict(
         understanding=dict(weight=2, format="scenes", path="understanding", relations=0.5),
         text=dict(weight=1, format="scenes", path="text", count=500),

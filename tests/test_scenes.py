@@ -45,7 +45,7 @@ def test_objects_keep_their_distance():
 
 
 def test_splits_share_no_prompt_and_training_has_every_word():
-    for kind in scenes.KINDS:
+    for kind in scenes.CAPTION_KINDS:
         train, held = (scenes.prompts(split, kind) for split in scenes.SPLITS)
         texts = [prompt.text for prompt in train + held]
         assert len(set(texts)) == len(texts)

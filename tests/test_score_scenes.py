@@ -10,7 +10,7 @@ from benchmarks import score_scenes
 from configs import janus_tiny_encoder, janus_tiny_stage3
 from janus_jax.data.sources import open_source
 from janus_jax.shapes import questions, scenes
-from janus_jax.shapes.batches import labelled_images
+from janus_jax.shapes.batches import labeled_images
 from janus_jax.shapes.source import ALL_FORMATS
 
 
@@ -52,7 +52,7 @@ def test_images_of_the_prompt_count_and_others_do_not():
 
 
 def test_prompts_that_choose_how_to_draw_do_not_count():
-    for kind in scenes.KINDS:
+    for kind in scenes.CAPTION_KINDS:
         tuning, scored = score_scenes.split_prompts("train", kind)
         assert tuning and scored
         assert not {p.text for p in tuning} & {p.text for p in scored}
@@ -105,7 +105,7 @@ def test_scenes_of_the_training_are_those_that_it_generates(monkeypatch):
     encoder, stage = janus_tiny_encoder.get_config(), janus_tiny_stage3.get_config()
     encoder.steps = 2
     parts = [stage.mixture.understanding, stage.mixture.text]
-    parts += [stage.mixture.generation[kind] for kind in scenes.KINDS]
+    parts += [stage.mixture.generation[kind] for kind in scenes.CAPTION_KINDS]
     for part in parts:
         part.count = 3
     monkeypatch.setattr(score_scenes.janus_tiny_encoder, "get_config", lambda: encoder)
@@ -114,7 +114,7 @@ def test_scenes_of_the_training_are_those_that_it_generates(monkeypatch):
     monkeypatch.setattr(scenes, "draw", lambda scene: drawn.append(scene) or draw(scene))
     for step in range(2):
         rng = np.random.default_rng((encoder.seed, step))
-        labelled_images(rng, encoder.batch_size, patch=16)
+        labeled_images(rng, encoder.batch_size, patch=16)
     for part in parts:
         options = {name: part[name] for name in part if name not in ("weight", "format", "path")}
         source = open_source(part.format, part.path, formats=ALL_FORMATS, **options)

@@ -32,7 +32,7 @@ from janus_jax.models.janus import JanusConfig
 from janus_jax.shapes import scenes
 from janus_jax.shapes.folders import check_output
 from janus_jax.shapes.train_encoder import train_encoder
-from janus_jax.shapes.train_vq import train_tokenizer
+from janus_jax.shapes.train_vq import train_vq
 
 ROOT = Path(__file__).parents[1]
 ENCODER, LORA = (f"--config=configs/{name}.py" for name in ("janus_tiny_encoder", "finetune_lora"))
@@ -73,7 +73,7 @@ def trained(tmp_path_factory, quick_compiles) -> Path:
     cfg.update(**SHORT, crop=32, crop_batch_size=1, output=str(folder / "vq"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JanusConfig, "janus_tiny", lambda: sizes)
-        train_tokenizer(cfg)
+        train_vq(cfg)
     small = dict(batch_size=1, init=folder / "vq", output=folder / "refined")
     done = run("--config=configs/janus_tiny_vq_refine.py", **SHORT, **small)
     assert done.returncode == 0, done.stderr
@@ -95,7 +95,7 @@ def trained(tmp_path_factory, quick_compiles) -> Path:
         cfg.update(init=str(before), output=str(folder / name), mesh="data=1", batch_size=2)
         cfg.update(steps=1, warmup_steps=0, sample_every=0)
         cfg.update(learning_rate=1e-3, end_learning_rate=1e-3)  # both parts of stage 3: one program
-        for kind in scenes.KINDS:
+        for kind in scenes.CAPTION_KINDS:
             cfg.mixture.generation[kind].path = str(folder / "tokens")
         train_stage(cfg)
         before = folder / name / "model"
@@ -252,7 +252,7 @@ def test_the_tokenizer_s_settings_are_checked_first(settings, message, tmp_path,
     if "output" in settings:
         settings = dict(output=settings["output"].replace("FOLDER", str(tmp_path)))
     cfg.update(settings)
-    assert message in refused(train_tokenizer, cfg, capsys)
+    assert message in refused(train_vq, cfg, capsys)
     assert tree(tmp_path) == {"file": b"mine"}
 
 

@@ -238,7 +238,7 @@ def train(argv: Sequence[str], command: str = COMMAND) -> None:
         )
         sharding.check_devices()
         if cfg.task == "tokenizer":
-            from janus_jax.shapes.train_vq import train_tokenizer as run
+            from janus_jax.shapes.train_vq import train_vq as run
         elif cfg.task == "encoder":
             from janus_jax.shapes.train_encoder import train_encoder as run
         elif _DRY_RUN.value:

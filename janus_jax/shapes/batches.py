@@ -21,7 +21,7 @@ def scene_images(rng: np.random.Generator, batch_size: int) -> np.ndarray:
     return np.stack([scenes.draw(scene) for scene in sample_scenes(rng, batch_size)])
 
 
-def labelled_images(
+def labeled_images(
     rng: np.random.Generator, batch_size: int, patch: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns images, uint8[B, S, S, 3], and a label for each patch, int32[B, T], row-major.

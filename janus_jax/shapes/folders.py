@@ -1,4 +1,4 @@
-"""Input and output folders of a run, and checks of its config before the training starts."""
+"""Folders of the tasks "vq" and "encoder", and checks of their configs before training starts."""
 
 import dataclasses
 import functools
@@ -22,7 +22,7 @@ from janus_jax.training.setup import check_init
 
 @dataclasses.dataclass(frozen=True)
 class TrainingFolders:
-    """The initial checkpoint folder and the output folder of a run.
+    """The initial checkpoint folder and the output folder of a task.
 
     Attributes:
         source: the initial checkpoint folder.

@@ -32,7 +32,7 @@ COLORS = {
 }
 BACKGROUNDS = {"white": (255, 255, 255), "black": (20, 20, 20)}
 RELATIONS = ("left of", "right of", "above", "below")
-KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
+CAPTION_KINDS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
 SPLITS = ("train", "held_out")
 MIXED_SCENES = 0.5  # fraction of the scenes from sample_any that are not built from a caption
 COUNT_WORDS = {2: "two", 3: "three", 4: "four"}
@@ -90,7 +90,7 @@ class Requirement:
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A caption of one of KINDS, with the requirement that an image of it must satisfy."""
+    """A caption of one of CAPTION_KINDS, with the requirement that an image of it must satisfy."""
 
     kind: str
     text: str
@@ -122,7 +122,7 @@ def sample_scene(
         ValueError: the kind has no prompts in the split, or the kind or split is unknown.
     """
     if kind is None:
-        kind = choice(rng, [k for k in KINDS if prompts(split, k)])
+        kind = choice(rng, [k for k in CAPTION_KINDS if prompts(split, k)])
     groups = _prompt_groups(split, kind)
     if not groups:
         raise ValueError(f"expected a kind with prompts in the split, got {kind=} {split=}")
@@ -159,8 +159,8 @@ def prompts(split: str, kind: str) -> tuple[Prompt, ...]:
     The module docstring defines the splits.
     """
     _check_split(split)
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    if kind not in CAPTION_KINDS:
+        raise ValueError(f"kind must be one of {CAPTION_KINDS}, got {kind!r}")
     everything = [_prompt(kind, *spec) for spec in _specs(kind)]
     return tuple(p for p in everything if (split == "held_out") == _names_held_out(p.requirement))
 

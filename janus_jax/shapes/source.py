@@ -24,7 +24,7 @@ DESCRIBED = 0.5  # fraction of the text records that are descriptions; the other
 class ScenesSource(Source):
     """Records of rendered scenes. The path selects what they contain:
 
-    generation: a caption and its image; all kinds in scenes.KINDS are equally likely.
+    generation: a caption and its image; all kinds in scenes.CAPTION_KINDS are equally likely.
     generation/KIND, e.g. generation/position: the same with captions of one kind.
     understanding: an image and TURNS questions about it, with their answers.
     text: a sentence that is true of a scene, without the image.
@@ -57,9 +57,9 @@ class ScenesSource(Source):
         self._name = str(path)
         self._kind, _, caption = self._name.partition("/")
         got = shorten(self._name)
-        captioned = self._kind == "generation" and caption in scenes.KINDS
+        captioned = self._kind == "generation" and caption in scenes.CAPTION_KINDS
         if self._name not in KINDS and not captioned:
-            known = ", ".join([*KINDS, *(f"generation/{kind}" for kind in scenes.KINDS)])
+            known = ", ".join([*KINDS, *(f"generation/{kind}" for kind in scenes.CAPTION_KINDS)])
             raise ValueError(f"the path of a scenes source must be one of {known}, got {got}")
         if type(count) is not int or count < 1:
             raise ValueError(f"count must be an integer of at least 1, got {shorten(count)}")
@@ -73,7 +73,7 @@ class ScenesSource(Source):
                 f"got {shorten(relations)} for {got}"
             )
         self._seed, self._relations = seed, relations
-        self._captions = [caption] if caption else list(scenes.KINDS)
+        self._captions = [caption] if caption else list(scenes.CAPTION_KINDS)
         super().__init__(path, [count])
 
     def scene(self, index: int) -> scenes.Scene:

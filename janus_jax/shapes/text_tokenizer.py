@@ -1,4 +1,4 @@
-"""Builds the tokenizer and processor files of janus_tiny, in DeepSeek's formats.
+"""Builds the text tokenizer and the processor files of janus_tiny, in DeepSeek's formats.
 
 The vocabulary consists of the 256 bytes and of merges that turn every word of the captions,
 questions and answers into one token. Any other text can be encoded too; it takes more tokens.
@@ -120,7 +120,7 @@ def words() -> set[str]:
     break if the image tag precedes the question.
     """
     dialogue = list(_questions_and_answers())
-    captions = [p.text for split in scenes.SPLITS for k in scenes.KINDS
+    captions = [p.text for split in scenes.SPLITS for k in scenes.CAPTION_KINDS
                 for p in scenes.prompts(split, k)]
     spaced = {f" {word.strip('?,.')}" for text in dialogue + captions for word in text.split()}
     first_words = {text.split()[0] for text in dialogue if text.endswith(("?", "."))}

@@ -1,4 +1,4 @@
-"""Pretrain the understanding encoder of janus_tiny; the released models start from SigLIP.
+"""Pretrains the understanding encoder of janus_tiny; the released models start from SigLIP.
 
 The answer to a question has little information about individual patches, so the encoder learns
 slowly from answers alone: after 1000 steps, 57 % of the answers were correct. After 1000 steps of
@@ -14,7 +14,7 @@ import optax
 from flax import nnx
 
 from janus_jax.models.siglip import Siglip
-from janus_jax.shapes.batches import NUM_PATCH_LABELS, labelled_images
+from janus_jax.shapes.batches import NUM_PATCH_LABELS, labeled_images
 from janus_jax.shapes.folders import TrainingFolders, check_counts
 from janus_jax.shapes.loop import generated_batches, run_steps
 from janus_jax.training.state import (
@@ -55,7 +55,7 @@ def train_encoder(cfg) -> None:
     graph, params = nnx.split(PatchClassifier(model.und_encoder, rngs=nnx.Rngs(cfg.seed)))
 
     def make_batch(rng: np.random.Generator, step: int) -> tuple[np.ndarray, np.ndarray]:
-        return labelled_images(rng, cfg.batch_size, patch)
+        return labeled_images(rng, cfg.batch_size, patch)
 
     def save(state: TrainState) -> None:
         model.und_encoder = nnx.merge(graph, state.params).encoder
@@ -68,7 +68,7 @@ def train_encoder(cfg) -> None:
 def make_encoder_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:
     """Returns the jitted step (state, (images, labels)) -> (state, metrics).
 
-    images, labels: as returned by labelled_images. metrics: loss, and image_accuracy, the fraction
+    images, labels: as returned by labeled_images. metrics: loss, and image_accuracy, the fraction
     of images with all patches correct.
     """
 

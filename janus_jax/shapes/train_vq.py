@@ -1,4 +1,4 @@
-"""Train the image tokenizer of janus_tiny on synthetic scenes."""
+"""Trains the image tokenizer of janus_tiny on synthetic scenes."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ from janus_jax.shapes.vq_loss import make_vq_step
 from janus_jax.training.state import init_state, make_optimizer, split_model
 
 
-def train_tokenizer(cfg) -> None:
+def train_vq(cfg) -> None:
     """Trains `gen_vq` and writes a checkpoint folder to cfg.output. Other modules are unchanged.
 
     cfg: ConfigDict of configs/janus_tiny_vq.py. cfg.init is the initial checkpoint folder, or
@@ -49,7 +49,7 @@ def train_tokenizer(cfg) -> None:
     def save(state):
         save_model(nnx.merge(graph, state[0].params, frozen))
 
-    # the codes of a trained tokenizer count as used at first
+    # all codes of a trained image tokenizer count as used at first
     usage = jnp.full(sizes.gen_vq.codebook_size, 1.0 if cfg.init else 0.0, jnp.float32)
     state = (init_state(params, optimizer), usage)
     run_steps(state, step_fn, generated_batches(make_batch, cfg), cfg, save)

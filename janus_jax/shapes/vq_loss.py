@@ -16,7 +16,7 @@ MERGE_DISTANCE = 0.01  # squared, between unit vectors
 
 
 def vq_loss(
-    vq: VQ, pixels: jax.Array, patch_groups: jax.Array, quantise: jax.Array
+    vq: VQ, pixels: jax.Array, patch_groups: jax.Array, quantize: jax.Array
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Returns the sum of the reconstruction, codebook, commitment and locality losses.
 
@@ -30,7 +30,7 @@ def vq_loss(
     Args:
         pixels: float32[B, Y, X, 3] in [-1, 1].
         patch_groups: int32[B * y * x], the same number for patches with identical pixels.
-        quantise: bool scalar; False decodes the latents without quantizing them.
+        quantize: bool scalar; False decodes the latents without quantizing them.
     Returns:
         The loss, and a dict with its terms, `latents` (unit vectors, float32[B * y * x, C]) and
         `indices` (int32[B * y * x]).
@@ -39,7 +39,7 @@ def vq_loss(
     indices = vq.nearest(z)
     codes = vq.lookup(indices)
     straight_through = z + jax.lax.stop_gradient(codes - z)
-    reconstruction = vq.pixels(jnp.where(quantise, straight_through, z))
+    reconstruction = vq.pixels(jnp.where(quantize, straight_through, z))
     l1 = jnp.mean(jnp.abs(reconstruction - pixels))
     l2 = jnp.mean((reconstruction - pixels) ** 2)
     codebook = jnp.mean(jnp.sum((jax.lax.stop_gradient(z) - codes) ** 2, axis=-1))
@@ -55,8 +55,8 @@ def vq_loss(
         latents=latents,
         indices=indices.reshape(-1),
     )
-    quantised = jnp.where(quantise, codebook + COMMITMENT * commitment, 0.0)
-    return l1 + l2 + locality + quantised, aux
+    quantized = jnp.where(quantize, codebook + COMMITMENT * commitment, 0.0)
+    return l1 + l2 + locality + quantized, aux
 
 
 def variance_within(vectors: jax.Array, groups: jax.Array) -> jax.Array:
@@ -115,21 +115,21 @@ def make_vq_step(
     The step takes images: uint8[B, Y, X, 3], and patch_groups: int32[B * y * x], see vq_loss.
     """
 
-    def loss_fn(params: nnx.State, pixels: jax.Array, groups: jax.Array, quantise: jax.Array):
-        return vq_loss(nnx.merge(graph, params, frozen).gen_vq, pixels, groups, quantise)
+    def loss_fn(params: nnx.State, pixels: jax.Array, groups: jax.Array, quantize: jax.Array):
+        return vq_loss(nnx.merge(graph, params, frozen).gen_vq, pixels, groups, quantize)
 
     @default_promotion()
     def step(state: TrainState, usage: jax.Array, images: jax.Array, patch_groups: jax.Array):
         pixels = images.astype(jnp.float32) / 127.5 - 1.0
-        quantise = state.step >= cfg.quantise_from
-        grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, pixels, patch_groups, quantise)
+        quantize = state.step >= cfg.quantise_from
+        grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, pixels, patch_groups, quantize)
         after = apply_gradients(state, grads, optimizer)
         indices, latents = aux.pop("indices"), aux.pop("latents")
         counts = jnp.bincount(indices, length=usage.shape[0]).astype(usage.dtype)
         usage = USAGE_DECAY * usage + (1 - USAGE_DECAY) * counts
         key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
         threshold = jnp.where(state.step < 3 * cfg.steps // 4, cfg.dead_code_usage, -1.0)
-        threshold = jnp.where(quantise, threshold, jnp.inf)
+        threshold = jnp.where(quantize, threshold, jnp.inf)
         codebook = after.params["gen_vq"]["codebook"]
         new_codebook, usage = reset_dead_codes(codebook[...], usage, latents, key, threshold)
         after.params["gen_vq"]["codebook"] = codebook.replace(new_codebook)
