@@ -258,10 +258,10 @@ def test_folder_errors(folder):
     with pytest.raises(ValueError, match=r"processor_config.json: image_tag must be a string"):
         Processor.from_dir(folder)
     edit(folder / "processor_config.json", drop=("image_tag",), sft_format=[])
-    with pytest.raises(ValueError, match=r"sft_format must be one of .*, got \[\]"):
+    with pytest.raises(ValueError, match=r"sft_format must be .*, got \[\]"):
         Processor.from_dir(folder)
     edit(folder / "processor_config.json", sft_format="chatml")
-    with pytest.raises(ValueError, match=r"sft_format must be one of .*, got 'chatml'"):
+    with pytest.raises(ValueError, match=r"sft_format must be .*, got 'chatml'"):
         Processor.from_dir(folder)
     edit(folder / "processor_config.json", drop=("sft_format",))
     (folder / "preprocessor_config.json").unlink()

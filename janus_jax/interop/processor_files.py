@@ -14,7 +14,7 @@ from janus_jax.interop.config import DEEPSEEK
 from janus_jax.interop.files import small_files
 from janus_jax.models.janus import JanusConfig
 from janus_jax.paths import write_file
-from janus_jax.processing.chat import DEFAULT_SYSTEM_PROMPT, JANUS_ROLES
+from janus_jax.processing.chat import DEFAULT_SYSTEM_PROMPT
 from janus_jax.processing.json_files import read_json, read_json_if_any, write_json
 from janus_jax.processing.processor import image_config
 from janus_jax.processing.prompt_settings import (
@@ -105,12 +105,6 @@ def translate_files(source: Path, target: Path, layout: str, cfg: JanusConfig) -
 
 def _check_expressible(path: Path, prompts: PromptSettings) -> None:
     """Raises ValueError if the transformers layout cannot express these prompt settings."""
-    if prompts.sft_format not in JANUS_ROLES:
-        supported = " or ".join(JANUS_ROLES)
-        raise ValueError(
-            f"{path}: the transformers layout only supports sft_format {supported}, got "
-            f"{prompts.sft_format!r}"
-        )
     if prompts.system_prompt not in ("", DEFAULT_SYSTEM_PROMPT):
         raise ValueError(
             f"{path}: the transformers layout only supports DeepSeek's system prompt or none, got "

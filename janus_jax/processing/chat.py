@@ -5,7 +5,7 @@ an optional key "images" has the images of the message (see messages.py).
 Source: `conversation.py` and `apply_sft_template_for_multi_turn_prompts` of the original code.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from janus_jax.checks import shorten
@@ -19,72 +19,21 @@ DEFAULT_SYSTEM_PROMPT = (
 )
 
 Message = dict[str, Any]
-Turns = list[tuple[str, str]]  # (role text, stripped content)
 
-# sft_format -> names of the roles "user" and "assistant" in its prompts. All released checkpoints
-# use one of these two formats.
+# sft_format -> names of the roles "user" and "assistant" in its prompts. The original code has four
+# more formats (llama-2, llava_llama2, plain, alignment), which no released checkpoint uses.
 JANUS_ROLES = {
     "deepseek": ("<|User|>", "<|Assistant|>"),
     "deepseek_old": ("User", "Assistant"),
 }
-_ROLES = {
-    **JANUS_ROLES,
-    "llama-2": ("[INST]", "[/INST]"),
-    "llava_llama2": ("[INST]", "[/INST]"),
-    "plain": ("", ""),
-    "alignment": ("", ""),
-}
 _GENERIC = ("user", "assistant")
-
-
-def _deepseek(turns: Turns, system_prompt: str) -> str:
-    prompt = f"{system_prompt}\n\n" if system_prompt else ""
-    for i, (role, content) in enumerate(turns):
-        # The separator depends on the position in the conversation, not on the role.
-        separator = EOS if i % 2 else "\n\n"
-        prompt += f"{role}: {content}{separator}" if content else f"{role}:"
-    return prompt
-
-
-def _llama2(turns: Turns, system_prompt: str) -> str:
-    system = f"<<SYS>>\n{system_prompt}\n<</SYS>>\n\n" if system_prompt else ""
-    prompt = f"[INST] {system}"
-    for i, (_, content) in enumerate(turns):
-        tag = "[/INST]" if i % 2 else "[INST]"
-        separator = " </s><s>" if i % 2 else " "
-        if not content:
-            prompt += tag
-        else:
-            prompt += content + separator if i == 0 else f"{tag} {content}{separator}"
-    return prompt
-
-
-def _plain(turns: Turns, system_prompt: str) -> str:
-    return "".join(content for _, content in turns)
-
-
-def _alignment(turns: Turns, system_prompt: str) -> str:
-    """The captioning template, which replaces every user message by the image placeholder."""
-    return "".join(
-        (content if i % 2 else "<image>\n") for i, (_, content) in enumerate(turns) if content
-    )
-
-
-_RENDER: dict[str, Callable[[Turns, str], str]] = {
-    "deepseek": _deepseek,
-    "deepseek_old": _deepseek,
-    "llama-2": _llama2,
-    "llava_llama2": _llama2,
-    "plain": _plain,
-    "alignment": _alignment,
-}
 
 
 def check_sft_format(sft_format: str) -> None:
     """Raises ValueError if there is no template of this name."""
-    if not isinstance(sft_format, str) or sft_format not in _RENDER:
-        known = ", ".join(_RENDER)
-        raise ValueError(f"sft_format must be one of {known}, got {shorten(sft_format)}")
+    if not isinstance(sft_format, str) or sft_format not in JANUS_ROLES:
+        known = " or ".join(JANUS_ROLES)
+        raise ValueError(f"sft_format must be {known}, got {shorten(sft_format)}")
 
 
 def generic_role(role: Any) -> str | None:
@@ -183,9 +132,14 @@ def format_conversation(
     check_sft_format(sft_format)
     if messages and messages[0]["role"] == "system":
         system_prompt, messages = messages[0]["content"], messages[1:]
-    names = dict(zip(_GENERIC, _ROLES[sft_format], strict=True))
-    turns = [(names.get(m["role"], m["role"]), m["content"].strip()) for m in messages]
-    return _RENDER[sft_format](turns, system_prompt).strip()
+    names = dict(zip(_GENERIC, JANUS_ROLES[sft_format], strict=True))
+    prompt = f"{system_prompt}\n\n" if system_prompt else ""
+    for i, message in enumerate(messages):
+        role, content = names.get(message["role"], message["role"]), message["content"].strip()
+        # The separator depends on the position in the conversation, not on the role.
+        separator = EOS if i % 2 else "\n\n"
+        prompt += f"{role}: {content}{separator}" if content else f"{role}:"
+    return prompt.strip()
 
 
 def question_messages(question: str, num_images: int, image_tag: str) -> list[Message]:
