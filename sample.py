@@ -6,7 +6,7 @@ python sample.py --image a.png --question "What is in the image?"
 The code is in janus_jax/commands/sample.py.
 """
 
-from janus_jax.commands.flags import set_up_program
+from janus_jax.commands.program import set_up_program
 from janus_jax.commands.sample import main
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_jax import checks
-from janus_jax.commands.flags import (
+from janus_jax.commands.program import (
     OneLineParser,
     device_memory_errors,
     error_line,

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from janus_jax import checks
-from janus_jax.commands.flags import (
+from janus_jax.commands.program import (
     OneLineParser,
     device_memory_errors,
     one_line_errors,

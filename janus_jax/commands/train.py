@@ -15,7 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from janus_jax import configs
 from janus_jax.checks import error_text, shorten_text
-from janus_jax.commands.flags import device_memory_errors, one_line_errors, program_name
+from janus_jax.commands.program import device_memory_errors, one_line_errors, program_name
 from janus_jax.commands.progress import Progress
 
 CONFIGS = Path(configs.__file__).parent  # the folder configs/ of a clone

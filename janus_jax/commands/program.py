@@ -1,4 +1,4 @@
-"""Code shared by all commands: parsing of flags, error messages and exit statuses."""
+"""What all commands share: the parser of flags, one-line errors, exit statuses and signals."""
 
 import argparse
 import contextlib
