@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
-from absl import app
 from ml_collections import ConfigDict
 from stage_configs import small_config
 
@@ -46,4 +45,4 @@ if __name__ == "__main__":
 
     (config,) = [word for word in sys.argv if word.startswith("--config=")]
     Log.step = noting(Path(config.rpartition(":")[2]))
-    app.run(cli.train, flags_parser=cli.parse)
+    cli.main()

@@ -137,10 +137,10 @@ def test_configs_import_each_other(installed, tmp_path):
         "    return config\n"
     )
     code = (
-        "from absl import flags; from janus_jax.training import cli\n"
+        "from janus_jax.commands import train as cli\n"
         "for value in [*cli.config_names(), 'janus_tiny_stage3:stage2', 'mine.py:there']:\n"
-        "    cli.parse(['janus-train', '--config', value])\n"
-        "    print(value, flags.FLAGS.config.output, flags.FLAGS.config.steps)\n"
+        "    config = cli.parse(['--config', value]).config\n"
+        "    print(value, config.output, config.steps)\n"
     )
     done = call(installed / "python", "-c", code, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

@@ -1,58 +1,32 @@
 """The command line of `train.py` and `janus-train`."""
 
+import argparse
 import contextlib
 import difflib
+import faulthandler
 import functools
-import re
+import sys
 import textwrap
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from logging import INFO, LogRecord
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from janus_jax import configs
 from janus_jax.checks import error_text, shorten_text
-from janus_jax.commands.program import device_memory_errors, one_line_errors, program_name
+from janus_jax.commands.program import (
+    OneLineParser,
+    device_memory_errors,
+    one_line_errors,
+    program_name,
+)
 from janus_jax.commands.progress import Progress
 
 CONFIGS = Path(configs.__file__).parent  # the folder configs/ of a clone
 COMMAND = "python train.py"
-
-_CONFIG = config_flags.DEFINE_config_file(
-    "config",
-    None,
-    "Config of the run: the name of a config that ships with janus_jax, or the path of a Python "
-    "file that defines get_config(). Text after a colon is passed to get_config: "
-    "--config=janus_tiny_stage3:stage2. --config.NAME=VALUE overrides one setting.",
-    lock_config=True,
-)
-_DRY_RUN = flags.DEFINE_bool(
-    "dry_run",
-    False,
-    "Do not train; print parameter counts and memory, and write the first rows of data as text "
-    "and images.",
-)
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed",
-    False,
-    "Run as one of several processes whose addresses JAX detects: on Cloud TPU, Slurm, Open MPI or "
-    "Kubernetes.",
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator",
-    None,
-    "Run as one of several processes on other clusters: HOST:PORT at which process 0 listens.",
-)
-_NUM_PROCESSES = flags.DEFINE_integer(
-    "num_processes", None, "Number of processes; requires --coordinator."
-)
-_PROCESS_ID = flags.DEFINE_integer(
-    "process_id", None, "Index of this process, from 0; requires --coordinator."
-)
-flags.mark_flag_as_required("config")
 
 _MEMORY_ADVICE = (
     "while training; reduce batch_size or raise accumulate, or see the sections on devices and "
@@ -108,89 +82,81 @@ def find_config(value: str) -> str:
     return f"{CONFIGS / name}.py{colon}{argument}"
 
 
-def _with_config_paths(argv: Sequence[str]) -> list[str]:
-    """Replaces the values of --config, as `--config=VALUE` or as two words, by find_config."""
-    words = list(argv)
-    for number, word in enumerate(words):
-        flag, equals, value = word.partition("=")
-        if flag not in ("-config", "--config"):
-            continue
-        if equals:
-            words[number] = f"{flag}={find_config(value)}"
-        elif not equals and number + 1 < len(words):
-            words[number + 1] = find_config(words[number + 1])
-    return words
-
-
-def _is_relevant(record: LogRecord) -> bool:
-    """Keeps all log records of this package, and warnings and errors of other packages.
-
-    At level INFO, Orbax logs every file and Optax every schedule.
-    """
-    return record.levelno > INFO or "janus_jax" in record.pathname
-
-
-def help_text(command: str = COMMAND) -> str:
-    """Returns what --help prints. command: how the user calls this program."""
+def make_parser(command: str = COMMAND) -> OneLineParser:
+    """Returns the parser of all flags except --config.NAME=VALUE. command: as the user calls it."""
     config = "configs/{}.py" if command == COMMAND else "{}"
     lora, stage3 = map(config.format, ("finetune_lora", "janus_tiny_stage3"))
-    flag_lines = flags.FLAGS.module_help(__name__).strip().splitlines()[1:]
-    names = textwrap.wrap(
-        ", ".join(config_names()), 80, initial_indent="  ", subsequent_indent="  "
+    names = textwrap.fill(", ".join(config_names()), 80)
+    parser = OneLineParser(
+        program_name(command),
+        usage=f"{command} --config=CONFIG [--config.NAME=VALUE ...] [FLAGS]",
+        description="Train a Janus model: one of the stages of the Janus-Pro report, fine-tuning "
+        "of all\nweights, or LoRA. See docs/training.md in the repository.",
+        epilog="examples:\n"
+        f"  {command} --config={stage3} --config.steps=20\n"
+        f"  {command} --config={lora} --config.mixture.mine.path=data/mine.jsonl\n\n"
+        f"configs:\n{textwrap.indent(names, '  ')}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
-    return "\n".join(
-        [
-            f"usage: {command} --config=CONFIG [--config.NAME=VALUE ...] [FLAGS]",
-            "",
-            "Train a Janus model: one of the stages of the Janus-Pro report, fine-tuning of all",
-            "weights, or LoRA. See docs/training.md in the repository.",
-            "",
-            "examples:",
-            f"  {command} --config={stage3} --config.steps=20",
-            f"  {command} --config={lora} --config.mixture.mine.path=data/mine.jsonl",
-            "",
-            "flags:",
-            *flag_lines,
-            "",
-            "configs:",
-            *names,
-        ]
+    add = parser.add_argument
+    text = (
+        "config of the run: the name of a config that ships with janus_jax, or the path of a "
+        "Python file that defines get_config(). Text after a colon is passed to get_config: "
+        "--config=janus_tiny_stage3:stage2. --config.NAME=VALUE overrides one setting"
     )
+    add("--config", metavar="CONFIG", help=text)
+    text = (
+        "do not train; print parameter counts and memory, and write the first rows of data as text "
+        "and images"
+    )
+    add("--dry_run", action="store_true", help=text)
+    text = (
+        "run as one of several processes whose addresses JAX detects: on Cloud TPU, Slurm, Open "
+        "MPI or Kubernetes"
+    )
+    add("--distributed", action="store_true", help=text)
+    text = "run as one of several processes on other clusters: address at which process 0 listens"
+    add("--coordinator", metavar="HOST:PORT", help=text)
+    text = "number of processes; requires --coordinator"
+    add("--num_processes", type=int, metavar="N", help=text)
+    text = "index of this process, from 0; requires --coordinator"
+    add("--process_id", type=int, metavar="N", help=text)
+    return parser
 
 
-def parse(argv: Sequence[str], command: str = COMMAND) -> list[str]:
-    """Parses the flags and loads the config; returns the words that are not flags.
+def parse(argv: Sequence[str], command: str = COMMAND) -> argparse.Namespace:
+    """Parses the flags and loads the config, which becomes the attribute `config`.
 
     Args:
-        argv: the name of the program and its arguments.
+        argv: arguments after the command.
         command: how the user calls this program, for --help and error messages.
     """
-    if any(re.fullmatch("-h|--?(help|helpshort)", word) for word in argv[1:]):
-        print(help_text(command))
-        raise SystemExit(0)
+    args, others = make_parser(command).parse_known_args(argv)
     with settings_errors(program_name(command)):
-        words = _parse_flags(_with_config_paths(argv))
-        if not isinstance(_CONFIG.value, ConfigDict):
-            got = type(_CONFIG.value).__name__
-            raise ValueError(f"get_config() must return an ml_collections.ConfigDict, got {got}")
-        return words
+        if args.config is None:
+            raise ValueError("--config is required; run --help for the list of configs")
+        args.config = _load_config(find_config(args.config), others)
+    return args
 
 
-def _parse_flags(argv: Sequence[str]) -> list[str]:
-    """Parses the flags and runs the config file.
+def _load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
+    """Runs a config file and applies the arguments --config.NAME=VALUE.
 
     Raises:
-        ValueError: a flag is wrong, or an exception was raised in the config file.
+        ValueError: an argument is wrong, an exception was raised in the config file, or it does
+            not return a ConfigDict.
     """
+    argv = ["", f"--config={path}", *overrides]
+    values = flags.FlagValues()
+    flag = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
     try:
-        return flags.FLAGS(argv)
+        _, *words = values(argv)
     except SyntaxError as error:
         raise ValueError(f"the config file must be Python, got {error}") from None
     except KeyError as error:  # an unknown name inside a mapping, or inside a plain value
         raise ValueError(f"the config has no such setting: {error.args[0]}") from None
     except flags.IllegalFlagValueError as error:
-        if str(error).startswith("flag --config=None"):
-            raise ValueError("--config is required; run --help for the list of configs") from None
         # a ValueError raised in the config file comes with its whole traceback
         before, trace, _ = str(error).partition("Traceback")
         last = str(error).splitlines()[-1] if trace else ""
@@ -206,68 +172,97 @@ def _parse_flags(argv: Sequence[str]) -> list[str]:
         kind, place = type(error).__name__, f"{where.filename}, line {where.lineno}"
         reason = f"{kind}: {error_text(error)} ({place})"
         raise ValueError(f"the config file failed: {reason}") from error
+    if words:
+        raise ValueError(f"arguments must be flags, got {words}")
+    if not isinstance(flag.value, ConfigDict):
+        got = type(flag.value).__name__
+        raise ValueError(f"get_config() must return an ml_collections.ConfigDict, got {got}")
+    return flag.value
 
 
-def train(argv: Sequence[str], command: str = COMMAND) -> None:
-    """Runs the training that the parsed flags describe.
+def _set_up_logging() -> None:
+    """Prints log records of absl's logger at level INFO and above, if they are relevant."""
+    flags.FLAGS.mark_as_parsed()  # absl's handler warns about its flags otherwise
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_logger().addFilter(_is_relevant)
+
+
+def _is_relevant(record: LogRecord) -> bool:
+    """Keeps all log records of this package, and warnings and errors of other packages.
+
+    At level INFO, Orbax logs every file and Optax every schedule.
+    """
+    return record.levelno > INFO or "janus_jax" in record.pathname
+
+
+def train(args: argparse.Namespace, command: str = COMMAND) -> None:
+    """Runs the training that the flags describe.
 
     Args:
-        argv: the name of the program, and the words that are not flags (none are allowed).
+        args: what parse returned.
         command: how the user calls this program, for error messages.
     """
     with settings_errors(program_name(command)):
-        if len(argv) > 1:
-            raise ValueError(f"arguments must be flags, got {argv[1:]}")
-        logging.set_verbosity(logging.INFO)
-        logging.get_absl_logger().addFilter(_is_relevant)
-        cfg, multiprocess = _CONFIG.value, _DISTRIBUTED.value or _COORDINATOR.value is not None
-        if multiprocess and cfg.task != "stage":
-            raise ValueError(
-                f"several processes need a config whose task is stage, got {cfg.task!r}"
-            )
-        if _DRY_RUN.value and cfg.task != "stage":
-            raise ValueError(f"--dry_run needs a config whose task is stage, got {cfg.task!r}")
+        task = args.config.task
+        if (args.distributed or args.coordinator is not None) and task != "stage":
+            raise ValueError(f"several processes need a config whose task is stage, got {task!r}")
+        if args.dry_run and task != "stage":
+            raise ValueError(f"--dry_run needs a config whose task is stage, got {task!r}")
+        _set_up_logging()
         from janus_jax import sharding  # imported late, because JAX takes a second to import
         from janus_jax.generation import compile_cache
-        from janus_jax.shapes.source import ALL_FORMATS
         from janus_jax.training import distributed
 
         compile_cache.enable()
         distributed.initialize(
-            _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
+            args.coordinator, args.num_processes, args.process_id, args.distributed
         )
         sharding.check_devices()
-        if cfg.task == "tokenizer":
-            from janus_jax.shapes.train_vq import train_vq as run
-        elif cfg.task == "encoder":
-            from janus_jax.shapes.train_encoder import train_encoder as run
-        elif _DRY_RUN.value:
-            from janus_jax.commands.dry_run import print_dry_run
-
-            run = functools.partial(print_dry_run, formats=ALL_FORMATS)
-        elif cfg.task == "stage":
-            from janus_jax.training.run import train_stage
-
-            run = functools.partial(train_stage, formats=ALL_FORMATS, progress=_progress)
-        else:
-            raise ValueError(f"task must be tokenizer, encoder or stage, got {cfg.task!r}")
+        run = _task(task, args.dry_run)
         # the inner settings_errors prints its line before exit_without_waiting ends the process
         with (
             distributed.exit_without_waiting(),
             settings_errors(program_name(command)),
             device_memory_errors(_MEMORY_ADVICE),
         ):
-            run(cfg)
+            run(args.config)
 
 
-def _progress(description: str) -> Progress:
-    """Returns a bar for the bytes of a task."""
-    return Progress(description, "B")
+def _task(name: str, dry_run: bool) -> Callable[[ConfigDict], None]:
+    """Returns the function that runs a task.
+
+    Raises:
+        ValueError: there is no task of this name.
+    """
+    from janus_jax.shapes.source import ALL_FORMATS
+
+    if name == "vq":
+        from janus_jax.shapes.train_vq import train_vq
+
+        return train_vq
+    if name == "encoder":
+        from janus_jax.shapes.train_encoder import train_encoder
+
+        return train_encoder
+    if name != "stage":
+        raise ValueError(f"task must be vq, encoder or stage, got {name!r}")
+    if dry_run:
+        from janus_jax.commands.dry_run import print_dry_run
+
+        return functools.partial(print_dry_run, formats=ALL_FORMATS)
+    from janus_jax.training.run import train_stage
+
+    progress = functools.partial(Progress, unit="B")
+    return functools.partial(train_stage, formats=ALL_FORMATS, progress=progress)
 
 
-def main(command: str = COMMAND) -> None:
-    """Parses the flags of the process and trains. command: how the user calls this program."""
-    app.run(
-        functools.partial(train, command=command),
-        flags_parser=functools.partial(parse, command=command),
-    )
+def main(argv: Sequence[str] | None = None, command: str = COMMAND) -> None:
+    """Parses the flags and trains.
+
+    Args:
+        argv: arguments after the command; None means those of the process.
+        command: how the user calls this program, for --help and error messages.
+    """
+    faulthandler.enable(sys.__stderr__)  # a crash of native code prints the Python stack
+    train(parse(sys.argv[1:] if argv is None else argv, command), command)
