@@ -12,6 +12,7 @@ import numpy as np
 from janus_jax.data.loading import open_rows
 from janus_jax.data.packing import efficiency
 from janus_jax.data.sources import FORMATS, Formats
+from janus_jax.generation.codec import decode_batch
 from janus_jax.interop.load import load_vq
 from janus_jax.models.vq import VQ
 from janus_jax.paths import write_file
@@ -110,8 +111,7 @@ def _write_row(setup: Setup, row: Row, vq: VQ | None, folder: Path) -> None:
     num_inputs = int(row["image_mask"].sum()) // cfg.und_encoder.num_tokens
     generated = row["generated"][: int(row["gen_mask"].sum()) // cfg.num_image_tokens]
     if vq is not None and len(generated):
-        pixels = np.asarray(vq.decode(generated))
-        generated = (np.clip(pixels / 2 + 0.5, 0, 1) * 255).astype(np.uint8)
+        generated = np.asarray(decode_batch(vq, generated).pixels)
     images_by_name = dict(input=row["pixels"][:num_inputs], generated=generated)
     for name, images in images_by_name.items():
         for number, image in enumerate(images):

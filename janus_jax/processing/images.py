@@ -268,7 +268,15 @@ def crop_square(image: Image.Image, size: int) -> np.ndarray:
 
 def preprocess_generation(image: Image.Image, size: int) -> np.ndarray:
     """Prepares an RGB image for the image tokenizer: float32[size, size, 3] in [-1, 1]."""
-    return crop_square(image, size).astype(np.float32) / np.float32(127.5) - np.float32(1)
+    return from_uint8(crop_square(image, size))
+
+
+def from_uint8(pixels):
+    """Maps uint8 to float32 in [-1, 1], for NumPy's and for JAX's arrays.
+
+    `to_uint8` in generation/codec.py is the inverse.
+    """
+    return pixels.astype(np.float32) / 127.5 - 1.0
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

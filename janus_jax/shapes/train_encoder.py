@@ -14,6 +14,7 @@ import optax
 from flax import nnx
 
 from janus_jax.models.siglip import Siglip
+from janus_jax.processing.images import from_uint8
 from janus_jax.shapes.batches import NUM_PATCH_LABELS, labeled_images
 from janus_jax.shapes.folders import TrainingFolders, check_counts
 from janus_jax.shapes.loop import generated_batches, run_steps
@@ -73,7 +74,7 @@ def make_encoder_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformati
     """
 
     def loss_fn(params: nnx.State, images: jax.Array, labels: jax.Array):
-        pixels = images.astype(jnp.float32) / 127.5 - 1.0
+        pixels = from_uint8(images)
         logits = nnx.merge(graph, params)(pixels)
         loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
         correct = jnp.all(jnp.argmax(logits, axis=-1) == labels, axis=-1)

@@ -8,6 +8,7 @@ import optax
 from flax import nnx
 
 from janus_jax.models.vq import VQ, l2_normalise
+from janus_jax.processing.images import from_uint8
 from janus_jax.training.state import TrainState, apply_gradients, default_promotion
 
 COMMITMENT = 0.25  # as in VQ-VAE, VQGAN and the reference's quantizer
@@ -120,7 +121,7 @@ def make_vq_step(
 
     @default_promotion()
     def step(state: TrainState, usage: jax.Array, images: jax.Array, patch_groups: jax.Array):
-        pixels = images.astype(jnp.float32) / 127.5 - 1.0
+        pixels = from_uint8(images)
         quantize = state.step >= cfg.quantise_from
         grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, pixels, patch_groups, quantize)
         after = apply_gradients(state, grads, optimizer)
