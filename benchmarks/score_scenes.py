@@ -30,8 +30,9 @@ from configs import janus_tiny_encoder, janus_tiny_stage3
 from janus_jax import load
 from janus_jax.data.mixture import open_parts
 from janus_jax.data.sources import open_source
-from janus_jax.generation.loading import GENERATION_KEYS, TINY, ImageDefaults, find_folder
+from janus_jax.generation.loading import GENERATION_KEYS, ImageDefaults
 from janus_jax.generation.pipeline import Pipeline
+from janus_jax.interop.folders import BUNDLED_FOLDER, find_folder
 from janus_jax.processing.json_files import write_json
 from janus_jax.shapes import checker, scenes
 from janus_jax.shapes.batches import sample_scenes
@@ -240,7 +241,7 @@ def main() -> None:
     record = score(flags.model, flags.keep_drawing)
     if flags.set_drawing:
         chosen = {name: record["generation"][own] for own, name in GENERATION_KEYS.items()}
-        write_json(Path(flags.model or TINY) / "generation_config.json", chosen)
+        write_json(Path(flags.model or BUNDLED_FOLDER) / "generation_config.json", chosen)
     text = json.dumps(record, indent=1) + "\n"
     print(text, end="")
     if flags.output:

@@ -15,11 +15,11 @@ from stage_configs import SMALL
 from convert.__main__ import main as convert
 from janus_jax import load
 from janus_jax.commands import sample as cli
-from janus_jax.generation import loading
 from janus_jax.interop.adapter import Adapter
 from janus_jax.interop.adapter_config import read_adapter_config
 from janus_jax.interop.adapter_writing import write_adapter
 from janus_jax.interop.files import write_safetensors_file
+from janus_jax.interop.folders import find_adapter
 from janus_jax.interop.load import (
     load_params,
     open_adapter,
@@ -168,11 +168,11 @@ def test_the_pipeline_merges_and_names_the_adapter(written, small, expected):
 
 def test_an_adapter_of_the_hub(written, tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", lambda name, **_: str(tmp_path / name))
-    assert loading.find_adapter("org/adapter") == tmp_path / "org/adapter"
-    assert loading.find_adapter(written) == written
-    assert loading.find_adapter(None) is None
+    assert find_adapter("org/adapter") == tmp_path / "org/adapter"
+    assert find_adapter(written) == written
+    assert find_adapter(None) is None
     with pytest.raises(ValueError, match=r"adapter must be a folder or a .* hub id, got ''"):
-        loading.find_adapter("")
+        find_adapter("")
 
 
 def test_an_adapter_in_place_of_a_model(written, adapter, capsys):

@@ -14,7 +14,7 @@ from janus_jax.data.mixture import open_parts, stream
 from janus_jax.data.records import Record
 from janus_jax.data.sources import open_source
 from janus_jax.data.writers import write_records
-from janus_jax.generation.loading import TINY
+from janus_jax.interop.folders import BUNDLED_FOLDER
 from janus_jax.models.janus import JanusConfig
 from janus_jax.processing.images import encode_png
 from janus_jax.processing.processor import Processor
@@ -25,7 +25,7 @@ MODEL = JanusConfig.janus_tiny()
 
 @pytest.fixture(scope="module")
 def processor():
-    return Processor.from_dir(TINY)
+    return Processor.from_dir(BUNDLED_FOLDER)
 
 
 @pytest.fixture(scope="module")

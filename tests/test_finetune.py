@@ -18,7 +18,7 @@ from configs.janus_tiny_stage1 import tiny_stage
 from janus_jax import load
 from janus_jax.data.records import Record
 from janus_jax.data.writers import write_records
-from janus_jax.generation.loading import TINY
+from janus_jax.interop.folders import BUNDLED_FOLDER
 from janus_jax.processing.images import encode_png
 from janus_jax.shapes import scenes
 from janus_jax.shapes.questions import sample_question
@@ -110,7 +110,7 @@ def old_scores(pipeline) -> tuple[float, float]:
 
 @pytest.fixture(scope="module")
 def before(diamonds):
-    pipeline = load(TINY, dtype="float32")
+    pipeline = load(BUNDLED_FOLDER, dtype="float32")
     return old_scores(pipeline), new_answers(pipeline, diamonds[1])
 
 
@@ -135,7 +135,7 @@ def test_a_new_shape_is_learned_and_the_old_ones_are_kept(
 ):
     config = tiny_stage(3)
     config.update(output=str(tmp_path), mesh="data=1", steps=400, warmup_steps=20, **way)
-    config.update(init=str(TINY), sample_every=0, model_dtype="float32")
+    config.update(init=str(BUNDLED_FOLDER), sample_every=0, model_dtype="float32")
     config.mixture = ConfigDict(mixture(new_records))
     train_stage(config)
     pipeline = load(tmp_path / "model", dtype="float32")

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from janus_jax.generation.loading import find_folder
 from janus_jax.interop import load
-from janus_jax.interop.folders import check_folder
+from janus_jax.interop.folders import check_folder, find_folder
 from janus_jax.interop.load import check_weights, open_folder, param_shapes, plan_folder
 from janus_jax.interop.names import abbreviate, wrapper_prefix
 

@@ -9,8 +9,8 @@ import pytest
 
 import janus_jax
 from benchmarks import score_scenes
-from janus_jax.generation.loading import TINY
 from janus_jax.interop.convert import inspect_folder
+from janus_jax.interop.folders import BUNDLED_FOLDER
 from janus_jax.interop.load import open_folder
 from janus_jax.models.janus import JanusConfig
 from janus_jax.shapes import checker, scenes
@@ -25,11 +25,11 @@ def janus():
 
 
 def test_it_is_a_small_folder_in_deepseeks_layout():
-    assert sum(path.stat().st_size for path in TINY.iterdir()) <= 10 * 2**20
-    folder = open_folder(TINY)
+    assert sum(path.stat().st_size for path in BUNDLED_FOLDER.iterdir()) <= 10 * 2**20
+    folder = open_folder(BUNDLED_FOLDER)
     assert folder.layout == "deepseek"
     assert folder.cfg == JanusConfig.janus_tiny()
-    assert inspect_folder(TINY)
+    assert inspect_folder(BUNDLED_FOLDER)
 
 
 def test_it_generates_what_the_readme_says(janus):
@@ -71,7 +71,7 @@ def record(name: str = "janus_tiny") -> dict:
 
 @pytest.mark.parametrize("name", ["janus_tiny", "janus_tiny_temperature_1"])
 def test_the_records_are_of_these_weights(name):
-    assert record(name)["sha256"] == score_scenes.weights_digests(TINY)
+    assert record(name)["sha256"] == score_scenes.weights_digests(BUNDLED_FOLDER)
 
 
 def test_it_reaches_its_targets():

@@ -18,6 +18,8 @@ import janus_jax
 from janus_jax import sharding
 from janus_jax.generation import codec, compile_cache, decoding, loading
 from janus_jax.generation import pipeline as pipelines
+from janus_jax.interop.folders import check_processor, find_folder
+from janus_jax.interop.load import check_dtype
 from janus_jax.models.janus import JanusConfig
 from janus_jax.processing import images
 from janus_jax.processing.processor import Processor
@@ -198,18 +200,18 @@ def test_prompts_are_padded_to_few_lengths(length, bucket):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, np.dtype(jnp.bfloat16)])
 def test_dtypes_are_names_or_types(dtype):
-    assert loading.check_dtype(dtype) == jnp.bfloat16
+    assert check_dtype(dtype) == jnp.bfloat16
 
 
 def test_the_default_dtype_on_cpu_is_float32():
-    assert loading.check_dtype(None) == jnp.float32
-    assert loading.check_dtype(None, sharding.make_mesh()) == jnp.float32
+    assert check_dtype(None) == jnp.float32
+    assert check_dtype(None, sharding.make_mesh()) == jnp.float32
 
 
 def test_the_default_dtype_is_that_of_the_mesh_s_devices():
     chip = types.SimpleNamespace(platform="tpu")
     mesh = types.SimpleNamespace(devices=np.array([[chip]]))
-    assert loading.check_dtype(None, mesh) == jnp.bfloat16
+    assert check_dtype(None, mesh) == jnp.bfloat16
 
 
 @pytest.mark.parametrize("dtype", ["float16", jnp.float16, "int8", 3])
@@ -238,11 +240,11 @@ def test_a_tokenizer_beyond_the_vocabulary_is_refused(pipeline, golden):
     decoder = dataclasses.replace(pipeline.model.cfg.language_model, vocab_size=100)
     cfg = dataclasses.replace(pipeline.model.cfg, language_model=decoder)
     with pytest.raises(ValueError, match=r"tokenizer\.json has token ids up to \d+, .* is 100"):
-        loading.check_processor(golden / "janus", pipeline.processor, cfg)
+        check_processor(golden / "janus", pipeline.processor, cfg)
 
 
 def test_the_default_is_the_model_that_ships():
-    assert loading.find_folder(None) == Path(janus_jax.__file__).parent / "assets" / "janus_tiny"
+    assert find_folder(None) == Path(janus_jax.__file__).parent / "assets" / "janus_tiny"
 
 
 def test_a_hub_id_is_fetched_only_if_there_is_no_such_folder(tmp_path, monkeypatch):
@@ -258,13 +260,13 @@ def test_a_hub_id_is_fetched_only_if_there_is_no_such_folder(tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org" / "there").mkdir(parents=True)
     (tmp_path / "org" / "there" / "config.json").touch()
-    assert loading.find_folder("org/there") == Path("org/there")
+    assert find_folder("org/there") == Path("org/there")
     with pytest.raises(FileNotFoundError, match="a/b/c is not a folder"):
-        loading.find_folder("a/b/c")
+        find_folder("a/b/c")
     with pytest.raises(ValueError, match=r"expected a checkpoint folder or a .* hub id, got ''"):
-        loading.find_folder("")
+        find_folder("")
     assert downloaded == []
-    assert loading.find_folder("org/Name-1.3B") == tmp_path
+    assert find_folder("org/Name-1.3B") == tmp_path
     assert downloaded == ["org/Name-1.3B"]
 
 

@@ -250,6 +250,13 @@ def test_folder_as_transformers_5_saves_it(golden, tmp_path, processor):
     assert ours.image_prompt("a cat") == processor.image_prompt("a cat")
 
 
+def test_a_parsed_config_is_not_read_again(folder):
+    edit(folder / "processor_config.json", drop=("num_image_tokens",))
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").unlink()
+    assert Processor.from_dir(folder, config).num_image_tokens == 16
+
+
 def test_folder_errors(folder):
     edit(folder / "processor_config.json", num_image_tokens="16")
     with pytest.raises(ValueError, match=r"num_image_tokens must be at least 1, got '16'"):

@@ -7,7 +7,8 @@ import random
 import numpy as np
 import pytest
 
-from janus_jax.generation.loading import ImageDefaults, check_processor
+from janus_jax.generation.loading import ImageDefaults
+from janus_jax.interop.folders import check_processor
 from janus_jax.interop.load import open_folder
 from janus_jax.processing.processor import Processor
 from janus_jax.processing.prompt_settings import janus_template

@@ -7,8 +7,8 @@ import shutil
 import pytest
 from ml_collections import ConfigDict
 
-from janus_jax.generation.loading import TINY
 from janus_jax.interop import convert, processor_files
+from janus_jax.interop.folders import BUNDLED_FOLDER
 from janus_jax.processing import chat
 from janus_jax.processing.processor import Processor
 from janus_jax.processing.prompt_settings import (
@@ -236,7 +236,7 @@ def test_a_refused_template_is_refused_by_every_command(golden, tmp_path):
 
 def test_training_replaces_what_it_copied(tmp_path):
     """The folder of additional templates is copied, and is accepted in the output folder."""
-    source, output = shutil.copytree(TINY, tmp_path / "s"), tmp_path / "o"
+    source, output = shutil.copytree(BUNDLED_FOLDER, tmp_path / "s"), tmp_path / "o"
     (source / "additional_chat_templates").mkdir()
     (source / "additional_chat_templates" / "rag.jinja").write_text(OTHER)
     (source / "chat_template.jinja").write_text(janus_template("deepseek"))

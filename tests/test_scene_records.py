@@ -17,7 +17,7 @@ from PIL import Image
 from janus_jax.data.loading import RowsConfig, open_rows
 from janus_jax.data.records import KINDS, Record
 from janus_jax.data.sources import open_source
-from janus_jax.generation.loading import TINY
+from janus_jax.interop.folders import BUNDLED_FOLDER
 from janus_jax.models.janus import JanusConfig
 from janus_jax.processing.processor import Processor
 from janus_jax.shapes import checker, questions, scenes
@@ -200,7 +200,7 @@ def test_wrong_options_are_refused_in_one_line(path, options, rule):
 
 @pytest.fixture(scope="module")
 def processor():
-    return Processor.from_dir(TINY)
+    return Processor.from_dir(BUNDLED_FOLDER)
 
 
 @pytest.mark.parametrize("kind", KINDS)

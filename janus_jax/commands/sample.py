@@ -296,11 +296,8 @@ def generate(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline"
 
     from janus_jax.commands.gallery import Gallery
 
-    names = ("guidance_weight", "temperature", "top_k", "top_p")
-    settings = {name: getattr(flags, name) for name in names}
-    for name, default in pipeline.image_defaults._asdict().items():
-        if settings[name] is None:
-            settings[name] = default
+    chosen = pipeline.image_defaults.resolve(flags.guidance_weight, flags.temperature)
+    settings = dict(**chosen._asdict(), top_k=flags.top_k, top_p=flags.top_p)
     dtype = np.dtype(pipeline.model.cfg.language_model.dtype).name
     metadata = {"model": pipeline.name, "settings": json.dumps(settings | {"dtype": dtype})}
 

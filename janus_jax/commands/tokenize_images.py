@@ -332,7 +332,8 @@ def _source_options(args: argparse.Namespace) -> dict[str, str | int]:
 def run(args: argparse.Namespace) -> str:
     """Runs the command and returns a one-line summary."""
     from janus_jax import sharding
-    from janus_jax.generation import compile_cache, loading
+    from janus_jax.generation import compile_cache
+    from janus_jax.interop.folders import find_folder
     from janus_jax.interop.load import load_vq, open_folder
 
     sharding.check_devices()
@@ -346,7 +347,7 @@ def run(args: argparse.Namespace) -> str:
     output = Output(*args.output, args.shard_size)
     output.check()
     compile_cache.enable()
-    model = open_folder(loading.find_folder(args.model))
+    model = open_folder(find_folder(args.model))
     vq = load_vq(model)
     manifest = {
         "model": f"{model.path.resolve().name} with the image tokenizer {_fingerprint(vq)}",

@@ -76,7 +76,7 @@ def _run(args: argparse.Namespace) -> int:
     """
     # Imported late, so that --help is fast and main can select the platform before JAX starts.
     from janus_jax.checks import check_count
-    from janus_jax.generation.loading import find_folder
+    from janus_jax.interop.folders import find_folder
     from janus_jax.processing.image_sources import open_image
     from janus_jax.verify import run
     from janus_jax.verify.outputs import Request

@@ -10,7 +10,8 @@ from jax.sharding import Mesh
 from janus_jax import checks, sharding
 from janus_jax.generation import codec, compile_cache, decoding, image, loading, samplers, text
 from janus_jax.interop.files import Report
-from janus_jax.interop.load import build_model, load_params, open_folder
+from janus_jax.interop.folders import check_processor, find_adapter, find_folder
+from janus_jax.interop.load import build_model, check_dtype, load_params, open_folder
 from janus_jax.models.janus import Janus
 from janus_jax.processing import chat
 from janus_jax.processing.images import ImageSource, image_list, split_images
@@ -163,11 +164,8 @@ class Pipeline:
         self, guidance_weight=None, temperature=None, top_k=None, top_p=None
     ) -> tuple[float, samplers.Sampling]:
         """Checks the settings and replaces None by the defaults of the checkpoint."""
-        if guidance_weight is None:
-            guidance_weight = self.image_defaults.guidance_weight
+        guidance_weight, temperature = self.image_defaults.resolve(guidance_weight, temperature)
         guidance_weight = checks.check_number("guidance_weight", guidance_weight)
-        if temperature is None:
-            temperature = self.image_defaults.temperature
         size = self.model.cfg.gen_vq.codebook_size
         return guidance_weight, samplers.make_sampling(temperature, top_k, top_p, size)
 
@@ -435,14 +433,14 @@ def load(
     sharding.check_devices()
     if mesh is not None:
         mesh = sharding.with_auto_axes(mesh)
-    dtype = loading.check_dtype(dtype, mesh)
+    dtype = check_dtype(dtype, mesh)
     compile_cache.enable()
-    folder = loading.find_folder(path_or_hub_id)
-    checkpoint = open_folder(folder, loading.find_adapter(adapter))
+    folder = find_folder(path_or_hub_id)
+    checkpoint = open_folder(folder, find_adapter(adapter))
     cfg = checkpoint.cfg.with_dtype(dtype)
     shardings = loading.parameter_shardings(mesh, cfg)
-    processor = Processor.from_dir(folder)
-    loading.check_processor(folder, processor, cfg)
+    processor = Processor.from_dir(folder, checkpoint.config)
+    check_processor(folder, processor, cfg)
     image_defaults = loading.ImageDefaults.from_dir(folder)
     model = build_model(cfg, load_params(checkpoint, cfg, shardings, dtype, progress=progress))
     name = loading.display_name(path_or_hub_id, adapter)

@@ -1,7 +1,8 @@
-"""Checks that a path is a checkpoint folder; if it is not, suggests what to pass instead."""
+"""Finds and checks checkpoint folders, local or on the hub; suggests what to pass instead."""
 
 import difflib
 import os
+import re
 from pathlib import Path
 
 from janus_jax.checks import shorten_text
@@ -9,6 +10,10 @@ from janus_jax.interop.adapter_config import check_no_adapter
 from janus_jax.interop.files import CONFIG
 from janus_jax.interop.quantised import GGUF_UNSUPPORTED
 from janus_jax.interop.readers import WEIGHT_SUFFIXES
+from janus_jax.models.janus import JanusConfig
+from janus_jax.processing.processor import Processor
+from janus_jax.processing.prompt_settings import PREPROCESSOR, PROCESSOR
+from janus_jax.processing.tokenizer import TOKENIZER
 
 FILES = (
     f"{CONFIG}, tokenizer.json, tokenizer_config.json, processor_config.json and "
@@ -18,6 +23,8 @@ FILES = (
 RELEASED = ("deepseek-ai/Janus-Pro-1B", "deepseek-ai/Janus-Pro-7B", "deepseek-ai/Janus-1.3B")
 BUNDLED = "janus_tiny"  # the name of the model in assets/
 BUNDLED_FOLDER = Path(__file__).parents[1] / "assets" / BUNDLED
+# The files of a hub repository that a checkpoint needs, in either layout.
+_HUB_FILES = ("*.json", "*.jinja", "*.safetensors", "*.bin")
 _MIN_SIMILARITY = 0.8  # difflib's ratio; 1 means equal
 
 
@@ -83,3 +90,79 @@ def _describe(folder: Path) -> str:
     if (folder / "model" / CONFIG).is_file():
         return f"; pass {folder / 'model'}"
     return f"; a checkpoint folder needs {FILES}"
+
+
+def find_folder(path_or_hub_id: str | Path | None) -> Path:
+    """Returns the folder of a checkpoint.
+
+    path_or_hub_id: a folder, or a hub id, whose snapshot is downloaded unless it is a local path.
+        None is the model in this package. So is "janus_tiny", unless there is a file or folder of
+        that name.
+
+    Raises:
+        FileNotFoundError: if there is no such folder, and the hub cannot be reached or has no such
+            repository.
+        ValueError: if path_or_hub_id is an empty string.
+    """
+    if path_or_hub_id is None:
+        return BUNDLED_FOLDER
+    if path_or_hub_id == "":
+        raise ValueError("expected a checkpoint folder or a Hugging Face hub id, got ''")
+    folder, name = Path(path_or_hub_id), str(path_or_hub_id)
+    return _fetch(name) if _is_hub_id(name) else check_folder(folder, hub_ids=True)
+
+
+def find_adapter(path_or_hub_id: str | Path | None) -> Path | None:
+    """Returns the folder of a LoRA adapter, or None if no adapter is given.
+
+    path_or_hub_id: a folder, or a hub id, whose snapshot is downloaded unless it is a local path.
+
+    Raises:
+        FileNotFoundError: if a hub id does not exist or the hub cannot be reached.
+        ValueError: if path_or_hub_id is an empty string.
+    """
+    if path_or_hub_id is None:
+        return None
+    if path_or_hub_id == "":
+        raise ValueError("adapter must be a folder or a Hugging Face hub id, got ''")
+    name = str(path_or_hub_id)
+    return _fetch(name) if _is_hub_id(name) else Path(path_or_hub_id)
+
+
+def _is_hub_id(name: str) -> bool:
+    """Returns whether a name has the form OWNER/NAME and is not a local path."""
+    return not os.path.exists(name) and bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name))
+
+
+def _fetch(name: str) -> Path:
+    """Downloads the snapshot of a hub repository; raises FileNotFoundError if that fails."""
+    import huggingface_hub  # slow to import, and used only here
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES))
+    except Exception as error:  # offline, unknown, gated: the library has many classes
+        reason = next(iter(str(error).splitlines()), "") or type(error).__name__
+        raise FileNotFoundError(
+            f"{name} is not a local folder and cannot be downloaded from the Hugging Face hub: "
+            f"{reason.rstrip('.')}" + suggestion(name, hub_ids=True)
+        ) from error
+
+
+def check_processor(folder: str | Path, processor: Processor, cfg: JanusConfig) -> None:
+    """Raises ValueError if the processor files of a folder do not fit its model.
+
+    Token ids must be in the vocabulary, and image size and tokens per image must be those of cfg.
+    """
+    folder, largest = Path(folder), processor.tokenizer.largest_id
+    if largest >= cfg.language_model.vocab_size:
+        raise ValueError(
+            f"{folder / TOKENIZER} has token ids up to {largest}, but the vocabulary size in "
+            f"config.json is {cfg.language_model.vocab_size}"
+        )
+    size, tokens = processor.image_config.image_size, processor.num_image_tokens
+    if (size, tokens) != (cfg.image_size, cfg.und_encoder.num_tokens):
+        raise ValueError(
+            f"{folder}: {PREPROCESSOR} and {PROCESSOR} set an image size of {size} pixels and "
+            f"{tokens} tokens per image, but config.json expects {cfg.image_size} pixels and "
+            f"{cfg.und_encoder.num_tokens} tokens"
+        )

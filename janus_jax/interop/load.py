@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.sharding import Mesh
 
 from janus_jax.checks import shorten, shorten_text
 from janus_jax.interop import deepseek, orbax, transformers
@@ -31,6 +32,8 @@ from janus_jax.processing.json_files import read_json
 
 FLOAT32_PATHS = r"gen_vq\."  # images decoded in bfloat16 show color banding
 ALIGNMENT = 64  # bytes; the alignment of JAX's CPU buffers
+# float16 is not supported: activations of Janus exceed its largest value, which leads to NaN.
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 COLUMNS = 16  # copied at a time, which makes a transposed copy five times as fast
 ShardingFor = Callable[[str, Shape], jax.sharding.Sharding | None]
 
@@ -402,3 +405,25 @@ def _stored_orbax(folder: Folder) -> StoredParams:
     skipped = {name: " ".join(skip_reasons(table, name)) for name in unused}
     arrays = functools.cache(lambda: dict(orbax.restore_numpy(folder.path, stored)))
     return StoredParams(metadata, lambda path: arrays()[path], unused, skipped)
+
+
+def check_dtype(dtype, mesh: Mesh | None = None) -> jnp.dtype:
+    """Returns the dtype in which to store and compute: float32 or bfloat16.
+
+    dtype: a name or a type. None is bfloat16 on TPU and GPU, and float32 on CPU, where bfloat16 is
+        not faster.
+    mesh: its devices determine the default; without a mesh, JAX's default backend does.
+
+    Raises:
+        ValueError: if dtype is neither float32 nor bfloat16.
+    """
+    if dtype is None:
+        platform = jax.default_backend() if mesh is None else mesh.devices.flat[0].platform
+        return jnp.dtype(jnp.float32 if platform == "cpu" else jnp.bfloat16)
+    name = dtype if isinstance(dtype, str) else getattr(dtype, "__name__", str(dtype))
+    if name not in DTYPES:
+        raise ValueError(
+            f"dtype must be one of {', '.join(DTYPES)}, got {name}"
+            + (", in which activations overflow" if name == "float16" else "")
+        )
+    return jnp.dtype(DTYPES[name])

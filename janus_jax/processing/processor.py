@@ -5,7 +5,7 @@ code.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -65,13 +65,14 @@ def image_config(folder: Path) -> ImageConfig:
         return ImageConfig.from_dict(nested)
 
 
-def _num_image_tokens(folder: Path, image_size: int) -> int:
+def _num_image_tokens(folder: Path, image_size: int, config: Mapping | None) -> int:
     """Reads num_image_tokens from processor_config.json, or computes it from config.json."""
     path = folder / PROCESSOR
     number = read_json_if_any(path).get("num_image_tokens")
     if number is None:
         path = folder / "config.json"
-        vision = read_json(path).get("vision_config", {})
+        config = read_json(path) if config is None else config
+        vision = config.get("vision_config", {})
         vision = vision.get("params", vision) if isinstance(vision, dict) else vision
         patch = vision.get("patch_size", 16) if isinstance(vision, dict) else vision
         if type(patch) is not int or patch < 1:
@@ -136,12 +137,14 @@ class Processor:
     trained_context: int = TRAINED_CONTEXT
 
     @classmethod
-    def from_dir(cls, folder: str | Path) -> "Processor":
+    def from_dir(cls, folder: str | Path, config: Mapping | None = None) -> "Processor":
         """Loads the processor files of a checkpoint folder, in DeepSeek's or transformers' layout.
 
         The template, the system prompt and the placeholder come from `PromptSettings`. If
         processor_config.json has no `num_image_tokens`, it is computed from the image and patch
         sizes.
+
+        config: contents of config.json. None reads the file if it is needed.
 
         Raises:
             FileNotFoundError: tokenizer.json or the image settings are missing.
@@ -153,7 +156,7 @@ class Processor:
             tokenizer=Tokenizer.from_dir(folder, prompts.image_tag),
             image_config=images,
             sft_format=prompts.sft_format,
-            num_image_tokens=_num_image_tokens(folder, images.image_size),
+            num_image_tokens=_num_image_tokens(folder, images.image_size, config),
             image_tag=prompts.image_tag,
             system_prompt=prompts.system_prompt,
         )

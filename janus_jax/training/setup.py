@@ -18,10 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from janus_jax.data.loading import RowsConfig
 from janus_jax.data.records import KINDS
 from janus_jax.data.sources import FORMATS, Formats
-from janus_jax.generation.loading import DTYPES, check_processor
 from janus_jax.interop.files import Report
-from janus_jax.interop.folders import check_folder
+from janus_jax.interop.folders import check_folder, check_processor
 from janus_jax.interop.load import (
+    DTYPES,
     FLOAT32_PATHS,
     Folder,
     abstract,
