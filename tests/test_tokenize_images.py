@@ -16,7 +16,7 @@ from limits import full_disk
 from PIL import Image
 
 from convert.__main__ import main as convert
-from janus_jax.commands import tokenize_images
+from janus_jax.commands import shards, tokenize_images
 from janus_jax.data.records import Record
 from janus_jax.data.sources import open_source
 from janus_jax.data.writers import SUFFIXES, write_records
@@ -94,8 +94,8 @@ def test_images_of_every_format_become_tokens(format, run, small, tmp_path):
     assert all(record.images == () for record in found)
     np.testing.assert_array_equal([record.indices for record in found], expected)
     if format in SUFFIXES:
-        shards = sorted(path.name for path in out.iterdir() if path.name.startswith("shard"))
-        assert shards == [f"shard-{i:05d}{SUFFIXES[format]}" for i in range(2)]
+        names = sorted(path.name for path in out.iterdir() if path.name.startswith("shard"))
+        assert names == [f"shard-{i:05d}{SUFFIXES[format]}" for i in range(2)]
 
 
 def test_other_records_are_copied_and_bad_ones_listed(run, small, tmp_path):
@@ -220,7 +220,7 @@ def test_an_interrupted_run_resumes(format, run, tmp_path, monkeypatch):
         write_records(format, path, records, first)
 
     with monkeypatch.context() as patch:
-        patch.setattr(tokenize_images, "write_records", interrupted)
+        patch.setattr(shards, "write_records", interrupted)
         assert run(*args) == (130, "", "tokenize_images: interrupted\n")
     first = {name: data for name, data in contents(tmp_path / "tokens").items() if "0.json" in name}
     assert first
@@ -285,7 +285,7 @@ def test_one_run_at_a_time(run, refused, tmp_path, monkeypatch):
         errors.append(refused(*args))  # must not call this function again
         write_records(format, path, records, first)
 
-    monkeypatch.setattr(tokenize_images, "write_records", meanwhile)
+    monkeypatch.setattr(shards, "write_records", meanwhile)
     status, said, _ = run(*args)
     hint = "wait until it ends, or use another folder"
     message = f"{tmp_path / 'tokens'} is in use by another run; {hint}"
@@ -300,7 +300,7 @@ def test_a_full_disk_is_reported_with_the_name_of_the_file(refused, tmp_path, mo
             write_records(*args, **settings)
 
     write_records("tar", tmp_path / "train.tar", captioned(3))
-    monkeypatch.setattr(tokenize_images, "write_records", without_room)
+    monkeypatch.setattr(shards, "write_records", without_room)
     out = tmp_path / "tokens"
     message = refused(f"tar:{tmp_path / 'train.tar'}", f"tar:{out}")
     assert message == f"tokenize_images: [Errno 27] File too large: '{out}/shard-00000.tar'\n"
