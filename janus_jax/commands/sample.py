@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_jax import checks
+from janus_jax.commands.answers import chat, print_answer
 from janus_jax.commands.program import (
     OneLineParser,
     device_memory_errors,
-    error_line,
     one_line_errors,
     path_arg,
     program_name,
@@ -329,66 +329,6 @@ def generate(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline"
         print(flags.save_indices)
 
 
-def _print_answer(pipeline: "Pipeline", conversation, images, flags) -> str:
-    """Prints the answer while it is generated, and returns it."""
-    pieces = []
-    settings = {
-        name: getattr(flags, name)
-        for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
-    }
-    for piece in pipeline.stream(conversation, images, **settings):
-        print(piece, end="", flush=True)
-        pieces.append(piece)
-    print()
-    return "".join(pieces)
-
-
-def chat(flags: argparse.Namespace, pipeline: "Pipeline") -> None:
-    """Answers questions and runs commands from standard input until /quit or its end."""
-    from janus_jax.processing.image_sources import open_image
-
-    commands = (
-        "'/image FILE' adds an image to your next message, '/new' starts a new conversation, "
-        "'/quit' exits."
-    )
-    print(f"Type a message. Commands: {commands}", file=sys.stderr)
-    messages, images = [], flags.image
-    while (line := _next_line()) is not None:
-        try:
-            command, _, path = line.partition(" ")
-            if command == "/image":
-                images.append(open_image(os.path.expanduser(path.strip()), flags.allow_urls))
-                continue
-            if line == "/new":
-                messages, images = [], []
-                continue
-            if command.startswith("/"):
-                got = checks.shorten_text(command)
-                raise ValueError(f"unknown command {got}; commands: {commands}")
-            turn = {"role": "user", "content": line, "images": images}
-            answer = _print_answer(pipeline, [*messages, turn], None, flags)
-        except (ValueError, OSError) as error:
-            print(error_line(flags.program, str(error)), file=sys.stderr)
-            continue
-        except KeyboardInterrupt:  # stops this answer; at the input prompt it ends the program
-            print("\nInterrupted; this turn was discarded.", file=sys.stderr)
-            continue
-        messages += [turn, {"role": "assistant", "content": answer}]
-        images = []
-
-
-def _next_line() -> str | None:
-    """Returns the next line that is not blank, or None at /quit or the end of the input."""
-    while True:
-        if sys.stdin.isatty():
-            print("> ", end="", file=sys.stderr, flush=True)
-        line = sys.stdin.readline()
-        if not line or line.strip() == "/quit":
-            return None
-        if line.strip():
-            return line.strip()
-
-
 _LOADING_ADVICE = "while loading; use --dtype bfloat16, or a --mesh of more devices"
 _IMAGE_ADVICE = "while generating images; use a smaller --max_batch"
 _TEXT_ADVICE = "while answering; use fewer images or a smaller --max_new_tokens"
@@ -419,7 +359,7 @@ def run(argv: Sequence[str] | None, command: str = "python sample.py") -> None:
         elif flags.chat:
             chat(flags, pipeline)
         else:
-            _print_answer(pipeline, flags.question, flags.image, flags)
+            print_answer(pipeline, flags.question, flags.image, flags)
 
 
 def main(argv: Sequence[str] | None = None, command: str = "python sample.py") -> None:
