@@ -88,7 +88,7 @@ def generated_indices(model: Janus, generated: jax.Array) -> jax.Array:
     if generated.ndim == 3:
         return generated.reshape(len(generated), -1)
     pixels = generated.reshape(-1, *generated.shape[2:]).astype(jnp.float32) / 127.5 - 1
-    # as in data/tokenize_images.py: with lower precision, some images get different tokens
+    # as in commands/tokenize_images.py: with lower precision, some images get different tokens
     with jax.default_matmul_precision("highest"):
         indices = model.gen_vq.encode(pixels)
     return jax.lax.stop_gradient(indices).reshape(len(generated), -1)
