@@ -312,7 +312,6 @@ class Attention:
 class Family:
     """A family of models: one set of networks in several sizes.
 
-    name: for messages.
     config_class: class of the model's config.
     build: returns a model from its config and `rngs`.
     parameters: the table of its parameters.
@@ -327,7 +326,6 @@ class Family:
     processor: reads the processor of a checkpoint folder.
     """
 
-    name: str
     config_class: type
     build: Callable[..., nnx.Module]
     parameters: ParameterTable

@@ -354,5 +354,5 @@ def load_component(folder: Folder, component: str) -> nnx.Module:
     """
     paths = component_paths(folder.cfg, component)
     params = load_params(folder, folder.cfg, lambda path, shape: None, jnp.float32, paths)
-    module = getattr(nnx.merge(*abstract(_one_layer_each(folder.cfg))), component)
+    module = getattr(nnx.merge(*abstract(folder.cfg)), component)
     return merge_params(*nnx.split(module), lambda path: params[f"{component}.{path}"])
