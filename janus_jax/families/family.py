@@ -262,12 +262,15 @@ class Layout:
     table: returns the conversion table of a model.
     unused: returns the tensors, by name, that a folder in this layout must have and the model does
       not use: the path of a parameter of the same dtype, and the shape.
+    adapter_prefixes: beginnings of the module names that a LoRA adapter omits if PEFT wrapped a
+      part of the model; "" is the whole model.
     """
 
     read: Callable[[Mapping], ModelConfig]
     write: Callable[[Any, str, int | None], dict]
     table: Callable[[Any], ConversionTable]
     unused: Callable[[Any], dict[str, tuple[str, Shape]]] = lambda cfg: {}
+    adapter_prefixes: tuple[str, ...] = ("",)
 
 
 @dataclasses.dataclass(frozen=True)

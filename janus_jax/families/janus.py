@@ -165,8 +165,20 @@ JANUS = Family(
     },
     image_codec="gen_vq",
     layouts={
-        DEEPSEEK: Layout(deepseek.read, deepseek.write, deepseek.table, deepseek.unused),
-        TRANSFORMERS: Layout(transformers.read, transformers.write, transformers.table),
+        DEEPSEEK: Layout(
+            deepseek.read,
+            deepseek.write,
+            deepseek.table,
+            deepseek.unused,
+            # the decoder with and without its head
+            adapter_prefixes=("", "language_model.", "language_model.model."),
+        ),
+        TRANSFORMERS: Layout(
+            transformers.read,
+            transformers.write,
+            transformers.table,
+            adapter_prefixes=("", "model."),  # the model without its head
+        ),
     },
     check=check,
     sizes=sizes,

@@ -94,8 +94,8 @@ def open_adapter(folder: Folder) -> Adapter | None:
     """
     if folder.adapter is None:
         return None
-    layouts = folder.family.layouts
-    tables = {name: layout.table(folder.cfg) for name, layout in layouts.items()}
+    layouts = folder.family.layouts.values()
+    tables = [(layout.table(folder.cfg), layout.adapter_prefixes) for layout in layouts]
     return read_adapter(folder.adapter, tables, param_shapes(folder.cfg))
 
 
