@@ -51,7 +51,6 @@ class Other(nnx.Module):
 
 
 OTHER = Family(
-    name="Other",
     config_class=OtherConfig,
     build=Other,
     parameters=ParameterTable(

@@ -259,11 +259,12 @@ def test_one_component_of_an_orbax_folder_is_read_alone(folders, params, monkeyp
         return restore(self, directory, args=args)
 
     monkeypatch.setattr(ocp.Checkpointer, "restore", recorded)
-    aligner = load_component(open_folder(folders["orbax_single"]), "gen_aligner")
-    names = ("0.bias", "0.kernel", "1.bias", "1.kernel")
-    assert sorted(read) == [f"gen_aligner.layers.{name}" for name in names]
-    kernel = aligner.layers[1].kernel[...]
-    np.testing.assert_array_equal(kernel, params["gen_aligner.layers.1.kernel"])
+    encoder = load_component(open_folder(folders["orbax_single"]), "und_encoder")
+    assert set(read) == {path for path in params if path.startswith("und_encoder.")}
+    for i, block in enumerate(encoder.blocks):
+        expected = params[f"und_encoder.blocks.{i}.mlp.fc1.kernel"]
+        np.testing.assert_array_equal(block.mlp.fc1.kernel[...], expected)
+    assert len(encoder.blocks) > 1
 
 
 @pytest.mark.parametrize("form", ["sharded", "transformers", "orbax_single"])

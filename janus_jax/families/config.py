@@ -194,7 +194,7 @@ def write_llama(decoder: LlamaConfig) -> dict:
     }
 
 
-def mlp_ratio(width: int, mlp_dim: int) -> float:
-    """Returns a ratio r with int(width * r) == mlp_dim, which is how both layouts compute it."""
-    ratio = mlp_dim / width
-    return ratio if int(width * ratio) == mlp_dim else math.nextafter(ratio, math.inf)
+def mlp_ratio(width: int, hidden: int) -> float:
+    """Returns a ratio r with int(width * r) == hidden, which is how both layouts compute it."""
+    ratio = hidden / width
+    return ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)

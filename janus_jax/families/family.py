@@ -262,12 +262,15 @@ class Layout:
     table: returns the conversion table of a model.
     unused: returns the tensors, by name, that a folder in this layout must have and the model does
       not use: the path of a parameter of the same dtype, and the shape.
+    adapter_prefixes: beginnings of the module names that a LoRA adapter omits if PEFT wrapped a
+      part of the model; "" is the whole model.
     """
 
     read: Callable[[Mapping], ModelConfig]
     write: Callable[[Any, str, int | None], dict]
     table: Callable[[Any], ConversionTable]
     unused: Callable[[Any], dict[str, tuple[str, Shape]]] = lambda cfg: {}
+    adapter_prefixes: tuple[str, ...] = ("",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -312,7 +315,6 @@ class Attention:
 class Family:
     """A family of models: one set of networks in several sizes.
 
-    name: for messages.
     config_class: class of the model's config.
     build: returns a model from its config and `rngs`.
     parameters: the table of its parameters.
@@ -327,7 +329,6 @@ class Family:
     processor: reads the processor of a checkpoint folder.
     """
 
-    name: str
     config_class: type
     build: Callable[..., nnx.Module]
     parameters: ParameterTable

@@ -21,7 +21,6 @@ from janus_jax.processing.processor import Processor
 _COLUMN, _ROW, _REPLICATED = P("fsdp", "tensor"), P("tensor", "fsdp"), P()
 _COLUMN_BIAS = P("tensor")
 
-
 # Of two successive projections, the first is sharded by columns and the second by rows, so that the
 # activations between them stay on one device.
 _ALIGNER_ROWS = (
@@ -157,7 +156,6 @@ def attention(cfg: JanusConfig) -> tuple[Attention, ...]:
 
 
 JANUS = Family(
-    name="Janus",
     config_class=JanusConfig,
     build=Janus,
     parameters=ParameterTable(_PARTS),
@@ -167,8 +165,20 @@ JANUS = Family(
     },
     image_codec="gen_vq",
     layouts={
-        DEEPSEEK: Layout(deepseek.read, deepseek.write, deepseek.table, deepseek.unused),
-        TRANSFORMERS: Layout(transformers.read, transformers.write, transformers.table),
+        DEEPSEEK: Layout(
+            deepseek.read,
+            deepseek.write,
+            deepseek.table,
+            deepseek.unused,
+            # the decoder with and without its head
+            adapter_prefixes=("", "language_model.", "language_model.model."),
+        ),
+        TRANSFORMERS: Layout(
+            transformers.read,
+            transformers.write,
+            transformers.table,
+            adapter_prefixes=("", "model."),  # the model without its head
+        ),
     },
     check=check,
     sizes=sizes,

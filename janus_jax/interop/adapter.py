@@ -7,19 +7,13 @@ embedding A is [rank, rows] and B is [width, rank], and the update is scale * (B
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.families.family import (
-    DEEPSEEK,
-    TRANSFORMERS,
-    TRANSFORMS,
-    ConversionTable,
-    Shape,
-)
+from janus_jax.families.family import TRANSFORMS, ConversionTable, Shape
 from janus_jax.interop.adapter_config import AdapterConfig, read_adapter_config
 from janus_jax.interop.readers import DUPLICATES, open_checkpoint
 from janus_jax.interop.rules import Step, export_steps, skip_reasons, torch_shape
@@ -30,22 +24,13 @@ WEIGHT = ".weight"
 LINEAR = ("lora_A.weight", "lora_B.weight")
 EMBEDDING = ("lora_embedding_A", "lora_embedding_B")
 BASE = "base_layer.weight"  # PEFT also stores the full weight of an adapted embed_tokens or lm_head
-# The layout of the module names, and the prefix of the part of the model that PEFT wrapped. The
-# prefix "" is the whole model. In DeepSeek's layout, the others are the decoder with and without
-# its head; in transformers' layout, "model." is the model without its head.
-NAMINGS = (
-    (DEEPSEEK, ""),
-    (TRANSFORMERS, ""),
-    (DEEPSEEK, "language_model."),
-    (DEEPSEEK, "language_model.model."),
-    (TRANSFORMERS, "model."),
-)
 _NAME = re.compile(
     rf"(?:{re.escape(PEFT)})?(?P<module>.+)\.(?P<part>"
     rf"{'|'.join(map(re.escape, (*LINEAR, *EMBEDDING, BASE)))})"
 )
 
 Problems = dict[str, list[str]]
+Tables = Sequence[tuple[ConversionTable, Sequence[str]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,14 +94,12 @@ class Adapter:
         return np.add(merged, array, out=merged, dtype=np.float32, casting="same_kind")
 
 
-def read_adapter(
-    folder: Path | str, tables: Mapping[str, ConversionTable], shapes: Mapping[str, Shape]
-) -> Adapter:
+def read_adapter(folder: Path | str, tables: Tables, shapes: Mapping[str, Shape]) -> Adapter:
     """Opens a LoRA adapter folder and matches every tensor with a module of the model.
 
     Args:
       folder: holds adapter_config.json with adapter_model.safetensors or adapter_model.bin.
-      tables: the conversion table of each layout.
+      tables: the conversion table of each layout, with its adapter_prefixes.
       shapes: shape of each of the model's parameters by path.
 
     Raises:
@@ -163,30 +146,29 @@ def _group_by_module(source: TensorSource, problems: Problems) -> dict[str, dict
 
 
 def _best_naming(
-    modules: Mapping, tables: Mapping[str, ConversionTable], shapes: Mapping[str, Shape]
+    modules: Mapping, tables: Tables, shapes: Mapping[str, Shape]
 ) -> tuple[str, ConversionTable, dict[str, Step]]:
-    """Finds the naming (one of NAMINGS) that matches the most modules.
+    """Finds the table and the prefix that match the most modules.
 
     Returns:
-      The prefix, the table of its layout, and the conversion steps by module name.
+      The prefix, the table, and the conversion steps by module name.
     """
-    weights = {
-        layout: {
+    candidates = []
+    for table, prefixes in tables:
+        weights = {
             step.torch: step
             for step in export_steps(table, list(shapes))
             if step.torch.endswith(WEIGHT) and len(torch_shape(step, shapes)) > 1
         }
-        for layout, table in tables.items()
-    }
-    candidates = []
-    for layout, prefix in NAMINGS:
-        steps = {
-            name[len(prefix) : -len(WEIGHT)]: step
-            for name, step in weights[layout].items()
-            if name.startswith(prefix)
-        }
-        candidates.append((prefix, tables[layout], steps))
-    return max(candidates, key=lambda naming: len(naming[2].keys() & modules.keys()))
+        for prefix in prefixes:
+            steps = {
+                name[len(prefix) : -len(WEIGHT)]: step
+                for name, step in weights.items()
+                if name.startswith(prefix)
+            }
+            candidates.append((prefix, table, steps))
+    candidates.sort(key=lambda candidate: len(candidate[0]))  # the whole model is preferred
+    return max(candidates, key=lambda candidate: len(candidate[2].keys() & modules.keys()))
 
 
 def _factors(step: Step) -> tuple[str, str]:

@@ -97,8 +97,8 @@ def open_adapter(folder: Folder) -> Adapter | None:
     """
     if folder.adapter is None:
         return None
-    layouts = folder.family.layouts
-    tables = {name: layout.table(folder.cfg) for name, layout in layouts.items()}
+    layouts = folder.family.layouts.values()
+    tables = [(layout.table(folder.cfg), layout.adapter_prefixes) for layout in layouts]
     return read_adapter(folder.adapter, tables, param_shapes(folder.cfg))
 
 
@@ -357,7 +357,7 @@ def load_component(folder: Folder, component: str) -> nnx.Module:
     """
     paths = component_paths(folder.cfg, component)
     params = load_params(folder, folder.cfg, lambda path, shape: None, jnp.float32, paths)
-    module = getattr(nnx.merge(*abstract(_one_layer_each(folder.cfg))), component)
+    module = getattr(nnx.merge(*abstract(folder.cfg)), component)
     return merge_params(*nnx.split(module), lambda path: params[f"{component}.{path}"])
 
 
