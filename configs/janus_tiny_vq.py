@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     """
     return ConfigDict(
         dict(
-            task="tokenizer",
+            task="vq",
             init="",
             output="runs/janus_tiny_vq",
             seed=0,

@@ -32,7 +32,7 @@ from janus_jax.models.janus import JanusConfig
 from janus_jax.shapes import scenes
 from janus_jax.shapes.folders import check_output
 from janus_jax.shapes.train_encoder import train_encoder
-from janus_jax.shapes.train_vq import train_tokenizer
+from janus_jax.shapes.train_vq import train_vq
 
 ROOT = Path(__file__).parents[1]
 ENCODER, LORA = (f"--config=configs/{name}.py" for name in ("janus_tiny_encoder", "finetune_lora"))
@@ -73,7 +73,7 @@ def trained(tmp_path_factory, quick_compiles) -> Path:
     cfg.update(**SHORT, crop=32, crop_batch_size=1, output=str(folder / "vq"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(JanusConfig, "janus_tiny", lambda: sizes)
-        train_tokenizer(cfg)
+        train_vq(cfg)
     small = dict(batch_size=1, init=folder / "vq", output=folder / "refined")
     done = run("--config=configs/janus_tiny_vq_refine.py", **SHORT, **small)
     assert done.returncode == 0, done.stderr
@@ -133,7 +133,7 @@ def test_a_stage_trains_its_parts(trained, before, after, parts):
     assert sorted({name.split(".")[0] for name in changed}) == parts
 
 
-def test_the_tokenizer_is_trained_on_alone(trained):
+def test_the_vq_is_trained_on_alone(trained):
     names = ("vq", "refined")
     before, after = (load_file(trained / name / "model.safetensors") for name in names)
     changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
@@ -245,14 +245,14 @@ def refused(train_one, cfg, capsys) -> str:
         (dict(output="FOLDER/file/new"), "file is not a writable folder"),
     ],
 )
-def test_the_tokenizer_s_settings_are_checked_first(settings, message, tmp_path, capsys):
+def test_the_settings_of_the_vq_are_checked_first(settings, message, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     cfg = janus_tiny_vq.get_config()
     cfg.output = str(tmp_path / "new")
     if "output" in settings:
         settings = dict(output=settings["output"].replace("FOLDER", str(tmp_path)))
     cfg.update(settings)
-    assert message in refused(train_tokenizer, cfg, capsys)
+    assert message in refused(train_vq, cfg, capsys)
     assert tree(tmp_path) == {"file": b"mine"}
 
 

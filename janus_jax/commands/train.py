@@ -237,8 +237,8 @@ def train(argv: Sequence[str], command: str = COMMAND) -> None:
             _COORDINATOR.value, _NUM_PROCESSES.value, _PROCESS_ID.value, _DISTRIBUTED.value
         )
         sharding.check_devices()
-        if cfg.task == "tokenizer":
-            from janus_jax.shapes.train_vq import train_tokenizer as run
+        if cfg.task == "vq":
+            from janus_jax.shapes.train_vq import train_vq as run
         elif cfg.task == "encoder":
             from janus_jax.shapes.train_encoder import train_encoder as run
         elif _DRY_RUN.value:
@@ -250,7 +250,7 @@ def train(argv: Sequence[str], command: str = COMMAND) -> None:
 
             run = functools.partial(train_stage, formats=ALL_FORMATS, progress=_progress)
         else:
-            raise ValueError(f"task must be tokenizer, encoder or stage, got {cfg.task!r}")
+            raise ValueError(f"task must be vq, encoder or stage, got {cfg.task!r}")
         # the inner settings_errors prints its line before exit_without_waiting ends the process
         with (
             distributed.exit_without_waiting(),
