@@ -236,4 +236,4 @@ def test_training_replaces_what_it_copied(tmp_path):
     output.mkdir()
     processor_files.copy_files(source, output)
     assert (output / "additional_chat_templates" / "rag.jinja").is_file()
-    TrainingFolders.from_config(ConfigDict({"init": str(source), "output": str(output)}))
+    TrainingFolders.from_settings(ConfigDict({"init": str(source), "output": str(output)}))

@@ -12,7 +12,7 @@ from stage_configs import small_config, train_stage
 
 from janus_jax.training.parameters import Parameters
 from janus_jax.training.program import Program
-from janus_jax.training.run import Run
+from janus_jax.training.run import Loop
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -57,7 +57,7 @@ def resumed(monkeypatch):
     """
     programs, found = {}, []
 
-    def steps(run, state, rows, *_):
+    def run(loop, state, rows, *_):
         found.append((state, rows.get_state()))
         return state
 
@@ -76,7 +76,7 @@ def resumed(monkeypatch):
     monkeypatch.setattr(Program, "from_settings", program_of)
     monkeypatch.setattr(Program, "step", None)
     monkeypatch.setattr(Parameters, "load_frozen", lambda parameters: {})
-    monkeypatch.setattr(Run, "steps", steps)
+    monkeypatch.setattr(Loop, "run", run)
     return resume
 
 

@@ -4,8 +4,10 @@ import json
 import os
 import shutil
 import signal
+from unittest import mock
 
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 from PIL import Image
@@ -13,6 +15,7 @@ from stage_configs import SMALL, make_program, small_config, train_stage
 
 import janus_jax
 from janus_jax.generation.pipeline import Pipeline
+from janus_jax.interop import load
 from janus_jax.interop.load import open_folder
 from janus_jax.interop.stored import stored_params
 from janus_jax.training.checkpoints import Checkpoints
@@ -39,11 +42,26 @@ def assert_same(one, other):
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def calls() -> dict[str, int]:
+    """How often the run of `whole` called each of some functions."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, calls):
     """An uninterrupted run of four steps."""
     output = tmp_path_factory.mktemp("whole")
-    train_stage(small_config(output))
+    with (
+        mock.patch.object(optax, "adamw", wraps=optax.adamw) as adamw,
+        mock.patch.object(load, "read_config", wraps=load.read_config) as read_config,
+    ):
+        train_stage(small_config(output))
+    calls.update(adamw=adamw.call_count, read_config=read_config.call_count)
     return output
+
+
+def test_a_run_builds_one_optimizer_and_opens_its_checkpoint_once(whole, calls):
+    assert calls == dict(adamw=1, read_config=1)
 
 
 def test_what_trains_changes_and_the_rest_is_as_it_was(whole):

@@ -133,7 +133,7 @@ def test_a_stage_trains_its_parts(trained, before, after, parts):
     assert sorted({name.split(".")[0] for name in changed}) == parts
 
 
-def test_the_tokenizer_is_trained_on_alone(trained):
+def test_the_vq_is_trained_on_alone(trained):
     names = ("vq", "refined")
     before, after = (load_file(trained / name / "model.safetensors") for name in names)
     changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
@@ -261,7 +261,7 @@ def assert_refused(train_one, cfg, capsys, words: str) -> None:
         (dict(output="FOLDER/file/new"), "FOLDER/file writable"),
     ],
 )
-def test_the_tokenizer_s_settings_are_checked_first(settings, words, tmp_path, capsys):
+def test_the_settings_of_the_vq_are_checked_first(settings, words, tmp_path, capsys):
     (tmp_path / "file").write_text("mine")
     cfg = janus_tiny_vq.get_config()
     cfg.output = str(tmp_path / "new")

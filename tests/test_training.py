@@ -77,13 +77,13 @@ def vq_run():
     return graph, frozen, history
 
 
-def test_steps_of_the_tokenizer_lower_the_loss(vq_run):
+def test_steps_of_the_vq_lower_the_loss(vq_run):
     *_, history = vq_run
     losses = [metrics["l1"] + metrics["l2"] for metrics in history]
     assert losses[3] < 0.9 * losses[0] and losses[-1] < losses[4]
 
 
-def test_only_the_tokenizer_is_trained(vq_run):
+def test_only_the_vq_is_trained(vq_run):
     graph, frozen, history = vq_run
     after = by_path(nnx.state(nnx.merge(graph, history[-1]["params"], frozen)))
     for path, value in by_path(tiny_params()[1]).items():

@@ -33,23 +33,24 @@ class TrainingFolders:
     output: str
 
     @classmethod
-    def from_config(cls, cfg) -> "TrainingFolders":
-        """Checks the folders of a config.
+    def from_settings(cls, settings) -> "TrainingFolders":
+        """Checks the folders of a run.
 
-        cfg: ConfigDict with init and output.
+        settings: ConfigDict with init and output.
         Raises FileNotFoundError or ValueError if a folder cannot be used.
         """
-        init = check_init(cfg.init)
-        if init.resolve() == Path(cfg.output).resolve():
-            raise ValueError(f"init and output must be different folders, got {cfg.init} for both")
+        init = check_init(settings.init)
+        if init.resolve() == Path(settings.output).resolve():
+            got = f"got {settings.init} for both"
+            raise ValueError(f"init and output must be different folders, {got}")
         source = open_folder(init)
         if source.cfg.image_size != IMAGE_SIZE:
-            size = f"{source.cfg.image_size} pixels a side in {cfg.init}"
+            size = f"{source.cfg.image_size} pixels a side in {settings.init}"
             rule = f"init must be a model for images of {IMAGE_SIZE} pixels a side"
             raise ValueError(f"{rule}, got {size}")
         written = {path.name for path in small_files(source.path)} | {TEMPLATE_FOLDER}
-        check_output(cfg.output, source.cfg, written)
-        return cls(source, cfg.output)
+        check_output(settings.output, source.cfg, written)
+        return cls(source, settings.output)
 
     def load(self) -> Janus:
         """Loads the initial model in float32."""
@@ -62,13 +63,13 @@ class TrainingFolders:
         save_deepseek(self.output, model, functools.partial(copy_files, self.source.path))
 
 
-def check_counts(cfg, *names: str) -> None:
+def check_counts(settings, *names: str) -> None:
     """Raises ValueError if a count is below 1: steps, log_every, save_every or one of `names`."""
     for name in ("steps", "log_every", "save_every", *names):
-        if cfg[name] < 1:
-            raise ValueError(f"{name} must be at least 1, got {cfg[name]}")
-    if cfg.seed < 0:
-        raise ValueError(f"seed must be at least 0, got {cfg.seed}")
+        if settings[name] < 1:
+            raise ValueError(f"{name} must be at least 1, got {settings[name]}")
+    if settings.seed < 0:
+        raise ValueError(f"seed must be at least 0, got {settings.seed}")
 
 
 def check_output(output: str, cfg: JanusConfig, others: Iterable[str]) -> None:

@@ -41,30 +41,30 @@ class PatchClassifier(nnx.Module):
         return self.head(self.encoder(pixels))
 
 
-def train_encoder(cfg) -> None:
-    """Trains `und_encoder` and writes a checkpoint folder to cfg.output, without the head.
+def train_encoder(settings) -> None:
+    """Trains `und_encoder` and writes a checkpoint folder to `output`, without the head.
 
-    cfg: ConfigDict of configs/janus_tiny_encoder.py. cfg.init is the initial checkpoint folder.
+    settings: ConfigDict of configs/janus_tiny_encoder.py. `init` is the initial checkpoint folder.
     Raises FileNotFoundError or ValueError if a folder cannot be used or a setting is out of its
     range.
     """
-    check_counts(cfg, "batch_size")
-    optimizer = make_optimizer(cfg)
-    folders = TrainingFolders.from_config(cfg)
+    check_counts(settings, "batch_size")
+    optimizer = make_optimizer(settings)
+    folders = TrainingFolders.from_settings(settings)
     model = folders.load()
     patch = model.cfg.und_encoder.patch_size
-    graph, params = nnx.split(PatchClassifier(model.und_encoder, rngs=nnx.Rngs(cfg.seed)))
+    graph, params = nnx.split(PatchClassifier(model.und_encoder, rngs=nnx.Rngs(settings.seed)))
 
     def make_batch(rng: np.random.Generator, step: int) -> tuple[np.ndarray, np.ndarray]:
-        return labeled_images(rng, cfg.batch_size, patch)
+        return labeled_images(rng, settings.batch_size, patch)
 
     def save(state: TrainState) -> None:
         model.und_encoder = nnx.merge(graph, state.params).encoder
         folders.save(model)
 
     step_fn = make_encoder_step(graph, optimizer)
-    state, batches = first_state(params, optimizer), generated_batches(make_batch, cfg)
-    run_steps(state, step_fn, batches, cfg, save)
+    state, batches = first_state(params, optimizer), generated_batches(make_batch, settings)
+    run_steps(state, step_fn, batches, settings, save)
 
 
 def make_encoder_step(graph: nnx.GraphDef, optimizer: optax.GradientTransformation) -> Callable:

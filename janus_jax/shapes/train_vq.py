@@ -16,30 +16,30 @@ from janus_jax.shapes.vq_loss import make_vq_step
 from janus_jax.training.step import first_state, make_optimizer, split_model
 
 
-def train_vq(cfg) -> None:
-    """Trains `gen_vq` and writes a checkpoint folder to cfg.output. Other modules are unchanged.
+def train_vq(settings) -> None:
+    """Trains `gen_vq` and writes a checkpoint folder to `output`. Other modules are unchanged.
 
-    cfg: ConfigDict of configs/janus_tiny_vq.py. cfg.init is the initial checkpoint folder, or
+    settings: ConfigDict of configs/janus_tiny_vq.py. `init` is the initial checkpoint folder, or
     empty to start from scratch.
     Raises FileNotFoundError or ValueError if a folder cannot be used or a setting is out of its
     range.
     """
-    check_counts(cfg, "batch_size", "crop_batch_size", "crop")
-    optimizer = make_optimizer(cfg)
-    sizes, make_model, save_model = _model_functions(cfg)
+    check_counts(settings, "batch_size", "crop_batch_size", "crop")
+    optimizer = make_optimizer(settings)
+    sizes, make_model, save_model = _model_functions(settings)
     patch = sizes.gen_vq.downsample
-    if cfg.crop % patch or cfg.crop > sizes.image_size:
+    if settings.crop % patch or settings.crop > sizes.image_size:
         limits = f"a multiple of {patch} and at most {sizes.image_size}"
-        raise ValueError(f"crop must be {limits}, got {cfg.crop}")
+        raise ValueError(f"crop must be {limits}, got {settings.crop}")
     graph, params, frozen = split_model(make_model(), "gen_vq")
-    vq_step = make_vq_step(graph, frozen, optimizer, cfg)
+    vq_step = make_vq_step(graph, frozen, optimizer, settings)
 
     def make_batch(rng: np.random.Generator, step: int) -> tuple[np.ndarray, np.ndarray]:
-        if step >= cfg.crop_steps:
-            images = scene_images(rng, cfg.batch_size)
+        if step >= settings.crop_steps:
+            images = scene_images(rng, settings.batch_size)
         else:
-            images = scene_images(rng, cfg.crop_batch_size)
-            images = random_crops(rng, images, cfg.crop, patch)
+            images = scene_images(rng, settings.crop_batch_size)
+            images = random_crops(rng, images, settings.crop, patch)
         return images, patch_groups(images, patch)
 
     def step_fn(state, batch):
@@ -50,23 +50,23 @@ def train_vq(cfg) -> None:
         save_model(nnx.merge(graph, state[0].params, frozen))
 
     # all codes of a trained image tokenizer count as used at first
-    usage = jnp.full(sizes.gen_vq.codebook_size, 1.0 if cfg.init else 0.0, jnp.float32)
+    usage = jnp.full(sizes.gen_vq.codebook_size, 1.0 if settings.init else 0.0, jnp.float32)
     state = (first_state(params, optimizer), usage)
-    run_steps(state, step_fn, generated_batches(make_batch, cfg), cfg, save)
+    run_steps(state, step_fn, generated_batches(make_batch, settings), settings, save)
 
 
-def _model_functions(cfg) -> tuple[JanusConfig, Callable[[], Janus], Callable[[Janus], None]]:
+def _model_functions(settings) -> tuple[JanusConfig, Callable[[], Janus], Callable[[Janus], None]]:
     """Returns the config of the model, a function that makes it, and one that writes it."""
-    if cfg.init:
-        folders = TrainingFolders.from_config(cfg)
+    if settings.init:
+        folders = TrainingFolders.from_settings(settings)
         return folders.source.cfg, folders.load, folders.save
     sizes = JanusConfig.janus_tiny()
-    check_output(cfg.output, sizes, text_tokenizer.FILES)
+    check_output(settings.output, sizes, text_tokenizer.FILES)
 
     def save(model: Janus) -> None:
-        save_deepseek(cfg.output, model, text_tokenizer.build)
+        save_deepseek(settings.output, model, text_tokenizer.build)
 
-    return sizes, lambda: Janus(sizes, rngs=nnx.Rngs(cfg.seed)), save
+    return sizes, lambda: Janus(sizes, rngs=nnx.Rngs(settings.seed)), save
 
 
 def random_crops(

@@ -102,12 +102,12 @@ def reset_dead_codes(
 
 
 def make_vq_step(
-    graph: nnx.GraphDef, frozen: nnx.State, optimizer: optax.GradientTransformation, cfg
+    graph: nnx.GraphDef, frozen: nnx.State, optimizer: optax.GradientTransformation, settings
 ) -> Callable:
     """Returns the jitted step (state, usage, images, patch_groups) -> (state, usage, metrics).
 
     Args:
-        cfg: ConfigDict with
+        settings: ConfigDict with
             seed, steps
             quantise_from: the step from which latents are quantized. Before it, the model is an
                 autoencoder: codes set to the latents of an untrained encoder slow down training.
@@ -122,19 +122,19 @@ def make_vq_step(
     @default_promotion()
     def step(state: TrainState, usage: jax.Array, images: jax.Array, patch_groups: jax.Array):
         pixels = from_uint8(images)
-        quantize = state.step >= cfg.quantise_from
+        quantize = state.step >= settings.quantise_from
         grads, aux = jax.grad(loss_fn, has_aux=True)(state.params, pixels, patch_groups, quantize)
         after = apply_gradients(state, grads, optimizer)
         indices, latents = aux.pop("indices"), aux.pop("latents")
         counts = jnp.bincount(indices, length=usage.shape[0]).astype(usage.dtype)
         usage = USAGE_DECAY * usage + (1 - USAGE_DECAY) * counts
-        key = jax.random.fold_in(jax.random.key(cfg.seed), state.step)
-        threshold = jnp.where(state.step < 3 * cfg.steps // 4, cfg.dead_code_usage, -1.0)
+        key = jax.random.fold_in(jax.random.key(settings.seed), state.step)
+        threshold = jnp.where(state.step < 3 * settings.steps // 4, settings.dead_code_usage, -1.0)
         threshold = jnp.where(quantize, threshold, jnp.inf)
         codebook = after.params["gen_vq"]["codebook"]
         new_codebook, usage = reset_dead_codes(codebook[...], usage, latents, key, threshold)
         after.params["gen_vq"]["codebook"] = codebook.replace(new_codebook)
-        aux["codes_used"] = jnp.sum(usage > cfg.dead_code_usage)
+        aux["codes_used"] = jnp.sum(usage > settings.dead_code_usage)
         return after, usage, aux
 
     return jax.jit(step, donate_argnums=(0, 1))

@@ -19,6 +19,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import grain
 import jax
@@ -26,7 +27,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 
 from janus_jax.checks import shorten_text
 from janus_jax.data.skipped import Skipped
@@ -47,7 +47,7 @@ from janus_jax.training.evaluation import (
     held_out_rows,
     sampling_callback,
 )
-from janus_jax.training.flops import StepFlops, peak_flops, step_flops
+from janus_jax.training.flops import peak_flops, step_flops
 from janus_jax.training.lora import lora_factors
 from janus_jax.training.metrics import Log
 from janus_jax.training.program import Program, put_rows
@@ -83,7 +83,7 @@ def train_stage(settings, formats: Formats = FORMATS, progress=no_progress) -> N
     inputs, output = program.inputs, Path(settings.output)
     check_processes(inputs.mesh)
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(stop_signal())
+        should_stop = stack.enter_context(stop_signal())
         stack.enter_context(lock_folder(output))
         stack.enter_context(library_log(output / LIBRARY_LOG))
         rows, skipped = inputs.open_rows(output)
@@ -98,11 +98,15 @@ def train_stage(settings, formats: Formats = FORMATS, progress=no_progress) -> N
         if int(state.step) < settings.steps:
             checkpoints.check_disk_space(state)
         log = stack.enter_context(open_log(program, output, int(state.step), skipped))
-        parameters = program.parameters
-        flops = step_flops(inputs.source.cfg, parameters.trained, parameters.frozen)
-        callbacks = make_callbacks(program, frozen, log, output, int(state.step))
-        run = Run(program.step, inputs.mesh, frozen, flops, checkpoints, log, callbacks, stop)
-        state = run.steps(state, iterator, settings.steps, settings.save_every)
+        loop = Loop(
+            step=stage_step(program, frozen),
+            log=log.step,
+            save=lambda _, state: checkpoints.save(state, iterator.get_state()),
+            save_every=settings.save_every,
+            callbacks=make_callbacks(program, frozen, log, output, int(state.step)),
+            should_stop=should_stop,
+        )
+        state = loop.run(state, iterator, int(state.step), settings.steps)
         if int(state.step) == settings.steps:
             save_model(inputs, state, output / MODEL)
 
@@ -195,40 +199,43 @@ def make_callbacks(
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """The training loop, with all objects that stay the same in every step."""
+class Loop:
+    """The training loop of all tasks.
 
-    step: Callable
-    mesh: Mesh
-    frozen: Params
-    flops: StepFlops
-    checkpoints: Checkpoints
-    log: Log
-    callbacks: Sequence[tuple[int, Callback]]
-    stop: threading.Event
+    Attributes:
+        step: (state, batch) -> (state, what to log). The state may be donated.
+        log: log(number, *what to log). It raises if a step is not finite. It is called while the
+            next step runs, and before the state is saved or given to a callback.
+        save: (number, state) -> None.
+        save_every: steps between two calls of `save`; the last step is always saved.
+        callbacks: pairs (interval in steps, callback); the callbacks also run after the last step.
+        should_stop: (number) -> whether to save and stop after this step.
+    """
 
-    def steps(
-        self, state: TrainState, rows: grain.DatasetIterator, steps: int, save_every: int
-    ) -> TrainState:
-        """Trains to step `steps`, or until SIGTERM, saves a checkpoint and returns the state."""
-        pending = None  # a step's metrics are logged while the next step runs
-        for number in range(int(state.step) + 1, steps + 1):
-            batch = next(rows)
-            records, flops = batch["records"], self.flops(batch)
-            state, metrics = self.step(state, self.frozen, put_rows(batch, self.mesh))
+    step: Callable[[Any, Any], tuple[Any, tuple]]
+    log: Callable[..., None]
+    save: Callable[[int, Any], None]
+    save_every: int
+    callbacks: Sequence[tuple[int, Callable[[int, Any], None]]] = ()
+    should_stop: Callable[[int], bool] = lambda number: False
+
+    def run(self, state, batches: Iterator, start: int, steps: int):
+        """Trains from step `start` to step `steps`, or until should_stop; returns the state."""
+        pending = None  # a step is logged while the next one runs
+        for number in range(start + 1, steps + 1):
+            state, entry = self.step(state, next(batches))
             if pending:
-                self.log.step(*pending)
-            pending = number, metrics, records, flops
-            stopping = self._should_stop(number)
-            at_end = number == steps
+                self.log(*pending)
+            pending = number, *entry
+            stopping, at_end = self.should_stop(number), number == steps
             due = [call for every, call in self.callbacks if at_end or number % every == 0]
             due = [] if stopping and not at_end else due  # the machine may be shut down soon
-            save = stopping or at_end or number % save_every == 0
+            save = stopping or at_end or number % self.save_every == 0
             if due or save:
-                self.log.step(*pending)  # checks that the state is finite before it is used
+                self.log(*pending)
                 pending = None
             if save:
-                self.checkpoints.save(state, rows.get_state())
+                self.save(number, state)
             for call in due:  # after saving, because a callback may fail
                 call(number, state)
             if stopping:
@@ -236,26 +243,33 @@ class Run:
                 break
         return state
 
-    def _should_stop(self, step: int) -> bool:
-        """Whether all processes stop after this step."""
-        if jax.process_count() == 1:
-            return self.stop.is_set()
-        return multihost_utils.reached_preemption_sync_point(step)
+
+def stage_step(program: Program, frozen: Params) -> Callable:
+    """Returns the step of a stage for Loop. It logs (metrics, records, flops), see Log.step."""
+    inputs, parameters = program.inputs, program.parameters
+    flops = step_flops(inputs.source.cfg, parameters.trained, parameters.frozen)
+
+    def step(state: TrainState, batch: dict) -> tuple[TrainState, tuple]:
+        state, metrics = program.step(state, frozen, put_rows(batch, inputs.mesh))
+        return state, (metrics, batch["records"], flops(batch))
+
+    return step
 
 
 @contextlib.contextmanager
-def stop_signal() -> Iterator[threading.Event]:
-    """Yields an event that SIGTERM sets. Preemptible machines receive SIGTERM.
+def stop_signal() -> Iterator[Callable[[int], bool]]:
+    """Yields a function of the step: whether all processes stop after it, because of SIGTERM.
 
-    With several processes JAX handles the signal, so that all of them stop at the same step.
+    Preemptible machines receive SIGTERM. With several processes JAX handles the signal, so that all
+    of them stop at the same step.
     """
-    event = threading.Event()
     if jax.process_count() > 1:
-        yield event
+        yield multihost_utils.reached_preemption_sync_point
         return
+    event = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: event.set())
     try:
-        yield event
+        yield lambda step: event.is_set()
     finally:
         signal.signal(signal.SIGTERM, before)
 
