@@ -25,8 +25,8 @@ _COLUMN, _ROW, _REPLICATED = P("fsdp", "tensor"), P("tensor", "fsdp"), P()
 _COLUMN_BIAS = P("tensor")
 
 # Names of the layers whose kernels are sharded by columns, and by rows.
-_COLUMN_LAYERS = r"([qkv]_proj|gate_proj|up_proj|fc1|proj|layers\.\d*[02468])"
-_ROW_LAYERS = r"(o_proj|down_proj|out_proj|fc2|layers\.\d*[13579])"
+_COLUMN_LAYERS = r"([qkv]_proj|gate_proj|up_proj|lm_head|fc1|proj|layers\.\d*[02468])"
+_ROW_LAYERS = r"(o_proj|down_proj|out_proj|out|fc2|layers\.\d*[13579])"
 
 # (regular expression that matches a whole path, spec). Of two successive projections, the first is
 # sharded by columns and the second by rows, so that the activations between them stay on one
