@@ -30,13 +30,13 @@ from janus_jax.models.attention import (
 )
 from janus_jax.models.llama import Llama, apply_rope, init_cache, rope_angles
 
-logits_of = jax.jit(Llama.logits)
+logits_of = jax.jit(lambda model, hidden: model.lm_head(hidden))
 
 
 @jax.jit
 def run_tokens(model: Llama, tokens, positions, mask):
     """Logits of a whole sequence, float32[B, T, V]."""
-    return model.logits(model(model.embed(tokens), positions, mask)[0])
+    return model.lm_head(model(model.embed(tokens), positions, mask)[0])
 
 
 @pytest.fixture(scope="module")

@@ -257,6 +257,8 @@ def test_peft_loads_an_adapter_that_we_wrote(base, tmp_path):
         "und_encoder.blocks.0.mlp.fc2",
         "und_aligner.layers.1",
         "gen_head.proj",
+        "gen_head.out",
+        "language_model.lm_head",
     )
     table, factors = table_for("transformers", cfg), random_factors(cfg, *layers)
     write_adapter(tmp_path / "a", table, param_shapes(cfg), factors, alpha=0.5, base=str(folder))

@@ -40,8 +40,7 @@ def adapted_paths(pipeline):
 
     def build():
         model = Janus(pipeline.model.cfg, rngs=ConstantRngs())
-        targets = r"(?!gen_vq\.|language_model\.lm_head|gen_head\.out).*"
-        add_adapters(model, LoRAConfig(4, 8.0, targets), rngs=ConstantRngs())
+        add_adapters(model, LoRAConfig(4, 8.0, r"(?!gen_vq\.).*"), rngs=ConstantRngs())
         return model
 
     flat = nnx.to_flat_state(nnx.state(nnx.eval_shape(build)))

@@ -147,7 +147,7 @@ def read_with_images(model: Janus, tokens, pixels, positions, mask):
     embeds = model.language_model.embed(tokens)
     embeds = merge_features(embeds, tokens == IMAGE_TOKEN, features)
     hidden, _ = model.language_model(embeds, positions, mask)
-    return model.language_model.logits(hidden)
+    return model.language_model.lm_head(hidden)
 
 
 def two_images_a_row() -> tuple[np.ndarray, np.ndarray]:

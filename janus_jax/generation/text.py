@@ -81,7 +81,7 @@ def prefill(
     hidden, context = decoding.prefill(
         model.language_model, embeds, requests.token_mask, max_new_tokens - 1, mesh
     )
-    return model.language_model.logits(hidden), context
+    return model.language_model.lm_head(hidden), context
 
 
 @decoding.full_float32_matmuls
@@ -95,7 +95,7 @@ def decode_step(
     """
     embeds = model.language_model.embed(tokens)
     hidden, context = decoding.decode_step(model.language_model, context, embeds)
-    return model.language_model.logits(hidden), context
+    return model.language_model.lm_head(hidden), context
 
 
 def _sample(requests: Requests, logits: jax.Array, step, done: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
 from janus_jax.models.kv_cache import KVCache
-from janus_jax.models.linear import embed_lookup, flat_matmul, linear
+from janus_jax.models.linear import Head, Linear, embed_lookup, linear
 from janus_jax.models.norms import RMSNorm
 from janus_jax.models.remat import block_call
 
@@ -79,9 +79,11 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def _linear(cfg: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+def _linear(
+    cfg: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs, layer: type[Linear] = Linear
+) -> Linear:
     types = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype)
-    return linear(inputs, outputs, use_bias=False, **types, rngs=rngs)
+    return linear(inputs, outputs, use_bias=False, **types, rngs=rngs, layer=layer)
 
 
 def _norm(cfg: LlamaConfig, rngs: nnx.Rngs) -> RMSNorm:
@@ -176,7 +178,7 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """The decoder: maps embeddings to hidden states; `logits` applies the text head."""
+    """The decoder: maps embeddings to hidden states, of which `lm_head` computes text logits."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -190,7 +192,7 @@ class Llama(nnx.Module):
         )
         self.layers = nnx.List([Block(cfg, rngs=rngs) for _ in range(cfg.num_hidden_layers)])
         self.norm = _norm(cfg, rngs)
-        self.lm_head = _linear(cfg, cfg.hidden_size, cfg.vocab_size, rngs)
+        self.lm_head = _linear(cfg, cfg.hidden_size, cfg.vocab_size, rngs, layer=Head)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Embeds text tokens: int32[B, T] -> float[B, T, D]."""
@@ -226,8 +228,3 @@ class Llama(nnx.Module):
         if cache is None:
             return hidden, None
         return hidden, KVCache(tuple(keys), tuple(values), cache.length + embeds.shape[1])
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Computes text logits: float[..., D] -> float32[..., V]."""
-        kernel = self.lm_head.kernel[...].astype(self.cfg.dtype)
-        return flat_matmul(hidden, kernel, preferred_element_type=jnp.float32)

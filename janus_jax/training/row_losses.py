@@ -48,7 +48,7 @@ def row_losses(
     # a position predicts the next token; the first token of an example is never a target
     text_mask, gen_mask = (_shift_left(rows[name]) for name in ("loss_mask", "gen_mask"))
     text_targets = _shift_left(rows["tokens"])
-    losses = cross_entropies(decoder.logits, hidden, text_targets, text_mask, chunk)
+    losses = cross_entropies(decoder.lm_head, hidden, text_targets, text_mask, chunk)
     if indices.shape[1]:
         order = jnp.clip(jnp.cumsum(rows["gen_mask"], axis=1) - 1, 0, indices.shape[1] - 1)
         image_targets = _shift_left(jnp.take_along_axis(indices, order, axis=1))

@@ -58,7 +58,7 @@ def _text_logits(
     model: Janus, tokens: jax.Array, image_mask: jax.Array, features: jax.Array, last: int
 ) -> jax.Array:
     embeds = merge_features(model.language_model.embed(tokens), image_mask, features)
-    return model.language_model.logits(_hidden(model, embeds)[:, -last:])
+    return model.language_model.lm_head(_hidden(model, embeds)[:, -last:])
 
 
 @jax.jit
