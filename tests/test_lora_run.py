@@ -12,7 +12,6 @@ from stage_configs import SMALL, make_setup, small_config, train_stage
 from janus_jax.interop.convert import export_folder
 from janus_jax.interop.load import build_model, load_params, open_folder, stored_params
 from janus_jax.interop.readers import read_safetensors
-from janus_jax.models.attention import causal_mask
 from janus_jax.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -106,6 +105,4 @@ def test_peft_loads_the_adapter_and_gives_the_model_s_logits(lora_run):
 
 @jax.jit
 def text_logits(decoder, tokens):
-    positions = jnp.arange(tokens.shape[1])[None]
-    mask = causal_mask(jnp.ones(tokens.shape, bool))
-    return decoder.lm_head(decoder(decoder.embed(tokens), positions, mask)[0])
+    return decoder.lm_head(decoder(decoder.embed(tokens))[0])

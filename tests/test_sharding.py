@@ -169,7 +169,7 @@ def test_the_cache_is_sharded_by_rows_and_heads(sharded):
     seen = []
 
     def shapes(state):
-        keys = state.context.cache.keys[0]
+        keys = state.cache.keys[0]
         return keys.shape, keys.addressable_shards[0].data.shape
 
     requests = image._select(requests, np.arange(4), sharded.mesh)

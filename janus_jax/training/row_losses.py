@@ -16,7 +16,6 @@ import optax
 from jax.sharding import Mesh
 
 from janus_jax.data.records import KINDS
-from janus_jax.models.attention import segment_mask
 from janus_jax.models.janus import Janus, merge_features
 from janus_jax.processing.images import ImageConfig
 from janus_jax.sharding import constrain_rows
@@ -41,9 +40,9 @@ def row_losses(
     decoder = model.language_model
     indices = generated_indices(model, rows["generated"])
     embeds = embed_rows(model, rows, indices, images)
-    attn_mask = segment_mask(rows["segment_ids"])
     # shard input and output of the decoder by rows; XLA might shard them like the parameters
-    hidden, _ = decoder(constrain_rows(embeds, mesh), rows["positions"], attn_mask)
+    positions = dict(positions=rows["positions"], segment_ids=rows["segment_ids"])
+    hidden, _ = decoder(constrain_rows(embeds, mesh), **positions)
     hidden = constrain_rows(hidden, mesh)
     # a position predicts the next token; the first token of an example is never a target
     text_mask, gen_mask = (_shift_left(rows[name]) for name in ("loss_mask", "gen_mask"))
