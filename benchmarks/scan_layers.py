@@ -27,7 +27,6 @@ from flax import nnx
 from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
-from janus_jax.models.attention import segment_mask
 from janus_jax.models.janus import JanusConfig
 from janus_jax.models.llama import Block, LlamaConfig, rope_angles
 from janus_jax.models.remat import block_call
@@ -41,13 +40,13 @@ def block_state(cfg: LlamaConfig) -> tuple[nnx.GraphDef, nnx.State]:
 
 
 def unrolled(cfg: LlamaConfig) -> tuple[Callable, list]:
-    """Returns the layers as a function (weights, x, angles, mask) -> x, and the weights' shapes."""
+    """Returns a function (weights, x, angles, segment_ids) -> x, and the shapes of the weights."""
     graph, state = block_state(cfg)
     run = block_call(Block, cfg.remat)
 
-    def layers(weights, x, angles, mask):
+    def layers(weights, x, angles, segment_ids):
         for layer in weights:
-            x, _, _ = run(nnx.merge(graph, layer), x, angles, mask, None)
+            x, _, _ = run(nnx.merge(graph, layer), x, angles, segment_ids)
         return x
 
     return layers, [state] * cfg.num_hidden_layers
@@ -58,9 +57,9 @@ def scanned(cfg: LlamaConfig) -> tuple[Callable, nnx.State]:
     graph, state = block_state(cfg)
     run = block_call(Block, cfg.remat)
 
-    def layers(weights, x, angles, mask):
+    def layers(weights, x, angles, segment_ids):
         def body(x, layer):
-            return run(nnx.merge(graph, layer), x, angles, mask, None)[0], None
+            return run(nnx.merge(graph, layer), x, angles, segment_ids)[0], None
 
         return jax.lax.scan(body, x, weights)[0]
 
@@ -77,7 +76,7 @@ def gradients(layers: Callable, cfg: LlamaConfig) -> Callable:
     def total(weights, x, segments):
         positions = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))
         angles = rope_angles(positions, cfg.head_dim, cfg.rope_theta)
-        return jnp.sum(layers(weights, x, angles, segment_mask(segments)).astype(jnp.float32))
+        return jnp.sum(layers(weights, x, angles, segments).astype(jnp.float32))
 
     return jax.jit(jax.grad(total))
 

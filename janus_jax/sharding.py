@@ -221,7 +221,7 @@ def constrain_rows(x: jax.Array, mesh: Mesh | None) -> jax.Array:
 def constrain_cache(cache: KVCache, mesh: Mesh | None) -> KVCache:
     """Constrains the cache to be sharded over the batch and the heads, inside jit."""
     shard = functools.partial(constrain, mesh=mesh, spec=P(BATCH_AXES, None, "tensor", None))
-    return KVCache(tuple(map(shard, cache.keys)), tuple(map(shard, cache.values)), cache.length)
+    return KVCache(tuple(map(shard, cache.keys)), tuple(map(shard, cache.values)), cache.lengths)
 
 
 def replicate(tree, mesh: Mesh | None):

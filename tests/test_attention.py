@@ -7,13 +7,7 @@ import pytest
 import torch
 from torch_reference import assert_close, uniform
 
-from janus_jax.models.attention import (
-    attention,
-    causal_mask,
-    decode_mask,
-    positions_from_mask,
-    segment_mask,
-)
+from janus_jax.models.attention import attention, attention_mask
 
 
 def qkv(key_heads: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -33,12 +27,15 @@ def torch_attention(q, k, v, mask) -> torch.Tensor:
 
 @pytest.mark.parametrize("key_heads", [4, 2, 1])
 def test_equals_torch_with_grouped_heads(key_heads):
+    """Queries of two rows at different positions, and queries that attend to all keys."""
     q, k, v = qkv(key_heads)
-    mask = np.random.default_rng(4).random((2, 3, 5)) < 0.5
-    mask[..., 0] = True
-    for name, m in (("attention, masked", mask), ("attention, open", None)):
-        ours = jax.jit(attention)(q, k, v, m)
-        assert_close(f"{name}, {key_heads} key heads", ours, torch_attention(q, k, v, m), 1e-5)
+    start = np.array([2, 0], np.int32)
+    place = start[:, None, None] + np.arange(3)[None, :, None]
+    causal = dict(causal=True, q_start=start)
+    for name, mask, arguments in (("causal", np.arange(5) <= place, causal), ("open", None, {})):
+        ours = jax.jit(attention, static_argnames="causal")(q, k, v, **arguments)
+        expected = torch_attention(q, k, v, mask)
+        assert_close(f"attention, {name}, {key_heads} key heads", ours, expected, 1e-5)
 
 
 def test_bfloat16_inputs_get_a_float32_softmax():
@@ -47,55 +44,44 @@ def test_bfloat16_inputs_get_a_float32_softmax():
     In bfloat16, logits up to 30 would be off by 0.1, and the weights by a tenth.
     """
     q, k, v = (jnp.asarray(x, jnp.bfloat16) for x in qkv(2))
-    ours = jax.jit(attention)(4 * q, k, v, None)
-    exact = jax.jit(attention)(*(x.astype(jnp.float32) for x in (4 * q, k, v)), None)
+    ours = jax.jit(attention)(4 * q, k, v)
+    exact = jax.jit(attention)(*(x.astype(jnp.float32) for x in (4 * q, k, v)))
     assert ours.dtype == jnp.bfloat16
     assert_close("attention, bfloat16", ours.astype(jnp.float32), exact, atol=0.02, rtol=2**-8)
 
 
-def test_causal_mask_rows():
-    token_mask = jnp.array([[0, 1, 1], [1, 1, 1]], bool)
-    expected = [
-        [[1, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0]],
-        [[1, 0, 0, 0], [1, 1, 0, 0], [1, 1, 1, 0]],
-    ]
-    np.testing.assert_array_equal(causal_mask(token_mask, 4), np.array(expected, bool))
-    np.testing.assert_array_equal(causal_mask(token_mask), np.array(expected, bool)[..., :3])
+def test_mask_of_a_prefill():
+    expected = np.tril(np.ones((1, 4, 4), bool))
+    np.testing.assert_array_equal(attention_mask(4, 4, True, None, None), expected)
+    assert attention_mask(4, 4, False, None, None) is None
 
 
-def test_segment_mask_rows():
-    mask = segment_mask(jnp.array([[1, 1, 2, 0, 0], [3, 3, 3, 1, 1]]))
-    first = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 0, 1]]
+def test_mask_of_packed_rows():
+    segment_ids = jnp.array([[1, 1, 2, 0, 0], [3, 3, 3, 1, 1]])
+    first = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 0, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
     second = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0], [0, 0, 0, 1, 1]]
+    mask = attention_mask(5, 5, True, None, segment_ids)
     np.testing.assert_array_equal(mask, np.array([first, second], bool))
+    both_ways = attention_mask(5, 5, False, None, segment_ids)
+    np.testing.assert_array_equal(both_ways, mask | np.swapaxes(mask, 1, 2))
 
 
-def test_decode_mask_rows():
-    token_mask = jnp.array([[0, 1, 1], [1, 1, 1]], bool)
-    first = decode_mask(token_mask, jnp.int32(3), 6)
-    np.testing.assert_array_equal(first, np.array([[[0, 1, 1, 1, 0, 0]], [[1, 1, 1, 1, 0, 0]]]))
-    second = decode_mask(token_mask, jnp.int32(4), 6)
-    np.testing.assert_array_equal(second, np.array([[[0, 1, 1, 1, 1, 0]], [[1, 1, 1, 1, 1, 0]]]))
+def test_mask_of_a_decode_step_has_the_length_of_each_row():
+    mask = attention_mask(1, 4, True, jnp.array([2, 0]), None)
+    np.testing.assert_array_equal(mask, np.array([[[1, 1, 1, 0]], [[1, 0, 0, 0]]], bool))
 
 
-def test_decode_mask_continues_causal_mask():
-    """The mask of a decode step equals that row of the causal mask of the whole sequence."""
-    prompt = jnp.array([[0, 0, 1, 1]], bool)
-    whole = causal_mask(jnp.array([[0, 0, 1, 1, 1, 1]], bool), 7)
-    for length in (4, 5):
-        step = decode_mask(prompt, jnp.int32(length), 7)
-        np.testing.assert_array_equal(step[:, 0], whole[:, length])
-
-
-def test_positions_start_at_the_first_real_token():
-    token_mask = jnp.array([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]], bool)
-    positions = positions_from_mask(token_mask)
-    assert positions.dtype == jnp.int32
-    np.testing.assert_array_equal(positions, [[0, 0, 0, 1, 2], [0, 1, 2, 3, 4]])
+def test_mask_of_later_positions_continues_the_mask_of_the_whole():
+    whole = attention_mask(6, 6, True, None, None)
+    part = attention_mask(2, 6, True, jnp.array([3, 1]), None)
+    np.testing.assert_array_equal(part, np.stack([whole[0, 3:5], whole[0, 1:3]]))
 
 
 def test_padding_gives_finite_outputs_and_gradients():
     q, _, _ = qkv(4)
-    mask = causal_mask(jnp.array([[0, 0, 1], [0, 0, 0]], bool))
-    loss = jax.jit(jax.grad(lambda x: attention(x, x, x, mask).sum()))
-    assert np.isfinite(loss(q)).all()
+    segment_ids = jnp.array([[1, 0, 0], [0, 0, 0]])
+
+    def total(x):
+        return attention(x, x, x, causal=True, segment_ids=segment_ids).sum()
+
+    assert np.isfinite(jax.jit(jax.grad(total))(q)).all()

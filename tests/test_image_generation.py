@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 from janus_jax.generation import decoding, image, samplers
+from janus_jax.models.llama import init_cache
 
 PROMPT = "A close-up photo of a red cat, studio light."
 OTHER = "a dog"
@@ -42,11 +43,11 @@ _decode_step = jax.jit(image.decode_step)
 
 def _walk(pipeline, requests, choose):
     """Generates step by step with choose(step, logits) -> indices; returns logits and indices."""
-    logits, context = _prefill(pipeline.model, requests)
+    logits, cache = _prefill(pipeline.model, requests)
     seen, chosen = [logits], [choose(0, logits)]
     for step in range(1, pipeline.model.cfg.num_image_tokens):
-        logits, context = _decode_step(
-            pipeline.model, context, jnp.asarray(chosen[-1]), requests.guidance_weight
+        logits, cache = _decode_step(
+            pipeline.model, cache, jnp.asarray(chosen[-1]), requests.guidance_weight
         )
         seen.append(logits)
         chosen.append(choose(step, logits))
@@ -217,6 +218,6 @@ def test_chunks_are_even_and_full_multiples_of_the_shards(total, most, shards, s
 def test_the_memory_bound_is_that_of_the_cache(small):
     decoder = small.model.cfg.language_model
     number = decoding.default_max_batch(decoder, 2 * (64 + 15), None)
-    caches = jax.eval_shape(lambda: decoding.init_cache(decoder, 2 * number, 64 + 15))
+    caches = jax.eval_shape(lambda: init_cache(decoder, 2 * number, 64 + 15))
     taken = sum(x.size * x.dtype.itemsize for x in (*caches.keys, *caches.values))
     assert 0.99 * decoding.CACHE_BYTES < taken <= decoding.CACHE_BYTES

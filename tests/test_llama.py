@@ -13,7 +13,6 @@ from flax import nnx
 from torch_reference import (
     assert_close,
     call,
-    causal,
     counting,
     golden_janus,
     rebuilt,
@@ -22,21 +21,22 @@ from torch_reference import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from janus_jax.models.attention import (
-    causal_mask,
-    decode_mask,
-    positions_from_mask,
-    segment_mask,
-)
 from janus_jax.models.llama import Llama, apply_rope, init_cache, rope_angles
 
-logits_of = jax.jit(Llama.logits)
+logits_of = jax.jit(lambda model, hidden: model.lm_head(hidden))
 
 
 @jax.jit
-def run_tokens(model: Llama, tokens, positions, mask):
+def run_tokens(model: Llama, tokens, positions=None, segment_ids=None):
     """Logits of a whole sequence, float32[B, T, V]."""
-    return model.logits(model(model.embed(tokens), positions, mask)[0])
+    hidden, _ = model(model.embed(tokens), positions=positions, segment_ids=segment_ids)
+    return model.lm_head(hidden)
+
+
+@jax.jit
+def run(model: Llama, embeds, **options):
+    """Hidden states and cache."""
+    return model(embeds, **options)
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +91,7 @@ def test_norm_mlp_and_block_equal_torch(pair):
     mask = torch.full((2, 1, 7, 7), -1e30).triu(1)
     expected = layer(torch.tensor(x), attention_mask=mask, position_embeddings=cos_sin)
     angles = rope_angles(positions, ours.cfg.head_dim, ours.cfg.rope_theta)
-    got, keys, _ = call(block, x, angles, causal(2, 7), None)
+    got, keys, _ = call(block, x, angles)
     assert keys.shape == (2, 7, 2, 8)
     assert_close("Llama block", got, expected, 1e-5)
 
@@ -100,7 +100,7 @@ def test_logits_equal_torch(pair):
     theirs, ours = pair
     tokens = tokens_of(2, 12)
     expected = theirs(torch.tensor(tokens)).logits
-    got = run_tokens(ours, tokens, counting(2, 12), causal(2, 12))
+    got = run_tokens(ours, tokens)
     assert_close("Llama stack, logits", got, expected, 1e-4)
 
 
@@ -108,13 +108,13 @@ def test_left_padded_batch_equals_torch(pair):
     theirs, ours = pair
     tokens = tokens_of(2, 12)
     token_mask = np.arange(12) >= np.array([[5], [0]])
-    positions = np.array(positions_from_mask(token_mask))
+    positions = np.maximum(np.arange(12) - np.array([[5], [0]]), 0)
     expected = theirs(
         torch.tensor(tokens),
         attention_mask=torch.tensor(token_mask),
         position_ids=torch.tensor(positions),
     ).logits
-    got = run_tokens(ours, tokens, positions, causal_mask(token_mask))
+    got = run_tokens(ours, tokens, positions, token_mask.astype(np.int32))
     got, expected = np.asarray(got)[token_mask], expected.numpy()[token_mask]
     assert_close("Llama stack, left-padded", got, expected, 1e-4)
 
@@ -130,18 +130,18 @@ def test_every_layer_equals_the_recording(recording):
     x = jax.jit(Llama.embed)(llama, tokens)
     assert_close("Llama golden embedding", x, expected[0], 0)
     for i, layer in enumerate(llama.layers):
-        x, _, _ = call(layer, x, angles, causal(2, 12), None)
+        x, _, _ = call(layer, x, angles)
         if i + 1 < len(llama.layers):
             assert_close(f"Llama golden layer {i}", x, expected[i + 1], 1e-5)
     assert_close("Llama golden norm", call(llama.norm, x), expected[-1], 1e-5)
-    logits = run_tokens(llama, tokens, counting(2, 12), causal(2, 12))
+    logits = run_tokens(llama, tokens)
     assert_close("Llama golden logits", logits, recording["plain_logits"], 1e-4)
 
 
 def test_rope_theta_and_epsilon_come_from_the_config(recording):
     llama = golden_janus("config_variant.json").language_model
     assert (llama.cfg.rope_theta, llama.cfg.rms_norm_eps) == (50000.0, 1e-6)
-    logits = run_tokens(llama, recording["plain_input_ids"], counting(2, 12), causal(2, 12))
+    logits = run_tokens(llama, recording["plain_input_ids"])
     assert_close("Llama golden variant logits", logits, recording["variant_logits"], 1e-4)
     assert np.abs(logits - recording["plain_logits"]).max() > 1e-2
 
@@ -149,7 +149,7 @@ def test_rope_theta_and_epsilon_come_from_the_config(recording):
 def test_left_padded_images_and_text_equal_the_recording(recording, prompt):
     """As in the forward pass of the original code, positions are 0..T-1 also with padding."""
     llama, (embeds, token_mask) = golden_janus().language_model, prompt
-    hidden, _ = call(llama, embeds, counting(3, 74), causal_mask(token_mask))
+    hidden, _ = run(llama, embeds, segment_ids=token_mask.astype(np.int32))
     expected = recording["mm_last_hidden_state"][token_mask]
     assert_close("Llama golden padded", np.asarray(hidden)[token_mask], expected, 1e-4)
     logits = logits_of(llama, hidden[:, -8:])
@@ -157,21 +157,22 @@ def test_left_padded_images_and_text_equal_the_recording(recording, prompt):
 
 
 def test_greedy_tokens_equal_the_recording(recording, prompt):
-    """Prefill, then one position at a time, as `generate` of the original code does."""
-    llama, (embeds, token_mask) = golden_janus().language_model, jax.tree.map(jnp.asarray, prompt)
-    length, steps = embeds.shape[1], 12
-    size = length + steps
-    positions = positions_from_mask(token_mask)
-    cache = init_cache(llama.cfg, len(embeds), size)
-    run = jax.jit(Llama.__call__)
-    hidden, cache = run(llama, embeds, positions, causal_mask(token_mask, size), cache)
+    """Prefill, then one position at a time, as `generate` of the original code does.
+
+    The recorded prompts are padded on the left; here the padding is on the right.
+    """
+    llama, (embeds, token_mask) = golden_janus().language_model, prompt
+    lengths, steps = token_mask.sum(1), 12
+    rows = [np.roll(row, length, axis=0) for row, length in zip(embeds, lengths, strict=True)]
+    hidden, cache = run(llama, np.stack(rows))
+    last = hidden[np.arange(len(rows)), lengths - 1]
+    cache = cache.resized(cache.size + steps, jnp.asarray(lengths, jnp.int32))
     tokens, logits = [], []
-    for step in range(steps):
-        logits.append(logits_of(llama, hidden[:, -1]))
+    for _ in range(steps):
+        logits.append(logits_of(llama, last))
         tokens.append(logits[-1].argmax(-1))
-        mask = decode_mask(token_mask, cache.length, size)
-        place = positions[:, -1:] + 1 + step
-        hidden, cache = run(llama, llama.embed(tokens[-1][:, None]), place, mask, cache)
+        hidden, cache = run(llama, llama.embed(tokens[-1][:, None]), cache=cache)
+        last = hidden[:, 0]
     np.testing.assert_array_equal(np.stack(tokens, 1), recording["greedy_tokens"])
     assert_close("Llama golden greedy", np.stack(logits), recording["greedy_logits"], 1e-4)
 
@@ -183,18 +184,39 @@ def test_prefill_and_decode_equal_the_full_forward(pair):
     """5 positions in one call, then 2, then one at a time; one slot of the cache stays unused."""
     _, llama = pair
     embeds = jax.jit(Llama.embed)(llama, tokens_of(2, 9))
-    full, none = call(llama, embeds, counting(2, 9), causal(2, 9))
-    assert none is None
-    cache, size, parts = init_cache(llama.cfg, 2, 10), 10, []
-    whole = causal_mask(jnp.ones((2, 9), bool), size)
+    full, whole = run(llama, embeds)
+    cache, parts = init_cache(llama.cfg, 2, 10), []
     for start, end in ((0, 5), (5, 7), (7, 8), (8, 9)):
-        positions, mask = counting(2, 9)[:, start:end], whole[:, start:end]
-        hidden, cache = call(llama, embeds[:, start:end], positions, mask, cache)
-        assert int(cache.length) == end
+        hidden, cache = run(llama, embeds[:, start:end], cache=cache)
+        np.testing.assert_array_equal(cache.lengths, [end, end])
         parts.append(hidden)
-    assert cache.size == size
+    assert (cache.size, whole.size) == (10, 9)
     assert_close("prefill + decode", np.concatenate(parts, 1), full, 1e-5)
+    assert_close("keys", cache.keys[1][:, :9], whole.keys[1], 1e-5)
     assert not np.asarray(cache.keys[0])[:, 9].any()
+
+
+def test_rows_of_unequal_lengths_decode_together(pair):
+    """Rows of 3 and 6 tokens, then three more each; what lay behind a row's length is not read."""
+    _, llama = pair
+    embeds, lengths = jax.jit(Llama.embed)(llama, tokens_of(2, 9)), np.array([3, 6], np.int32)
+    full, _ = run(llama, embeds)
+    _, cache = run(llama, embeds[:, :6])
+    cache = cache.resized(9, jnp.asarray(lengths))
+    for step in range(3):
+        place = lengths + step
+        hidden, cache = run(llama, embeds[np.arange(2), place][:, None], cache=cache)
+        np.testing.assert_array_equal(cache.lengths, place + 1)
+        assert_close("decode", hidden[:, 0], full[np.arange(2), place], 1e-5)
+
+
+def test_a_full_row_of_the_cache_does_not_change(pair):
+    _, llama = pair
+    _, cache = run(llama, uniform(2, 4, 32))
+    _, after = run(llama, uniform(2, 1, 32), cache=cache.resized(4, jnp.array([4, 2])))
+    np.testing.assert_array_equal(after.keys[0][0], cache.keys[0][0])
+    np.testing.assert_array_equal(after.keys[0][1, :2], cache.keys[0][1, :2])
+    assert (np.asarray(after.keys[0])[1, 2] != np.asarray(cache.keys[0])[1, 2]).any()
 
 
 def test_no_position_sees_a_later_one(pair):
@@ -203,23 +225,21 @@ def test_no_position_sees_a_later_one(pair):
     embeds = uniform(1, 8, 32)
 
     def output(x):
-        return llama(x, counting(1, 8), causal(1, 8))[0][0, 4].sum()
+        return llama(x)[0][0, 4].sum()
 
     gradient = np.abs(jax.jit(jax.grad(output))(embeds)).max(axis=(0, 2))
     assert (gradient[:5] > 0).all()
     np.testing.assert_array_equal(gradient[5:], 0)
 
 
-def test_left_padded_rows_equal_the_rows_alone(pair):
+def test_padded_rows_equal_the_rows_alone(pair):
     """Rows of 4 and 12 tokens; the values at padding positions have no effect."""
     _, llama = pair
-    tokens, token_mask = tokens_of(2, 12), np.arange(12) >= np.array([[8], [0]])
-    positions = positions_from_mask(token_mask)
-    batch = run_tokens(llama, tokens, positions, causal_mask(token_mask))
+    tokens = tokens_of(2, 12)
+    batch = run_tokens(llama, tokens)
     for row, length in enumerate((4, 12)):
-        alone = tokens[row : row + 1, -length:]
-        expected = run_tokens(llama, alone, counting(1, length), causal(1, length))
-        assert_close(f"row of {length} padded", batch[row : row + 1, -length:], expected, 1e-5)
+        expected = run_tokens(llama, tokens[row : row + 1, :length])
+        assert_close(f"row of {length} padded", batch[row : row + 1, :length], expected, 1e-5)
 
 
 def test_packed_examples_equal_the_examples_alone(pair):
@@ -228,10 +248,9 @@ def test_packed_examples_equal_the_examples_alone(pair):
     tokens = tokens_of(1, 9)
     segment_ids = jnp.array([[1, 1, 1, 1, 1, 2, 2, 2, 0]])
     positions = jnp.array([[0, 1, 2, 3, 4, 0, 1, 2, 0]])
-    packed = run_tokens(llama, tokens, positions, segment_mask(segment_ids))
+    packed = run_tokens(llama, tokens, positions, segment_ids)
     for start, end in ((0, 5), (5, 8)):
-        length = end - start
-        expected = run_tokens(llama, tokens[:, start:end], counting(1, length), causal(1, length))
+        expected = run_tokens(llama, tokens[:, start:end])
         assert_close(f"packed {start}:{end}", packed[:, start:end], expected, 1e-5)
 
 
@@ -247,9 +266,8 @@ def test_grouped_heads_equal_repeated_key_heads(pair):
             kernel = kernel.replace(jnp.repeat(heads, 2, axis=1).reshape(32, 32))
         flat.append((path, kernel))
     full = nnx.merge(graph, nnx.from_flat_state(flat))
-    x, positions, mask = uniform(2, 6, 32), counting(2, 6), causal(2, 6)
-    expected = call(grouped, x, positions, mask)[0]
-    assert_close("grouped heads", call(full, x, positions, mask)[0], expected, 1e-5)
+    x = uniform(2, 6, 32)
+    assert_close("grouped heads", run(full, x)[0], run(grouped, x)[0], 1e-5)
 
 
 def test_bfloat16_is_near_float32(pair):
@@ -258,8 +276,7 @@ def test_bfloat16_is_near_float32(pair):
     cfg = dataclasses.replace(exact.cfg, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     rough = rebuilt(exact, cfg)
     tokens = tokens_of(2, 12)
-    args = (tokens, counting(2, 12), causal(2, 12))
-    logits, expected = run_tokens(rough, *args), run_tokens(exact, *args)
+    logits, expected = run_tokens(rough, tokens), run_tokens(exact, tokens)
     assert logits.dtype == jnp.float32
     limit = 0.05 * np.abs(expected).max()
     assert_close("Llama bfloat16 logits", logits, expected, limit)

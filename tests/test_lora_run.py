@@ -13,12 +13,14 @@ from janus_jax.interop.convert import export_folder
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.interop.readers import read_safetensors
 from janus_jax.interop.stored import stored_params
-from janus_jax.models.attention import causal_mask
 from janus_jax.training.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-TARGETS = r"language_model\.layers\.\d+\.self_attn\.[qv]_proj|und_encoder\.blocks\.0\.mlp\.fc1"
+TARGETS = (
+    r"language_model\.(layers\.\d+\.self_attn\.[qv]_proj|lm_head)"
+    r"|und_encoder\.blocks\.0\.mlp\.fc1"
+)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +81,7 @@ def test_the_adapter_has_peft_s_names(lora_run):
     modules = [*stated["target_modules"]]
     assert "model.vision_model.encoder.layers.0.mlp.fc1" in modules
     assert "model.language_model.layers.0.self_attn.q_proj" in modules
+    assert "lm_head" in modules
     names = {f"base_model.model.{module}.lora_{x}.weight" for module in modules for x in "AB"}
     assert tensors.keys() == names
 
@@ -103,6 +106,4 @@ def test_peft_loads_the_adapter_and_gives_the_model_s_logits(lora_run):
 
 @jax.jit
 def text_logits(decoder, tokens):
-    positions = jnp.arange(tokens.shape[1])[None]
-    mask = causal_mask(jnp.ones(tokens.shape, bool))
-    return decoder.logits(decoder(decoder.embed(tokens), positions, mask)[0])
+    return decoder.lm_head(decoder(decoder.embed(tokens))[0])

@@ -128,26 +128,21 @@ def rebuilt(model, cfg):
     return nnx.merge(graph, jax.tree.map(cast, nnx.state(model), wanted))
 
 
-def causal(batch: int, length: int) -> np.ndarray:
-    """Returns the causal mask of unpadded rows, bool[B, T, T]."""
-    return np.tile(np.tril(np.ones((length, length), bool)), (batch, 1, 1))
-
-
 def counting(batch: int, length: int) -> np.ndarray:
     """Returns positions 0..T-1 for every row, int32[B, T]."""
     return np.tile(np.arange(length, dtype=np.int32), (batch, 1))
 
 
 @jax.jit
-def read_with_images(model: Janus, tokens, pixels, positions, mask):
+def read_with_images(model: Janus, tokens, pixels):
     """Computes text logits of rows whose IMAGE_TOKENs stand for images, pixels [B, n, S, S, 3]."""
     rows = tokens.shape[0]
     features = model.encode_images(pixels.reshape(-1, *pixels.shape[2:]))
     features = features.reshape(rows, -1, features.shape[-1])
     embeds = model.language_model.embed(tokens)
     embeds = merge_features(embeds, tokens == IMAGE_TOKEN, features)
-    hidden, _ = model.language_model(embeds, positions, mask)
-    return model.language_model.logits(hidden)
+    hidden, _ = model.language_model(embeds)
+    return model.language_model.lm_head(hidden)
 
 
 def two_images_a_row() -> tuple[np.ndarray, np.ndarray]:

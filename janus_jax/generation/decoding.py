@@ -4,7 +4,6 @@ B rows, P prompt length (a bucket length), S cache size, D model width.
 """
 
 import contextlib
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -14,10 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from janus_jax import sharding
-from janus_jax.models.attention import causal_mask, decode_mask, positions_from_mask
 from janus_jax.models.janus import Janus
 from janus_jax.models.kv_cache import KVCache
-from janus_jax.models.llama import Llama, LlamaConfig, init_cache
+from janus_jax.models.llama import Llama, LlamaConfig
 
 _SMALL_BUCKETS = (32, 64, 128)
 
@@ -74,49 +72,32 @@ def full_float32_matmuls(function: Callable) -> Callable:
     return wrapper
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Context:
-    """What the decoder has read so far.
-
-    cache: keys and values; its length includes the padding of the prompts.
-    token_mask: bool[B, P], False for the padding of the left-padded prompts.
-    """
-
-    cache: KVCache
-    token_mask: jax.Array
-
-
 def prefill(
     decoder: Llama, embeds: jax.Array, token_mask: jax.Array, num_new: int, mesh: Mesh | None
-) -> tuple[jax.Array, Context]:
+) -> tuple[jax.Array, KVCache]:
     """Runs the decoder over left-padded prompts.
+
+    In the cache the padding is on the right, so that a decode step attends to the first slots of a
+    row, as kernels for decoding require.
 
     embeds: float[B, P, D].
     token_mask: bool[B, P].
     num_new: the number of decode steps that the cache has room for.
-    Returns the hidden states of the last position, float[B, D], and the context.
+    Returns the hidden states of the last position, float[B, D], and the cache.
     """
-    batch, length = token_mask.shape
-    size = length + num_new
-    cache = sharding.constrain_cache(init_cache(decoder.cfg, batch, size), mesh)
-    attn_mask = causal_mask(token_mask, size)
-    hidden, cache = decoder(embeds, positions_from_mask(token_mask), attn_mask, cache)
-    return hidden[:, -1], Context(cache, token_mask)
+    length = token_mask.shape[1]
+    lengths = jnp.sum(token_mask, axis=1, dtype=jnp.int32)
+    shifted = (jnp.arange(length, dtype=jnp.int32)[None] - lengths[:, None]) % length
+    hidden, cache = decoder(jnp.take_along_axis(embeds, shifted[..., None], axis=1))
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    return last, sharding.constrain_cache(cache.resized(length + num_new, lengths), mesh)
 
 
-def decode_step(
-    decoder: Llama, context: Context, embeds: jax.Array
-) -> tuple[jax.Array, Context]:
+def decode_step(decoder: Llama, cache: KVCache, embeds: jax.Array) -> tuple[jax.Array, KVCache]:
     """Runs the decoder over one more position.
 
     embeds: float[B, D].
-    Returns the hidden states, float[B, D], and the new context.
+    Returns the hidden states, float[B, D], and the new cache.
     """
-    cache, token_mask = context.cache, context.token_mask
-    attn_mask = decode_mask(token_mask, cache.length, cache.size)
-    # positions count only real tokens, so the padding on the left does not change them
-    num_new = cache.length - token_mask.shape[1]
-    positions = jnp.sum(token_mask, axis=1, keepdims=True, dtype=jnp.int32) + num_new
-    hidden, cache = decoder(embeds[:, None], positions.astype(jnp.int32), attn_mask, cache)
-    return hidden[:, 0], Context(cache, token_mask)
+    hidden, cache = decoder(embeds[:, None], cache=cache)
+    return hidden[:, 0], cache

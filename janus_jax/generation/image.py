@@ -21,6 +21,7 @@ from janus_jax.generation import codec, decoding, finite, samplers
 from janus_jax.generation.samplers import Sampling
 from janus_jax.interop.files import Report
 from janus_jax.models.janus import Janus
+from janus_jax.models.kv_cache import KVCache
 
 # Maximum number of progress reports per chunk.
 _MAX_REPORTS = 25
@@ -57,12 +58,12 @@ class DecodeState:
     indices: int32[B, T]; the first `step` tokens are sampled, the others are 0. The decoder has
         read all sampled tokens but the last.
     step: int32 scalar, number of tokens sampled so far.
-    context: what the decoder has read, B * R rows.
+    cache: what the decoder has read, B * R rows.
     """
 
     indices: jax.Array
     step: jax.Array
-    context: decoding.Context
+    cache: KVCache
 
 
 def guided_logits(
@@ -84,32 +85,32 @@ def guided_logits(
 @decoding.full_float32_matmuls
 def prefill(
     model: Janus, requests: Requests, mesh: Mesh | None = None
-) -> tuple[jax.Array, decoding.Context]:
+) -> tuple[jax.Array, KVCache]:
     """Runs the decoder over the prompts.
 
-    Returns the guided logits of the first image token, float32[B, V], and the context.
+    Returns the guided logits of the first image token, float32[B, V], and the cache.
     """
     _, rows, length = requests.tokens.shape
     embeds = model.language_model.embed(requests.tokens.reshape(-1, length))
     token_mask = jnp.repeat(requests.token_mask, rows, axis=0)
     num_new = model.cfg.num_image_tokens - 1  # the decoder does not read the last token
-    hidden, context = decoding.prefill(model.language_model, embeds, token_mask, num_new, mesh)
-    return guided_logits(model, hidden, requests.guidance_weight), context
+    hidden, cache = decoding.prefill(model.language_model, embeds, token_mask, num_new, mesh)
+    return guided_logits(model, hidden, requests.guidance_weight), cache
 
 
 @decoding.full_float32_matmuls
 def decode_step(
-    model: Janus, context: decoding.Context, indices: jax.Array, guidance_weight
-) -> tuple[jax.Array, decoding.Context]:
+    model: Janus, cache: KVCache, indices: jax.Array, guidance_weight
+) -> tuple[jax.Array, KVCache]:
     """Runs the decoder over one image token per image.
 
     indices: int32[B].
-    Returns the guided logits of the next token, float32[B, V], and the new context.
+    Returns the guided logits of the next token, float32[B, V], and the new cache.
     """
     rows = 1 if guidance_weight is None else 2
     embeds = jnp.repeat(model.embed_image_tokens(indices), rows, axis=0)
-    hidden, context = decoding.decode_step(model.language_model, context, embeds)
-    return guided_logits(model, hidden, guidance_weight), context
+    hidden, cache = decoding.decode_step(model.language_model, cache, embeds)
+    return guided_logits(model, hidden, guidance_weight), cache
 
 
 def _sample(requests: Requests, logits: jax.Array, step) -> jax.Array:
@@ -120,20 +121,20 @@ def _sample(requests: Requests, logits: jax.Array, step) -> jax.Array:
 
 def init_state(model: Janus, requests: Requests, mesh: Mesh | None) -> DecodeState:
     """Runs the prefill and samples the first token of every image."""
-    logits, context = prefill(model, requests, mesh)
+    logits, cache = prefill(model, requests, mesh)
     indices = jnp.zeros((len(requests.tokens), model.cfg.num_image_tokens), jnp.int32)
     indices = indices.at[:, 0].set(_sample(requests, logits, 0))
-    return DecodeState(indices, jnp.ones((), jnp.int32), context)
+    return DecodeState(indices, jnp.ones((), jnp.int32), cache)
 
 
 def generate_next_token(model: Janus, requests: Requests, state: DecodeState) -> DecodeState:
     """Runs one decode step on the last token of every image and samples the next token."""
     indices, step = state.indices, state.step
     last = jax.lax.dynamic_index_in_dim(indices, step - 1, axis=1, keepdims=False)
-    logits, context = decode_step(model, state.context, last, requests.guidance_weight)
+    logits, cache = decode_step(model, state.cache, last, requests.guidance_weight)
     sampled = _sample(requests, logits, step)
     indices = jax.lax.dynamic_update_index_in_dim(indices, sampled, step, axis=1)
-    return DecodeState(indices, step + 1, context)
+    return DecodeState(indices, step + 1, cache)
 
 
 @functools.partial(jax.jit, static_argnames="mesh")

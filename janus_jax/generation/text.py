@@ -16,6 +16,7 @@ from janus_jax import sharding
 from janus_jax.generation import decoding, finite, samplers
 from janus_jax.generation.samplers import Sampling
 from janus_jax.models.janus import Janus, merge_features
+from janus_jax.models.kv_cache import KVCache
 
 
 @jax.tree_util.register_dataclass
@@ -48,13 +49,13 @@ class DecodeState:
     last: int32[B], the token sampled last, which the decoder has not read yet.
     done: bool[B], True for answers that have ended; all further tokens of these are eos_id.
     step: int32 scalar, number of tokens sampled so far.
-    context: what the decoder has read.
+    cache: what the decoder has read.
     """
 
     last: jax.Array
     done: jax.Array
     step: jax.Array
-    context: decoding.Context
+    cache: KVCache
 
 
 def embed_prompts(model: Janus, requests: Requests) -> jax.Array:
@@ -71,31 +72,31 @@ def embed_prompts(model: Janus, requests: Requests) -> jax.Array:
 @decoding.full_float32_matmuls
 def prefill(
     model: Janus, requests: Requests, max_new_tokens: int, mesh: Mesh | None = None
-) -> tuple[jax.Array, decoding.Context]:
+) -> tuple[jax.Array, KVCache]:
     """Runs the decoder over the conversations.
 
-    Returns the logits of the first new token, float32[B, V], and the context.
+    Returns the logits of the first new token, float32[B, V], and the cache.
     """
     embeds = embed_prompts(model, requests)
     # the decoder does not read the last token, which therefore needs no cache slot
-    hidden, context = decoding.prefill(
+    hidden, cache = decoding.prefill(
         model.language_model, embeds, requests.token_mask, max_new_tokens - 1, mesh
     )
-    return model.language_model.logits(hidden), context
+    return model.language_model.lm_head(hidden), cache
 
 
 @decoding.full_float32_matmuls
 def decode_step(
-    model: Janus, context: decoding.Context, tokens: jax.Array
-) -> tuple[jax.Array, decoding.Context]:
+    model: Janus, cache: KVCache, tokens: jax.Array
+) -> tuple[jax.Array, KVCache]:
     """Runs the decoder over one token per answer.
 
     tokens: int32[B].
-    Returns the logits of the next token, float32[B, V], and the new context.
+    Returns the logits of the next token, float32[B, V], and the new cache.
     """
     embeds = model.language_model.embed(tokens)
-    hidden, context = decoding.decode_step(model.language_model, context, embeds)
-    return model.language_model.logits(hidden), context
+    hidden, cache = decoding.decode_step(model.language_model, cache, embeds)
+    return model.language_model.lm_head(hidden), cache
 
 
 def _sample(requests: Requests, logits: jax.Array, step, done: jax.Array) -> jax.Array:
@@ -118,18 +119,18 @@ def init_state(
     model: Janus, requests: Requests, max_new_tokens: int, mesh: Mesh | None = None
 ) -> DecodeState:
     """Runs the prefill and samples the first token of every answer."""
-    logits, context = prefill(model, requests, max_new_tokens, mesh)
+    logits, cache = prefill(model, requests, max_new_tokens, mesh)
     first = _sample(requests, logits, 0, jnp.zeros(len(logits), bool))
     done = _ends_answer(model, requests, first)
-    return DecodeState(first, done, jnp.ones((), jnp.int32), context)
+    return DecodeState(first, done, jnp.ones((), jnp.int32), cache)
 
 
 def generate_next_token(model: Janus, requests: Requests, state: DecodeState) -> DecodeState:
     """Runs one decode step on the last token of every answer and samples the next token."""
-    logits, context = decode_step(model, state.context, state.last)
+    logits, cache = decode_step(model, state.cache, state.last)
     sampled = _sample(requests, logits, state.step, state.done)
     done = state.done | _ends_answer(model, requests, sampled)
-    return DecodeState(sampled, done, state.step + 1, context)
+    return DecodeState(sampled, done, state.step + 1, cache)
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "mesh"))

@@ -6,10 +6,9 @@ Source: janus/models/projector.py and janus/models/modeling_vlm.py of the origin
 import itertools
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
-from janus_jax.models.linear import add_bias, flat_matmul, gelu, linear
+from janus_jax.models.linear import Head, gelu, linear
 
 
 class Aligner(nnx.Module):
@@ -35,14 +34,10 @@ class GenHead(nnx.Module):
     """An MLP that maps hidden states to logits over the codebook (image-token logits)."""
 
     def __init__(self, inputs: int, width: int, codes: int, *, dtype, param_dtype, rngs: nnx.Rngs):
-        self.dtype = dtype
         types = dict(dtype=dtype, param_dtype=param_dtype)
         self.proj = linear(inputs, width, **types, rngs=rngs)
-        self.out = linear(width, codes, **types, rngs=rngs)
+        self.out = linear(width, codes, **types, rngs=rngs, layer=Head)
 
     def __call__(self, hidden: jax.Array) -> jax.Array:
         """Maps float[..., D] to float32[..., codebook_size]."""
-        x = gelu(self.proj(hidden))
-        kernel = self.out.kernel[...].astype(self.dtype)
-        logits = flat_matmul(x, kernel, preferred_element_type=jnp.float32)
-        return add_bias(logits, self.out.bias[...])
+        return self.out(gelu(self.proj(hidden)))

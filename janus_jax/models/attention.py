@@ -1,21 +1,45 @@
-"""Attention, attention masks and positions.
+"""Attention: the one function through which every network attends.
 
 B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
-In every attention mask, True means "may attend".
 """
 
 import jax
 import jax.numpy as jnp
 
 
-def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) -> jax.Array:
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool = False,
+    q_start: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+) -> jax.Array:
     """Computes softmax attention with scale H**-0.5; logits and softmax are float32.
 
-    q: float[B, T, N, H].
-    k, v: float[B, S, K, H], where N is a multiple of K.
-    mask: bool[B, T, S]; None lets every query attend to every key.
-    Returns float[B, T, N, H] in the dtype of q.
+    Which keys a query attends to is given in the terms that attention kernels take, not as a mask:
+
+    | use | arguments | a query attends to | kernels take it as |
+    | --- | --- | --- | --- |
+    | image encoder | none | all keys | no mask |
+    | training rows | causal, segment_ids | its segment, up to itself | causal and segment ids |
+    | prefill | causal | the keys up to itself | causal |
+    | decode | causal, q_start | the first q_start + 1 keys (T = 1) | key lengths q_start + 1 |
+
+    Prompts are padded on the right, so causality alone hides the padding from every token.
+
+    Args:
+        q: float[B, T, N, H].
+        k, v: float[B, S, K, H], where N is a multiple of K.
+        causal: whether query t of row b, which has the position q_start[b] + t, attends only to
+            keys 0 to q_start[b] + t.
+        q_start: int32[B]; only if causal. None is 0 for every row, with T = S.
+        segment_ids: int32[B, T]; only with T = S. A query attends only to keys with its segment id.
+    Returns:
+        float[B, T, N, H] in the dtype of q.
     """
+    mask = attention_mask(q.shape[1], k.shape[1], causal, q_start, segment_ids)
     # JAX's implementation mixes bfloat16 and float32, which strict promotion would reject.
     with jax.named_scope("attention"), jax.numpy_dtype_promotion("standard"):
         return jax.nn.dot_product_attention(
@@ -23,63 +47,28 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None) 
         )
 
 
-def causal_mask(token_mask: jax.Array, size: int | None = None) -> jax.Array:
-    """Returns the causal mask of a left-padded batch.
+def attention_mask(
+    length: int,
+    size: int,
+    causal: bool,
+    q_start: jax.Array | None,
+    segment_ids: jax.Array | None,
+) -> jax.Array | None:
+    """Returns the mask of `attention` for implementations that need one; True: may attend.
 
-    A position attends to itself and to earlier positions, but not to padding.
+    length, size: T and S. For the other arguments see `attention`.
+    Returns bool[B, T, S], or [1, T, S] if all rows have the same mask, or None without a mask.
 
-    token_mask: bool[B, T].
-    size: S >= T, the cache size; slots from T on are masked. Default: T.
-    Returns bool[B, T, S]. For token_mask = [0 1 1] and size = 4 the rows are
-        1 0 0 0      a padding position attends to itself, which keeps its softmax finite
-        0 1 0 0
-        0 1 1 0
+    With segment_ids = [1 1 2 0] and causal, the rows are 1 0 0 0, 1 1 0 0, 0 0 1 0 and 0 0 0 1.
+    With T = 1, S = 4 and q_start = [2 0], they are 1 1 1 0 for the first and 1 0 0 0 for the second
+    row of the batch.
     """
-    length = token_mask.shape[1]
-    size = length if size is None else size
-    keys = jnp.pad(token_mask, ((0, 0), (0, size - length)))
-    query, key = jnp.arange(length)[:, None], jnp.arange(size)[None]
-    return (keys[:, None] & (key <= query)[None]) | (key == query)[None]
-
-
-def segment_mask(segment_ids: jax.Array) -> jax.Array:
-    """Returns the causal mask of packed rows.
-
-    A position attends to itself and to earlier positions of the same example.
-
-    segment_ids: int32[B, T], 0 = padding.
-    Returns bool[B, T, T]. For segment_ids = [1 1 2 0] the rows are
-        1 0 0 0
-        1 1 0 0
-        0 0 1 0
-        0 0 0 1      padding attends to itself only
-    """
-    position = jnp.arange(segment_ids.shape[1])
-    query, key = position[None, :, None], position[None, None]
-    same = segment_ids[:, :, None] == segment_ids[:, None, :]
-    real = (segment_ids > 0)[:, None]
-    return (same & real & (key <= query)) | (key == query)
-
-
-def decode_mask(token_mask: jax.Array, length: jax.Array, size: int) -> jax.Array:
-    """Returns the mask of one decode step: the tokens of the prompt and all tokens since.
-
-    token_mask: bool[B, P], of the left-padded prompt.
-    length: int32 scalar, number of cache slots written before this step, at least P.
-    size: S, the cache size.
-    Returns bool[B, 1, S]. For token_mask = [0 1 1], length = 4 and size = 6 the row is
-        0 1 1 1 1 0      the first step wrote slot 3, this one writes slot 4
-    """
-    prompt = token_mask.shape[1]
-    real = jnp.pad(token_mask, ((0, 0), (0, size - prompt)), constant_values=True)
-    slots = jnp.arange(size, dtype=jnp.int32)[None]
-    return (real & (slots <= length))[:, None]
-
-
-def positions_from_mask(token_mask: jax.Array) -> jax.Array:
-    """Returns the RoPE positions of a left-padded batch; the first real token has position 0.
-
-    token_mask: bool[B, T].
-    Returns int32[B, T]; padding gets position 0.
-    """
-    return jnp.maximum(jnp.cumsum(token_mask, axis=1) - 1, 0).astype(jnp.int32)
+    mask = None
+    if causal:
+        start = jnp.zeros(1, jnp.int32) if q_start is None else q_start
+        query = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
+        mask = jnp.arange(size, dtype=jnp.int32)[None, None] <= query[..., None]
+    if segment_ids is not None:
+        same = segment_ids[:, :, None] == segment_ids[:, None, :]
+        mask = same if mask is None else mask & same
+    return mask

@@ -11,39 +11,73 @@ from jax.ad_checkpoint import checkpoint_name
 LINEAR_OUTPUT = "linear_output"  # the name by which remat.py saves the outputs
 
 
+# A matrix product float[..., D], float[D, F] -> float[..., F] whose factors have one dtype.
+Product = Callable[[jax.Array, jax.Array], jax.Array]
+
+
 class Linear(nnx.Linear):
     """A linear layer that rounds its output to the compute dtype only once.
 
     nnx.Linear rounds the product before it adds the bias, which in bfloat16 loses digits that
     PyTorch keeps. This layer adds the bias to a float32 product, in float32.
+
+    Every use of the kernel passes through `dot_general(x, kernel, product)`, which returns
+    product(x, kernel) unless an adapter or a quantized kernel replaces it. The layer chooses
+    `product`, one of the products in this module, and with it the dtype of the output.
     """
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps float[..., D] to float[..., F]."""
-        x, kernel = x.astype(self.dtype), self.kernel[...].astype(self.dtype)
-        out = self.dot_general(x, kernel, float32_output=self.bias is not None)
-        if self.bias is not None:
-            out = add_bias(out, self.bias[...]).astype(self.dtype)
+        """Maps float[..., D] to float[..., F] in the compute dtype."""
+        if self.bias is None:
+            out = self._multiply(x, flat_matmul)
+        else:
+            out = add_bias(self._multiply(x, float32_matmul), self.bias[...]).astype(self.dtype)
         return checkpoint_name(out, LINEAR_OUTPUT)
+
+    def _multiply(self, x: jax.Array, product: Product) -> jax.Array:
+        kernel = self.kernel[...].astype(self.dtype)
+        return self.dot_general(x.astype(self.dtype), kernel, product)
+
+
+class Head(Linear):
+    """A linear layer whose outputs are logits: float32, and never rounded to the compute dtype."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[..., D] to float32[..., F]."""
+        out = self._multiply(x, logits_matmul)
+        return out if self.bias is None else add_bias(out, self.bias[...])
 
 
 def linear(
-    inputs: int, outputs: int, *, dtype, param_dtype, rngs: nnx.Rngs, use_bias: bool = True
+    inputs: int,
+    outputs: int,
+    *,
+    dtype,
+    param_dtype,
+    rngs: nnx.Rngs,
+    use_bias: bool = True,
+    layer: type[Linear] = Linear,
 ) -> Linear:
     """Returns a layer that maps float[..., inputs] to float[..., outputs].
 
     dtype: the compute dtype.
     param_dtype: the dtype of the stored parameters.
+    layer: Linear, or Head for a layer that returns logits.
     """
-    return Linear(
+    return layer(
         inputs,
         outputs,
         use_bias=use_bias,
         dtype=dtype,
         param_dtype=param_dtype,
-        dot_general=matmul,
+        dot_general=multiply,
         rngs=rngs,
     )
+
+
+def multiply(x: jax.Array, kernel: jax.Array, product: Product) -> jax.Array:
+    """Returns product(x, kernel): the `dot_general` of a layer without an adapter."""
+    return product(x, kernel)
 
 
 def add_bias(out: jax.Array, bias: jax.Array) -> jax.Array:
@@ -52,16 +86,6 @@ def add_bias(out: jax.Array, bias: jax.Array) -> jax.Array:
     The bias is broadcast explicitly because users may set JAX_NUMPY_RANK_PROMOTION=raise.
     """
     return out + jnp.broadcast_to(bias.astype(jnp.float32), out.shape)
-
-
-def matmul(x: jax.Array, kernel: jax.Array, float32_output: bool) -> jax.Array:
-    """Returns x @ kernel: float[..., D] and float[D, F] of one dtype -> float[..., F].
-
-    The output has the dtype of the inputs, or float32 if float32_output is set.
-    """
-    if float32_output:
-        return with_float32_output(flat_matmul, x, kernel)
-    return flat_matmul(x, kernel)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -110,6 +134,16 @@ def flat_matmul(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
     rows = x.reshape(-1, x.shape[-1])
     out = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
     return out.reshape(*x.shape[:-1], out.shape[-1])
+
+
+def float32_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns x @ kernel in float32, with gradients computed in the input dtype."""
+    return with_float32_output(flat_matmul, x, kernel)
+
+
+def logits_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns x @ kernel in float32, with gradients computed from the float32 gradient."""
+    return flat_matmul(x, kernel, preferred_element_type=jnp.float32)
 
 
 def embed_lookup(table: nnx.Embed, indices: jax.Array) -> jax.Array:

@@ -13,13 +13,13 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
-from janus_jax.models.kv_cache import KVCache
-from janus_jax.models.linear import embed_lookup, flat_matmul, linear
+from janus_jax.models.kv_cache import KVCache, write_slots
+from janus_jax.models.linear import Head, Linear, embed_lookup, linear
 from janus_jax.models.norms import RMSNorm
 from janus_jax.models.remat import block_call
 
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines
-LayerCache = tuple[jax.Array, jax.Array, jax.Array]  # keys, values, length
+LayerCache = tuple[jax.Array, jax.Array, jax.Array]  # keys, values, lengths
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +55,7 @@ def init_cache(cfg: LlamaConfig, batch_size: int, size: int) -> KVCache:
     shape = (batch_size, size, cfg.num_key_value_heads, cfg.head_dim)
     empty = [jnp.zeros(shape, cfg.dtype) for _ in range(2 * cfg.num_hidden_layers)]
     half = cfg.num_hidden_layers
-    return KVCache(tuple(empty[:half]), tuple(empty[half:]), jnp.zeros((), jnp.int32))
+    return KVCache(tuple(empty[:half]), tuple(empty[half:]), jnp.zeros(batch_size, jnp.int32))
 
 
 def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> Angles:
@@ -79,9 +79,11 @@ def apply_rope(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     return rotated.astype(x.dtype)
 
 
-def _linear(cfg: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs) -> nnx.Linear:
+def _linear(
+    cfg: LlamaConfig, inputs: int, outputs: int, rngs: nnx.Rngs, layer: type[Linear] = Linear
+) -> Linear:
     types = dict(dtype=cfg.dtype, param_dtype=cfg.param_dtype)
-    return linear(inputs, outputs, use_bias=False, **types, rngs=rngs)
+    return linear(inputs, outputs, use_bias=False, **types, rngs=rngs, layer=layer)
 
 
 def _norm(cfg: LlamaConfig, rngs: nnx.Rngs) -> RMSNorm:
@@ -107,27 +109,31 @@ class SelfAttention(nnx.Module):
         self.o_proj = _linear(cfg, query_width, cfg.hidden_size, rngs)
 
     def __call__(
-        self, x: jax.Array, angles: Angles, attn_mask: jax.Array, layer_cache: LayerCache | None
+        self,
+        x: jax.Array,
+        angles: Angles,
+        segment_ids: jax.Array | None = None,
+        layer_cache: LayerCache | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Computes attention over the new positions and, if given, the cache.
+        """Computes causal attention over the new positions and, if given, the cache.
 
         x: float[B, T, D].
         angles: what rope_angles returns.
-        attn_mask: bool[B, T, S].
-        layer_cache: the keys and values of this layer, float[B, S, K, H] each, and the number of
-            slots written, int32 scalar; the new keys and values are written behind them. Without a
-            cache, S = T.
+        segment_ids: int32[B, T], the examples of packed rows; only without a cache.
+        layer_cache: the keys and values of this layer, float[B, S, K, H] each, and the lengths of
+            the rows, int32[B]; the new keys and values are written behind them. Without a cache,
+            S = T.
         Returns float[B, T, D] and the keys and values attended to, float[B, S, K, H] each.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
         q = apply_rope(self.q_proj(x).reshape(heads), *angles)
         k = apply_rope(self.k_proj(x).reshape(heads), *angles)
         v = self.v_proj(x).reshape(heads)
+        q_start = None
         if layer_cache is not None:
-            keys, values, length = layer_cache
-            k = jax.lax.dynamic_update_slice_in_dim(keys, k, length, axis=1)
-            v = jax.lax.dynamic_update_slice_in_dim(values, v, length, axis=1)
-        out = attention(q, k, v, attn_mask)
+            keys, values, q_start = layer_cache
+            k, v = write_slots(keys, k, q_start), write_slots(values, v, q_start)
+        out = attention(q, k, v, causal=True, q_start=q_start, segment_ids=segment_ids)
         return self.o_proj(out.reshape(*x.shape[:2], -1)), k, v
 
 
@@ -164,19 +170,23 @@ class Block(nnx.Module):
         self.mlp = MLP(cfg, rngs=rngs)
 
     def __call__(
-        self, x: jax.Array, angles: Angles, attn_mask: jax.Array, layer_cache: LayerCache | None
+        self,
+        x: jax.Array,
+        angles: Angles,
+        segment_ids: jax.Array | None = None,
+        layer_cache: LayerCache | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Maps float[B, T, D] to float[B, T, D]; also returns the keys and values.
 
         See SelfAttention for the arguments.
         """
-        out, k, v = self.self_attn(self.input_layernorm(x), angles, attn_mask, layer_cache)
+        out, k, v = self.self_attn(self.input_layernorm(x), angles, segment_ids, layer_cache)
         x = x + out
         return x + self.mlp(self.post_attention_layernorm(x)), k, v
 
 
 class Llama(nnx.Module):
-    """The decoder: maps embeddings to hidden states; `logits` applies the text head."""
+    """The decoder: maps embeddings to hidden states, of which `lm_head` computes text logits."""
 
     def __init__(self, cfg: LlamaConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
@@ -190,7 +200,7 @@ class Llama(nnx.Module):
         )
         self.layers = nnx.List([Block(cfg, rngs=rngs) for _ in range(cfg.num_hidden_layers)])
         self.norm = _norm(cfg, rngs)
-        self.lm_head = _linear(cfg, cfg.hidden_size, cfg.vocab_size, rngs)
+        self.lm_head = _linear(cfg, cfg.hidden_size, cfg.vocab_size, rngs, layer=Head)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Embeds text tokens: int32[B, T] -> float[B, T, D]."""
@@ -199,35 +209,32 @@ class Llama(nnx.Module):
     def __call__(
         self,
         embeds: jax.Array,
-        positions: jax.Array,
-        attn_mask: jax.Array,
+        *,
+        positions: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
         cache: KVCache | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
-        """Runs the decoder over T new positions.
+    ) -> tuple[jax.Array, KVCache]:
+        """Runs the decoder over T new positions; each attends to itself and to earlier ones.
 
         embeds: float[B, T, D].
-        positions: int32[B, T].
-        attn_mask: bool[B, T, S], where S is the size of the cache, or T without one.
-        cache: keys and values of earlier positions; the new ones are written at cache.length.
-        Returns the hidden states after the final norm, float[B, T, D], and the cache with the T new
-        positions (None without a cache).
+        positions: int32[B, T], the RoPE positions. Default: the positions that follow those in the
+            cache, or 0 to T - 1 without a cache.
+        segment_ids: int32[B, T], the examples of packed rows, which do not attend to each other;
+            only without a cache.
+        cache: keys and values of earlier positions; the new ones are written behind them.
+        Returns the hidden states after the final norm, float[B, T, D], and the keys and values of
+        all positions so far (S = T without a cache).
         """
+        batch, length = embeds.shape[:2]
+        start = jnp.zeros(batch, jnp.int32) if cache is None else cache.lengths
+        if positions is None:
+            positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
         angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
         x, keys, values = embeds.astype(self.cfg.dtype), [], []
         call = block_call(Block, self.cfg.remat)
         for i, layer in enumerate(self.layers):
-            layer_cache = None
-            if cache is not None:
-                layer_cache = (cache.keys[i], cache.values[i], cache.length)
-            x, k, v = call(layer, x, angles, attn_mask, layer_cache)
+            layer_cache = None if cache is None else (cache.keys[i], cache.values[i], start)
+            x, k, v = call(layer, x, angles, segment_ids, layer_cache)
             keys.append(k)
             values.append(v)
-        hidden = self.norm(x)
-        if cache is None:
-            return hidden, None
-        return hidden, KVCache(tuple(keys), tuple(values), cache.length + embeds.shape[1])
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        """Computes text logits: float[..., D] -> float32[..., V]."""
-        kernel = self.lm_head.kernel[...].astype(self.cfg.dtype)
-        return flat_matmul(hidden, kernel, preferred_element_type=jnp.float32)
+        return self.norm(x), KVCache(tuple(keys), tuple(values), start + length)

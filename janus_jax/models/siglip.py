@@ -83,7 +83,7 @@ class SelfAttention(nnx.Module):
         """Maps float[B, T, W] to float[B, T, W]."""
         heads = (*x.shape[:2], self.num_heads, -1)
         q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v, None).reshape(x.shape))
+        return self.out_proj(attention(q, k, v).reshape(x.shape))
 
 
 class MLP(nnx.Module):

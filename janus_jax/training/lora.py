@@ -1,8 +1,8 @@
 """LoRA: low-rank adapters for frozen linear layers (Hu et al., 2021, arXiv 2106.09685).
 
 The kernel W of an adapted layer, float[inputs, outputs], acts as W + alpha / rank * a @ b. The
-adapter replaces the layer's dot_general, so its parameters have the paths
-`...q_proj.dot_general.a` and `.b`.
+adapter wraps the layer's dot_general, so its parameters have the paths `...q_proj.dot_general.a`
+and `.b`.
 """
 
 import dataclasses
@@ -17,13 +17,10 @@ from flax import nnx
 
 from janus_jax.families.family import ADAPTER, Family
 from janus_jax.families.registry import family_of
-from janus_jax.models.linear import flat_matmul, matmul
+from janus_jax.models.linear import Linear, Product, flat_matmul
 
 # matches the full paths of adapter parameters; pass it to split_model
 ADAPTERS = rf"{ADAPTER.pattern}$"
-
-# These layers are never called, only their kernels are read, so an adapter would have no effect.
-_NEVER_CALLED = ("language_model.lm_head", "gen_head.out")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,25 +59,27 @@ class LoRAConfig:
 
 
 class LoRADot(nnx.Module):
-    """The matrix product of an adapted layer, which replaces linear.matmul.
+    """Adds a low-rank update to the `dot_general` of a linear layer.
 
     Attributes:
+        dot_general: the layer's own dot_general.
         a: float32[inputs, rank], initialized uniformly in [-1 / sqrt(inputs), 1 / sqrt(inputs)],
             as in the authors' code (the paper says Gaussian, without a standard deviation).
         b: float32[rank, outputs], initialized to zeros, so a new adapter has no effect.
     """
 
-    def __init__(self, inputs: int, outputs: int, cfg: LoRAConfig, *, rngs: nnx.Rngs):
+    def __init__(self, layer: Linear, cfg: LoRAConfig, *, rngs: nnx.Rngs):
         uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+        self.dot_general = layer.dot_general
         self.scale = cfg.scale
-        self.a = nnx.Param(uniform(rngs.params(), (inputs, cfg.rank), jnp.float32))
-        self.b = nnx.Param(jnp.zeros((cfg.rank, outputs), jnp.float32))
+        self.a = nnx.Param(uniform(rngs.params(), (layer.in_features, cfg.rank), jnp.float32))
+        self.b = nnx.Param(jnp.zeros((cfg.rank, layer.out_features), jnp.float32))
 
-    def __call__(self, x: jax.Array, kernel: jax.Array, float32_output: bool) -> jax.Array:
-        """float[..., inputs], float[inputs, outputs] -> float[..., outputs]; see linear.matmul."""
+    def __call__(self, x: jax.Array, kernel: jax.Array, product: Product) -> jax.Array:
+        """float[..., inputs], float[inputs, outputs] -> float[..., outputs]; see linear.Linear."""
         a, b = (factor[...].astype(x.dtype) for factor in (self.a, self.b))
-        update = matmul(flat_matmul(x, a), b, float32_output)
-        return matmul(x, kernel, float32_output) + self.scale * update
+        update = product(flat_matmul(x, a), b)
+        return self.dot_general(x, kernel, product) + self.scale * update
 
 
 def add_adapters(model: nnx.Module, cfg: LoRAConfig, *, rngs: nnx.Rngs) -> None:
@@ -103,14 +102,12 @@ def add_adapters(model: nnx.Module, cfg: LoRAConfig, *, rngs: nnx.Rngs) -> None:
             rule = "targets must only match layers that can be adapted"
             raise ValueError(f"{rule}, got {cfg.targets!r}: {path} {reason}")
     for layer in layers.values():
-        adapter = LoRADot(layer.in_features, layer.out_features, cfg, rngs=rngs)
+        adapter = LoRADot(layer, cfg, rngs=rngs)
         layer.dot_general = nnx.data(adapter)  # replaces a function, which is static
 
 
 def _not_adaptable(path: str, layer: nnx.Linear, family: Family) -> str | None:
     """Returns why a layer cannot be adapted, or None if it can."""
-    if path in _NEVER_CALLED:
-        return "is a head that is never called, only its kernel is read"
     if family.parameters.find(f"{path}.kernel").component == family.image_codec:
         return "belongs to the image tokenizer, which is never trained"
     if isinstance(layer.dot_general, LoRADot):

@@ -20,7 +20,6 @@ import optax
 from jax.sharding import Mesh
 
 from janus_jax.data.records import KINDS
-from janus_jax.models.attention import segment_mask
 from janus_jax.models.janus import Janus, merge_features
 from janus_jax.processing.images import ImageConfig
 from janus_jax.sharding import constrain_rows
@@ -76,13 +75,13 @@ def target_log_probs(
     decoder = model.language_model
     indices = generated_indices(model, rows["generated"])
     embeds = embed_rows(model, rows, indices, images)
-    attn_mask = segment_mask(rows["segment_ids"])
     # shard input and output of the decoder by rows; XLA might shard them like the parameters
-    hidden, _ = decoder(constrain_rows(embeds, mesh), rows["positions"], attn_mask)
+    positions = dict(positions=rows["positions"], segment_ids=rows["segment_ids"])
+    hidden, _ = decoder(constrain_rows(embeds, mesh), **positions)
     hidden = constrain_rows(hidden, mesh)
     text_mask, gen_mask = (_shift_left(rows[name]) for name in ("loss_mask", "gen_mask"))
     text_targets = _shift_left(rows["tokens"])
-    losses = cross_entropies(decoder.logits, hidden, text_targets, text_mask, chunk)
+    losses = cross_entropies(decoder.lm_head, hidden, text_targets, text_mask, chunk)
     if indices.shape[1]:
         order = jnp.clip(jnp.cumsum(rows["gen_mask"], axis=1) - 1, 0, indices.shape[1] - 1)
         image_targets = _shift_left(jnp.take_along_axis(indices, order, axis=1))

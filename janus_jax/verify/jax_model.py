@@ -13,7 +13,6 @@ from PIL import Image
 
 from janus_jax.generation import decoding, image, samplers, text
 from janus_jax.generation.pipeline import load
-from janus_jax.models.attention import causal_mask, positions_from_mask
 from janus_jax.models.janus import Janus, merge_features
 from janus_jax.processing.images import preprocess_generation
 from janus_jax.verify.outputs import GUIDANCE_WEIGHT, Greedy, Prepared, Request
@@ -46,26 +45,20 @@ def _decode(model: Janus, indices: jax.Array) -> jax.Array:
     return model.gen_vq.decode(indices)
 
 
-def _hidden(model: Janus, embeds: jax.Array) -> jax.Array:
-    """Runs the decoder on rows without padding: float[B, T, D] -> float[B, T, D]."""
-    mask = jnp.ones(embeds.shape[:2], bool)
-    hidden, _ = model.language_model(embeds, positions_from_mask(mask), causal_mask(mask))
-    return hidden
-
-
 @functools.partial(jax.jit, static_argnames="last")
 def _text_logits(
     model: Janus, tokens: jax.Array, image_mask: jax.Array, features: jax.Array, last: int
 ) -> jax.Array:
     embeds = merge_features(model.language_model.embed(tokens), image_mask, features)
-    return model.language_model.logits(_hidden(model, embeds)[:, -last:])
+    return model.language_model.lm_head(model.language_model(embeds)[0][:, -last:])
 
 
 @jax.jit
 def _image_logits(model: Janus, tokens: jax.Array, indices: jax.Array) -> jax.Array:
     codes = model.embed_image_tokens(indices)
     embeds = model.language_model.embed(tokens)
-    hidden = _hidden(model, jnp.concatenate([embeds, codes.astype(embeds.dtype)], axis=1))
+    rows = jnp.concatenate([embeds, codes.astype(embeds.dtype)], axis=1)
+    hidden, _ = model.language_model(rows)
     return model.gen_head(hidden[:, tokens.shape[1] - 1 :])
 
 
@@ -123,11 +116,11 @@ class JaxJanus:
         batch = self.processor.batch([example], decoding.bucket_length(len(prepared.tokens)))
         eos_id = self.processor.tokenizer.eos_id
         requests = text.make_requests(batch, 0, GREEDY, eos_id)
-        logits, context = _prefill_text(self.model, requests, max_new_tokens)
+        logits, cache = _prefill_text(self.model, requests, max_new_tokens)
         rows = [np.asarray(logits)]
         while len(rows) < max_new_tokens and rows[-1].argmax() != eos_id:
             token = np.argmax(rows[-1], axis=-1).astype(np.int32)
-            logits, context = _decode_text(self.model, context, token)
+            logits, cache = _decode_text(self.model, cache, token)
             rows.append(np.asarray(logits))
         return _greedy(rows)
 
@@ -136,12 +129,12 @@ class JaxJanus:
         pair = prompt, self.processor.unconditional(prompt)
         pad_id = self.processor.tokenizer.pad_id
         requests = image.make_requests([pair], 1, 0, GUIDANCE_WEIGHT, GREEDY, pad_id)
-        logits, context = _prefill_image(self.model, requests)
+        logits, cache = _prefill_image(self.model, requests)
         rows = [np.asarray(logits)]
         while len(rows) < num_tokens:
             token = np.argmax(rows[-1], axis=-1).astype(np.int32)
             weight = requests.guidance_weight
-            logits, context = _decode_image(self.model, context, token, weight)
+            logits, cache = _decode_image(self.model, cache, token, weight)
             rows.append(np.asarray(logits))
         return _greedy(rows)
 
