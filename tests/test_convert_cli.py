@@ -96,9 +96,9 @@ def test_help_and_bad_arguments(run):
     for args in ((), ("export", "a", "b", "--layout", "gguf"), ("a", "b", "--force")):
         status, out, err = run(*args)
         assert (status, out) == (2, "")
-        assert err.startswith("convert: ") and err.count("\n") == 1
+        assert_one_line(err, "convert")
     assert "--force" in err
-    assert "argument SRC: expected the path of a file or folder, got ''" in run("inspect", "")[2]
+    assert_one_line(run("inspect", "")[2], "convert", "SRC", "''")
 
 
 def test_dst_that_exists(golden, refused, run, tmp_path):

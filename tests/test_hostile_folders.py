@@ -45,7 +45,7 @@ def test_a_header_has_at_most_the_bytes_that_the_library_allows(tmp_path):
     with path.open("wb") as file:
         file.write(struct.pack("<Q", MAX_HEADER + 1))
         file.truncate(10**11)  # sparse
-    assert f"{path} must have a header of at most" in refusal(read_safetensors, path)
+    assert re.search(f"{path} .*header", refusal(read_safetensors, path))
     with pytest.raises(safetensors.SafetensorError), safetensors.safe_open(path, "np"):
         pass
 
@@ -168,7 +168,7 @@ def test_json_of_any_size_is_not_read(tmp_path):
 def test_an_index_that_names_no_file_beside_it(tmp_path, name):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": name}}))
-    assert f"{index} must name files in its own folder, got '" in refusal(open_checkpoint, tmp_path)
+    assert re.search(f"{index} .*folder.*'", refusal(open_checkpoint, tmp_path))
 
 
 def test_absent_shards_are_counted(tmp_path):

@@ -113,13 +113,13 @@ def with_pickle(path, data):
 def test_compressed_members_are_not_unpacked(saved, name):
     write(saved, {**members_of(saved), name: bytes(10**7)}, compressed=[name])
     assert saved.stat().st_size < 10**5
-    assert f"'{name}' is compressed; PyTorch stores members" in refusal(saved)
+    assert f"'{name}' is compressed" in refusal(saved)
 
 
 @pytest.mark.parametrize("name", ["m/byteorder", "m/data.pkl"])
 def test_members_of_any_size_are_not_read(saved, name):
     write(saved, {**members_of(saved), name: bytes(2**24 + 1)})
-    assert f"'{name}' has {2**24 + 1} bytes, expected at most" in refusal(saved)
+    assert f"'{name}' has {2**24 + 1} bytes" in refusal(saved)
 
 
 def test_overlapping_members_are_refused(saved):
@@ -144,7 +144,7 @@ def test_a_directory_of_any_size_is_not_read(saved):
         file.truncate(2**31)  # sparse
         file.seek(0, io.SEEK_END)
         file.write(struct.pack("<4s4H2IH", b"PK\x05\x06", 0, 0, 1, 1, 2**31 - 64, 64, 0))
-    assert f"its zip directory has {2**31 - 64} bytes, expected at most" in refusal(saved)
+    assert f"directory has {2**31 - 64} bytes" in refusal(saved)
 
 
 def test_sizes_beyond_32_bits_in_the_extra_field(saved, tmp_path):

@@ -10,6 +10,7 @@ import venv
 from pathlib import Path
 
 import pytest
+from one_line import assert_one_line
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -96,7 +97,8 @@ def test_janus_sample(installed, tmp_path):
     assert image.text["prompt"] == "a red circle" and image.text["model"] == "janus_tiny"
     assert max(high - low for low, high in image.getextrema()) > 100
     done = call(installed / "janus-sample", "--prompt", "", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("janus-sample: --prompt must ")
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "janus-sample", "--prompt")
 
 
 def test_janus_convert(installed, tmp_path, golden):
@@ -104,11 +106,13 @@ def test_janus_convert(installed, tmp_path, golden):
     assert done.returncode == 0, done.stderr
     assert "gen_vq" in done.stdout and "1,109,891" in done.stdout
     done = call(installed / "janus-convert", "nowhere", "there", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.startswith("janus-convert: nowhere ")
+    assert done.returncode == 2
+    assert_one_line(done.stderr, "janus-convert", "nowhere")
 
 
 def test_janus_train(installed, tmp_path):
     settings = dict(steps=2, warmup_steps=0, log_every=1, batch_size=2, streams=1)
+    settings["trained"] = r"gen_head\."  # compiles faster
     changes = [f"--config.{name}={value}" for name, value in settings.items()]
     train = installed / "janus-train"
     done = call(train, "--config=janus_tiny_stage3", *changes, cwd=tmp_path)
@@ -123,9 +127,9 @@ def test_janus_train(installed, tmp_path):
     after = load_file(output / "model" / "model.safetensors")
     assert before.keys() == after.keys()
     done = call(train, "--config=nothing", cwd=tmp_path)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith("janus-train: no config file at nothing, and no config of that ")
-    assert "finetune_full, finetune_lora, janus_1_3b_stage1" in done.stderr
+    assert done.returncode == 2
+    names = "finetune_full, finetune_lora, janus_1_3b_stage1"
+    assert_one_line(done.stderr, "janus-train", "nothing", names)
 
 
 def test_configs_import_each_other(installed, tmp_path):

@@ -74,7 +74,7 @@ def test_a_list_of_parameters_that_is_missing_or_no_file(damaged, tmp_path):
         (params / "_METADATA").unlink()
         os.mkfifo(params / "_METADATA")
 
-    assert "_METADATA must be a regular file" in damaged(fifo)
+    assert "_METADATA" in damaged(fifo)
 
 
 @pytest.mark.parametrize("kind", ["half", "missing", "zeros"])

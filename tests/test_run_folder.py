@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 from pathlib import Path
 
@@ -98,13 +99,13 @@ def flipped(path: Path) -> None:
 
 
 DAMAGE = {
-    "it is empty": lambda newest: (shutil.rmtree(newest), newest.mkdir()),
-    "state is missing": lambda newest: shutil.rmtree(newest / "state"),
-    "manifest.ocdbt is missing": lambda newest: (newest / "state/manifest.ocdbt").unlink(),
-    "data/metadata has changed": lambda newest: halved(newest / "data/metadata"),
+    "empty": lambda newest: (shutil.rmtree(newest), newest.mkdir()),
+    r"\bstate .*missing": lambda newest: shutil.rmtree(newest / "state"),
+    "manifest.ocdbt .*missing": lambda newest: (newest / "state/manifest.ocdbt").unlink(),
+    "data/metadata .*changed": lambda newest: halved(newest / "data/metadata"),
     "/d/": lambda newest: halved(data_file(newest)),
-    "has changed since it was written": lambda newest: flipped(data_file(newest)),
-    "SHA256SUMS is not a complete list": lambda newest: halved(newest / "SHA256SUMS"),
+    "state/.*changed": lambda newest: flipped(data_file(newest)),
+    "SHA256SUMS .*complete": lambda newest: halved(newest / "SHA256SUMS"),
 }
 
 
@@ -124,8 +125,8 @@ def test_a_damaged_checkpoint_is_passed_over(output, resumed, caplog):
         assert_same(resumed(output), at_3)
         (text,) = [line.getMessage() for line in caplog.records if line.levelname == "WARNING"]
         name = "4.damaged" + (str(number) if number > 1 else "")
-        assert text.startswith(f"checkpoint {checkpoints / '4'} is damaged: ") and reason in text
-        assert text.endswith(f"; renamed it to {name}, resuming from step 3")
+        assert re.search(f"{checkpoints / '4'} .*damaged: .*{reason}", text), text
+        assert re.search(rf"\b{name}\b.*\bstep 3$", text), text
         assert sorted(path.name for path in (checkpoints / name).rglob("*")) == files
     assert resumed(output)[0] == 3  # without a warning
 

@@ -110,14 +110,14 @@ def test_depths_follow_the_data_flow():
     "path", ["language_model.layers.0.self_attn.k_norm.scale", "xlanguage_model.norm.scale", ""]
 )
 def test_a_parameter_without_a_row_is_named(path):
-    with pytest.raises(ValueError, match=f"must match parameter {path}, but 0 match: none"):
+    with pytest.raises(ValueError, match=rf"parameter {path}\W.*\b0 match"):
         JANUS.parameters.find(path)
 
 
 def test_a_parameter_with_two_rows_is_named():
     extra = Part("language_model", None, (Row(".*", P()),))
     table = ParameterTable((*JANUS.parameters.parts, extra))
-    with pytest.raises(ValueError, match=r"parameter language_model.norm.scale, but 2 match: "):
+    with pytest.raises(ValueError, match=r"parameter language_model.norm.scale\b.*\b2 match"):
         table.find("language_model.norm.scale")
 
 
@@ -126,7 +126,7 @@ def test_an_axis_that_does_not_divide_leaves_the_dimension_whole():
     assert sharding.fit_spec(mesh, P("tensor", "fsdp"), (6, 8)) == P("tensor", "fsdp")
     assert sharding.fit_spec(mesh, P("tensor", "fsdp"), (6, 6)) == P("tensor", None)
     assert sharding.fit_spec(mesh, P(("data", "fsdp"),), (6, 6)) == P(None)
-    with pytest.raises(ValueError, match="must have no more entries"):
+    with pytest.raises(ValueError, match="entries"):
         sharding.fit_spec(mesh, P("tensor", "fsdp"), (8,))
 
 
@@ -152,13 +152,13 @@ def test_meshes_are_read_from_text():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("model=2", "a mesh must be given as data=1,fsdp=1,tensor=1, .* got 'model=2'"),
-        ("data=2,data=2", "each axis at most once, got 'data=2,data=2'"),
-        ("data=-1", "got 'data=-1'"),
-        ("data=1.5", "got 'data=1.5'"),
-        ("", "got ''"),
-        ("data=0", "mesh axis data must be an integer of at least 1, got 0"),
-        ("data=3,tensor=3", "data=3,fsdp=1,tensor=3 needs 9 devices, but there are only 8"),
+        ("model=2", "mesh.*data=1,fsdp=1,tensor=1.*'model=2'"),
+        ("data=2,data=2", "once.*'data=2,data=2'"),
+        ("data=-1", "mesh.*'data=-1'"),
+        ("data=1.5", "mesh.*'data=1.5'"),
+        ("", "mesh.*''"),
+        ("data=0", r"axis data\b.* 0\b"),
+        ("data=3,tensor=3", r"data=3,fsdp=1,tensor=3 .*\b9 devices.*\b8\b"),
     ],
 )
 def test_meshes_that_cannot_be_are_refused(text, message):
@@ -168,7 +168,7 @@ def test_meshes_that_cannot_be_are_refused(text, message):
 
 def test_the_tensor_axis_must_divide_the_heads():
     mesh = sharding.make_mesh(tensor=3)
-    with pytest.raises(ValueError, match="tensor=3 must divide the 16 attention heads of the dec"):
+    with pytest.raises(ValueError, match=r"tensor=3\b.*\b16 attention heads"):
         sharding.check_mesh(mesh, sizes_of(JanusConfig.janus_pro_1b()).heads)
     sharding.check_mesh(
         sharding.make_mesh(tensor=8), sizes_of(JanusConfig.janus_pro_1b()).heads
@@ -176,13 +176,13 @@ def test_the_tensor_axis_must_divide_the_heads():
 
 
 def test_a_mesh_that_does_not_fit_is_refused_before_loading(golden):
-    with pytest.raises(ValueError, match="tensor=8 must divide the 4 attention heads"):
+    with pytest.raises(ValueError, match=r"tensor=8\b.*\b4 attention heads"):
         load(golden / "janus", mesh=sharding.make_mesh(tensor=8))
 
 
 @pytest.mark.parametrize("mesh", ["tensor=2", jax.sharding.Mesh(jax.devices()[:2], ("x",))])
 def test_a_mesh_of_other_axes_is_refused(golden, mesh):
-    with pytest.raises(ValueError, match="a mesh must have the axes data, fsdp, tensor, got"):
+    with pytest.raises(ValueError, match=r"mesh.*data, fsdp, tensor"):
         load(golden / "janus", mesh=mesh)
 
 
@@ -280,15 +280,15 @@ def test_eight_devices_find_what_is_not_finite(golden, sharded):
     image = golden / "preprocess" / "img0_50x120.png"
     args = (["What is it?", "Hello"], [[image], []])
     with damaged(sharded.model, "und_encoder.norm.scale"):
-        with pytest.raises(ValueError, match="SigLIP features must be finite"):
+        with pytest.raises(ValueError, match="SigLIP features"):
             sharded.answer(*args, max_new_tokens=6)
     with damaged(sharded.model, "language_model.norm.scale"):
-        with pytest.raises(ValueError, match="text logits must be finite"):
+        with pytest.raises(ValueError, match="text logits"):
             next(sharded.stream("What is it?", image, max_new_tokens=6))
-        with pytest.raises(ValueError, match="image-token logits must be finite"):
+        with pytest.raises(ValueError, match="image-token logits"):
             sharded.generate_images(PROMPTS, num_images=4, seed=11)
     with damaged(sharded.model, "gen_vq.codebook"):
-        with pytest.raises(ValueError, match="VQ encoder latents must be finite"):
+        with pytest.raises(ValueError, match="VQ encoder latents"):
             sharded.encode_images(image)
-        with pytest.raises(ValueError, match="decoded pixels must be finite"):
+        with pytest.raises(ValueError, match="decoded pixels"):
             sharded.decode_indices(np.zeros((5, 16), int))

@@ -194,50 +194,50 @@ def test_no_step_reads_the_tokenizer_where_images_come_as_indices(config):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (dict(init="no/folder"), "init must be a checkpoint folder: no/folder is not a folder"),
-        (dict(batch_size=6, accumulate=4), "batch_size must be a multiple of data * fsdp *"),
-        (dict(trained="nothing"), "no parameter path matches trained='nothing'"),
-        (dict(reinit="nothing"), "no trainable parameter matches reinit='nothing'"),
-        (dict(remat="some"), "remat must be one of none, dots, full, got 'some'"),
-        (dict(dtype="float16"), "dtype must be one of float32, bfloat16, got 'float16'"),
-        (dict(ema_decay=1.0), "ema_decay must be at least 0 and below 1, got 1.0"),
-        (dict(accumulate=0), "accumulate must be at least 1, got 0"),
-        (dict(trained=".*"), "trained must match no parameter of the image tokenizer, gen_vq, got"),
-        (dict(eval_batches=0), "eval_batches must be at least 1, got 0"),
-        (dict(max_grad_norm=0.0), "max_grad_norm must be positive and finite, got 0.0"),
-        (dict(learning_rate=float("nan")), "learning_rate must be at least 0 and finite, got nan"),
-        (dict(end_learning_rate=-3.0), "end_learning_rate must be at least 0 and finite, got -3"),
-        (dict(weight_decay=-1.0), "weight_decay must be at least 0 and finite, got -1.0"),
-        (dict(seed=2**32), "seed must be below 2**32, got 4294967296"),
-        (dict(warmup_steps=10**6), "warmup_steps must be at least 0 and less than steps, got "),
-        (dict(learning_rate=1e-4), "end_learning_rate must be at most learning_rate (set both), "),
-        (dict(sample_every=5, prompts=()), "sample_every=5 requires prompts or questions, got"),
+        (dict(init="no/folder"), "init.*no/folder"),
+        (dict(batch_size=6, accumulate=4), r"batch_size.*multiple.*\b6\b"),
+        (dict(trained="nothing"), "trained='nothing'"),
+        (dict(reinit="nothing"), "reinit='nothing'"),
+        (dict(remat="some"), "remat.*none, dots, full.*'some'"),
+        (dict(dtype="float16"), "dtype.*float32, bfloat16.*'float16'"),
+        (dict(ema_decay=1.0), r"ema_decay.* 1\.0\b"),
+        (dict(accumulate=0), r"accumulate.* 0\b"),
+        (dict(trained=".*"), r"trained.*gen_vq.*'\.\*'"),
+        (dict(eval_batches=0), r"eval_batches.* 0\b"),
+        (dict(max_grad_norm=0.0), r"max_grad_norm.* 0\.0\b"),
+        (dict(learning_rate=float("nan")), "^learning_rate.* nan"),
+        (dict(end_learning_rate=-3.0), r"end_learning_rate.* -3\.0\b"),
+        (dict(weight_decay=-1.0), r"weight_decay.* -1\.0\b"),
+        (dict(seed=2**32), r"seed.*2\*\*32.* 4294967296\b"),
+        (dict(warmup_steps=10**6), "warmup_steps.*steps.*warmup_steps=1000000"),
+        (dict(learning_rate=1e-4), "end_learning_rate.*learning_rate.*both"),
+        (dict(sample_every=5, prompts=()), "sample_every=5 .*prompts.*questions"),
         (
             dict(trained=r"gen_head\.out", reinit=r"gen_head\."),
-            r"reinit must not match a frozen parameter, got 'gen_head\\.', which matches gen_head.",
+            r"reinit.*frozen.*'gen_head\\\\\.'.* gen_head\.",
         ),
-        (dict(eval_every=5), "eval_every=5 requires eval_mixture, got none"),
+        (dict(eval_every=5), "eval_every=5 .*eval_mixture"),
         (dict(loss_weights=dict(understanding=1.0, text=1.0, generation=float("inf"))), "loss_w"),
-        (dict(lora_rank=4, trained="gen_head"), "trained cannot be combined with LoRA; set lora"),
-        (dict(trained="("), "trained must be a regular expression, got '('"),
-        (dict(lora_rank=4, lora_targets="x"), "targets must match a linear layer, got 'x'"),
+        (dict(lora_rank=4, trained="gen_head"), "trained.*lora_rank"),
+        (dict(trained="("), r"trained.*'\('"),
+        (dict(lora_rank=4, lora_targets="x"), "targets.*'x'"),
     ],
 )
 def test_settings_that_cannot_be_trained_with_are_refused(config, changed, message):
-    with pytest.raises((ValueError, FileNotFoundError)) as error:
+    with pytest.raises((ValueError, FileNotFoundError), match=message) as error:
         make_program(config(**changed))
-    assert str(error.value).startswith(message) and "\n" not in str(error.value)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
     ("name", "value", "message"),
     [
-        ("loss_weights", ConfigDict(dict(text=1.0)), "loss_weights must have the keys understand"),
-        ("output", "", "output must be a writable folder, got ''"),
-        ("output", "gs://bucket/run", "output must be a local path, got gs"),
-        ("questions", ("a.png", "What?"), "questions must be pairs"),
-        ("stepz", 3, "the config has settings that do not exist: stepz"),
-        ("output", __file__, "output must be a writable folder, got "),
+        ("loss_weights", ConfigDict(dict(text=1.0)), "loss_weights.*understanding, text"),
+        ("output", "", "output.*''"),
+        ("output", "gs://bucket/run", "output.*local.* gs:/"),
+        ("questions", ("a.png", "What?"), "questions.*pairs"),
+        ("stepz", 3, "settings.*: stepz"),
+        ("output", __file__, f"output.*{__file__}"),
     ],
 )
 def test_settings_that_a_config_may_lack_are_refused(config, name, value, message):

@@ -6,6 +6,7 @@ folder otherwise.
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from one_line import assert_one_line
 from PIL import Image
 
 from convert.__main__ import main
@@ -122,10 +124,12 @@ def test_an_orbax_folder_with_an_image_and_texts(golden, exported, run, tmp_path
     import_folder(golden / "janus_small", tmp_path / "orbax", overwrite=False)
     noise = np.random.default_rng(0).integers(0, 256, (50, 120, 3), np.uint8)
     Image.fromarray(noise).save(tmp_path / "i.png")
-    texts = ("--question", "Is it red?", "--prompt", "a cat", "--image", tmp_path / "i.png")
+    # as many tokens as the default texts, so that no program is compiled again
+    question, prompt = "What is in that image?", "a blue square left of a red circle"
+    texts = ("--question", question, "--prompt", prompt, "--image", tmp_path / "i.png")
     orbax = tmp_path / "orbax"
     status, table, _, err = run(orbax, *texts, "--dtype", "float32", *QUICK)
-    assert status == 0 and table["question"] == "Is it red?"
+    assert status == 0 and table["question"] == question
     assert "(Orbax weights) to the layout of" in err and "cropping the image to" in err
 
 
@@ -201,25 +205,22 @@ def test_without_torch(golden):
     command = [sys.executable, "-m", "convert", "verify", str(golden / "janus_small")]
     done = subprocess.run(command, cwd=ROOT, env=os.environ, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith("convert: verify needs torch and transformers: pip install ")
-    assert done.stderr.count("\n") == 1
+    assert_one_line(done.stderr, "convert", "torch", "transformers", "pip install")
 
 
 def test_what_is_refused(golden, refused, tmp_path):
-    assert "is not a folder" in refused(tmp_path / "absent")
+    assert str(tmp_path / "absent")[-30:] in refused(tmp_path / "absent")
     wrong = refused(golden / "janus_small", "--reference", golden / "janus_small")
-    assert "weights in the layout of transformers, got the layout of deepseek; `convert" in wrong
-    assert "--num_image_tokens must be an integer of at least 1, got 0" in refused(
-        golden / "janus_small", "--num_image_tokens", "0"
-    )
+    assert re.search("layout of transformers.*layout of deepseek.*convert export", wrong)
+    wrong = refused(golden / "janus_small", "--num_image_tokens", "0")
+    assert_one_line(wrong, "convert", "--num_image_tokens", 1, 0)
     no_image = "--image", tmp_path / "i.png"
-    assert "image file not found: " in refused(golden / "janus_small", *no_image)
-    assert "--json must be a file, got the folder" in refused(
-        golden / "janus_small", "--json", tmp_path
-    )
+    assert "image file" in refused(golden / "janus_small", *no_image)
+    wrong = refused(golden / "janus_small", "--json", tmp_path)
+    assert_one_line(wrong, "convert", "--json", "folder")
     assert "--json: " in refused(golden / "janus_small", "--json", tmp_path / "absent" / "t.json")
-    assert "must be 32, got 8" in refused(ROOT / "janus_jax" / "assets" / "janus_tiny")
-    assert "invalid choice: 'float16'" in refused(golden / "janus_small", "--dtype", "float16")
+    assert "norm_num_groups" in refused(ROOT / "janus_jax" / "assets" / "janus_tiny")
+    assert "'float16'" in refused(golden / "janus_small", "--dtype", "float16")
 
 
 def test_weights_that_transformers_lacks_are_named(golden, exported, refused, tmp_path):
@@ -228,7 +229,7 @@ def test_weights_that_transformers_lacks_are_named(golden, exported, refused, tm
     del state["lm_head.weight"]
     safetensors.torch.save_file(state, folder / "model.safetensors", {"format": "pt"})
     said = refused(golden / "janus_small", "--reference", folder)
-    assert "1 of the model's weights is missing or of another shape: lm_head.weight" in said
+    assert re.search(r"\b1 of .*: lm_head.weight", said)
 
 
 def test_help(capsys):
