@@ -15,7 +15,6 @@ from flax import nnx
 from tiny_janus import CODES, tiny_config, tiny_model
 
 from janus_jax.interop.load import abstract, merge_params
-from janus_jax.models.attention import segment_mask
 from janus_jax.processing.images import ImageConfig
 from janus_jax.training.parameters import leaves_by_path
 from janus_jax.training.row_losses import target_log_probs
@@ -55,16 +54,13 @@ def direct_log_probs(model, rows) -> tuple[jax.Array, jax.Array]:
     """Log-probabilities [ROWS, 5] of the answers and [ROWS, 4] of the images, each alone."""
 
     def hidden_of(embeds):
-        length = embeds.shape[1]
-        positions = jnp.tile(jnp.arange(length), (ROWS, 1))
-        mask = segment_mask(jnp.ones((ROWS, length), jnp.int32))
-        return model.language_model(embeds, positions, mask)[0]
+        return model.language_model(embeds)[0]
 
     def picked(logits, targets):
         return jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
 
     said, prompt, image = rows["tokens"][:, :8], rows["tokens"][:, 8:10], rows["generated"][:, 0]
-    text_logits = model.language_model.logits(hidden_of(model.language_model.embed(said)))
+    text_logits = model.language_model.lm_head(hidden_of(model.language_model.embed(said)))
     parts = model.language_model.embed(prompt), model.embed_image_tokens(image)
     image_logits = model.gen_head(hidden_of(jnp.concatenate(parts, axis=1)))
     return picked(text_logits[:, 2:7], said[:, ANSWER]), picked(image_logits[:, 1:-1], image)
