@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -247,7 +248,7 @@ def test_each_process_must_have_rows_of_its_own(tmp_path):
     with two_processes(output, mesh="tensor=4") as processes:
         for status, said in ended(processes, output):
             # process 1 may exit because of process 0 before it reports the error
-            assert status < 0 or (status == 2 and "mesh must give each of the 2" in said)
+            assert status < 0 or (status == 2 and re.search(r"mesh.*\b2\b", said))
 
 
 def test_a_mesh_for_one_process_is_any(tmp_path):
@@ -257,13 +258,13 @@ def test_a_mesh_for_one_process_is_any(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (("here:1", 2, None, False), "must be given together, got only coordinator=here:1, num_"),
-        ((None, None, 0, False), "must be given together, got only process_id=0"),
-        (("here:1", 2, 2, False), r"must be in \[0, num_processes\), got process_id=2 num_proce"),
-        (("here", 2, 0, False), "coordinator must be HOST:PORT, got 'here'"),
-        ((":80", 2, 0, False), "coordinator must be HOST:PORT, got ':80'"),
-        (("here:x", 2, 0, False), "coordinator must be HOST:PORT, got 'here:x'"),
-        (("here:1", 2, 0, True), "cannot be combined with other flags, got coordinator=here:1"),
+        (("here:1", 2, None, False), "together.*coordinator=here:1, num_processes=2$"),
+        ((None, None, 0, False), "together.* process_id=0$"),
+        (("here:1", 2, 2, False), r"\[0, num_processes\).*process_id=2 num_processes=2"),
+        (("here", 2, 0, False), "coordinator.*HOST:PORT.*'here'"),
+        ((":80", 2, 0, False), "coordinator.*HOST:PORT.*':80'"),
+        (("here:x", 2, 0, False), "coordinator.*HOST:PORT.*'here:x'"),
+        (("here:1", 2, 0, True), "distributed.*coordinator=here:1"),
     ],
 )
 def test_flags_that_do_not_go_together(flags, message):
@@ -276,7 +277,7 @@ def test_an_output_folder_that_is_not_shared(monkeypatch):
     other = np.array(500)
     monkeypatch.setattr(multihost_utils, "process_allgather", lambda own: np.stack([own, other]))
     check_shared(500)
-    with pytest.raises(ValueError, match=r"must see the same output folder, but .*: none, 500"):
+    with pytest.raises(ValueError, match=r"output.*: none, 500"):
         check_shared(None)
 
 
@@ -285,14 +286,14 @@ def test_others_that_have_no_marker(monkeypatch):
         raise ValueError("coordinator_address should be defined.")  # as JAX does
 
     monkeypatch.setattr(jax.distributed, "initialize", unknown)
-    with pytest.raises(ValueError, match=r"distributed requires Cloud TPU, .*, detected none"):
+    with pytest.raises(ValueError, match=r"distributed.*Cloud TPU.*none"):
         initialize(None, None, None, True)
 
 
 def test_a_port_in_use_is_reported():
     with socket.create_server(("", 0)) as taken:
         address = f"localhost:{taken.getsockname()[1]}"
-        with pytest.raises(OSError, match=rf"cannot listen on the port of coordinator={address}: "):
+        with pytest.raises(OSError, match=f"coordinator={address}: "):
             initialize(address, 2, 0, False)
 
 

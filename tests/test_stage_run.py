@@ -105,7 +105,7 @@ def test_a_finished_run_is_not_run_again(whole):
 def test_a_loss_that_is_nan_stops_the_run_and_spares_the_checkpoint(tmp_path):
     """The first step has learning rate 0, so its checkpoint has the initial weights."""
     config = small_config(tmp_path, learning_rate=1e30, warmup_steps=1, save_every=1)
-    message = r"at step 2; records in the batch: scenes:\w+:\d+, "
+    message = r"step 2\b.*: scenes:\w+:\d+, "
     with pytest.raises(FloatingPointError, match=message):
         train_stage(config)
     listed = (tmp_path / "not_finite-2-000.txt").read_text().splitlines()
@@ -131,10 +131,10 @@ def test_the_newest_checkpoints_are_kept_and_each_is_good_to_continue_from(whole
 
 
 def test_a_run_does_not_go_back_nor_write_over_what_it_begins_with(whole):
-    rule = "steps must be at least 4, the step of the newest checkpoint, got 3"
+    rule = r"steps.*\b4\b.* 3\b"
     with pytest.raises(ValueError, match=rule):
         train_stage(small_config(whole, steps=3))
-    with pytest.raises(ValueError, match="init must not be the model folder in output, got "):
+    with pytest.raises(ValueError, match=f"init.*{whole / 'model'}"):
         train_stage(small_config(whole, init=str(whole / "model")))
 
 
@@ -147,7 +147,7 @@ def test_a_run_does_not_go_back_nor_write_over_what_it_begins_with(whole):
     ],
 )
 def test_a_run_resumes_with_the_settings_it_began_with(whole, changed, message):
-    rule = "a resumed run must use the settings in .*run.json, got "
+    rule = "settings.*run.json.*"
     with pytest.raises(ValueError, match=rule + message):
         train_stage(small_config(whole, steps=5, **changed))
 
@@ -165,7 +165,7 @@ def test_sampling_comes_after_saving(tmp_path, monkeypatch):
 
 
 def test_an_image_that_cannot_be_read_is_reported_before_the_first_step(tmp_path):
-    with pytest.raises(ValueError, match=r"cannot read image README\.md"):
+    with pytest.raises(ValueError, match=r"image.*README\.md"):
         asked = dict(sample_every=2, questions=(("README.md", "What is it?"),))
         train_stage(small_config(tmp_path, **asked))
     assert not (tmp_path / "metrics.jsonl").read_text()
@@ -174,9 +174,9 @@ def test_an_image_that_cannot_be_read_is_reported_before_the_first_step(tmp_path
 @pytest.mark.parametrize(
     ("asked", "message"),
     [
-        (dict(prompts=("a", " ")), "a prompt must be a non-empty string, got ' '"),
-        (dict(prompts=("a " * 5000,)), "must fit the trained context of 512 tokens"),
-        (dict(questions=(("docs/scene.png", "a " * 5000),)), "must fit the trained context of 512"),
+        (dict(prompts=("a", " ")), "prompt.*' '"),
+        (dict(prompts=("a " * 5000,)), r"\b512 tokens"),
+        (dict(questions=(("docs/scene.png", "a " * 5000),)), r"\b512 tokens"),
     ],
 )
 def test_what_cannot_be_sampled_is_reported_before_the_first_step(tmp_path, asked, message):
@@ -196,7 +196,7 @@ def test_settings_may_be_mended_until_something_is_saved(tmp_path):
 
 def test_a_run_does_not_write_over_what_is_no_runs(whole, tmp_path):
     (tmp_path / "model").mkdir()
-    rule = "output must be a new folder, or that of a run with run.json and checkpoints, got "
+    rule = f"output.*run.json.*checkpoints.*{tmp_path}"
     with pytest.raises(ValueError, match=rule):
         train_stage(small_config(tmp_path))
     (tmp_path / "other").mkdir()
@@ -206,13 +206,13 @@ def test_a_run_does_not_write_over_what_is_no_runs(whole, tmp_path):
     assert (tmp_path / "other" / "run.json").read_text() == '{"athlete": "J. Doe"}'
     program = make_program(small_config(whole, trained=r"gen_head\."))
     with Checkpoints(whole / "checkpoints", 3) as checkpoints:
-        with pytest.raises(ValueError, match="4 does not match the parameters that this config"):
+        with pytest.raises(ValueError, match=r"\b4 .*match.*config"):
             checkpoints.restore(program.abstract_state)
 
 
 def test_two_runs_do_not_write_to_one_folder(tmp_path):
     with lock_folder(tmp_path / "new"):
-        with pytest.raises(ValueError, match=f"^{tmp_path}/new is in use by another run;"):
+        with pytest.raises(ValueError, match=f"^{tmp_path}/new .*another run"):
             train_stage(small_config(tmp_path / "new"))
         assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
     with lock_folder(tmp_path / "new"):  # unlocked again
