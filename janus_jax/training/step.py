@@ -20,7 +20,8 @@ Rows = dict[str, jax.Array]  # arrays [R, ...]; the step itself reads only segme
 Terms = dict[str, tuple[jax.Array, jax.Array]]  # by name: float32 sum, and the count it is over
 # (model, rows of one microbatch) -> terms. Sums and counts are added up over the microbatches. The
 # rows of a batch are distributed over the microbatches, so what belongs together, such as the two
-# answers of a preference, must be in one row.
+# answers of a preference, must be in one row. What a loss needs besides the model, such as rewards,
+# log-probabilities of a reference model or seeds of random numbers, are arrays in the rows.
 Loss = Callable[[nnx.Module, Rows], Terms]
 
 
