@@ -211,10 +211,10 @@ def train(args: argparse.Namespace, command: str = COMMAND) -> None:
             raise ValueError(f"--dry_run needs a config whose task is stage, got {task!r}")
         _set_up_logging()
         from janus_jax import sharding  # imported late, because JAX takes a second to import
-        from janus_jax.generation import compile_cache
+        from janus_jax.generation.loading import enable_compile_cache
         from janus_jax.training import distributed
 
-        compile_cache.enable()
+        enable_compile_cache()
         distributed.initialize(
             args.coordinator, args.num_processes, args.process_id, args.distributed
         )
