@@ -23,11 +23,11 @@ import numpy as np
 from janus_jax import checks
 from janus_jax.commands.program import (
     OneLineParser,
+    Progress,
     device_memory_errors,
     one_line_errors,
     set_up_program,
 )
-from janus_jax.commands.progress import Progress
 from janus_jax.commands.shards import Shards, SkippedEntry, by_reason
 from janus_jax.data.reading import Source, prepare_image
 from janus_jax.data.records import BadRecord, Record

@@ -19,11 +19,11 @@ from janus_jax import configs
 from janus_jax.checks import error_text, shorten_text
 from janus_jax.commands.program import (
     OneLineParser,
+    Progress,
     device_memory_errors,
     one_line_errors,
     program_name,
 )
-from janus_jax.commands.progress import Progress
 
 CONFIGS = Path(configs.__file__).parent  # the folder configs/ of a clone
 COMMAND = "python train.py"
