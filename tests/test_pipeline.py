@@ -16,7 +16,7 @@ from PIL import Image
 
 import janus_jax
 from janus_jax import sharding
-from janus_jax.generation import codec, compile_cache, decoding, loading
+from janus_jax.generation import codec, decoding, loading
 from janus_jax.generation import pipeline as pipelines
 from janus_jax.interop.folders import check_processor, find_folder
 from janus_jax.interop.load import check_dtype
@@ -288,7 +288,7 @@ def no_cache(monkeypatch):
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     saved = {name: getattr(jax.config, name) for name in names}
     jax.config.update("jax_compilation_cache_dir", None)
-    monkeypatch.delenv(compile_cache.SWITCH)
+    monkeypatch.delenv(loading.CACHE_SWITCH)
     yield
     for name, value in saved.items():
         jax.config.update(name, value)
@@ -296,24 +296,24 @@ def no_cache(monkeypatch):
 
 def test_programs_are_kept_on_disk_unless_switched_off(no_cache, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv(compile_cache.SWITCH, "0")
-    compile_cache.enable()
+    monkeypatch.setenv(loading.CACHE_SWITCH, "0")
+    loading.enable_compile_cache()
     assert jax.config.jax_compilation_cache_dir is None
-    monkeypatch.delenv(compile_cache.SWITCH)
-    compile_cache.enable()
+    monkeypatch.delenv(loading.CACHE_SWITCH)
+    loading.enable_compile_cache()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "janus_jax" / "xla")
 
 
 def test_a_users_own_cache_is_left_alone(no_cache, tmp_path):
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    compile_cache.enable()
+    loading.enable_compile_cache()
     assert jax.config.jax_compilation_cache_dir == str(tmp_path)
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(no_cache, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    compile_cache.enable()
+    loading.enable_compile_cache()
     assert jax.config.jax_compilation_cache_dir is None
 
 

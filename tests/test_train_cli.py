@@ -26,7 +26,7 @@ from configs import (
 )
 from janus_jax.commands import tokenize_images
 from janus_jax.commands import train as cli
-from janus_jax.generation import compile_cache
+from janus_jax.generation import loading
 from janus_jax.interop import files, new_folder, save
 from janus_jax.models.janus import JanusConfig
 from janus_jax.shapes import scenes
@@ -318,7 +318,7 @@ def test_a_device_without_memory_takes_one_line(monkeypatch, capsys):
         raise RuntimeError("RESOURCE_EXHAUSTED: 99 GB")
 
     monkeypatch.setattr(janus_jax.training.run, "train_stage", train_stage)
-    monkeypatch.setattr(compile_cache, "enable", lambda: None)
+    monkeypatch.setattr(loading, "enable_compile_cache", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         cli.main(["--config=configs/janus_tiny_stage3.py"])
     message = capsys.readouterr().err.splitlines()[-1]

@@ -6,8 +6,13 @@ import sys
 from collections.abc import Sequence
 
 from janus_jax.commands import verify as verify_cli
-from janus_jax.commands.program import OneLineParser, one_line_errors, path_arg, program_name
-from janus_jax.commands.progress import Progress
+from janus_jax.commands.program import (
+    OneLineParser,
+    Progress,
+    one_line_errors,
+    path_arg,
+    program_name,
+)
 
 COMMANDS = ("export", "inspect", "verify")
 

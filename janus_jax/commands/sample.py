@@ -12,12 +12,12 @@ from janus_jax import checks
 from janus_jax.commands.answers import chat, print_answer
 from janus_jax.commands.program import (
     OneLineParser,
+    Progress,
     device_memory_errors,
     one_line_errors,
     path_arg,
     program_name,
 )
-from janus_jax.commands.progress import Progress
 from janus_jax.paths import MAX_TEXT_BYTES, atomic_write, check_local
 
 if TYPE_CHECKING:

@@ -23,11 +23,11 @@ import numpy as np
 from janus_jax import checks
 from janus_jax.commands.program import (
     OneLineParser,
+    Progress,
     device_memory_errors,
     one_line_errors,
     set_up_program,
 )
-from janus_jax.commands.progress import Progress
 from janus_jax.commands.shards import Shards, SkippedEntry, by_reason
 from janus_jax.data.reading import Source, prepare_image
 from janus_jax.data.records import BadRecord, Record
@@ -194,7 +194,7 @@ def _source_options(args: argparse.Namespace) -> dict[str, str | int]:
 def run(args: argparse.Namespace) -> str:
     """Runs the command and returns a one-line summary."""
     from janus_jax import sharding
-    from janus_jax.generation import compile_cache
+    from janus_jax.generation.loading import enable_compile_cache
     from janus_jax.interop.folders import find_folder
     from janus_jax.interop.load import load_component, open_folder
 
@@ -208,7 +208,7 @@ def run(args: argparse.Namespace) -> str:
     source = open_source(format, path, formats=ALL_FORMATS, **options)
     output = Shards(*args.output, args.shard_size)
     output.check()
-    compile_cache.enable()
+    enable_compile_cache()
     model = open_folder(find_folder(args.model))
     vq = load_component(model, model.family.image_codec)
     manifest = {

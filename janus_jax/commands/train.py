@@ -19,11 +19,11 @@ from janus_jax import configs
 from janus_jax.checks import error_text, shorten_text
 from janus_jax.commands.program import (
     OneLineParser,
+    Progress,
     device_memory_errors,
     one_line_errors,
     program_name,
 )
-from janus_jax.commands.progress import Progress
 
 CONFIGS = Path(configs.__file__).parent  # the folder configs/ of a clone
 COMMAND = "python train.py"
@@ -211,10 +211,10 @@ def train(args: argparse.Namespace, command: str = COMMAND) -> None:
             raise ValueError(f"--dry_run needs a config whose task is stage, got {task!r}")
         _set_up_logging()
         from janus_jax import sharding  # imported late, because JAX takes a second to import
-        from janus_jax.generation import compile_cache
+        from janus_jax.generation.loading import enable_compile_cache
         from janus_jax.training import distributed
 
-        compile_cache.enable()
+        enable_compile_cache()
         distributed.initialize(
             args.coordinator, args.num_processes, args.process_id, args.distributed
         )

@@ -1,8 +1,10 @@
-"""What a pipeline has besides its model and processor: name, shardings, default settings."""
+"""What `load` needs besides a checkpoint: the compilation cache, shardings, default settings."""
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 
+import jax
 from jax.sharding import Mesh
 
 from janus_jax import checks, sharding
@@ -12,6 +14,35 @@ from janus_jax.interop.folders import BUNDLED
 from janus_jax.interop.load import ShardingFor
 from janus_jax.interop.processor_files import GENERATION
 from janus_jax.processing.json_files import read_json_if_any
+
+# Environment variable; the value 0 leaves JAX's settings unchanged.
+CACHE_SWITCH = "JANUS_JAX_COMPILE_CACHE"
+
+# Programs that compile faster than this are not stored (JAX's default is 1 second).
+_MIN_COMPILE_SECONDS = 0.2
+
+
+def _cache_dir() -> Path:
+    """Returns the cache folder: janus_jax/xla in $XDG_CACHE_HOME, or else in ~/.cache."""
+    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(home) / "janus_jax" / "xla"
+
+
+def enable_compile_cache() -> None:
+    """Enables JAX's persistent compilation cache, so that only the first run of a command compiles.
+
+    Does nothing if JAX already has a cache folder, if the environment variable
+    JANUS_JAX_COMPILE_CACHE is 0, or if the folder cannot be created.
+    """
+    if os.environ.get(CACHE_SWITCH) == "0" or jax.config.jax_compilation_cache_dir:
+        return
+    try:
+        folder = _cache_dir()
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, RuntimeError):  # RuntimeError: no home directory
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _MIN_COMPILE_SECONDS)
 
 
 def display_name(path_or_hub_id: str | Path | None, adapter: str | Path | None) -> str:

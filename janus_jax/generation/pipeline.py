@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from janus_jax import checks, sharding
-from janus_jax.generation import codec, compile_cache, decoding, image, loading, samplers, text
+from janus_jax.generation import codec, decoding, image, loading, samplers, text
 from janus_jax.interop.files import Report
 from janus_jax.interop.folders import check_processor, find_adapter, find_folder
 from janus_jax.interop.load import build_model, check_dtype, load_params, open_folder
@@ -434,7 +434,7 @@ def load(
     if mesh is not None:
         mesh = sharding.with_auto_axes(mesh)
     dtype = check_dtype(dtype, mesh)
-    compile_cache.enable()
+    loading.enable_compile_cache()
     folder = find_folder(path_or_hub_id)
     checkpoint = open_folder(folder, find_adapter(adapter))
     cfg = checkpoint.cfg.with_dtype(dtype)
