@@ -31,9 +31,9 @@ from janus_jax.processing.processor import Processor
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "data_loading.json"
-FORMATS = dict(jsonl="data.jsonl", tar="data.tar", arrayrecord="data.array_record")
+DATA_FILES = dict(jsonl="data.jsonl", tar="data.tar", arrayrecord="data.array_record")
 IMAGES = 200  # number of distinct images; creating more takes longer than reading them
-KINDS = dict(understanding=0.4, text=0.2, generation=0.4)
+RATIO = dict(understanding=0.4, text=0.2, generation=0.4)
 WORDS = "a red fox in the snow looks at two old boats while clouds move over the quiet lake".split()
 PACKAGES = ("grain", "numpy", "pillow", "tokenizers")
 
@@ -53,7 +53,7 @@ def make_images(rng: np.random.Generator, number: int) -> list[bytes]:
 
 
 def make_records(number: int) -> Iterator[Record]:
-    """Yields records of the kinds in KINDS, the same ones in every call."""
+    """Yields records of the kinds in RATIO, the same ones in every call."""
     rng = np.random.default_rng(0)
     images = make_images(rng, IMAGES)
 
@@ -61,7 +61,7 @@ def make_records(number: int) -> Iterator[Record]:
         return " ".join(rng.choice(WORDS, int(rng.integers(low, high))))
 
     for _ in range(number):
-        kind = rng.choice(list(KINDS), p=list(KINDS.values()))
+        kind = rng.choice(list(RATIO), p=list(RATIO.values()))
         image = images[rng.integers(IMAGES)]
         if kind == "understanding":
             turns = tuple((words(5, 30), words(1, 120)) for _ in range(rng.integers(1, 4)))
@@ -74,7 +74,7 @@ def make_records(number: int) -> Iterator[Record]:
 
 def measure(folder: Path, format: str, records: int, rows: int) -> dict[str, float | str]:
     """Writes a data set of `records` records in a format and measures reading `rows` rows of it."""
-    data = folder / FORMATS[format]
+    data = folder / DATA_FILES[format]
     write_records(format, data, make_records(records))
     small = folder / "processor"
     small.mkdir(exist_ok=True)
@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument(
         "--formats",
         nargs="+",
-        choices=FORMATS,
+        choices=DATA_FILES,
         default=["jsonl", "arrayrecord"],
         help="formats to measure (default: jsonl arrayrecord)",
     )

@@ -23,7 +23,7 @@ from benchmarks import synthetic
 from janus_jax.commands.program import one_line_errors
 
 ROOT = Path(__file__).parents[1]
-FORMATS = ("safetensors", "bin", "orbax")
+WEIGHT_FORMATS = ("safetensors", "bin", "orbax")
 DTYPES = ("bfloat16", "float32")
 PACKAGES = ("jax", "jaxlib", "flax", "orbax-checkpoint", "numpy")
 STATUS = Path("/proc/self/status")
@@ -93,7 +93,7 @@ def measure(folder: Path, dtype: str) -> dict[str, float]:
 
 
 def make_folder(parent: Path, kind: str, model: str, layers: int | None) -> Path:
-    """Writes a synthetic folder in one of FORMATS and returns its path.
+    """Writes a synthetic folder in one of WEIGHT_FORMATS and returns its path.
 
     model, layers: see synthetic.listing.
     """
@@ -142,7 +142,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--model", choices=synthetic.MODELS, help=text)
     parser.add_argument("--layers", type=int, help="number of decoder layers (default: all)")
     text = "formats of the created folder (default: all)"
-    parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS, help=text)
+    formats = dict(choices=WEIGHT_FORMATS, default=WEIGHT_FORMATS)
+    parser.add_argument("--formats", nargs="+", help=text, **formats)
     parser.add_argument("--dtype", choices=DTYPES, help="dtype to load (default: both in turn)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--measure", action="store_true", help=argparse.SUPPRESS)

@@ -33,7 +33,7 @@ from janus_jax.data.sources import open_source
 from janus_jax.generation.loading import GENERATION_KEYS, ImageDefaults
 from janus_jax.generation.pipeline import Pipeline
 from janus_jax.interop.folders import BUNDLED_FOLDER, find_folder
-from janus_jax.processing.json_files import write_json
+from janus_jax.paths import write_json
 from janus_jax.shapes import checker, scenes
 from janus_jax.shapes.batches import sample_scenes
 from janus_jax.shapes.questions import sample_question

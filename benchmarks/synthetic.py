@@ -24,7 +24,7 @@ import numpy as np
 from janus_jax.interop.files import CONFIG, write_safetensors
 from janus_jax.interop.readers import TORCH_BIN
 from janus_jax.interop.tensors import BFLOAT16
-from janus_jax.processing.json_files import write_json
+from janus_jax.paths import write_json
 
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden"
 MODELS = ("Janus-Pro-1B", "Janus-Pro-7B")

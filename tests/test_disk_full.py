@@ -14,8 +14,7 @@ from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import Skipped
 from janus_jax.data.writers import write_records
 from janus_jax.interop.files import write_safetensors_file
-from janus_jax.paths import atomic_write, os_errors_of
-from janus_jax.processing.json_files import write_json
+from janus_jax.paths import atomic_write, os_errors_of, write_json
 
 RECORDS = [
     Record("generation", text="a", images=(os.urandom(5000),)),

@@ -10,7 +10,7 @@ from janus_jax.generation import loading
 from janus_jax.interop import convert
 from janus_jax.interop.load import open_folder
 from janus_jax.interop.processor_files import translate_files
-from janus_jax.processing.json_files import read_json, write_json
+from janus_jax.paths import read_json, write_json
 from janus_jax.processing.processor import Processor
 
 

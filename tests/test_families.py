@@ -17,10 +17,10 @@ from janus_jax.families.family import (
     ConversionTable,
     Family,
     Layout,
+    ParameterRow,
     ParameterTable,
     Part,
     Precision,
-    Row,
     Rule,
     Skip,
 )
@@ -55,8 +55,8 @@ OTHER = Family(
     build=Other,
     parameters=ParameterTable(
         (
-            Part("codec", None, (Row("kernel", P()),), Precision.FLOAT32),
-            Part("layers.{i}", "token", (Row("kernel", P("fsdp", "tensor")),)),
+            Part("codec", None, (ParameterRow("kernel", P()),), Precision.FLOAT32),
+            Part("layers.{i}", "token", (ParameterRow("kernel", P("fsdp", "tensor")),)),
         )
     ),
     stacks={"layers": "decoder.depth"},

@@ -22,7 +22,7 @@ from janus_jax.interop.folders import BUNDLED_FOLDER
 from janus_jax.processing.images import encode_png
 from janus_jax.shapes import scenes
 from janus_jax.shapes.questions import sample_question
-from janus_jax.training.stages import ALL_BUT_TOKENIZER
+from janus_jax.training.stages import ALL_BUT_VQ
 
 LEARNED, TRIED = 400, 60  # images of the new shape
 OLD_QUESTIONS = 600
@@ -34,7 +34,7 @@ LORA = dict(
     learning_rate=5e-4,
     end_learning_rate=2e-5,
 )
-FULL = dict(trained=ALL_BUT_TOKENIZER, learning_rate=2e-4, end_learning_rate=2e-5)
+FULL = dict(trained=ALL_BUT_VQ, learning_rate=2e-4, end_learning_rate=2e-5)
 
 
 def diamond(color: str, background: str, size: int, x: int, y: int) -> np.ndarray:

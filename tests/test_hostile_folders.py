@@ -19,8 +19,7 @@ from janus_jax.interop.load import open_folder, plan_folder
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.readers import MAX_HEADER, open_checkpoint, read_safetensors
 from janus_jax.orbax_errors import library_log
-from janus_jax.paths import locked
-from janus_jax.processing.json_files import MAX_JSON_BYTES, read_json
+from janus_jax.paths import MAX_JSON_BYTES, locked, read_json
 from janus_jax.training.metrics import Log
 
 

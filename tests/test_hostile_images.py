@@ -96,7 +96,7 @@ def encoded(format: str, **settings) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("format", [*images.FORMATS, "MPO"])
+@pytest.mark.parametrize("format", [*images.IMAGE_FORMATS, "MPO"])
 def test_formats_that_are_read(format):
     settings = {"MPO": dict(save_all=True, append_images=[Image.new("RGB", (8, 6))])}
     image = load_image(encoded(format, **settings.get(format, {})))

@@ -16,7 +16,7 @@ from janus_jax.data.examples import ExampleMaker
 from janus_jax.data.records import KINDS, Record
 from janus_jax.processing.images import encode_png
 from janus_jax.shapes import scenes
-from janus_jax.training.row_losses import cross_entropies, generated_indices, normalise, row_losses
+from janus_jax.training.row_losses import cross_entropies, generated_indices, normalize, row_losses
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -180,5 +180,5 @@ def test_codes_are_chosen_in_full_precision(janus):
 def test_images_are_normalised_as_the_processor_does(janus):
     pixels = np.random.default_rng(0).integers(0, 256, (1, 96, 96, 3), np.uint8)
     want = janus.processor.pixels([pixels[0]])
-    found = normalise(jnp.asarray(pixels), janus.processor.image_config)
+    found = normalize(jnp.asarray(pixels), janus.processor.image_config)
     np.testing.assert_allclose(found, want, atol=1e-6)

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from janus_jax import load, sharding
-from janus_jax.families.family import ParameterTable, Part, Precision, Row
+from janus_jax.families.family import ParameterRow, ParameterTable, Part, Precision
 from janus_jax.families.janus import JANUS
 from janus_jax.families.registry import sizes_of
 from janus_jax.generation import codec, image, samplers
@@ -115,7 +115,7 @@ def test_a_parameter_without_a_row_is_named(path):
 
 
 def test_a_parameter_with_two_rows_is_named():
-    extra = Part("language_model", None, (Row(".*", P()),))
+    extra = Part("language_model", None, (ParameterRow(".*", P()),))
     table = ParameterTable((*JANUS.parameters.parts, extra))
     with pytest.raises(ValueError, match=r"parameter language_model.norm.scale\b.*\b2 match"):
         table.find("language_model.norm.scale")
@@ -131,7 +131,7 @@ def test_an_axis_that_does_not_divide_leaves_the_dimension_whole():
 
 
 def test_a_parameter_that_cannot_be_sharded_is_logged_once_for_all_layers(caplog):
-    table = ParameterTable((Part("net.{i}", None, (Row("kernel", P("tensor", "fsdp")),)),))
+    table = ParameterTable((Part("net.{i}", None, (ParameterRow("kernel", P("tensor", "fsdp")),)),))
     place = sharding.sharding_for(sharding.make_mesh(1, 4, 2), table)
     with caplog.at_level("INFO", logger="absl"):
         assert place("net.0.kernel", (6, 6)).spec == P("tensor", None)

@@ -169,7 +169,7 @@ def test_a_run_may_replace_an_earlier_one(trained):
     ],
 )
 def test_wrong_flags_take_one_line(flags, words, capsys, monkeypatch):
-    monkeypatch.setattr(compile_cache, "enable", lambda: None)
+    monkeypatch.setattr(loading, "enable_compile_cache", lambda: None)
     with pytest.raises(SystemExit) as stopped:
         cli.main(flags)
     out, err = capsys.readouterr()

@@ -12,7 +12,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 from tiny_janus import CODES, tiny_model, tiny_params
 
-from janus_jax.models.vq import l2_normalise
+from janus_jax.models.vq import l2_normalize
 from janus_jax.shapes.loop import generated_batches, run_steps
 from janus_jax.shapes.vq_loss import USAGE_DECAY, make_vq_step
 from janus_jax.shapes.vq_loss import reset_dead_codes as move
@@ -93,7 +93,7 @@ def test_only_the_vq_is_trained(vq_run):
 def test_codes_lie_on_latents_until_these_are_quantised(vq_run):
     """Before step 4 every code is on a latent of its batch and counts as used."""
     graph, frozen, history = vq_run
-    latents_of = jax.jit(lambda vq, pixels: l2_normalise(vq.latents(pixels)))
+    latents_of = jax.jit(lambda vq, pixels: l2_normalize(vq.latents(pixels)))
     for earlier, later in itertools.pairwise(history[:4]):
         vq = nnx.merge(graph, earlier["params"], frozen).gen_vq
         pixels = images(4).astype(np.float32) / 127.5 - 1
@@ -111,7 +111,7 @@ def test_codes_lie_on_latents_until_these_are_quantised(vq_run):
 def test_only_dead_codes_move_and_to_latents():
     rng = np.random.default_rng(0)
     codebook = rng.normal(size=(40, 4)).astype(np.float32)
-    latents = np.asarray(l2_normalise(rng.normal(size=(30, 4)).astype(np.float32)))
+    latents = np.asarray(l2_normalize(rng.normal(size=(30, 4)).astype(np.float32)))
     usage = rng.uniform(0, 0.1, 40).astype(np.float32)
     dead = usage < 0.05
     assert 10 < dead.sum() < 30

@@ -16,7 +16,7 @@ from torch_reference import (
     uniform,
 )
 
-from janus_jax.models.vq import VQ, VQConfig, l2_normalise
+from janus_jax.models.vq import VQ, VQConfig, l2_normalize
 
 encode, decode, latents, nearest, lookup = (
     jax.jit(f) for f in (VQ.encode, VQ.decode, VQ.latents, VQ.nearest, VQ.lookup)
@@ -143,7 +143,7 @@ def test_lengths_of_codes_and_latents_do_not_matter(pair):
 
 
 def test_normalising_zero_gives_zero():
-    np.testing.assert_array_equal(l2_normalise(jnp.zeros((2, 3))), np.zeros((2, 3)))
+    np.testing.assert_array_equal(l2_normalize(jnp.zeros((2, 3))), np.zeros((2, 3)))
 
 
 def test_released_size():

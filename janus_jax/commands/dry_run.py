@@ -25,29 +25,27 @@ from janus_jax.training.settings import Inputs
 
 MAX_WRITTEN_ROWS = 4
 
-Row = Mapping[str, np.ndarray]
 
-
-def dry_run(cfg, formats: Formats = FORMATS) -> Iterator[str]:
+def dry_run(settings, formats: Formats = FORMATS) -> Iterator[str]:
     """Yields lines to print, and writes the first rows of the run to OUTPUT/dry_run.
 
     It loads no weights, except for the image tokenizer if the images to generate are stored as
     indices.
 
-    cfg: ConfigDict of stages.base_config.
+    settings: ConfigDict of stages.base_config.
     formats: the formats of sources that the mixtures may name.
     Raises as train_stage does.
     """
-    program = Program.from_settings(cfg, formats)
+    program = Program.from_settings(settings, formats)
     inputs = program.inputs
     check_processes(inputs.mesh)
-    folder = Path(cfg.output) / "dry_run" / f"host-{jax.process_index()}"
+    folder = Path(settings.output) / "dry_run" / f"host-{jax.process_index()}"
     yield f"trainable: {_param_counts(program.parameters.trained)}"
     yield f"frozen: {_param_counts(program.parameters.frozen)}"
     _remove_old_files(folder)
-    if cfg.eval_every:
+    if settings.eval_every:
         held_out_rows(inputs, folder)
-    if cfg.sample_every:
+    if settings.sample_every:
         prompt_images(inputs)
     rows, skipped = inputs.open_rows(folder)
     with contextlib.closing(iter(rows)) as iterator:
@@ -66,9 +64,9 @@ def dry_run(cfg, formats: Formats = FORMATS) -> Iterator[str]:
     yield f"the first {written} rows are in {folder}; prediction targets are in [[ ]]"
 
 
-def print_dry_run(cfg, formats: Formats = FORMATS) -> None:
+def print_dry_run(settings, formats: Formats = FORMATS) -> None:
     """Prints the lines of dry_run."""
-    for line in dry_run(cfg, formats):
+    for line in dry_run(settings, formats):
         print(line, flush=True)
 
 
@@ -101,7 +99,9 @@ def _remove_old_files(folder: Path) -> None:
             row.rmdir()
 
 
-def _write_row(inputs: Inputs, row: Row, vq: nnx.Module | None, folder: Path) -> None:
+def _write_row(
+    inputs: Inputs, row: Mapping[str, np.ndarray], vq: nnx.Module | None, folder: Path
+) -> None:
     """Writes examples.txt, and the images in the order of the row: input-0.png, generated-0.png."""
     text = "\n\n".join(row_texts(row, inputs.processor))
     write_file(folder / "examples.txt", f"{text}\n".encode())
@@ -116,7 +116,7 @@ def _write_row(inputs: Inputs, row: Row, vq: nnx.Module | None, folder: Path) ->
             write_file(folder / f"{name}-{number}.png", encode_png(image))
 
 
-def row_texts(row: Row, processor: Processor) -> Iterator[str]:
+def row_texts(row: Mapping[str, np.ndarray], processor: Processor) -> Iterator[str]:
     """Yields the examples of a row as text.
 
     Prediction targets are in [[ ]]. Images are written as <input image> and <generated image>.

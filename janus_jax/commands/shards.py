@@ -11,8 +11,7 @@ from typing import Any
 from janus_jax.data.records import Record
 from janus_jax.data.skipped import counts_text
 from janus_jax.data.writers import SUFFIXES, write_records
-from janus_jax.paths import atomic_write, check_local, locked, write_file
-from janus_jax.processing.json_files import read_json
+from janus_jax.paths import atomic_write, check_local, locked, read_json, write_file
 
 _REPORTS = ".tokenize_images"
 _MANIFEST = "manifest.json"

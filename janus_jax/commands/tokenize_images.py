@@ -87,7 +87,7 @@ def _format_and_path(text: str) -> tuple[str, Path]:
     return format, Path(path)
 
 
-class Encoder:
+class ImageEncoder:
     """Encodes images in batches: add them one by one, then get all tokens at once.
 
     All batches have the same size, so one program is compiled. The next batch is collected while
@@ -155,7 +155,7 @@ def _read(
 
 
 def tokenize(
-    source: Source, numbers: range, encoder: Encoder
+    source: Source, numbers: range, encoder: ImageEncoder
 ) -> tuple[list[Record], int, list[BadRecord]]:
     """Tokenizes the records with these numbers.
 
@@ -219,7 +219,7 @@ def run(args: argparse.Namespace) -> str:
         "format": output.format,
         "shard_size": output.shard_size,
     }
-    encoder = Encoder(vq, model.sizes.image_size, args.batch_size)
+    encoder = ImageEncoder(vq, model.sizes.image_size, args.batch_size)
     # The estimated time left ignores the first shard, which includes compilation.
     with output.lock(), Progress("tokenizing", " records", warm_up=1) as progress:
         output.start(manifest)
@@ -227,7 +227,7 @@ def run(args: argparse.Namespace) -> str:
 
 
 def _tokenize_all(
-    source: Source, encoder: Encoder, output: Shards, max_bad: float, progress: Progress
+    source: Source, encoder: ImageEncoder, output: Shards, max_bad: float, progress: Progress
 ) -> str:
     starts, skipped = range(0, len(source), output.shard_size), []
     for shard, start in enumerate(starts):

@@ -113,7 +113,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _write_json(path: Path, args: argparse.Namespace, versions: str, rows: Sequence) -> None:
-    """Writes the table; numbers that are NaN or infinite become null. rows: table.Row."""
+    """Writes the table; numbers that are NaN or infinite become null. rows: table.Comparison."""
     from janus_jax.paths import atomic_write
 
     content = {name: value for name, value in vars(args).items() if name != "json"}

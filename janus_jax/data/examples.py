@@ -11,7 +11,7 @@ import numpy as np
 
 from janus_jax.checks import error_text
 from janus_jax.data.reading import prepare_image
-from janus_jax.data.records import IMAGE_TAG, KINDS, BadRecord, Record
+from janus_jax.data.records import IMAGE_TAG, KINDS, BadRecord, Example, Record
 from janus_jax.processing.chat import with_placeholders
 from janus_jax.processing.images import crop_square, resize_and_pad
 from janus_jax.processing.processor import Processor
@@ -20,8 +20,6 @@ from janus_jax.processing.tokenizer import Tokenizer
 # Probability of dropping a caption, as in Janus: classifier-free guidance needs a model that was
 # also trained without captions.
 CAPTION_DROPOUT = 0.1
-
-Example = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -98,7 +98,7 @@ class RowsConfig:
 
 
 def open_rows(
-    cfg: RowsConfig,
+    settings: RowsConfig,
     processor: Processor,
     model: ModelConfig,
     folder: str | Path,
@@ -113,7 +113,7 @@ def open_rows(
     another number of hosts resumes from the states of all hosts.
 
     Args:
-        cfg: settings of the rows.
+        settings: settings of the rows.
         processor: writes prompts and preprocesses images.
         model: config of the model, for its image sizes, codebook and maximum length.
         folder: where bad records are listed, in skipped-HOST.jsonl.
@@ -124,17 +124,22 @@ def open_rows(
         ValueError: own_streams rejects the settings, or the mixture is invalid.
         FileNotFoundError: a source does not exist.
     """
-    own_streams = cfg.own_streams(host, hosts)
-    part = open_parts(cfg.mixture, functools.partial(open_source, formats=formats))
-    make_example = _example_maker(cfg, processor, model)
+    own_streams = settings.own_streams(host, hosts)
+    part = open_parts(settings.mixture, functools.partial(open_source, formats=formats))
+    make_example = _example_maker(settings, processor, model)
     num_records = {leaf.name: len(leaf.source) for leaf in part.leaves()}
-    skipped = Skipped(Path(folder) / f"skipped-{host:03d}.jsonl", cfg.max_bad, num_records)
-    rows = {index: _stream_rows(cfg, part, index, make_example, skipped) for index in own_streams}
-    streams = Streams(rows, cfg.batch_size // cfg.streams, _data_settings(cfg, part))
+    skipped = Skipped(Path(folder) / f"skipped-{host:03d}.jsonl", settings.max_bad, num_records)
+    rows = {
+        index: _stream_rows(settings, part, index, make_example, skipped) for index in own_streams
+    }
+    per_stream = settings.batch_size // settings.streams
+    streams = Streams(rows, per_stream, _data_settings(settings, part))
     return ThreadPrefetchIterDataset(streams, prefetch_buffer_size=PREFETCHED_STEPS), skipped
 
 
-def _example_maker(cfg: RowsConfig, processor: Processor, model: ModelConfig) -> ExampleMaker:
+def _example_maker(
+    settings: RowsConfig, processor: Processor, model: ModelConfig
+) -> ExampleMaker:
     sizes = sizes_of(model)
     return ExampleMaker(
         processor=processor,
@@ -142,36 +147,38 @@ def _example_maker(cfg: RowsConfig, processor: Processor, model: ModelConfig) ->
         num_generated_tokens=sizes.generated_image_tokens,
         codebook_size=sizes.codebook_size,
         # Positions start at 0 in each example, so the decoder's limit applies to an example.
-        max_length=min(cfg.seq_len, sizes.max_positions),
-        max_input_images=cfg.max_input_images,
-        max_generated_images=cfg.max_generated_images,
-        tokenized=cfg.tokenized,
+        max_length=min(settings.seq_len, sizes.max_positions),
+        max_input_images=settings.max_input_images,
+        max_generated_images=settings.max_generated_images,
+        tokenized=settings.tokenized,
     )
 
 
 def _stream_rows(
-    cfg: RowsConfig, part: Part, index: int, make_example: ExampleMaker, skipped: Skipped
+    settings: RowsConfig, part: Part, index: int, make_example: ExampleMaker, skipped: Skipped
 ) -> grain.IterDataset:
     """Returns the rows of one stream."""
-    options = grain.ReadOptions(num_threads=cfg.threads, prefetch_buffer_size=2 * cfg.threads)
-    loaded = stream(part, index, cfg.streams, make_example, cfg.seed).to_iter_dataset(options)
+    threads = settings.threads
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    loaded = stream(part, index, settings.streams, make_example, settings.seed)
+    loaded = loaded.to_iter_dataset(options)
     examples = loaded.filter(skipped).map(lambda loaded: loaded.example)
     rows = pack_examples(
         examples,
-        cfg.seq_len,
-        cfg.max_input_images,
-        cfg.max_generated_images,
+        settings.seq_len,
+        settings.max_input_images,
+        settings.max_generated_images,
         make_example.processor.tokenizer.pad_id,
-        (cfg.seed + index) % 2**32,
+        (settings.seed + index) % 2**32,
     )
     # The packer returns OPEN_ROWS rows at once. The buffer also has room for OPEN_ROWS rows, so
     # that no step waits while the packer fills the next ones.
     return ThreadPrefetchIterDataset(rows, prefetch_buffer_size=OPEN_ROWS)
 
 
-def _data_settings(cfg: RowsConfig, part: Part) -> dict[str, int | bool | str]:
+def _data_settings(settings: RowsConfig, part: Part) -> dict[str, int | bool | str]:
     """Returns the settings that a resumed run must not change."""
     names = ("seq_len", "max_input_images", "max_generated_images", "streams", "tokenized", "seed")
     sizes = {f"records of {leaf.name}": len(leaf.source) for leaf in part.leaves()}
     weights = {f"weight of {node.name}": node.weight for node in part.nodes() if node.name}
-    return {**{name: getattr(cfg, name) for name in names}, **sizes, **weights}
+    return {**{name: getattr(settings, name) for name in names}, **sizes, **weights}

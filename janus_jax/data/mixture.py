@@ -15,9 +15,7 @@ import grain
 import numpy as np
 
 from janus_jax.checks import shorten
-from janus_jax.data.records import BadRecord, Record
-
-Example = dict[str, np.ndarray]
+from janus_jax.data.records import BadRecord, Example, Record
 
 
 @dataclasses.dataclass(frozen=True)

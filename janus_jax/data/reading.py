@@ -13,9 +13,8 @@ from PIL import Image
 
 from janus_jax.checks import error_text, shorten, shorten_text
 from janus_jax.data.records import BadRecord, Record, check_object
-from janus_jax.paths import MAX_FILE_BYTES, MAX_TEXT_BYTES, os_errors_of, read_bounded
+from janus_jax.paths import MAX_FILE_BYTES, MAX_TEXT_BYTES, load_json, os_errors_of, read_bounded
 from janus_jax.processing.images import load_image
-from janus_jax.processing.json_files import parse
 
 Paths = str | Path | Sequence[str | Path]
 IMAGE_SUFFIXES = (
@@ -156,7 +155,7 @@ def parse_json(raw: bytes) -> dict[str, Any]:
     """Parses a JSON object. Raises BadRecord."""
     check_text_size(len(raw))
     try:
-        value = parse(raw.strip(), object_pairs_hook=_unique_fields)
+        value = load_json(raw.strip(), object_pairs_hook=_unique_fields)
     except ValueError as error:
         raise BadRecord("malformed", f"not valid JSON: {error}") from None
     check_object(value)

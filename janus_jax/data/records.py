@@ -47,6 +47,7 @@ _KIND_NAMES = "conversations, messages, caption and text"
 _NO_SYSTEM = "a record must not have a system prompt, as all records use the processor's"
 
 ReadImage = Callable[[Any], bytes]
+Example = dict[str, np.ndarray]  # the arrays made from a record, see examples.py
 
 
 class BadRecord(Exception):

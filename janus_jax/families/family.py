@@ -47,7 +47,7 @@ class Precision(enum.Enum):
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class ParameterRow:
     """A row of the table of parameters.
 
     name: regular expression for the end of the path, after that of the part. A group in it is the
@@ -75,7 +75,7 @@ class Part:
 
     path: str
     positions: str | None
-    rows: tuple[Row, ...]
+    rows: tuple[ParameterRow, ...]
     precision: Precision = Precision.COMPUTE
 
     @property
@@ -83,7 +83,7 @@ class Part:
         """The module of the model that the part belongs to, such as `und_encoder`."""
         return self.path.split(".")[0]
 
-    def pattern(self, row: Row) -> re.Pattern:
+    def pattern(self, row: ParameterRow) -> re.Pattern:
         """Returns the regular expression that matches the paths of a row."""
         return re.compile(re.escape(self.path).replace(r"\{i\}", r"(\d+)") + rf"\.(?:{row.name})")
 
@@ -92,7 +92,7 @@ class Part:
 class Parameter:
     """What the table says about one parameter.
 
-    component, positions, precision: as in Part. spec, is_matrix: as in Row.
+    component, positions, precision: as in Part. spec, is_matrix: as in ParameterRow.
     depth: place in the data flow: index of the part in the table, and number of the layer.
     """
 
@@ -152,7 +152,7 @@ class ParameterTable:
         )
 
     @functools.cached_property
-    def _patterns(self) -> list[tuple[re.Pattern, int, Row]]:
+    def _patterns(self) -> list[tuple[re.Pattern, int, ParameterRow]]:
         """The pattern of each row, the index of its part, and the row."""
         parts = enumerate(self.parts)
         return [(part.pattern(row), index, row) for index, part in parts for row in part.rows]

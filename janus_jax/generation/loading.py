@@ -13,7 +13,7 @@ from janus_jax.families.registry import family_of
 from janus_jax.interop.folders import BUNDLED
 from janus_jax.interop.load import ShardingFor
 from janus_jax.interop.processor_files import GENERATION
-from janus_jax.processing.json_files import read_json_if_any
+from janus_jax.paths import read_json_if_any
 
 # Environment variable; the value 0 leaves JAX's settings unchanged.
 CACHE_SWITCH = "JANUS_JAX_COMPILE_CACHE"

@@ -12,8 +12,7 @@ from pathlib import Path
 
 from janus_jax.checks import check_count, check_number, shorten, shorten_text
 from janus_jax.interop.files import ADAPTER_CONFIG
-from janus_jax.paths import value_errors_of
-from janus_jax.processing.json_files import read_json
+from janus_jax.paths import read_json, value_errors_of
 
 # Initialisations that do not change the base weights. Others, such as pissa, olora, corda, loftq
 # and lora_ga, subtract the initial update from the base weights.

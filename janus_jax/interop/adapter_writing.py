@@ -11,7 +11,7 @@ from janus_jax.interop.files import ADAPTER_CONFIG, write_safetensors_file
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.rules import export_steps
 from janus_jax.interop.tensors import PEFT
-from janus_jax.processing.json_files import write_json
+from janus_jax.paths import write_json
 
 Factors = tuple[np.ndarray, np.ndarray]  # a float32[inputs, rank], b float32[rank, outputs]
 

@@ -16,7 +16,7 @@ from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.processor_files import check_files, copy_files, translate_files
 from janus_jax.interop.rules import Step, export_steps, torch_shape
 from janus_jax.interop.stored import StoredParams, stored_params
-from janus_jax.processing.json_files import write_json
+from janus_jax.paths import write_json
 from janus_jax.processing.tokenizer import Tokenizer
 
 Metadata = dict[str, tuple[np.dtype, Shape]]  # by tensor name

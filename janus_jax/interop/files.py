@@ -8,8 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from janus_jax.interop.readers import SAFETENSORS, SAFETENSORS_DTYPES
-from janus_jax.paths import os_errors_of
-from janus_jax.processing.json_files import write_json
+from janus_jax.paths import os_errors_of, write_json
 
 Report = Callable[[int, int], None]  # called with the amount done and the total, in any unit
 

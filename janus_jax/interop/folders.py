@@ -15,7 +15,7 @@ from janus_jax.interop.readers import (
     TORCH_BIN,
     WEIGHT_SUFFIXES,
 )
-from janus_jax.processing.json_files import read_json
+from janus_jax.paths import read_json
 from janus_jax.processing.processor import Processor
 from janus_jax.processing.prompt_settings import PREPROCESSOR, PROCESSOR
 from janus_jax.processing.tokenizer import TOKENIZER

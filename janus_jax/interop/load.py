@@ -23,8 +23,7 @@ from janus_jax.interop.folders import check_folder, check_unmerged_adapter, is_o
 from janus_jax.interop.readers import check_not_quantized, open_checkpoint
 from janus_jax.interop.rules import Plan, make_plan
 from janus_jax.interop.tensors import TensorSource, abbreviate, summarize_problems
-from janus_jax.paths import value_errors_of
-from janus_jax.processing.json_files import read_json
+from janus_jax.paths import read_json, value_errors_of
 from janus_jax.processing.processor import Processor
 
 ALIGNMENT = 64  # bytes; the alignment of JAX's CPU buffers

@@ -28,8 +28,7 @@ from janus_jax.interop.files import (
 )
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.processor_files import copy_files
-from janus_jax.paths import bounded_size
-from janus_jax.processing.json_files import MAX_JSON_BYTES, write_json
+from janus_jax.paths import MAX_JSON_BYTES, bounded_size, write_json
 
 UNUSED = "unused.safetensors"
 UNREADABLE = "a parameter cannot be read"

@@ -13,9 +13,8 @@ from janus_jax.checks import shorten
 from janus_jax.families.family import DEEPSEEK, ModelConfig
 from janus_jax.families.registry import sizes_of
 from janus_jax.interop.files import small_files
-from janus_jax.paths import write_file
+from janus_jax.paths import read_json, read_json_if_any, write_file, write_json
 from janus_jax.processing.chat import DEFAULT_SYSTEM_PROMPT
-from janus_jax.processing.json_files import read_json, read_json_if_any, write_json
 from janus_jax.processing.processor import image_config
 from janus_jax.processing.prompt_settings import (
     LEGACY_TEMPLATE_FILE,

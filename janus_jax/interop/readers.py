@@ -23,8 +23,7 @@ from janus_jax.interop.tensors import (
     wrapper_prefix,
 )
 from janus_jax.interop.torch_pickle import read_torch_file
-from janus_jax.paths import bounded_size
-from janus_jax.processing.json_files import parse, read_json
+from janus_jax.paths import bounded_size, load_json, read_json
 
 SAFETENSORS_DTYPES = {
     "BF16": BFLOAT16,
@@ -191,7 +190,7 @@ def _parse_header(path: Path, raw: bytes) -> tuple[dict, list[str]]:
         return dict(pairs)
 
     try:
-        header = parse(raw, object_pairs_hook=to_dict)
+        header = load_json(raw, object_pairs_hook=to_dict)
     except ValueError as error:
         raise ValueError(f"{path} has a damaged safetensors header: {error}") from None
     if not isinstance(header, dict):

@@ -13,7 +13,7 @@ from janus_jax.interop.files import CONFIG, write_safetensors
 from janus_jax.interop.load import table_for
 from janus_jax.interop.new_folder import new_folder
 from janus_jax.interop.rules import export_steps, torch_shape
-from janus_jax.processing.json_files import write_json
+from janus_jax.paths import write_json
 
 
 def save_deepseek(

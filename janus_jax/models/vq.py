@@ -219,7 +219,7 @@ class Decoder(nnx.Module):
         return self.conv_out(nnx.silu(self.norm_out(x)))
 
 
-def l2_normalise(x: jax.Array) -> jax.Array:
+def l2_normalize(x: jax.Array) -> jax.Array:
     """Scales x to unit length along the last axis.
 
     As torch.nn.functional.normalize does, with eps 1e-12: zeros stay zeros.
@@ -256,7 +256,7 @@ class VQ(nnx.Module):
         index is codebook_size. That is out of range, so a lookup of it gives NaN and callers can
         detect it.
         """
-        z, codes = l2_normalise(latents), l2_normalise(self.codebook[...])
+        z, codes = l2_normalize(latents), l2_normalize(self.codebook[...])
         products = jnp.einsum("...C,GC->...G", z, codes)
         lengths = jnp.broadcast_to(jnp.sum(codes**2, axis=-1), products.shape)
         distance = jnp.sum(z**2, axis=-1, keepdims=True) + lengths - 2 * products
@@ -265,7 +265,7 @@ class VQ(nnx.Module):
 
     def lookup(self, indices: jax.Array) -> jax.Array:
         """Looks up l2-normalized codes: int32[...] -> float32[..., codebook_dim]."""
-        return l2_normalise(self.codebook[...][indices])
+        return l2_normalize(self.codebook[...][indices])
 
     def pixels(self, quantised: jax.Array) -> jax.Array:
         """Decodes quantized latents: float32[B, y, x, codebook_dim] -> float32[B, Y, X, 3].

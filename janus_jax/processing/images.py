@@ -22,7 +22,7 @@ ImageSource = str | os.PathLike | bytes | Image.Image | np.ndarray
 
 # The file formats that are decoded. Pillow has more, some of which start other programs (EPS) or
 # accept any bytes (TGA). JPEG includes MPO, and PPM includes PGM, PBM and PFM.
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
+IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 MAX_SIDE = 2**16 - 1  # pixels, as in JPEG; resizing needs memory in proportion to a side
 MAX_ASPECT = 1000  # long side / short side
 
@@ -71,10 +71,11 @@ def _open(source: str | os.PathLike | bytes) -> Image.Image:
     if not from_bytes:
         bounded_size(Path(source), MAX_FILE_BYTES)
     try:
-        with Image.open(io.BytesIO(source) if from_bytes else source, formats=FORMATS) as image:
+        file = io.BytesIO(source) if from_bytes else source
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             return _decode(image)
     except Image.UnidentifiedImageError:
-        expected = f"expected {', '.join(FORMATS[:-1])} or {FORMATS[-1]}"
+        expected = f"expected {', '.join(IMAGE_FORMATS[:-1])} or {IMAGE_FORMATS[-1]}"
         raise ValueError(f"cannot read image {name}: unknown format, {expected}") from None
     except Exception as error:  # Image.open reads the header, which may be damaged, too
         raise ValueError(f"cannot read image {name}: {error_text(error)}") from error
@@ -87,8 +88,8 @@ def load_image(source: ImageSource) -> Image.Image:
     is scaled so that 65535 becomes white. In 32-bit integer and float images white is the smallest
     of 1 (floats only), 255, 65535 and 2**31 - 1 that is not below the maximum of the image.
 
-    Files must be in one of FORMATS and have at most MAX_FILE_BYTES. Pillow refuses images of more
-    than twice its MAX_IMAGE_PIXELS (178 956 970 pixels).
+    Files must be in one of IMAGE_FORMATS and have at most MAX_FILE_BYTES. Pillow refuses images of
+    more than twice its MAX_IMAGE_PIXELS (178 956 970 pixels).
 
     Args:
         source: a path, the bytes of an image file, a Pillow image, or an array

@@ -11,11 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.paths import value_errors_of
+from janus_jax.paths import read_json, read_json_if_any, value_errors_of
 from janus_jax.processing import chat
 from janus_jax.processing.image_sources import open_image
 from janus_jax.processing.images import ImageConfig, ImageSource, preprocess
-from janus_jax.processing.json_files import read_json, read_json_if_any
 from janus_jax.processing.prompt_settings import PREPROCESSOR, PROCESSOR, PromptSettings
 from janus_jax.processing.tokenizer import IMAGE, IMAGE_START, Tokenizer
 

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from janus_jax.checks import shorten
-from janus_jax.paths import read_bounded, value_errors_of
+from janus_jax.paths import read_bounded, read_json_if_any, value_errors_of
 from janus_jax.processing import chat
-from janus_jax.processing.json_files import read_json_if_any
 from janus_jax.processing.tokenizer import IMAGE, PROCESSOR, TOKENIZER_CONFIG
 
 PREPROCESSOR = "preprocessor_config.json"

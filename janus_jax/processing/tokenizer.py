@@ -16,7 +16,7 @@ from typing import Any
 import tokenizers
 
 from janus_jax.checks import shorten, shorten_text
-from janus_jax.processing.json_files import read_json, read_json_if_any
+from janus_jax.paths import read_json, read_json_if_any
 
 TOKENIZER, TOKENIZER_CONFIG = "tokenizer.json", "tokenizer_config.json"
 SPECIAL_TOKENS, PROCESSOR = "special_tokens_map.json", "processor_config.json"

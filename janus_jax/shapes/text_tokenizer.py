@@ -19,8 +19,8 @@ from tokenizers import (
     trainers,
 )
 
+from janus_jax.paths import write_json
 from janus_jax.processing.chat import JANUS_ROLES
-from janus_jax.processing.json_files import write_json
 from janus_jax.processing.tokenizer import BOS, EOS, IMAGE, IMAGE_END, IMAGE_START, PAD
 from janus_jax.shapes import questions, scenes
 
@@ -30,7 +30,7 @@ NUM_IMAGE_TOKENS = (scenes.IMAGE_SIZE // 16) ** 2
 MAX_VOCABULARY = 4096  # far more than needed: training stops when every word is one token
 QUESTION_SCENES = 4000  # enough for every question template and answer to occur many times
 # File name -> content, for all files except tokenizer.json.
-CONFIGS = {
+JSON_FILES = {
     "tokenizer_config.json": {
         "add_bos_token": True,
         "add_eos_token": False,
@@ -72,11 +72,11 @@ CONFIGS = {
     # (benchmarks/results/janus_tiny.json).
     "generation_config.json": {"guidance_scale": 1.5, "temperature": 0.8},
 }
-FILES = ("tokenizer.json", *CONFIGS)
+FILES = ("tokenizer.json", *JSON_FILES)
 
 
 def build(folder: str | Path) -> None:
-    """Writes tokenizer.json and the files in CONFIGS to `folder`; the output is deterministic.
+    """Writes tokenizer.json and the files in JSON_FILES to `folder`; the output is deterministic.
 
     The formats are those of the files of a released checkpoint. tokenizer.json does not add a BOS
     token; the loader does. The key `system_prompt` of processor_config.json is specific to this
@@ -85,7 +85,7 @@ def build(folder: str | Path) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "tokenizer.json").write_text(train().to_str(pretty=True), encoding="utf-8")
-    for name, content in CONFIGS.items():
+    for name, content in JSON_FILES.items():
         write_json(folder / name, content)
 
 

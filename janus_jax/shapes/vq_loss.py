@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from janus_jax.models.vq import VQ, l2_normalise
+from janus_jax.models.vq import VQ, l2_normalize
 from janus_jax.processing.images import from_uint8
 from janus_jax.training.step import TrainState, apply_gradients, default_promotion
 
@@ -36,7 +36,7 @@ def vq_loss(
         The loss, and a dict with its terms, `latents` (unit vectors, float32[B * y * x, C]) and
         `indices` (int32[B * y * x]).
     """
-    z = l2_normalise(vq.latents(pixels))
+    z = l2_normalize(vq.latents(pixels))
     indices = vq.nearest(z)
     codes = vq.lookup(indices)
     straight_through = z + jax.lax.stop_gradient(codes - z)
@@ -90,7 +90,7 @@ def reset_dead_codes(
     Returns:
         The new codebook and usage; the usage of a replaced code is set to 1.
     """
-    codes = l2_normalise(codebook)
+    codes = l2_normalize(codebook)
     nearness = jnp.max(latents @ codes.T, axis=-1)
     logits = jnp.log(jnp.maximum(1 - nearness, 1e-6))
     chosen = jax.random.categorical(key, logits, shape=(codebook.shape[0],))

@@ -22,8 +22,7 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from janus_jax.orbax_errors import first_line, is_disk_full, reraise_as
-from janus_jax.paths import atomic_write, size_text
-from janus_jax.processing.json_files import read_json
+from janus_jax.paths import atomic_write, read_json, size_text
 from janus_jax.training.step import TrainState
 
 PARTS = STATE, DATA = "state", "data"  # subfolders of a checkpoint

@@ -68,12 +68,12 @@ class LoRADot(nnx.Module):
         b: float32[rank, outputs], initialized to zeros, so a new adapter has no effect.
     """
 
-    def __init__(self, layer: Linear, cfg: LoRAConfig, *, rngs: nnx.Rngs):
+    def __init__(self, layer: Linear, settings: LoRAConfig, *, rngs: nnx.Rngs):
         uniform = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
         self.dot_general = layer.dot_general
-        self.scale = cfg.scale
-        self.a = nnx.Param(uniform(rngs.params(), (layer.in_features, cfg.rank), jnp.float32))
-        self.b = nnx.Param(jnp.zeros((cfg.rank, layer.out_features), jnp.float32))
+        self.scale = settings.scale
+        self.a = nnx.Param(uniform(rngs.params(), (layer.in_features, settings.rank), jnp.float32))
+        self.b = nnx.Param(jnp.zeros((settings.rank, layer.out_features), jnp.float32))
 
     def __call__(self, x: jax.Array, kernel: jax.Array, product: Product) -> jax.Array:
         """float[..., inputs], float[inputs, outputs] -> float[..., outputs]; see linear.Linear."""
@@ -82,8 +82,8 @@ class LoRADot(nnx.Module):
         return self.dot_general(x, kernel, product) + self.scale * update
 
 
-def add_adapters(model: nnx.Module, cfg: LoRAConfig, *, rngs: nnx.Rngs) -> None:
-    """Adds an adapter to every linear layer that cfg.targets matches, in place.
+def add_adapters(model: nnx.Module, settings: LoRAConfig, *, rngs: nnx.Rngs) -> None:
+    """Adds an adapter to every linear layer that settings.targets matches, in place.
 
     The model may be abstract (nnx.eval_shape); the adapters have values even then. The outputs of
     the model do not change until `b` is trained.
@@ -93,16 +93,16 @@ def add_adapters(model: nnx.Module, cfg: LoRAConfig, *, rngs: nnx.Rngs) -> None:
         path: module
         for keys, module in nnx.iter_modules(model)
         if isinstance(module, nnx.Linear)
-        and re.fullmatch(cfg.targets, path := ".".join(map(str, keys)))
+        and re.fullmatch(settings.targets, path := ".".join(map(str, keys)))
     }
     if not layers:
-        raise ValueError(f"targets must match a linear layer, got {cfg.targets!r}")
+        raise ValueError(f"targets must match a linear layer, got {settings.targets!r}")
     for path, layer in layers.items():
         if reason := _not_adaptable(path, layer, family_of(model.cfg)):
             rule = "targets must only match layers that can be adapted"
-            raise ValueError(f"{rule}, got {cfg.targets!r}: {path} {reason}")
+            raise ValueError(f"{rule}, got {settings.targets!r}: {path} {reason}")
     for layer in layers.values():
-        adapter = LoRADot(layer, cfg, rngs=rngs)
+        adapter = LoRADot(layer, settings, rngs=rngs)
         layer.dot_general = nnx.data(adapter)  # replaces a function, which is static
 
 

@@ -97,7 +97,7 @@ def embed_rows(model: Janus, rows: Rows, indices: jax.Array, images: ImageConfig
     embeds = model.language_model.embed(rows["tokens"])
     pixels = rows["pixels"]
     if pixels.shape[1]:
-        scaled = normalise(pixels.reshape(-1, *pixels.shape[2:]), images)
+        scaled = normalize(pixels.reshape(-1, *pixels.shape[2:]), images)
         features = model.encode_images(scaled)
         features = features.reshape(len(embeds), -1, features.shape[-1])
         embeds = merge_features(embeds, rows["image_mask"], features)
@@ -123,7 +123,7 @@ def generated_indices(model: Janus, generated: jax.Array) -> jax.Array:
     return jax.lax.stop_gradient(indices).reshape(len(generated), -1)
 
 
-def normalise(pixels: jax.Array, images: ImageConfig) -> jax.Array:
+def normalize(pixels: jax.Array, images: ImageConfig) -> jax.Array:
     """Normalizes pixels as processing.images.preprocess does, uint8[..., 3] -> float32[..., 3]."""
     scaled = pixels.astype(jnp.float32) * images.rescale_factor
     if not images.do_normalize:

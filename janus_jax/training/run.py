@@ -37,8 +37,7 @@ from janus_jax.interop.convert import write_folder
 from janus_jax.interop.load import open_adapter, param_shapes, table_for
 from janus_jax.interop.stored import stored_params
 from janus_jax.orbax_errors import library_log
-from janus_jax.paths import locked
-from janus_jax.processing.json_files import read_json, write_json
+from janus_jax.paths import locked, read_json, write_json
 from janus_jax.training.checkpoints import Checkpoints, steps_in
 from janus_jax.training.distributed import check_processes, check_shared
 from janus_jax.training.evaluation import (

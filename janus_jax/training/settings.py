@@ -25,7 +25,7 @@ from janus_jax.paths import check_local
 from janus_jax.processing.processor import Processor
 from janus_jax.sharding import check_mesh, make_mesh, num_batch_shards, parse_mesh
 from janus_jax.training.lora import LoRAConfig
-from janus_jax.training.stages import ALL_BUT_TOKENIZER, base_config
+from janus_jax.training.stages import ALL_BUT_VQ, base_config
 from janus_jax.training.step import learning_rates
 
 MODEL = "model"  # folder of the trained model in a run's output
@@ -130,7 +130,7 @@ def lora_config(settings) -> LoRAConfig | None:
     rank, trained = settings.lora_rank, settings.trained
     if not rank:
         return None
-    if trained != ALL_BUT_TOKENIZER:
+    if trained != ALL_BUT_VQ:
         rule = "trained cannot be combined with LoRA; set lora_rank=0 or remove trained"
         raise ValueError(f"{rule}, got lora_rank={rank} trained={trained!r}")
     return LoRAConfig(rank, settings.lora_alpha, settings.lora_targets)

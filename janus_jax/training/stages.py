@@ -32,13 +32,13 @@ class Stage:
 
 ALIGNERS_AND_HEAD = r"(und_aligner|gen_aligner|gen_head|gen_embed)\."
 ALL_BUT_ENCODERS = r"(?!und_encoder\.|gen_vq\.)"
-ALL_BUT_TOKENIZER = r"(?!gen_vq\.)"
+ALL_BUT_VQ = r"(?!gen_vq\.)"
 
 # The learning rate schedule of stage 2 was set to 360,000 steps; training stopped at 270,000.
 STAGES = {
     1: Stage(ALIGNERS_AND_HEAD, 1e-3, 600, 20_000, 20_000, 256, (1, 0, 3)),
     2: Stage(ALL_BUT_ENCODERS, 1e-4, 5000, 270_000, 270_000, 512, (2, 3, 5)),
-    3: Stage(ALL_BUT_TOKENIZER, 4e-5, 0, 80_000, 40_000, 128, (5, 1, 4)),
+    3: Stage(ALL_BUT_VQ, 4e-5, 0, 80_000, 40_000, 128, (5, 1, 4)),
 }
 # The known differences of Janus-1.3B: the ratio of stage 3, and in stage 2 two thirds of the images
 # to generate are from ImageNet.
@@ -63,7 +63,7 @@ def base_config() -> ConfigDict:
             init="",  # initial checkpoint folder
             reinit="",  # regular expression on the paths of parameters to initialize at random
             output="",  # folder of the run
-            trained=ALL_BUT_TOKENIZER,  # regular expression on the paths of trainable parameters
+            trained=ALL_BUT_VQ,  # regular expression on the paths of trainable parameters
             lora_rank=0,  # 0: no LoRA
             lora_alpha=16.0,
             lora_targets=r"language_model\.layers\.\d+\.(self_attn|mlp)\.\w+",

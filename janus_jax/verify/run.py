@@ -18,12 +18,12 @@ from janus_jax.interop.convert import export_folder
 from janus_jax.interop.load import open_folder, param_shapes
 from janus_jax.paths import size_text
 from janus_jax.verify.outputs import Outputs, Request, compute_outputs
-from janus_jax.verify.table import Row, compare_models, compare_preprocessing
+from janus_jax.verify.table import Comparison, compare_models, compare_preprocessing
 
 INSTALL = 'pip install torch "transformers>=5.12,<6" (a CPU build of torch is enough)'
 PACKAGES = ("janus_jax", "jax", "transformers", "torch")
 
-Report = Callable[[str], None]  # is called with the name of each step before it runs
+Notify = Callable[[str], None]  # is called with the name of each step before it runs
 
 
 def check_installed() -> None:
@@ -75,7 +75,7 @@ def check_reference(reference: Path | None) -> None:
 
 
 @contextmanager
-def _reference_folder(model: Path, reference: Path | None, report: Report) -> Iterator[Path]:
+def _reference_folder(model: Path, reference: Path | None, report: Notify) -> Iterator[Path]:
     """Yields a folder that `transformers` can load: `reference`, `model` or a temporary export.
 
     Raises:
@@ -106,8 +106,8 @@ def memory_text(model: Path) -> str:
 
 
 def verify(
-    model: Path, reference: Path | None, request: Request, dtypes: Sequence[str], report: Report
-) -> list[Row]:
+    model: Path, reference: Path | None, request: Request, dtypes: Sequence[str], report: Notify
+) -> list[Comparison]:
     """Compares a folder with a reference, with one model in memory at a time.
 
     Args:
@@ -146,7 +146,7 @@ def _run(
     dtype: str,
     request: Request,
     reference: Outputs | None,
-    report: Report,
+    report: Notify,
 ) -> Outputs:
     """Loads a model, computes its outputs and frees it.
 

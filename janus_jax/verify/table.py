@@ -20,7 +20,7 @@ PREPROCESSING = "preprocessing"
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Comparison:
     """A row of the table.
 
     Attributes:
@@ -87,14 +87,14 @@ def _make_row(
     min_limit: float = FLOAT32_LIMIT,
     factor: float = BFLOAT16_FACTOR,
     note: str = "",
-) -> Row:
+) -> Comparison:
     """Returns a row whose limit is the larger of `min_limit` and `factor` * `torch_bfloat16`."""
     max_abs, relative = errors
     limit = min_limit
     if torch_bfloat16 is not None:
         limit = max(limit, factor * torch_bfloat16)
     passed = relative <= limit  # False if it is NaN
-    return Row(section, name, max_abs, relative, torch_bfloat16, limit, note, passed)
+    return Comparison(section, name, max_abs, relative, torch_bfloat16, limit, note, passed)
 
 
 def _tokens_note(actual: np.ndarray, reference: np.ndarray) -> str:
@@ -106,7 +106,7 @@ def _tokens_note(actual: np.ndarray, reference: np.ndarray) -> str:
     return f"{equal:.0%} equal, first difference at token {position + 1} of {len(reference)}"
 
 
-def compare_preprocessing(actual: Outputs, reference: Outputs) -> list[Row]:
+def compare_preprocessing(actual: Outputs, reference: Outputs) -> list[Comparison]:
     """Compares prompt tokens, which must be equal, and pixel values."""
     rows = []
     for name, field in (("question tokens", "tokens"), ("image prompt tokens", "image_prompt")):
@@ -120,7 +120,7 @@ def compare_preprocessing(actual: Outputs, reference: Outputs) -> list[Row]:
 
 def compare_models(
     dtype: str, actual: Outputs, reference: Outputs, baseline: Outputs | None
-) -> list[Row]:
+) -> list[Comparison]:
     """Compares the outputs of a dtype.
 
     Args:
@@ -129,14 +129,14 @@ def compare_models(
       baseline: transformers in bfloat16, if the dtype is bfloat16.
     """
 
-    def compare_field(name: str, field: str) -> Row:
+    def compare_field(name: str, field: str) -> Comparison:
         expected = getattr(reference, field)
         errors = difference(getattr(actual, field), expected)
         if baseline is None:
             return _make_row(dtype, name, errors)
         return _make_row(dtype, name, errors, difference(getattr(baseline, field), expected)[1])
 
-    def compare_greedy(name: str, field: str, logits: Row, min_limit: float) -> Row:
+    def compare_greedy(name: str, field: str, logits: Comparison, min_limit: float) -> Comparison:
         generated, expected = getattr(actual, field), getattr(reference, field)
         errors, torch_error = greedy_difference(generated, expected), None
         if baseline is not None:
@@ -158,7 +158,7 @@ def compare_models(
     ]
 
 
-def _compare_vq(dtype: str, actual: Outputs, reference: Outputs) -> list[Row]:
+def _compare_vq(dtype: str, actual: Outputs, reference: Outputs) -> list[Comparison]:
     """Compares the image tokenizer, which janus_jax computes in float32 with either dtype."""
     share = 0.0
     if actual.indices.shape == reference.indices.shape:
@@ -168,12 +168,12 @@ def _compare_vq(dtype: str, actual: Outputs, reference: Outputs) -> list[Row]:
     passed = share >= MIN_EQUAL_INDICES
     return [
         _make_row(dtype, "VQ latents", difference(actual.latents, reference.latents)),
-        Row(dtype, "VQ tokens", math.nan, 1 - share, None, limit, note, passed),
+        Comparison(dtype, "VQ tokens", math.nan, 1 - share, None, limit, note, passed),
         _make_row(dtype, "VQ pixels", difference(actual.vq_pixels, reference.vq_pixels)),
     ]
 
 
-def format_table(rows: Sequence[Row]) -> list[str]:
+def format_table(rows: Sequence[Comparison]) -> list[str]:
     """Returns the lines of the table; the last line states whether all rows passed."""
     names = ("", "max abs", "relative", "torch bf16", "limit", "result")
     lines, section = ["{:22}{:>10}{:>10}{:>12}{:>10}  {}".format(*names)], None
@@ -192,7 +192,7 @@ def _format_number(value: float | None) -> str:
     return "" if value is None or math.isnan(value) else f"{value:.1e}"
 
 
-def _summary(rows: Sequence[Row]) -> str:
+def _summary(rows: Sequence[Comparison]) -> str:
     failed = [f"{row.name} ({row.section})" for row in rows if not row.passed]
     if not failed:
         return f"all {len(rows)} rows are within their limits"
