@@ -6,7 +6,7 @@ import pytest
 from damage import damaged
 
 from janus_jax.commands import sample as cli
-from janus_jax.commands.tokenize_images import Encoder
+from janus_jax.commands.tokenize_images import ImageEncoder
 from janus_jax.generation import image, text
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")  # no comparison with recordings
@@ -99,7 +99,7 @@ def test_a_damaged_decoder_of_pixels_ends_decoding(small, photo):
 @pytest.mark.parametrize("path", ["gen_vq.encoder.conv_in.bias", "gen_vq.codebook"])
 def test_a_damaged_encoder_of_pixels_ends_encoding(small, photo, path):
     message = f"VQ encoder latents.*{path}"
-    encoder = Encoder(small.model.gen_vq, 64, 1)  # of tokenize_images
+    encoder = ImageEncoder(small.model.gen_vq, 64, 1)  # of tokenize_images
     encoder.add(np.zeros((64, 64, 3), np.float32))
     encoder.finish()
     with damaged(small.model, path):

@@ -15,7 +15,7 @@ from janus_jax.interop.load import build_model, check_dtype, load_params, open_f
 from janus_jax.models.janus import Janus
 from janus_jax.processing import chat
 from janus_jax.processing.images import ImageSource, image_list, split_images
-from janus_jax.processing.processor import Example, Processor
+from janus_jax.processing.processor import PreparedPrompt, Processor
 from janus_jax.processing.tokenizer import TextStream
 
 Conversation = str | Sequence[chat.Message]
@@ -311,7 +311,7 @@ class Pipeline:
         images: Sequence[Sequence[ImageSource]],
         max_new_tokens: int,
         allow_urls: bool = False,
-    ) -> list[Example]:
+    ) -> list[PreparedPrompt]:
         """Converts conversations and the images of each to tokens and pixels.
 
         Raises:
@@ -328,14 +328,14 @@ class Pipeline:
         return examples
 
     def _text_requests(
-        self, examples: Sequence[Example], length: int, sampling, seed: int
+        self, examples: Sequence[PreparedPrompt], length: int, sampling, seed: int
     ) -> text.Requests:
         batch = self.processor.batch(examples, pad_to=length)
         eos_id = self.processor.tokenizer.eos_id
         return text.make_requests(batch, seed, sampling, eos_id, self.mesh)
 
     def _answers(
-        self, examples: list[Example], max_new_tokens: int, max_batch, sampling, seed: int
+        self, examples: list[PreparedPrompt], max_new_tokens: int, max_batch, sampling, seed: int
     ) -> Iterator[str]:
         """Yields one answer per example; generates them chunk by chunk."""
         length = _prompt_length(examples)
@@ -387,7 +387,7 @@ class Pipeline:
         return codec.decode_indices(self.model, indices, self.mesh)
 
 
-def _prompt_length(examples: Sequence[Example]) -> int:
+def _prompt_length(examples: Sequence[PreparedPrompt]) -> int:
     """Returns the length to which the prompts of all examples are padded."""
     return chunks.bucket_length(max(len(tokens) for tokens, _ in examples))
 

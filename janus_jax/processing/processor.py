@@ -21,7 +21,7 @@ from janus_jax.processing.tokenizer import IMAGE, IMAGE_START, Tokenizer
 # The longest sequence that Janus models were trained on; max_position_embeddings is 16384.
 TRAINED_CONTEXT = 4096
 
-Example = tuple[list[int], np.ndarray]  # tokens and pixels float32[n, S, S, 3] of one prompt
+PreparedPrompt = tuple[list[int], np.ndarray]  # tokens and pixels float32[n, S, S, 3] of one prompt
 
 
 @dataclasses.dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Processor:
         messages: str | Sequence[chat.Message],
         images: Sequence[ImageSource] = (),
         allow_urls: bool = False,
-    ) -> Example:
+    ) -> PreparedPrompt:
         """Converts a conversation to tokens, with expanded placeholders, and preprocessed images.
 
         Args:
@@ -224,7 +224,7 @@ class Processor:
         empty = np.zeros((0, cfg.image_size, cfg.image_size, 3), np.float32)
         return np.stack(prepared) if prepared else empty
 
-    def batch(self, examples: Sequence[Example], pad_to: int | None = None) -> Batch:
+    def batch(self, examples: Sequence[PreparedPrompt], pad_to: int | None = None) -> Batch:
         """Creates a batch from conversations of different lengths and numbers of images.
 
         Args:

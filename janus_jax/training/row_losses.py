@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from janus_jax.data.records import KINDS
 from janus_jax.models.janus import Janus, merge_features
-from janus_jax.processing.images import ImageConfig
+from janus_jax.processing.images import ImageConfig, from_uint8
 from janus_jax.sharding import constrain_rows
 from janus_jax.training.step import Rows, Terms
 
@@ -116,7 +116,7 @@ def generated_indices(model: Janus, generated: jax.Array) -> jax.Array:
         return jnp.zeros((len(generated), 0), jnp.int32)
     if generated.ndim == 3:
         return generated.reshape(len(generated), -1)
-    pixels = generated.reshape(-1, *generated.shape[2:]).astype(jnp.float32) / 127.5 - 1
+    pixels = from_uint8(generated.reshape(-1, *generated.shape[2:]))
     # as in commands/tokenize_images.py: with lower precision, some images get different tokens
     with jax.default_matmul_precision("highest"):
         indices = model.gen_vq.encode(pixels)
