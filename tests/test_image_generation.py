@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from janus_jax.generation import decoding, image, samplers
+from janus_jax.generation import chunks, decoding, image, samplers
 from janus_jax.models.llama import init_cache
 
 PROMPT = "A close-up photo of a red cat, studio light."
@@ -37,18 +37,18 @@ def _requests(pipeline, prompts, num_images, guidance_weight=5.0, temperature=0.
     return image.make_requests(pairs, num_images, seed, guidance_weight, sampling, pad)
 
 
-_prefill = jax.jit(image.prefill)
-_decode_step = jax.jit(image.decode_step)
+_prefill = jax.jit(decoding.prefill, static_argnames=("kind", "num_tokens"))
+_decode_step = jax.jit(decoding.decode_step, static_argnames="kind")
 
 
 def _walk(pipeline, requests, choose):
     """Generates step by step with choose(step, logits) -> indices; returns logits and indices."""
-    logits, cache = _prefill(pipeline.model, requests)
+    model, num_tokens = pipeline.model, pipeline.model.cfg.num_image_tokens
+    state, logits = _prefill(model, image.IMAGE_TOKENS, requests, num_tokens)
     seen, chosen = [logits], [choose(0, logits)]
-    for step in range(1, pipeline.model.cfg.num_image_tokens):
-        logits, cache = _decode_step(
-            pipeline.model, cache, jnp.asarray(chosen[-1]), requests.guidance_weight
-        )
+    for step in range(1, num_tokens):
+        state = dataclasses.replace(state, token=jnp.asarray(chosen[-1]))
+        state, logits = _decode_step(model, image.IMAGE_TOKENS, state)
         seen.append(logits)
         chosen.append(choose(step, logits))
     return np.stack(seen), np.stack(chosen, axis=1)
@@ -56,8 +56,9 @@ def _walk(pipeline, requests, choose):
 
 def test_prompt_rows_are_those_of_the_original(pipeline, requests, recorded):
     length = len(recorded["prompt_ids"])
-    np.testing.assert_array_equal(requests.tokens[0, 0, -length:], recorded["prompt_ids"])
-    embeds = pipeline.model.language_model.embed(requests.tokens[..., -length:])
+    np.testing.assert_array_equal(requests.lengths, [length] * 2)
+    np.testing.assert_array_equal(requests.tokens[0, 0, :length], recorded["prompt_ids"])
+    embeds = pipeline.model.language_model.embed(requests.tokens[..., :length])
     expected = recorded["first_inputs_embeds"].reshape(embeds.shape)
     np.testing.assert_allclose(embeds, expected, atol=1e-6)
 
@@ -159,7 +160,8 @@ def test_guidance_weight_1_needs_no_rows_without_words(small):
     without = _requests(small, [PROMPT], 2, guidance_weight=1.0, temperature=1.0)
     assert without.tokens.shape[1] == 1
     guided = _requests(small, [PROMPT], 2, guidance_weight=2.0, temperature=1.0)
-    guided = dataclasses.replace(guided, guidance_weight=np.float32(1))
+    choice = dataclasses.replace(guided.choice, guidance_weight=np.ones(2, np.float32))
+    guided = dataclasses.replace(guided, choice=choice)
     np.testing.assert_array_equal(
         *(next(image.generate(small.model, batch))[0] for batch in (without, guided))
     )
@@ -196,7 +198,8 @@ def test_bfloat16_generates_with_a_float32_image_tokenizer(golden):
     model = pipeline.model
     assert model.language_model.layers[0].mlp.up_proj.kernel[...].dtype == jnp.bfloat16
     assert model.gen_vq.codebook[...].dtype == jnp.float32
-    logits, _ = _prefill(model, _requests(pipeline, [PROMPT], 1))
+    requests, number = _requests(pipeline, [PROMPT], 1), model.cfg.num_image_tokens
+    _, logits = _prefill(model, image.IMAGE_TOKENS, requests, number)
     assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
     generated = pipeline.generate_images(PROMPT, num_images=1)
     assert generated.pixels.shape == (1, 64, 64, 3) and generated.pixels.dtype == np.uint8
@@ -212,12 +215,17 @@ def test_bfloat16_generates_with_a_float32_image_tokenizer(golden):
     ],
 )
 def test_chunks_are_even_and_full_multiples_of_the_shards(total, most, shards, size):
-    assert decoding.chunk_size(total, most, shards) == size
+    assert chunks.chunk_size(total, most, shards) == size
+    numbers, kept = zip(*chunks.padded_chunks(total, size), strict=True)
+    assert {len(chunk) for chunk in numbers} == {size} and sum(kept) == total
+    found = np.concatenate([chunk[:n] for chunk, n in zip(numbers, kept, strict=True)])
+    np.testing.assert_array_equal(found, np.arange(total))
+    assert max(map(max, numbers)) == total - 1
 
 
 def test_the_memory_bound_is_that_of_the_cache(small):
     decoder = small.model.cfg.language_model
-    number = decoding.default_max_batch(decoder, 2 * (64 + 15), None)
+    number = chunks.default_max_batch(decoder, 2 * (64 + 15), None)
     caches = jax.eval_shape(lambda: init_cache(decoder, 2 * number, 64 + 15))
     taken = sum(x.size * x.dtype.itemsize for x in (*caches.keys, *caches.values))
-    assert 0.99 * decoding.CACHE_BYTES < taken <= decoding.CACHE_BYTES
+    assert 0.99 * chunks.CACHE_BYTES < taken <= chunks.CACHE_BYTES

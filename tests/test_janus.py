@@ -25,9 +25,9 @@ from janus_jax.generation.samplers import Sampling
 from janus_jax.interop.load import abstract
 from janus_jax.models.janus import Janus, JanusConfig, merge_features
 from janus_jax.models.vq import VQ
+from janus_jax.processing.processor import Batch
 
-GREEDY = Sampling(np.float32(0))
-NO_SEED = np.zeros(2, np.uint32)
+GREEDY = Sampling(np.zeros(1, np.float32))
 PARTS = (
     "und_encoder",
     "und_aligner",
@@ -105,6 +105,7 @@ def test_greedy_text_tokens_equal_torch_s():
     theirs, ours = tiny_pair()
     tokens, pixels = two_images_a_row()
     token_mask = np.arange(40) >= np.array([[0], [3]])
+    batch = Batch(tokens, token_mask, tokens == IMAGE_TOKEN, pixels)
     expected = theirs.generate(
         input_ids=torch.tensor(tokens),
         attention_mask=torch.tensor(token_mask),
@@ -114,9 +115,7 @@ def test_greedy_text_tokens_equal_torch_s():
         eos_token_id=None,
         pad_token_id=0,
     )
-    image_mask = tokens == IMAGE_TOKEN
-    never = np.int32(-1)  # an eos_id that no token equals
-    requests = text.Requests(tokens, token_mask, image_mask, pixels, NO_SEED, GREEDY, never)
+    requests = text.make_requests(batch, 0, GREEDY, -1)  # an eos_id that no token equals
     got = text.generate_tokens(ours, requests, 12)
     np.testing.assert_array_equal(got, expected[:, 40:])
     assert len(np.unique(got)) > 10
@@ -138,9 +137,7 @@ def generated_by_torch(theirs, tokens: np.ndarray, guidance_weight: float) -> np
 def test_greedy_image_tokens_equal_torch_s():
     theirs, ours = tiny_pair()
     tokens = np.random.default_rng(5).integers(0, 95, (3, 2, 10)).astype(np.int32)
-    everything, index = np.ones((3, 10), bool), np.arange(3, dtype=np.uint32)
-    weight = np.float32(3)
-    requests = image.Requests(tokens, everything, index, NO_SEED, weight, GREEDY)
+    requests = image.make_requests(list(tokens), 1, 0, 3.0, GREEDY, 0)
     indices = image.generate_batch(ours, requests).indices
     np.testing.assert_array_equal(indices, generated_by_torch(theirs, tokens, 3.0))
     assert len(np.unique(indices)) > 10

@@ -16,7 +16,7 @@ from PIL import Image
 
 import janus_jax
 from janus_jax import sharding
-from janus_jax.generation import codec, compile_cache, decoding, loading
+from janus_jax.generation import chunks, codec, compile_cache, loading
 from janus_jax.generation import pipeline as pipelines
 from janus_jax.models.janus import JanusConfig
 from janus_jax.processing import images
@@ -193,7 +193,7 @@ def test_bad_pixels_do_not_wrap_around(pipeline):
     [(1, 32), (32, 32), (33, 64), (65, 128), (129, 256), (257, 384), (640, 640)],
 )
 def test_prompts_are_padded_to_few_lengths(length, bucket):
-    assert decoding.bucket_length(length) == bucket
+    assert chunks.bucket_length(length) == bucket
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", jnp.bfloat16, np.dtype(jnp.bfloat16)])

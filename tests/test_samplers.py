@@ -24,6 +24,13 @@ def _kept(logits, **settings):
     return np.isfinite(samplers.filter_logits(jnp.asarray(logits), _sampling(**settings)))
 
 
+def _noise(seed, index, step, size=SIZE):
+    """Noise of rows that differ in the index, as a NumPy array."""
+    words = np.tile(samplers.seed_words(seed), (len(index), 1))
+    steps = np.full(len(index), step, np.int32)
+    return np.asarray(samplers.gumbel_noise(words, np.asarray(index, np.uint32), steps, size))
+
+
 def _softmax(x):
     x = np.exp(x - x.max(-1, keepdims=True))
     return x / x.sum(-1, keepdims=True)
@@ -78,11 +85,35 @@ def test_top_p_counts_what_top_k_left(logits):
 
 @pytest.mark.parametrize("temperature", [1e30, 3e38])
 def test_a_temperature_that_overflows_chooses_among_what_is_left(logits, temperature):
-    index = jnp.arange(200, dtype=jnp.uint32)
-    noise = samplers.gumbel_noise(samplers.seed_words(1), index, 0, SIZE)
+    index = np.arange(200)
+    noise = _noise(1, index, 0)
     sampling = _sampling(temperature=temperature, top_k=3)
     chosen = samplers.sample_token(jnp.broadcast_to(logits[0], (200, SIZE)), noise, sampling)
     assert set(np.asarray(chosen)) == set((-logits[0]).argsort()[:3])
+
+
+def test_every_row_has_its_own_settings_and_noise(logits):
+    """A row gives what it gives alone; a row without a filter has top_k = V and top_p = 1."""
+    settings = [dict(temperature=0.5, top_k=3), dict(temperature=2.0, top_p=0.7), dict()]
+    rows = samplers.Sampling(
+        np.array([0.5, 2, 1], np.float32),
+        np.array([3, SIZE, SIZE], np.int32),
+        np.array([1, 0.7, 1], np.float32),
+    )
+    seeds, index = [1, 2**40, 3], np.array([7, 0, 9], np.uint32)
+    words, steps = np.stack([*map(samplers.seed_words, seeds)]), np.array([0, 5, 2], np.int32)
+    noise = samplers.gumbel_noise(words, index, steps, SIZE)
+    kept, chosen = samplers.filter_logits(logits, rows), samplers.sample_token(logits, noise, rows)
+    for i in range(3):
+        np.testing.assert_array_equal(noise[i], _noise(seeds[i], index[i : i + 1], steps[i])[0])
+        alone = _sampling(**settings[i])
+        np.testing.assert_array_equal(kept[i], samplers.filter_logits(logits[i : i + 1], alone)[0])
+        expected = samplers.sample_token(logits[i : i + 1], noise[i : i + 1], alone)
+        assert chosen[i] == expected[0]
+    peaked = np.tile(np.linspace(0, -30, 16384, dtype=np.float32), (2, 1))
+    mixed = samplers.Sampling(np.ones(1, np.float32), None, np.array([1, 0.999], np.float32))
+    finite = np.isfinite(samplers.filter_logits(peaked, mixed)).all(axis=1)
+    np.testing.assert_array_equal(finite, [True, False])
 
 
 def test_without_filters_the_logits_are_left_alone(logits):
@@ -91,8 +122,8 @@ def test_without_filters_the_logits_are_left_alone(logits):
 
 def test_samples_follow_the_softmax():
     logits, number = np.log(np.array([0.5, 0.3, 0.15, 0.05], np.float32)), 20_000
-    index = jnp.arange(number, dtype=jnp.uint32)
-    noise = samplers.gumbel_noise(samplers.seed_words(1), index, 0, 4)
+    index = np.arange(number)
+    noise = _noise(1, index, 0, 4)
     chosen = samplers.sample_token(jnp.broadcast_to(logits, (number, 4)), noise, _sampling())
     counts = np.bincount(np.asarray(chosen), minlength=4) / number
     # four standard deviations of the largest
@@ -100,23 +131,17 @@ def test_samples_follow_the_softmax():
 
 
 def test_noise_depends_on_seed_index_and_step_and_on_nothing_else():
-    def noise(seed, index, step):
-        index = jnp.asarray(index, jnp.uint32)
-        words = samplers.seed_words(seed)
-        return np.asarray(samplers.gumbel_noise(words, index, jnp.int32(step), SIZE))
-
-    batch = noise(5, [0, 1, 2], 3)
-    np.testing.assert_array_equal(noise(5, [2], 3)[0], batch[2])
-    others = [batch[0], batch[1], batch[2], noise(6, [0], 3)[0], noise(5, [0], 4)[0]]
+    batch = _noise(5, [0, 1, 2], 3)
+    np.testing.assert_array_equal(_noise(5, [2], 3)[0], batch[2])
+    others = [batch[0], batch[1], batch[2], _noise(6, [0], 3)[0], _noise(5, [0], 4)[0]]
     for i, one in enumerate(others):
         assert all(np.abs(one - other).max() > 0.1 for other in others[:i])
 
 
 def test_noise_does_not_follow_the_default_generator():
-    index = jnp.zeros(1, jnp.uint32)
-    usual = samplers.gumbel_noise(samplers.seed_words(0), index, 0, SIZE)
+    usual = _noise(0, [0], 0)
     with jax.default_prng_impl("rbg"):
-        again = samplers.gumbel_noise(samplers.seed_words(0), index, 0, SIZE)
+        again = _noise(0, [0], 0)
     np.testing.assert_array_equal(again, usual)
 
 
@@ -153,8 +178,7 @@ def test_keys_of_seeds_below_32_bits_are_those_of_jax(seed):
 
 def test_both_words_of_a_seed_decide():
     seeds = [5, 2**32 + 5, 5 * 2**32, 2**63 + 5, 2**64 - 1]
-    index = jnp.zeros(1, jnp.uint32)
-    noises = [samplers.gumbel_noise(samplers.seed_words(x), index, 0, SIZE) for x in seeds]
+    noises = [_noise(seed, [0], 0) for seed in seeds]
     for i, one in enumerate(noises):
         assert all(np.abs(one - other).max() > 0.1 for other in noises[:i])
 

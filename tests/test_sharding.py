@@ -172,10 +172,11 @@ def test_the_cache_is_sharded_by_rows_and_heads(sharded):
         keys = state.cache.keys[0]
         return keys.shape, keys.addressable_shards[0].data.shape
 
-    requests = image._select(requests, np.arange(4), sharded.mesh)
-    state = image._init_state(sharded.model, requests, sharded.mesh)
+    requests = sharding.put_batch(requests, sharded.mesh)
+    state, indices = image.begin_batch(sharded.model, requests, sharded.mesh)
     seen.append(shapes(state))
-    seen.append(shapes(image._generate_tokens(sharded.model, requests, state, 3)))
+    state, _ = image.advance_batch(sharded.model, (state, indices), 1, 4)
+    seen.append(shapes(state))
     assert seen == [((8, 47, 4, 12), (2, 47, 2, 12))] * 2
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from janus_jax.generation import samplers, text
+from janus_jax.generation import chunks, decoding, samplers, text
+from janus_jax.generation.requests import embed_prompts
 
 NEW = 12
 
@@ -38,28 +39,35 @@ def requests(pipeline, conversations):
 
 
 def test_prompts_are_those_of_the_original(requests, golden):
+    """The recorded prompts are padded on the left."""
     recorded = np.load(golden / "janus_processor.npz")
-    np.testing.assert_array_equal(requests.tokens, recorded["input_ids"])
-    np.testing.assert_array_equal(requests.token_mask, recorded["attention_mask"] == 1)
+    mask = recorded["attention_mask"] == 1
+    np.testing.assert_array_equal(requests.lengths, mask.sum(1))
+    for row, length, expected in zip(
+        requests.tokens, requests.lengths, recorded["input_ids"], strict=True
+    ):
+        np.testing.assert_array_equal(row[0, :length], expected[-length:])
 
 
 def test_embedded_prompts_are_those_of_the_original(pipeline, requests, golden):
-    embeds = jax.jit(text.embed_prompts)(pipeline.model, requests)
+    embeds = jax.jit(embed_prompts)(pipeline.model, requests)
     expected = np.load(golden / "janus_embeds.npz")["inputs_embeds"]
-    np.testing.assert_allclose(embeds, expected, atol=1e-5, rtol=1e-5)
+    for row, length, other in zip(embeds, requests.lengths, expected, strict=True):
+        np.testing.assert_allclose(row[:length], other[-length:], atol=1e-5, rtol=1e-5)
 
 
 def test_logits_of_every_step_are_those_of_the_original(pipeline, requests, recorded):
-    prefill = jax.jit(functools.partial(text.prefill, max_new_tokens=NEW))
-    decode_step = jax.jit(text.decode_step)
-    logits, cache = prefill(pipeline.model, requests)
+    prefill = jax.jit(decoding.prefill, static_argnames=("kind", "num_tokens"))
+    decode_step = jax.jit(decoding.decode_step, static_argnames="kind")
+    state, logits = prefill(pipeline.model, text.TEXT_TOKENS, requests, NEW)
     seen = [logits]
     for step in range(NEW - 1):
         tokens = jnp.asarray(recorded["greedy_tokens"][:, step])
-        logits, cache = decode_step(pipeline.model, cache, tokens)
+        state = dataclasses.replace(state, token=tokens)
+        state, logits = decode_step(pipeline.model, text.TEXT_TOKENS, state)
         seen.append(logits)
     np.testing.assert_allclose(np.stack(seen), recorded["greedy_logits"], atol=1e-4, rtol=1e-4)
-    assert int(cache.lengths.max()) == cache.size  # no slot too many
+    assert int(state.cache.lengths.max()) == state.cache.size  # no slot too many
 
 
 def test_greedy_tokens_are_those_of_the_original(pipeline, requests, recorded):
@@ -67,8 +75,15 @@ def test_greedy_tokens_are_those_of_the_original(pipeline, requests, recorded):
     np.testing.assert_array_equal(tokens, recorded["greedy_tokens"])
 
 
+def with_eos(requests, eos_id):
+    eos_id = jnp.full_like(requests.choice.eos_id, eos_id)
+    return dataclasses.replace(
+        requests, choice=dataclasses.replace(requests.choice, eos_id=eos_id)
+    )
+
+
 def test_rows_that_ended_are_filled_with_the_stop_token(pipeline, requests, recorded):
-    stopping = dataclasses.replace(requests, eos_id=np.int32(recorded["eos_id"]))
+    stopping = with_eos(requests, recorded["eos_id"])
     text.generate_tokens(pipeline.model, requests, NEW)
     before = text.generate_tokens._cache_size()  # another stop token needs no other program
     tokens = np.asarray(text.generate_tokens(pipeline.model, stopping, NEW))
@@ -83,19 +98,18 @@ def test_rows_that_ended_are_filled_with_the_stop_token(pipeline, requests, reco
 
 
 def test_writing_stops_when_every_row_has_ended(pipeline, requests, recorded, monkeypatch):
-    one = jax.tree.map(lambda x: x[:1] if np.ndim(x) > 1 else x, requests)
-    stopping = dataclasses.replace(one, eos_id=np.int32(recorded["eos_id"]))
+    stopping = with_eos(requests.select(np.arange(1)), recorded["eos_id"])
     expected = recorded["eos_row0_tokens"][0].tolist()
     streamed = list(text.stream(pipeline.model, stopping, NEW))
     assert [*streamed, int(recorded["eos_id"])] == expected
 
-    steps, generate_next_token = [], text.generate_next_token
+    steps, advance = [], decoding.advance
 
-    def counted(model, requests, state):
-        jax.debug.callback(lambda step: steps.append(int(step)), state.step)
-        return generate_next_token(model, requests, state)
+    def counted(model, kind, state):
+        jax.debug.callback(lambda step: steps.append(int(step[0])), state.step)
+        return advance(model, kind, state)
 
-    monkeypatch.setattr(text, "generate_next_token", counted)
+    monkeypatch.setattr(decoding, "advance", counted)
     generate_tokens = jax.jit(
         text.generate_tokens.__wrapped__, static_argnames="max_new_tokens"
     )
@@ -127,7 +141,7 @@ def test_chunks_of_conversations_give_the_same_answers(
 
     monkeypatch.setattr(text, "generate_tokens", counted)
     if by_memory:
-        monkeypatch.setattr(text.decoding, "CACHE_BYTES", 1)
+        monkeypatch.setattr(chunks, "CACHE_BYTES", 1)
     else:
         settings["max_batch"] = 2
     assert small.answer(*conversations, **settings) == expected

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from janus_jax import checks, sharding
-from janus_jax.generation import finite
+from janus_jax.generation import chunks, finite
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.models.vq import VQ
 from janus_jax.processing.images import (
@@ -122,14 +122,13 @@ def decode_indices(model: Janus, indices: np.ndarray, mesh: Mesh | None = None) 
     """Implements Pipeline.decode_indices; each device decodes one image at a time."""
     indices = np.asarray(indices)
     _check_indices(indices, model.cfg)
-    # the last call is padded with copies of the last image, which are dropped afterwards
-    step, last, pixels = sharding.num_batch_shards(mesh), len(indices) - 1, []
-    for start in range(0, len(indices), step):
-        rows = indices[np.minimum(np.arange(start, start + step), last)].astype(np.int32)
-        decoded = decode_batch(model.gen_vq, sharding.put_batch(rows, mesh), mesh)
+    pixels = []
+    for numbers, kept in chunks.padded_chunks(len(indices), sharding.num_batch_shards(mesh)):
+        rows = sharding.put_batch(indices[numbers].astype(np.int32), mesh)
+        decoded = decode_batch(model.gen_vq, rows, mesh)
         check_decoded(decoded, model.gen_vq)
-        pixels.append(np.asarray(decoded.pixels))
-    return np.concatenate(pixels)[: len(indices)]
+        pixels.append(np.asarray(decoded.pixels)[:kept])
+    return np.concatenate(pixels)
 
 
 def _check_indices(indices: np.ndarray, cfg: JanusConfig) -> None:

@@ -1,11 +1,12 @@
 """Autoregressive decoding, shared by image and text generation.
 
-B rows, P prompt length (a bucket length), S cache size, D model width.
+B requests, R decoder rows of a request (with guidance, the prompt and the unconditional prompt),
+P prompt length, D model width, V vocabulary (for image tokens, the codebook size).
 """
 
 import contextlib
+import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -13,47 +14,45 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from janus_jax import sharding
+from janus_jax.generation import samplers
+from janus_jax.generation.requests import Choice, Requests, embed_prompts
 from janus_jax.models.janus import Janus
 from janus_jax.models.kv_cache import KVCache
-from janus_jax.models.llama import Llama, LlamaConfig
-
-_SMALL_BUCKETS = (32, 64, 128)
-
-# Maximum size in bytes of the key/value cache of one batch on each device, if max_batch is not
-# given. Parameters and activations need additional memory.
-CACHE_BYTES = 4 * 2**30
 
 
-def bucket_length(length: int) -> int:
-    """Returns the length to which a prompt is padded: 32, 64 or a multiple of 128.
+@dataclasses.dataclass(frozen=True)
+class TokenKind:
+    """What distinguishes image tokens from text tokens during decoding.
 
-    There are only a few such lengths, so a new prompt rarely requires a compilation.
+    head: (model, hidden states float[..., D]) -> logits float32[..., V].
+    embed: (model, tokens int32[...]) -> float[..., D].
     """
-    return next((b for b in _SMALL_BUCKETS if length <= b), math.ceil(length / 128) * 128)
+
+    head: Callable[[Janus, jax.Array], jax.Array]
+    embed: Callable[[Janus, jax.Array], jax.Array]
 
 
-def default_max_batch(cfg: LlamaConfig, slots: int, mesh: Mesh | None) -> int:
-    """Returns the number of requests whose key/value cache fits in CACHE_BYTES on each device.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeState:
+    """The state of B requests that are being decoded. They may be at different steps.
 
-    The number is at least one for each batch shard of the mesh.
-
-    slots: number of cached positions of one request, over all of its rows.
+    cache: keys and values of B * R rows. The length of a row is the position of the next token that
+        the decoder reads: the length of its prompt, then one more with every decode step.
+    token: int32[B], the token chosen last, which the decoder has not read yet.
+    step: int32[B], number of tokens chosen so far.
+    limit: int32[B], maximum number of tokens.
+    done: bool[B], True for a request that has ended: with its eos_id, at its limit, or because its
+        logits were not finite (the token is then V). Its token and step stay as they are.
+    choice: how each request chooses its tokens.
     """
-    width = 2 * cfg.num_key_value_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
-    tensor = 1 if mesh is None else mesh.shape["tensor"]
-    per_device = CACHE_BYTES * tensor // (slots * width * cfg.num_hidden_layers)
-    return max(1, per_device) * sharding.num_batch_shards(mesh)
 
-
-def chunk_size(total: int, max_size: int, shards: int) -> int:
-    """Returns the size of the equal chunks into which `total` requests are split.
-
-    The size is a multiple of `shards`, and at most `max_size` unless that is less than `shards`.
-    The number of chunks is as small as possible, and the last one may be padded.
-    """
-    max_size = max(shards, max_size // shards * shards)
-    chunks = math.ceil(total / max_size)
-    return math.ceil(total / chunks / shards) * shards
+    cache: KVCache
+    token: jax.Array
+    step: jax.Array
+    limit: jax.Array
+    done: jax.Array
+    choice: Choice
 
 
 def full_float32_matmuls(function: Callable) -> Callable:
@@ -72,32 +71,89 @@ def full_float32_matmuls(function: Callable) -> Callable:
     return wrapper
 
 
+@full_float32_matmuls
 def prefill(
-    decoder: Llama, embeds: jax.Array, token_mask: jax.Array, num_new: int, mesh: Mesh | None
-) -> tuple[jax.Array, KVCache]:
-    """Runs the decoder over left-padded prompts.
+    model: Janus, kind: TokenKind, requests: Requests, num_tokens: int, mesh: Mesh | None = None
+) -> tuple[DecodeState, jax.Array]:
+    """Runs the decoder over the prompts.
 
-    In the cache the padding is on the right, so that a decode step attends to the first slots of a
-    row, as kernels for decoding require.
-
-    embeds: float[B, P, D].
-    token_mask: bool[B, P].
-    num_new: the number of decode steps that the cache has room for.
-    Returns the hidden states of the last position, float[B, D], and the cache.
+    num_tokens: the limit of every request. The cache has no slot for the last token, because the
+        decoder does not read it.
+    Returns the state before the first token, and the logits of that token, float32[B, V].
     """
-    length = token_mask.shape[1]
-    lengths = jnp.sum(token_mask, axis=1, dtype=jnp.int32)
-    shifted = (jnp.arange(length, dtype=jnp.int32)[None] - lengths[:, None]) % length
-    hidden, cache = decoder(jnp.take_along_axis(embeds, shifted[..., None], axis=1))
+    hidden, cache = model.language_model(embed_prompts(model, requests))
+    lengths = jnp.repeat(requests.lengths, requests.choice.rows)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    return last, sharding.constrain_cache(cache.resized(length + num_new, lengths), mesh)
+    cache = cache.resized(cache.size + num_tokens - 1, lengths)
+    zeros = jnp.zeros_like(requests.lengths)
+    state = DecodeState(
+        cache=sharding.constrain_cache(cache, mesh),
+        token=zeros,
+        step=zeros,
+        limit=zeros + num_tokens,
+        done=zeros > 0,
+        choice=requests.choice,
+    )
+    return state, _guided(kind.head(model, last), requests.choice)
 
 
-def decode_step(decoder: Llama, cache: KVCache, embeds: jax.Array) -> tuple[jax.Array, KVCache]:
-    """Runs the decoder over one more position.
+@full_float32_matmuls
+def decode_step(
+    model: Janus, kind: TokenKind, state: DecodeState
+) -> tuple[DecodeState, jax.Array]:
+    """Runs the decoder over the last token of every request.
 
-    embeds: float[B, D].
-    Returns the hidden states, float[B, D], and the new cache.
+    Returns the state with the new cache, and the logits of the next token, float32[B, V].
     """
-    hidden, cache = decoder(embeds[:, None], cache=cache)
-    return hidden[:, 0], cache
+    embeds = jnp.repeat(kind.embed(model, state.token), state.choice.rows, axis=0)
+    hidden, cache = model.language_model(embeds[:, None], cache=state.cache)
+    logits = _guided(kind.head(model, hidden[:, 0]), state.choice)
+    return dataclasses.replace(state, cache=cache), logits
+
+
+def _guided(logits: jax.Array, choice: Choice) -> jax.Array:
+    """Applies classifier-free guidance: uncond + w (cond - uncond).
+
+    logits: float32[B * R, V]; with guidance R = 2, and the cond and uncond rows alternate.
+    Returns float32[B, V].
+    """
+    if choice.guidance_weight is None:
+        return logits
+    cond, uncond = jnp.moveaxis(logits.reshape(-1, 2, logits.shape[-1]), 1, 0)
+    return uncond + choice.guidance_weight[:, None] * (cond - uncond)
+
+
+def choose(state: DecodeState, logits: jax.Array) -> DecodeState:
+    """Chooses the next token of every request that is not done.
+
+    logits: float32[B, V], of that token.
+    """
+    choice, size = state.choice, logits.shape[-1]
+    noise = samplers.gumbel_noise(choice.seed, choice.index, state.step, size)
+    sampled = samplers.sample_token(logits, noise, choice.sampling)
+    token = jnp.where(state.done, state.token, sampled)
+    step = jnp.where(state.done, state.step, state.step + 1)
+    done = state.done | (token >= size) | (step >= state.limit)
+    if choice.eos_id is not None:
+        done |= token == choice.eos_id
+    return dataclasses.replace(state, token=token, step=step, done=done)
+
+
+def begin(
+    model: Janus, kind: TokenKind, requests: Requests, num_tokens: int, mesh: Mesh | None = None
+) -> DecodeState:
+    """Runs the prefill and chooses the first token of every request; see prefill."""
+    return choose(*prefill(model, kind, requests, num_tokens, mesh))
+
+
+def advance(model: Janus, kind: TokenKind, state: DecodeState) -> DecodeState:
+    """Runs one decode step and chooses the next token of every request."""
+    return choose(*decode_step(model, kind, state))
+
+
+def advance_column(
+    model: Janus, kind: TokenKind, column: jax.Array, state: DecodeState, tokens: jax.Array
+) -> tuple[DecodeState, jax.Array]:
+    """Runs `advance` and writes the new tokens into one column of `tokens`, int32[B, M]."""
+    state = advance(model, kind, state)
+    return state, jax.lax.dynamic_update_index_in_dim(tokens, state.token, column, axis=1)

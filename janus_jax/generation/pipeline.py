@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from janus_jax import checks, sharding
-from janus_jax.generation import codec, compile_cache, decoding, image, loading, samplers, text
+from janus_jax.generation import chunks, codec, compile_cache, image, loading, samplers, text
 from janus_jax.interop.files import Report
 from janus_jax.interop.load import build_model, load_params, open_folder
 from janus_jax.models.janus import Janus
@@ -110,12 +110,12 @@ class Pipeline:
             guidance_weight=guidance_weight, temperature=temperature, top_k=top_k, top_p=top_p
         )
         sizes = dict(num_images=num_images, max_batch=max_batch)
-        chunks = list(
+        parts = list(
             self.stream_images(prompts, seed=seed, progress=progress, **sizes, **settings)
         )
         return Images(
-            np.concatenate([chunk.pixels for chunk in chunks]),
-            np.concatenate([chunk.indices for chunk in chunks]),
+            np.concatenate([part.pixels for part in parts]),
+            np.concatenate([part.indices for part in parts]),
         )
 
     def stream_images(
@@ -156,8 +156,8 @@ class Pipeline:
             sampling,
             self.processor.tokenizer.pad_id,
         )
-        chunks = image.generate(self.model, requests, max_batch, self.mesh, progress)
-        return (Images(pixels, indices) for indices, pixels in chunks)
+        parts = image.generate(self.model, requests, max_batch, self.mesh, progress)
+        return (Images(pixels, indices) for indices, pixels in parts)
 
     def _image_settings(
         self, guidance_weight=None, temperature=None, top_k=None, top_p=None
@@ -342,17 +342,15 @@ class Pipeline:
         """Yields one answer per example; generates them chunk by chunk."""
         length = _prompt_length(examples)
         decoder, slots = self.model.cfg.language_model, length + max_new_tokens - 1
-        max_size = max_batch or decoding.default_max_batch(decoder, slots, self.mesh)
-        size = decoding.chunk_size(len(examples), max_size, sharding.num_batch_shards(self.mesh))
-        for start in range(0, len(examples), size):
-            chunk = examples[start : start + size]
-            # the last chunk is padded with copies of its last example, which are dropped afterwards
-            padded = chunk + chunk[-1:] * (size - len(chunk))
-            requests = self._text_requests(padded, length, sampling, seed)
+        max_size = max_batch or chunks.default_max_batch(decoder, slots, self.mesh)
+        size = chunks.chunk_size(len(examples), max_size, sharding.num_batch_shards(self.mesh))
+        for numbers, kept in chunks.padded_chunks(len(examples), size):
+            chunk = [examples[number] for number in numbers]
+            requests = self._text_requests(chunk, length, sampling, seed)
             tokens = text.generate_tokens(self.model, requests, max_new_tokens, self.mesh)
             tokens = np.asarray(tokens)
             text.check_tokens(self.model, requests, tokens, self.mesh)
-            yield from map(self._decode, tokens[: len(chunk)])
+            yield from map(self._decode, tokens[:kept])
 
     def encode_images(self, images: Sequence[ImageSource] | ImageSource) -> np.ndarray:
         """Encodes N images to image tokens with the image tokenizer, one image at a time.
@@ -393,7 +391,7 @@ class Pipeline:
 
 def _prompt_length(examples: Sequence[Example]) -> int:
     """Returns the length to which the prompts of all examples are padded."""
-    return decoding.bucket_length(max(len(tokens) for tokens, _ in examples))
+    return chunks.bucket_length(max(len(tokens) for tokens, _ in examples))
 
 
 def load(

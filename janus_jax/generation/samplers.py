@@ -18,15 +18,18 @@ _PRNG_IMPL = "threefry2x32"
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled. Values are traced: a new value needs no new compilation.
+    """How the tokens of B rows are sampled. Rows may differ, or B = 1 is used for all rows.
 
-    temperature: 0 is greedy.
-    top_k, top_p: None omits the filter, and the sort that it needs, from the program.
+    Values are traced: a new value needs no new compilation.
+
+    temperature: float32[B]; 0 is greedy.
+    top_k: int32[B], top_p: float32[B]. None omits the filter, and the sort that it needs, from the
+        program. A row without a filter has top_k = V or top_p = 1.
     """
 
-    temperature: np.float32
-    top_k: np.int32 | None = None
-    top_p: np.float32 | None = None
+    temperature: jax.Array
+    top_k: jax.Array | None = None
+    top_p: jax.Array | None = None
 
 
 def check_sampling(temperature, top_k, top_p) -> tuple[float, int | None, float | None]:
@@ -49,7 +52,7 @@ def check_sampling(temperature, top_k, top_p) -> tuple[float, int | None, float 
 
 
 def make_sampling(temperature, top_k, top_p, size: int) -> Sampling:
-    """Checks the settings and returns them for sampling from `size` tokens.
+    """Checks the settings and returns them for sampling one row from `size` tokens.
 
     top_p = 1 omits the filter, because in float32 the cumulative probability reaches 1 before the
     last token.
@@ -60,10 +63,11 @@ def make_sampling(temperature, top_k, top_p, size: int) -> Sampling:
     temperature, top_k, top_p = check_sampling(temperature, top_k, top_p)
     if top_k is not None and top_k > size:
         raise ValueError(f"top_k must be at most {size}, got {top_k}")
+    no_top_p = top_p is None or np.float32(top_p) == 1
     return Sampling(
-        np.float32(temperature),
-        None if top_k is None else np.int32(top_k),
-        None if top_p is None or np.float32(top_p) == 1 else np.float32(top_p),
+        np.array([temperature], np.float32),
+        None if top_k is None else np.array([top_k], np.int32),
+        None if no_top_p else np.array([top_p], np.float32),
     )
 
 
@@ -81,14 +85,16 @@ def filter_logits(logits: jax.Array, sampling: Sampling) -> jax.Array:
         return logits
     descending = -jnp.sort(-logits, axis=-1)
     keep = jnp.ones(descending.shape, bool)
+    place = jnp.arange(descending.shape[-1], dtype=jnp.int32)[None]
     if sampling.top_k is not None:
-        keep &= jnp.arange(descending.shape[-1], dtype=jnp.int32)[None] < sampling.top_k
+        keep &= place < sampling.top_k[:, None]
     if sampling.top_p is not None:
         # at temperature 0 all probability is on the most likely token
-        temperature = jnp.maximum(sampling.temperature, 1e-6)
+        temperature = jnp.maximum(sampling.temperature, 1e-6)[:, None]
         probs = jax.nn.softmax(jnp.where(keep, descending, -jnp.inf) / temperature, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs
-        keep &= (before < sampling.top_p) | (jnp.arange(descending.shape[-1]) == 0)[None]
+        top_p = sampling.top_p[:, None]
+        keep &= (before < top_p) | (place == 0) | (top_p == 1)
     smallest = jnp.take_along_axis(descending, jnp.sum(keep, axis=-1, keepdims=True) - 1, axis=-1)
     return jnp.where(logits >= smallest, logits, -jnp.inf)
 
@@ -102,22 +108,22 @@ def seed_words(seed: int) -> np.ndarray:
 
 
 def gumbel_noise(seed: jax.Array, index: jax.Array, step: jax.Array, size: int) -> jax.Array:
-    """Returns Gumbel noise for one step: float32[B, size].
+    """Returns Gumbel noise for one step of each row: float32[B, size].
 
-    seed: uint32[2], as seed_words returns it.
+    seed: uint32[B, 2], as seed_words returns it.
     index: uint32[B].
-    step: int32 scalar.
+    step: int32[B].
 
-    The noise of a row depends only on the seed, its index and the step: both are folded into the
+    The noise of a row depends only on its seed, index and step: the latter two are folded into the
     key, so each pair has its own key. A threefry key consists of two words; for a seed below
     2**32, jax.random.key makes the same key, [0, seed].
     """
 
-    def row(index: jax.Array) -> jax.Array:
+    def row(seed: jax.Array, index: jax.Array, step: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl=_PRNG_IMPL), index)
         return jax.random.gumbel(jax.random.fold_in(key, step), (size,), jnp.float32)
 
-    return jax.vmap(row)(index)
+    return jax.vmap(row)(seed, index, step)
 
 
 def sample_token(logits: jax.Array, noise: jax.Array, sampling: Sampling) -> jax.Array:
@@ -130,13 +136,13 @@ def sample_token(logits: jax.Array, noise: jax.Array, sampling: Sampling) -> jax
     argmax(logits / temperature + noise) is a sample from the softmax. Both terms are multiplied by
     the temperature, so that temperature 0 gives the plain argmax.
 
-    A row whose logits are not all finite gets V. This is not a token: its embedding is NaN, so that
-    all later tokens of the row are V as well, and the host detects them (text.check_tokens,
-    image.check_generated).
+    A row whose logits are not all finite gets V. This is not a token: it ends the row, and the host
+    detects it (text.check_tokens, image.check_generated).
     """
     keep = filter_logits(logits, sampling) > -jnp.inf
-    # clipped, because a large temperature may overflow
-    noisy = jnp.clip(logits + sampling.temperature * noise, -FLOAT32_MAX, FLOAT32_MAX)
+    noisy = logits + sampling.temperature[:, None] * noise
+    # a large temperature may overflow
+    noisy = jnp.clip(noisy, -FLOAT32_MAX, FLOAT32_MAX)
     sampled = jnp.argmax(jnp.where(keep, noisy, -jnp.inf), axis=-1)
     finite = jnp.all(jnp.isfinite(logits), axis=-1)
     return jnp.where(finite, sampled, logits.shape[-1]).astype(jnp.int32)

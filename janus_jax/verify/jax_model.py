@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from janus_jax.generation import decoding, image, samplers, text
+from janus_jax.generation import chunks, decoding, image, samplers, text
 from janus_jax.generation.pipeline import load
+from janus_jax.generation.requests import Requests
 from janus_jax.models.janus import Janus, merge_features
 from janus_jax.processing.images import preprocess_generation
 from janus_jax.verify.outputs import GUIDANCE_WEIGHT, Greedy, Prepared, Request
 
-GREEDY = samplers.Sampling(np.float32(0))  # temperature 0
+GREEDY = samplers.Sampling(np.zeros(1, np.float32))  # temperature 0
 
 
 @jax.jit
@@ -62,10 +63,9 @@ def _image_logits(model: Janus, tokens: jax.Array, indices: jax.Array) -> jax.Ar
     return model.gen_head(hidden[:, tokens.shape[1] - 1 :])
 
 
-_prefill_text = jax.jit(text.prefill, static_argnames="max_new_tokens")
-_decode_text = jax.jit(text.decode_step)
-_prefill_image = jax.jit(image.prefill)
-_decode_image = jax.jit(image.decode_step)
+_prefill = jax.jit(decoding.prefill, static_argnames=("kind", "num_tokens"))
+_decode_step = jax.jit(decoding.decode_step, static_argnames="kind")
+_choose = jax.jit(decoding.choose)
 
 
 class JaxJanus:
@@ -113,38 +113,30 @@ class JaxJanus:
 
     def greedy_answer(self, prepared: Prepared, max_new_tokens: int) -> Greedy:
         example = prepared.tokens.tolist(), prepared.pixels[None]
-        batch = self.processor.batch([example], decoding.bucket_length(len(prepared.tokens)))
-        eos_id = self.processor.tokenizer.eos_id
-        requests = text.make_requests(batch, 0, GREEDY, eos_id)
-        logits, cache = _prefill_text(self.model, requests, max_new_tokens)
-        rows = [np.asarray(logits)]
-        while len(rows) < max_new_tokens and rows[-1].argmax() != eos_id:
-            token = np.argmax(rows[-1], axis=-1).astype(np.int32)
-            logits, cache = _decode_text(self.model, cache, token)
-            rows.append(np.asarray(logits))
-        return _greedy(rows)
+        batch = self.processor.batch([example], chunks.bucket_length(len(prepared.tokens)))
+        requests = text.make_requests(batch, 0, GREEDY, self.processor.tokenizer.eos_id)
+        return self._greedy(text.TEXT_TOKENS, requests, max_new_tokens)
 
     def greedy_image(self, prepared: Prepared, num_tokens: int) -> Greedy:
         prompt = prepared.image_prompt.tolist()
         pair = prompt, self.processor.unconditional(prompt)
         pad_id = self.processor.tokenizer.pad_id
         requests = image.make_requests([pair], 1, 0, GUIDANCE_WEIGHT, GREEDY, pad_id)
-        logits, cache = _prefill_image(self.model, requests)
-        rows = [np.asarray(logits)]
-        while len(rows) < num_tokens:
-            token = np.argmax(rows[-1], axis=-1).astype(np.int32)
-            weight = requests.guidance_weight
-            logits, cache = _decode_image(self.model, cache, token, weight)
-            rows.append(np.asarray(logits))
-        return _greedy(rows)
+        return self._greedy(image.IMAGE_TOKENS, requests, num_tokens)
+
+    def _greedy(self, kind: decoding.TokenKind, requests: Requests, num_tokens: int) -> Greedy:
+        """Decodes one request until it is done; at temperature 0 the choice is greedy."""
+        state, logits = _prefill(self.model, kind, requests, num_tokens)
+        tokens, rows = [], []
+        while not state.done[0]:
+            if rows:
+                state, logits = _decode_step(self.model, kind, state)
+            state = _choose(state, logits)
+            tokens.append(state.token)
+            rows.append(logits)
+        return Greedy(np.concatenate(tokens), np.concatenate(rows).astype(np.float32))
 
 
 def _first(batch: jax.Array) -> np.ndarray:
     """Returns the first entry of a batch as float32."""
     return np.asarray(batch[0], np.float32)
-
-
-def _greedy(rows: list[np.ndarray]) -> Greedy:
-    """Returns the tokens of the largest logits; rows: float32[1, V] of each token."""
-    logits = np.concatenate(rows).astype(np.float32)
-    return Greedy(np.argmax(logits, axis=-1).astype(np.int32), logits)
