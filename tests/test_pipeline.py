@@ -16,11 +16,7 @@ from PIL import Image
 
 import janus_jax
 from janus_jax import sharding
-<<<<<<< ours
-from janus_jax.generation import codec, decoding, loading
-=======
-from janus_jax.generation import chunks, codec, compile_cache, loading
->>>>>>> theirs
+from janus_jax.generation import chunks, codec, loading
 from janus_jax.generation import pipeline as pipelines
 from janus_jax.interop.folders import check_processor, find_folder
 from janus_jax.interop.load import check_dtype
