@@ -28,8 +28,8 @@ from jax.experimental import topologies
 from jax.sharding import SingleDeviceSharding
 
 from janus_jax.models.janus import JanusConfig
+from janus_jax.models.layers import block_call
 from janus_jax.models.llama import Block, LlamaConfig, rope_angles
-from janus_jax.models.remat import block_call
 
 ROWS, LENGTH, RUNS = 1, 2048, 5
 

@@ -8,9 +8,8 @@ import torch
 from flax import nnx
 from torch_reference import assert_close, call, golden_janus, rebuilt, tiny_pair, uniform
 
-from janus_jax.models.aligners import Aligner
-from janus_jax.models.janus import Janus
-from janus_jax.models.linear import gelu
+from janus_jax.models.janus import Aligner, Janus
+from janus_jax.models.layers import gelu
 
 embed_image_tokens = jax.jit(Janus.embed_image_tokens)
 

@@ -10,7 +10,7 @@ import torch
 from flax import nnx
 from torch_reference import call, rebuilt, tiny_pair, uniform
 
-from janus_jax.models.linear import linear, with_float32_output
+from janus_jax.models.layers import linear, with_float32_output
 from janus_jax.models.siglip import Siglip
 
 BFLOAT16 = jnp.bfloat16

@@ -10,7 +10,7 @@ from flax import nnx
 
 from janus_jax.interop.load import abstract
 from janus_jax.models.janus import Janus, JanusConfig
-from janus_jax.models.linear import linear
+from janus_jax.models.layers import linear
 from janus_jax.models.llama import LlamaConfig
 from janus_jax.models.siglip import SiglipConfig
 from janus_jax.models.vq import VQConfig

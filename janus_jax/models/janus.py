@@ -1,17 +1,17 @@
 """Janus and Janus-Pro: one decoder for image understanding and image generation.
 
 B batch, T sequence length, N image features of a row, D model width.
-Source: janus/models/modeling_vlm.py of the original code.
+Source: janus/models/modeling_vlm.py and projector.py of the original code.
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from janus_jax.models.aligners import Aligner, GenHead
-from janus_jax.models.linear import embed_lookup
+from janus_jax.models.layers import Head, embed_lookup, gelu, linear
 from janus_jax.models.llama import Llama, LlamaConfig
 from janus_jax.models.siglip import Siglip, SiglipConfig
 from janus_jax.models.vq import VQ, VQConfig
@@ -62,7 +62,7 @@ class JanusConfig:
         )
 
     def with_remat(self, remat: str) -> "JanusConfig":
-        """Returns a copy with another rematerialization setting, one of remat.REMAT_CHOICES."""
+        """Returns a copy with another rematerialization setting, one of layers.REMAT_CHOICES."""
         return dataclasses.replace(
             self,
             und_encoder=dataclasses.replace(self.und_encoder, remat=remat),
@@ -148,6 +148,38 @@ def merge_features(embeds: jax.Array, image_mask: jax.Array, features: jax.Array
     index = jnp.clip(jnp.cumsum(image_mask, axis=1) - 1, 0, features.shape[1] - 1)
     gathered = jnp.take_along_axis(features, index[..., None], axis=1)
     return jnp.where(image_mask[..., None], gathered.astype(embeds.dtype), embeds)
+
+
+class Aligner(nnx.Module):
+    """An MLP with exact GELU that maps image features or codes to the width of the decoder."""
+
+    def __init__(
+        self, inputs: int, width: int, depth: int, *, dtype, param_dtype, rngs: nnx.Rngs
+    ):
+        sizes = [inputs] + [width] * depth
+        pairs = itertools.pairwise(sizes)
+        types = dict(dtype=dtype, param_dtype=param_dtype)
+        self.layers = nnx.List([linear(a, b, **types, rngs=rngs) for a, b in pairs])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[..., inputs] to float[..., width]."""
+        x = self.layers[0](x)
+        for layer in self.layers[1:]:
+            x = layer(gelu(x))
+        return x
+
+
+class GenHead(nnx.Module):
+    """An MLP that maps hidden states to logits over the codebook (image-token logits)."""
+
+    def __init__(self, inputs: int, width: int, codes: int, *, dtype, param_dtype, rngs: nnx.Rngs):
+        types = dict(dtype=dtype, param_dtype=param_dtype)
+        self.proj = linear(inputs, width, **types, rngs=rngs)
+        self.out = linear(width, codes, **types, rngs=rngs, layer=Head)
+
+    def __call__(self, hidden: jax.Array) -> jax.Array:
+        """Maps float[..., D] to float32[..., codebook_size]."""
+        return self.out(gelu(self.proj(hidden)))
 
 
 class Janus(nnx.Module):

@@ -14,9 +14,7 @@ from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
 from janus_jax.models.kv_cache import KVCache, write_slots
-from janus_jax.models.linear import Head, Linear, embed_lookup, linear
-from janus_jax.models.norms import RMSNorm
-from janus_jax.models.remat import block_call
+from janus_jax.models.layers import Head, Linear, RMSNorm, block_call, embed_lookup, linear
 
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines
 LayerCache = tuple[jax.Array, jax.Array, jax.Array]  # keys, values, lengths
@@ -28,7 +26,7 @@ class LlamaConfig:
 
     dtype: the compute dtype.
     param_dtype: the dtype of the stored parameters.
-    remat: what the backward pass recomputes, one of remat.REMAT_CHOICES.
+    remat: what the backward pass recomputes, one of layers.REMAT_CHOICES.
     """
 
     vocab_size: int

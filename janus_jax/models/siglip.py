@@ -13,9 +13,14 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
-from janus_jax.models.linear import add_bias, gelu, linear, with_float32_output
-from janus_jax.models.norms import LayerNorm
-from janus_jax.models.remat import block_call
+from janus_jax.models.layers import (
+    LayerNorm,
+    add_bias,
+    block_call,
+    gelu,
+    linear,
+    with_float32_output,
+)
 
 LAYER_NORM_EPS = 1e-6
 
@@ -29,7 +34,7 @@ class SiglipConfig:
         applied.
     dtype: the compute dtype.
     param_dtype: the dtype of the stored parameters.
-    remat: what the backward pass recomputes, one of remat.REMAT_CHOICES.
+    remat: what the backward pass recomputes, one of layers.REMAT_CHOICES.
     """
 
     image_size: int
@@ -128,7 +133,7 @@ def _patch_conv(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
 
 
 class PatchEmbed(nnx.Conv):
-    """A convolution over patches that rounds its output only once, as linear.Linear does."""
+    """A convolution over patches that rounds its output only once, as layers.Linear does."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float[B, Y, X, 3] to float[B, Y / P, X / P, W]."""

@@ -17,7 +17,7 @@ from flax import nnx
 
 from janus_jax.families.family import ADAPTER, Family
 from janus_jax.families.registry import family_of
-from janus_jax.models.linear import Linear, Product, flat_matmul
+from janus_jax.models.layers import Linear, Product, flat_matmul
 
 # matches the full paths of adapter parameters; pass it to split_model
 ADAPTERS = rf"{ADAPTER.pattern}$"
@@ -76,7 +76,7 @@ class LoRADot(nnx.Module):
         self.b = nnx.Param(jnp.zeros((settings.rank, layer.out_features), jnp.float32))
 
     def __call__(self, x: jax.Array, kernel: jax.Array, product: Product) -> jax.Array:
-        """float[..., inputs], float[inputs, outputs] -> float[..., outputs]; see linear.Linear."""
+        """float[..., inputs], float[inputs, outputs] -> float[..., outputs]; see layers.Linear."""
         a, b = (factor[...].astype(x.dtype) for factor in (self.a, self.b))
         update = product(flat_matmul(x, a), b)
         return self.dot_general(x, kernel, product) + self.scale * update

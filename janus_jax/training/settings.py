@@ -20,7 +20,7 @@ from janus_jax.families.family import ModelConfig
 from janus_jax.interop.files import Report
 from janus_jax.interop.folders import check_folder, check_processor
 from janus_jax.interop.load import DTYPES, Folder, check_weights, open_folder
-from janus_jax.models.remat import REMAT_CHOICES
+from janus_jax.models.layers import REMAT_CHOICES
 from janus_jax.paths import check_local
 from janus_jax.processing.processor import Processor
 from janus_jax.sharding import check_mesh, make_mesh, num_batch_shards, parse_mesh

@@ -1,4 +1,4 @@
-"""Linear layers, GELU and embedding lookup, shared by all networks."""
+"""Layers that all networks share: linear layers, norms, GELU, embeddings and rematerialization."""
 
 import functools
 from collections.abc import Callable
@@ -8,8 +8,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-LINEAR_OUTPUT = "linear_output"  # the name by which remat.py saves the outputs
-
+LINEAR_OUTPUT = "linear_output"  # the name by which block_call saves the outputs
+# What the backward pass recomputes instead of saving it, see block_call.
+POLICIES = {
+    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+REMAT_CHOICES = ("none", *POLICIES)
 
 # A matrix product float[..., D], float[D, F] -> float[..., F] whose factors have one dtype.
 Product = Callable[[jax.Array, jax.Array], jax.Array]
@@ -153,3 +158,38 @@ def embed_lookup(table: nnx.Embed, indices: jax.Array) -> jax.Array:
     dtype in which the table is stored.
     """
     return jnp.take(table.embedding[...], indices, axis=0).astype(table.dtype)
+
+
+class LayerNorm(nnx.LayerNorm):
+    """nnx.LayerNorm that works under JAX_NUMPY_DTYPE_PROMOTION=strict.
+
+    Flax multiplies bfloat16 inputs by float32 statistics, which strict promotion rejects.
+    """
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[..., D] to float[..., D]."""
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
+class RMSNorm(nnx.RMSNorm):
+    """nnx.RMSNorm that works under JAX_NUMPY_DTYPE_PROMOTION=strict, see LayerNorm."""
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps float[..., D] to float[..., D]."""
+        with jax.numpy_dtype_promotion("standard"):
+            return super().__call__(x)
+
+
+def block_call(block: type[nnx.Module], remat: str) -> Callable:
+    """Returns the __call__ of a block class, wrapped according to `remat`.
+
+    remat: which values are saved for the backward pass; all others are recomputed.
+        "none": everything.
+        "dots": the inputs of the block and the outputs of its linear layers; attention and
+            elementwise operations are recomputed.
+        "full": only the inputs of the block.
+    """
+    if remat == "none":
+        return block.__call__
+    return nnx.remat(block.__call__, policy=POLICIES[remat])
