@@ -6,8 +6,8 @@ python sample.py --image a.png --question "What is in the image?"
 The code is in janus_jax/commands/sample.py.
 """
 
-from janus_jax.commands.program import set_up_program
 from janus_jax.commands.sample import main
+from janus_jax.commands.terminal import set_up_program
 
 if __name__ == "__main__":
     set_up_program()

@@ -21,7 +21,7 @@ import numpy as np
 from PIL import Image
 
 from benchmarks import synthetic
-from janus_jax.commands.program import OneLineParser, one_line_errors
+from janus_jax.commands.terminal import OneLineParser, one_line_errors
 from janus_jax.data import packing
 from janus_jax.data.loading import RowsConfig, open_rows
 from janus_jax.data.records import Record

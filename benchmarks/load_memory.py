@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import synthetic
-from janus_jax.commands.program import one_line_errors
+from janus_jax.commands.terminal import one_line_errors
 
 ROOT = Path(__file__).parents[1]
 WEIGHT_FORMATS = ("safetensors", "bin", "orbax")

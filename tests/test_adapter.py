@@ -122,7 +122,7 @@ def test_a_sharded_load_holds_one_merged_tensor_at_a_time(written, expected, mon
         return found
 
     monkeypatch.setattr(Adapter, "merged", watched)
-    found = merged(SMALL, written, sharding=sharding_for(mesh, JANUS.parameters))
+    found = merged(SMALL, written, sharding=sharding_for(mesh, JANUS.parameter_table))
     assert len(alive) == 1 + 3  # the tensor of the second layer holds two other layers
     assert_same(found, expected)
     assert len(found[f"{LAYERS[0]}.kernel"].sharding.device_set) == 2

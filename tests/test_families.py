@@ -17,9 +17,9 @@ from janus_jax.families.family import (
     ConversionTable,
     Family,
     Layout,
+    ParameterGroup,
     ParameterRow,
     ParameterTable,
-    Part,
     Precision,
     Rule,
     Skip,
@@ -53,10 +53,10 @@ class Other(nnx.Module):
 OTHER = Family(
     config_class=OtherConfig,
     build=Other,
-    parameters=ParameterTable(
+    parameter_table=ParameterTable(
         (
-            Part("codec", None, (ParameterRow("kernel", P()),), Precision.FLOAT32),
-            Part("layers.{i}", "token", (ParameterRow("kernel", P("fsdp", "tensor")),)),
+            ParameterGroup("codec", None, (ParameterRow("kernel", P()),), Precision.FLOAT32),
+            ParameterGroup("layers.{i}", "token", (ParameterRow("kernel", P("fsdp", "tensor")),)),
         )
     ),
     stacks={"layers": "decoder.depth"},
@@ -106,7 +106,7 @@ def test_a_family_is_found_by_its_config(folder):
 
 def test_another_family_is_loaded_sharded(folder):
     opened, tensors = folder
-    place = sharding.sharding_for(sharding.make_mesh(1, 2, 2), OTHER.parameters)
+    place = sharding.sharding_for(sharding.make_mesh(1, 2, 2), OTHER.parameter_table)
     params = load.load_params(opened, opened.cfg, place, jnp.bfloat16)
     model = load.build_model(opened.cfg, params)
     for i, layer in enumerate(model.layers):

@@ -178,7 +178,7 @@ def test_one_name_without_the_prefix_is_a_fault(golden, tmp_path):
         check_weights(named(golden, tmp_path / "p", rename))
 
 
-QUANTISED = {
+QUANTIZED = {
     "bitsandbytes, 4 bits": ("mlp.up_proj.weight.quant_map", torch.float32),
     "bitsandbytes, 8 bits": ("mlp.up_proj.SCB", torch.float32),
     "GPTQ or AWQ": ("mlp.up_proj.qweight", torch.int32),
@@ -187,9 +187,9 @@ QUANTISED = {
 }
 
 
-@pytest.mark.parametrize("method", QUANTISED)
-def test_quantised_weights_are_named(golden, tmp_path, method):
-    name, dtype = QUANTISED[method]
+@pytest.mark.parametrize("method", QUANTIZED)
+def test_quantized_weights_are_named(golden, tmp_path, method):
+    name, dtype = QUANTIZED[method]
     state = {f"language_model.model.layers.0.{name}": torch.ones(3, dtype=dtype)}
     folder = open_folder(checkpoints.make_single(golden, tmp_path / "q", state))
     message = f"quantized.*{name}.*{method}"
@@ -198,14 +198,14 @@ def test_quantised_weights_are_named(golden, tmp_path, method):
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.uint32])
-def test_quantised_dtypes_are_named(golden, tmp_path, dtype):
+def test_quantized_dtypes_are_named(golden, tmp_path, dtype):
     state = {"language_model.lm_head.weight": torch.zeros(3).to(dtype)}
     folder = open_folder(checkpoints.make_single(golden, tmp_path / "q", state))
     with pytest.raises(ValueError, match=r"quantized.*language_model.lm_head.weight"):
         check_weights(folder)
 
 
-def test_a_quantization_config_counts_only_for_quantised_weights(golden, tmp_path):
+def test_a_quantization_config_counts_only_for_quantized_weights(golden, tmp_path):
     stated = {"quantization_config": {"quant_method": "bitsandbytes", "load_in_8bit": True}}
     check_weights(named(golden, tmp_path / "floats", str, **stated))
     state = {"language_model.lm_head.weight": torch.ones((448, 48), dtype=torch.int8)}

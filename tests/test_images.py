@@ -19,7 +19,7 @@ def save(path, image, **options):
     return path
 
 
-def colour(image, x=0, y=0):
+def color(image, x=0, y=0):
     return image.getpixel((x, y))
 
 
@@ -83,11 +83,11 @@ def test_path_bytes_array_and_pillow_image_agree(tmp_path):
         np.testing.assert_array_equal(np.asarray(image), array)
 
 
-def test_grey_array_and_alpha_array():
+def test_gray_array_and_alpha_array():
     grey = images.load_image(np.full((2, 3), 77, np.uint8))
-    assert grey.size == (3, 2) and colour(grey) == (77, 77, 77)
+    assert grey.size == (3, 2) and color(grey) == (77, 77, 77)
     clear = np.zeros((2, 2, 4), np.uint8)
-    assert colour(images.load_image(clear)) == (255, 255, 255)
+    assert color(images.load_image(clear)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize("mode, value", [("RGBA", (255, 0, 0)), ("LA", (0,))])
@@ -97,9 +97,9 @@ def test_transparency_is_laid_on_white(tmp_path, mode, value):
     image.putpixel((2, 0), (*value, 51))
     got = images.load_image(save(tmp_path / "a.png", image))
     solid = value * 3 if mode == "LA" else value
-    assert colour(got, 0) == (255, 255, 255)
-    assert colour(got, 1) == solid
-    np.testing.assert_allclose(colour(got, 2), 255 * 0.8 + 0.2 * np.array(solid), atol=1)
+    assert color(got, 0) == (255, 255, 255)
+    assert color(got, 1) == solid
+    np.testing.assert_allclose(color(got, 2), 255 * 0.8 + 0.2 * np.array(solid), atol=1)
 
 
 def test_palette_with_and_without_transparency(tmp_path):
@@ -107,49 +107,49 @@ def test_palette_with_and_without_transparency(tmp_path):
     image.putpalette([10, 20, 30, 200, 100, 50])
     image.putpixel((1, 0), 1)
     plain = images.load_image(save(tmp_path / "plain.png", image))
-    assert (colour(plain, 0), colour(plain, 1)) == ((10, 20, 30), (200, 100, 50))
+    assert (color(plain, 0), color(plain, 1)) == ((10, 20, 30), (200, 100, 50))
     for name in ("clear.png", "clear.gif"):
         clear = images.load_image(save(tmp_path / name, image, transparency=0))
-        assert (colour(clear, 0), colour(clear, 1)) == ((255, 255, 255), (200, 100, 50))
+        assert (color(clear, 0), color(clear, 1)) == ((255, 255, 255), (200, 100, 50))
 
 
 def test_palette_with_alpha_channel():
     image = Image.new("P", (1, 1))
     image.putpalette([10, 20, 30])
     image = image.convert("PA")
-    assert colour(images.load_image(image)) == (10, 20, 30)
+    assert color(images.load_image(image)) == (10, 20, 30)
     image.putalpha(0)
-    assert colour(images.load_image(image)) == (255, 255, 255)
+    assert color(images.load_image(image)) == (255, 255, 255)
 
 
 def test_colour_key_of_an_rgb_png(tmp_path):
     image = Image.new("RGB", (2, 1), (1, 2, 3))
     image.putpixel((1, 0), (9, 9, 9))
     got = images.load_image(save(tmp_path / "a.png", image, transparency=(1, 2, 3)))
-    assert (colour(got, 0), colour(got, 1)) == ((255, 255, 255), (9, 9, 9))
+    assert (color(got, 0), color(got, 1)) == ((255, 255, 255), (9, 9, 9))
 
 
 def test_colour_key_of_a_16_bit_png(tmp_path):
     image = Image.fromarray(np.array([[1000, 32896]], np.uint16))
     got = images.load_image(save(tmp_path / "a.png", image, transparency=1000))
-    assert (colour(got, 0), colour(got, 1)) == ((255, 255, 255), (128, 128, 128))
+    assert (color(got, 0), color(got, 1)) == ((255, 255, 255), (128, 128, 128))
 
 
 @pytest.mark.parametrize("suffix", ["png", "webp", "jpg"])
 def test_exif_that_nobody_can_read_does_not_cost_the_image(tmp_path, suffix):
     image = Image.new("RGB", (16, 8), (0, 128, 0))
     got = images.load_image(save(tmp_path / f"a.{suffix}", image, exif=b"Exif\0\0garbage of some"))
-    assert got.size == (16, 8) and np.abs(np.subtract(colour(got), (0, 128, 0))).max() <= 2
+    assert got.size == (16, 8) and np.abs(np.subtract(color(got), (0, 128, 0))).max() <= 2
 
 
 @pytest.mark.parametrize("mode, value, expected", [("L", 90, 90), ("1", 1, 255), ("1", 0, 0)])
-def test_greyscale(tmp_path, mode, value, expected):
+def test_grayscale(tmp_path, mode, value, expected):
     got = images.load_image(save(tmp_path / "a.png", Image.new(mode, (2, 2), value)))
-    assert colour(got) == (expected,) * 3
+    assert color(got) == (expected,) * 3
 
 
 @pytest.mark.parametrize("suffix", ("png", "tif"))
-def test_16_bit_greyscale_is_scaled_not_clipped(tmp_path, suffix):
+def test_16_bit_grayscale_is_scaled_not_clipped(tmp_path, suffix):
     image = Image.fromarray(np.array([[0, 257, 32896, 65535]], np.uint16))
     got = images.load_image(save(tmp_path / f"a.{suffix}", image))
     assert np.asarray(got)[0, :, 0].tolist() == [0, 1, 128, 255]
@@ -176,7 +176,7 @@ def test_cmyk(tmp_path):
     # No cyan, full magenta and yellow: red.
     image = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
     np.testing.assert_allclose(
-        colour(images.load_image(save(tmp_path / "a.jpg", image, quality=100))), (255, 0, 0), atol=3
+        color(images.load_image(save(tmp_path / "a.jpg", image, quality=100))), (255, 0, 0), atol=3
     )
 
 
@@ -187,7 +187,7 @@ def test_exif_orientation_is_applied(tmp_path):
     exif[0x0112] = 6  # viewers must rotate the image by 90 degrees clockwise
     got = images.load_image(save(tmp_path / "a.png", image, exif=exif))
     assert got.size == (2, 4)
-    assert colour(got, 1, 0) == (255, 255, 255)
+    assert color(got, 1, 0) == (255, 255, 255)
     assert images.load_image(got).size == (2, 4)
 
 

@@ -5,7 +5,7 @@ import io
 import pytest
 import tqdm
 
-from janus_jax.commands.program import Progress
+from janus_jax.commands.terminal import Progress
 
 
 @pytest.fixture

@@ -177,7 +177,7 @@ def test_codes_are_chosen_in_full_precision(janus):
     assert "HIGHEST" in text and "BF16" not in text and "Precision.DEFAULT" not in text
 
 
-def test_images_are_normalised_as_the_processor_does(janus):
+def test_images_are_normalized_as_the_processor_does(janus):
     pixels = np.random.default_rng(0).integers(0, 256, (1, 96, 96, 3), np.uint8)
     want = janus.processor.pixels([pixels[0]])
     found = normalize(jnp.asarray(pixels), janus.processor.image_config)

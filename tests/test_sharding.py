@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from janus_jax import load, sharding
-from janus_jax.families.family import ParameterRow, ParameterTable, Part, Precision
+from janus_jax.families.family import ParameterGroup, ParameterRow, ParameterTable, Precision
 from janus_jax.families.janus import JANUS
 from janus_jax.families.registry import sizes_of
 from janus_jax.generation import codec, image, samplers
@@ -30,7 +30,7 @@ def _params(model):
 
 def test_every_parameter_has_one_row_that_fits_its_shape(pipeline):
     mesh = sharding.make_mesh(2, 2, 2)
-    place = sharding.sharding_for(mesh, JANUS.parameters)
+    place = sharding.sharding_for(mesh, JANUS.parameter_table)
     params = _params(pipeline.model)
     assert len(params) > 200
     sharded_paths = {path for path, x in params.items() if place(path, x.shape).spec != P()}
@@ -58,14 +58,14 @@ def test_aligners_lie_as_their_kernels_do(adapted_paths):
     assert len(adapters) > 40
     for path in adapters:
         layer, _, factor = path.partition(".dot_general.")
-        kernel, found = (JANUS.parameters.find(p) for p in (f"{layer}.kernel", path))
+        kernel, found = (JANUS.parameter_table.find(p) for p in (f"{layer}.kernel", path))
         inputs, outputs = kernel.spec
         expected = P(inputs, None) if factor == "a" else P(None, outputs)
         assert found == dataclasses.replace(kernel, spec=expected), path
 
 
 def test_every_row_is_used(adapted_paths):
-    for part in JANUS.parameters.parts:
+    for part in JANUS.parameter_table.parts:
         for row in part.rows:
             pattern = part.pattern(row)
             assert any(pattern.fullmatch(path) for path in adapted_paths), pattern
@@ -84,7 +84,7 @@ def test_every_row_is_used(adapted_paths):
     ],
 )
 def test_the_table_says_where_a_parameter_belongs(path, expected):
-    found = JANUS.parameters.find(path)
+    found = JANUS.parameter_table.find(path)
     assert (found.component, found.positions, found.precision) == expected
 
 
@@ -101,7 +101,7 @@ def test_depths_follow_the_data_flow():
         "language_model.lm_head.kernel",
         "gen_head.out.kernel",
     ]
-    depths = [JANUS.parameters.find(path).depth for path in paths]
+    depths = [JANUS.parameter_table.find(path).depth for path in paths]
     assert depths == sorted(set(depths))
     assert depths[2][1] == 10
 
@@ -111,12 +111,12 @@ def test_depths_follow_the_data_flow():
 )
 def test_a_parameter_without_a_row_is_named(path):
     with pytest.raises(ValueError, match=rf"parameter {path}\W.*\b0 match"):
-        JANUS.parameters.find(path)
+        JANUS.parameter_table.find(path)
 
 
 def test_a_parameter_with_two_rows_is_named():
-    extra = Part("language_model", None, (ParameterRow(".*", P()),))
-    table = ParameterTable((*JANUS.parameters.parts, extra))
+    extra = ParameterGroup("language_model", None, (ParameterRow(".*", P()),))
+    table = ParameterTable((*JANUS.parameter_table.parts, extra))
     with pytest.raises(ValueError, match=r"parameter language_model.norm.scale\b.*\b2 match"):
         table.find("language_model.norm.scale")
 
@@ -131,7 +131,8 @@ def test_an_axis_that_does_not_divide_leaves_the_dimension_whole():
 
 
 def test_a_parameter_that_cannot_be_sharded_is_logged_once_for_all_layers(caplog):
-    table = ParameterTable((Part("net.{i}", None, (ParameterRow("kernel", P("tensor", "fsdp")),)),))
+    rows = (ParameterRow("kernel", P("tensor", "fsdp")),)
+    table = ParameterTable((ParameterGroup("net.{i}", None, rows),))
     place = sharding.sharding_for(sharding.make_mesh(1, 4, 2), table)
     with caplog.at_level("INFO", logger="absl"):
         assert place("net.0.kernel", (6, 6)).spec == P("tensor", None)

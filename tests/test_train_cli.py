@@ -30,7 +30,7 @@ from janus_jax.generation import loading
 from janus_jax.interop import files, new_folder, save
 from janus_jax.models.janus import JanusConfig
 from janus_jax.shapes import scenes
-from janus_jax.shapes.folders import check_output
+from janus_jax.shapes.folders import check_replaceable
 from janus_jax.shapes.train_encoder import train_encoder
 from janus_jax.shapes.train_vq import train_vq
 
@@ -149,7 +149,7 @@ def test_the_encoder_is_trained_alone(trained):
 
 def test_a_run_may_replace_an_earlier_one(trained):
     small = [path.name for path in files.small_files(trained / "vq")]
-    check_output(str(trained / "vq"), shallow(), small)
+    check_replaceable(str(trained / "vq"), shallow(), small)
 
 
 @pytest.mark.parametrize(
@@ -297,20 +297,20 @@ def test_the_encoder_s_settings_are_checked_first(settings, words, tmp_path, gol
 def test_a_folder_of_other_things_is_not_replaced(tmp_path, golden):
     cfg, names = JanusConfig.janus_tiny(), ["tokenizer.json"]
     folder = tmp_path / "mine"
-    check_output(str(folder), cfg, names)
+    check_replaceable(str(folder), cfg, names)
     folder.mkdir()
-    check_output(str(folder), cfg, names)
+    check_replaceable(str(folder), cfg, names)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(ValueError, match=f"output.*{folder}.*sizes"):
-        check_output(str(folder), cfg, names)
+        check_replaceable(str(folder), cfg, names)
     shutil.copy(golden / "janus" / "config.json", folder)
     with pytest.raises(ValueError, match=f"output.*{folder}.*sizes"):
-        check_output(str(folder), cfg, names)
+        check_replaceable(str(folder), cfg, names)
     files.write_json(folder / "config.json", save.write_config(cfg, None, save.DEEPSEEK))
-    check_output(str(folder), cfg, names)
+    check_replaceable(str(folder), cfg, names)
     (folder / "holiday.jpg").write_text("")
     with pytest.raises(ValueError, match=f"{folder}.*holiday.jpg"):
-        check_output(str(folder), cfg, names)
+        check_replaceable(str(folder), cfg, names)
 
 
 def test_a_device_without_memory_takes_one_line(monkeypatch, capsys):

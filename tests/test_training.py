@@ -90,7 +90,7 @@ def test_only_the_vq_is_trained(vq_run):
         assert np.array_equal(value, after[path]) != path.startswith("gen_vq."), path
 
 
-def test_codes_lie_on_latents_until_these_are_quantised(vq_run):
+def test_codes_lie_on_latents_until_these_are_quantized(vq_run):
     """Before step 4 every code is on a latent of its batch and counts as used."""
     graph, frozen, history = vq_run
     latents_of = jax.jit(lambda vq, pixels: l2_normalize(vq.latents(pixels)))

@@ -101,7 +101,7 @@ def test_the_codebook_learns_from_its_own_term_alone(vq_pair):
     assert len(unused) and not gradients.codebook[...][unused].any()
 
 
-def test_without_quantising_it_is_an_autoencoder(vq_pair):
+def test_without_quantizing_it_is_an_autoencoder(vq_pair):
     vq, pixels, theirs = vq_pair
     (loss, _), gradients = vq_gradients(vq, pixels, ALONE, jnp.array(False))
     expected = theirs.reconstruction_loss(theirs.z)

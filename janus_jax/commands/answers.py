@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from janus_jax import checks
-from janus_jax.commands.program import error_line
+from janus_jax.commands.terminal import error_line
 
 if TYPE_CHECKING:
     from janus_jax.generation.pipeline import Pipeline

@@ -3,7 +3,7 @@
 They run the same code as the scripts of a clone: sample.py, train.py and `python -m convert`.
 """
 
-from janus_jax.commands.program import set_up_program
+from janus_jax.commands.terminal import set_up_program
 
 
 def sample() -> None:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from janus_jax.commands import verify as verify_cli
-from janus_jax.commands.program import (
+from janus_jax.commands.terminal import (
     OneLineParser,
     Progress,
     one_line_errors,

@@ -12,6 +12,7 @@ from flax import nnx
 
 from janus_jax.data.packing import efficiency
 from janus_jax.data.sources import FORMATS, Formats
+from janus_jax.families.family import ParameterTable
 from janus_jax.generation.codec import decode_batch
 from janus_jax.interop.load import load_component
 from janus_jax.paths import write_file
@@ -33,15 +34,16 @@ def dry_run(settings, formats: Formats = FORMATS) -> Iterator[str]:
     indices.
 
     settings: ConfigDict of stages.base_config.
-    formats: the formats of sources that the mixtures may name.
+    formats: the source formats that a mixture may use, by name.
     Raises as train_stage does.
     """
     program = Program.from_settings(settings, formats)
     inputs = program.inputs
     check_processes(inputs.mesh)
     folder = Path(settings.output) / "dry_run" / f"host-{jax.process_index()}"
-    yield f"trainable: {_param_counts(program.parameters.trained)}"
-    yield f"frozen: {_param_counts(program.parameters.frozen)}"
+    parameters = program.parameters
+    yield f"trainable: {_param_counts(parameters.trained, parameters.table)}"
+    yield f"frozen: {_param_counts(parameters.frozen, parameters.table)}"
     _remove_old_files(folder)
     if settings.eval_every:
         held_out_rows(inputs, folder)
@@ -70,11 +72,11 @@ def print_dry_run(settings, formats: Formats = FORMATS) -> None:
         print(line, flush=True)
 
 
-def _param_counts(shapes: Shapes) -> str:
+def _param_counts(shapes: Shapes, table: ParameterTable) -> str:
     """Returns the number of parameters, in total and by module."""
     counts: collections.Counter[str] = collections.Counter()
     for path, leaf in shapes.items():
-        counts[path.split(".")[0]] += leaf.size
+        counts[table.find(path).component] += leaf.size
     parts = ", ".join(f"{part} {count:,}" for part, count in sorted(counts.items()))
     return f"{counts.total():,} parameters ({parts})" if counts else "0 parameters"
 

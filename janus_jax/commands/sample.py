@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from janus_jax import checks
 from janus_jax.commands.answers import chat, print_answer
-from janus_jax.commands.program import (
+from janus_jax.commands.terminal import (
     OneLineParser,
     Progress,
     device_memory_errors,

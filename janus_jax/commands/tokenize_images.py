@@ -21,14 +21,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from janus_jax import checks
-from janus_jax.commands.program import (
+from janus_jax.commands.shards import Shards, SkippedEntry, by_reason
+from janus_jax.commands.terminal import (
     OneLineParser,
     Progress,
     device_memory_errors,
     one_line_errors,
     set_up_program,
 )
-from janus_jax.commands.shards import Shards, SkippedEntry, by_reason
 from janus_jax.data.reading import Source, prepare_image
 from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import too_many, too_many_error

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict, config_flags
 
 from janus_jax import configs
 from janus_jax.checks import error_text, shorten_text
-from janus_jax.commands.program import (
+from janus_jax.commands.terminal import (
     OneLineParser,
     Progress,
     device_memory_errors,
@@ -47,8 +47,8 @@ def settings_errors(name: str = "train.py") -> Iterator[None]:
             # a ConfigDict raises AttributeError with a KeyError as its argument
             if not error.args or not isinstance(error.args[0], KeyError):
                 raise
-            name = str(error.args[0].args[0]).replace("\nDid you", "; did you")
-            raise ValueError(f"the config has no {name}") from error
+            missing = str(error.args[0].args[0]).replace("\nDid you", "; did you")
+            raise ValueError(f"the config has no {missing}") from error
 
 
 def config_names() -> list[str]:

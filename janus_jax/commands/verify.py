@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from janus_jax.commands.program import OneLineParser, one_line_errors, path_arg, program_name
+from janus_jax.commands.terminal import OneLineParser, one_line_errors, path_arg, program_name
 
 DESCRIPTION = """\
 Compare MODEL in janus_jax with the same weights in PyTorch's `transformers`, on the CPU.

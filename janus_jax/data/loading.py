@@ -119,7 +119,7 @@ def open_rows(
         folder: where bad records are listed, in skipped-HOST.jsonl.
         host: number of this host, from 0.
         hosts: number of hosts.
-        formats: the formats of sources that the mixture may name.
+        formats: the source formats that a mixture may use, by name.
     Raises:
         ValueError: own_streams rejects the settings, or the mixture is invalid.
         FileNotFoundError: a source does not exist.

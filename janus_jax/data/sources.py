@@ -1,10 +1,10 @@
 """Random-access sources of records for Grain, one class per format.
 
-The formats are files and folders of records; other sources, such as generated scenes, can be handed
-in as further formats. Every source returns Records, or
-BadRecords for those that cannot be used, both with their location. Images stay encoded. Only
-the index of the files is kept in memory. A source reopens the file for each record, so it can be
-pickled and shared by threads. records.py describes the fields of a record.
+The formats here read files and folders. A caller can add formats, such as generated scenes. A
+source returns a Record, or a BadRecord if the record cannot be used, both with their location.
+Images stay encoded, and only the index of the files is kept in memory. A source reopens the file
+for each record, so it can be pickled and shared by threads. records.py describes the fields of a
+record.
 """
 
 import inspect

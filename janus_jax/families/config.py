@@ -1,4 +1,4 @@
-"""Reads values of config.json; an error names the key and the value.
+"""Reads, checks and writes values of config.json; an error names the key and the value.
 
 Released files omit most sizes: they name a class or model whose code has them as constants, or rely
 on LlamaConfig's defaults. Both are filled in by the readers of the layouts. A setting that the
@@ -142,7 +142,11 @@ def check_objects(config: Mapping, paths: Sequence[str], null: bool) -> None:
 
 
 def read_llama(section: Mapping, prefix: str) -> LlamaConfig:
-    """Reads the sizes of the decoder from an object with the keys of transformers.LlamaConfig."""
+    """Reads the sizes of the decoder from an object with the keys of transformers.LlamaConfig.
+
+    Raises:
+      ValueError: a value is missing or not supported.
+    """
     require(section, prefix, model_type="llama", attention_bias=False, mlp_bias=False)
     require(section, prefix, tie_word_embeddings=False, is_causal=True)
     require_null(section, prefix, *UNSUPPORTED_LLAMA_KEYS)

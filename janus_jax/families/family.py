@@ -1,6 +1,7 @@
 """The interface of a model family: all that the code around the networks must know of them.
 
-A family is one instance of `Family` in a file of its own, and one entry in `registry.py`. It has
+A family is one instance of `Family` in a file of its own. `registry.py` lists the families and
+detects the family of a config.json. A family has
 
 * a table of its parameters (`ParameterTable`): how each is sharded, which precision it needs and
   where its FLOPs count;
@@ -27,17 +28,18 @@ from jax.sharding import PartitionSpec
 from janus_jax.processing.processor import Processor
 
 DEEPSEEK, TRANSFORMERS = "deepseek", "transformers"  # names of checkpoint layouts
-ADAPTER = re.compile(r"(.*)\.dot_general\.([ab])")  # the path of a LoRA factor of a layer
+ADAPTER_PATH = re.compile(r"(.*)\.dot_general\.([ab])")  # the path of a LoRA factor of a layer
 
 Shape = tuple[int, ...]
 
 
 class Precision(enum.Enum):
-    """The dtype of a parameter and of its gradient, whatever the dtype of the computation.
+    """How a parameter is stored, and in which dtype its gradient is summed.
 
     COMPUTE: stored in the dtype of the computation; in training, cast to it from float32.
-    FLOAT32_GRADIENT: the same, but training does not cast it. The model itself casts what it reads
-      from it, so that its gradient, a sum over many tokens or chunks of a row, is a float32 sum.
+    FLOAT32_GRADIENT: stored like COMPUTE, but training keeps it in float32. The model casts the
+      values it reads, so the gradient, a sum over many tokens or chunks of a row, is summed in
+      float32.
     FLOAT32: stored in float32.
     """
 
@@ -50,8 +52,8 @@ class Precision(enum.Enum):
 class ParameterRow:
     """A row of the table of parameters.
 
-    name: regular expression for the end of the path, after that of the part. A group in it is the
-      number of a layer.
+    name: regular expression that matches the rest of the path, after the path of the group. A group
+      in it is the number of a layer.
     spec: the mesh axes that the dimensions are sharded over.
     is_matrix: whether activations are multiplied by the parameter, if it has two dimensions or
       more. Embeddings, for example, are only indexed.
@@ -63,18 +65,18 @@ class ParameterRow:
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class ParameterGroup:
     """The rows of a module, or of all layers of a stack.
 
     path: path of the module; `{i}` is the number of a layer.
-    positions: type of the positions that its matrices are applied to, a field of
+    counted_by: type of the positions that its matrices are applied to, a field of
       training.flops.StepFlops. None: its FLOPs are not counted.
     rows: the parameters.
     precision: the precision that they need.
     """
 
     path: str
-    positions: str | None
+    counted_by: str | None
     rows: tuple[ParameterRow, ...]
     precision: Precision = Precision.COMPUTE
 
@@ -92,12 +94,12 @@ class Part:
 class Parameter:
     """What the table says about one parameter.
 
-    component, positions, precision: as in Part. spec, is_matrix: as in ParameterRow.
+    component, counted_by, precision: as in ParameterGroup. spec, is_matrix: as in ParameterRow.
     depth: place in the data flow: index of the part in the table, and number of the layer.
     """
 
     component: str
-    positions: str | None
+    counted_by: str | None
     precision: Precision
     spec: PartitionSpec
     is_matrix: bool
@@ -108,7 +110,7 @@ class Parameter:
 class ParameterTable:
     """The parameters of a family. parts: in the order of the data flow."""
 
-    parts: tuple[Part, ...]
+    parts: tuple[ParameterGroup, ...]
 
     def find(self, path: str) -> Parameter:
         """Returns what the table says about a parameter.
@@ -122,7 +124,7 @@ class ParameterTable:
         Raises:
           ValueError: not exactly one row matches the path.
         """
-        if not (factor := ADAPTER.fullmatch(path)):
+        if not (factor := ADAPTER_PATH.fullmatch(path)):
             return self._find_row(path)
         kernel = self._find_row(f"{factor[1]}.kernel")
         inputs, outputs = (*kernel.spec, None, None)[:2]
@@ -131,7 +133,7 @@ class ParameterTable:
 
     def place(self, part: str) -> int:
         """Returns the place of a part in the data flow. part: its path."""
-        return next(index for index, row in enumerate(self.parts) if row.path == part)
+        return next(index for index, group in enumerate(self.parts) if group.path == part)
 
     def _find_row(self, path: str) -> Parameter:
         matches = [
@@ -148,7 +150,7 @@ class ParameterTable:
         (match, index, row), = matches
         part, layer = self.parts[index], int(match[1]) if match.re.groups else 0
         return Parameter(
-            part.component, part.positions, part.precision, row.spec, row.is_matrix, (index, layer)
+            part.component, part.counted_by, part.precision, row.spec, row.is_matrix, (index, layer)
         )
 
     @functools.cached_property
@@ -262,8 +264,8 @@ class Layout:
     table: returns the conversion table of a model.
     unused: returns the tensors, by name, that a folder in this layout must have and the model does
       not use: the path of a parameter of the same dtype, and the shape.
-    adapter_prefixes: beginnings of the module names that a LoRA adapter omits if PEFT wrapped a
-      part of the model; "" is the whole model.
+    adapter_prefixes: prefixes that may be missing from the module names of a LoRA adapter, if PEFT
+      wrapped only a part of the model; "" is the whole model.
     """
 
     read: Callable[[Mapping], ModelConfig]
@@ -279,7 +281,7 @@ class Sizes:
 
     image_size: height and width of input images and of generated images, in pixels.
     input_image_tokens: tokens of an image to understand, each with a position in the cache.
-    generated_image_tokens: tokens of a generated image, likewise.
+    generated_image_tokens: tokens of a generated image, each with a position in the cache.
     codebook_size: number of different tokens of a generated image.
     vocab_size: number of rows of the text embedding.
     max_positions: maximum number of positions of a sequence.
@@ -296,10 +298,10 @@ class Sizes:
 
 
 @dataclasses.dataclass(frozen=True)
-class Attention:
+class AttentionFlops:
     """The FLOPs of attention in a stack of layers.
 
-    path: path of the stack's Part.
+    path: path of the stack's ParameterGroup.
     layers: number of layers whose output is used; the FLOPs of further layers do not count.
     counted_by: type of the items that they are counted by, a field of training.flops.StepFlops.
     flops: operations of one layer and one item in the forward pass.
@@ -326,16 +328,16 @@ class Family:
     check: raises ValueError if sizes in a config do not fit each other.
     sizes: returns the sizes that matter outside of the networks.
     attention: returns the FLOPs of attention, by stack.
-    processor: reads the processor of a checkpoint folder.
+    processor: reads the processor of a checkpoint folder, given the contents of its config.json.
     """
 
     config_class: type
     build: Callable[..., nnx.Module]
-    parameters: ParameterTable
+    parameter_table: ParameterTable
     stacks: Mapping[str, str]
     image_codec: str
     layouts: Mapping[str, Layout]
     check: Callable[[Any], None]
     sizes: Callable[[Any], Sizes]
-    attention: Callable[[Any], tuple[Attention, ...]]
-    processor: Callable[[Path], Processor]
+    attention: Callable[[Any], tuple[AttentionFlops, ...]]
+    processor: Callable[[Path, Mapping], Processor]

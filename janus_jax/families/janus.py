@@ -2,16 +2,16 @@
 
 from jax.sharding import PartitionSpec as P
 
-from janus_jax.families import deepseek, transformers
+from janus_jax.families import janus_deepseek, janus_transformers
 from janus_jax.families.family import (
     DEEPSEEK,
     TRANSFORMERS,
-    Attention,
+    AttentionFlops,
     Family,
     Layout,
+    ParameterGroup,
     ParameterRow,
     ParameterTable,
-    Part,
     Precision,
     Sizes,
 )
@@ -32,8 +32,8 @@ _ALIGNER_ROWS = (
 _PARTS = (
     # The image tokenizer is small, and its convolutions are fastest when replicated. Images decoded
     # in bfloat16 show color banding.
-    Part("gen_vq", None, (ParameterRow(".*", _REPLICATED),), Precision.FLOAT32),
-    Part(
+    ParameterGroup("gen_vq", None, (ParameterRow(".*", _REPLICATED),), Precision.FLOAT32),
+    ParameterGroup(
         "und_encoder",
         "patch",
         (
@@ -41,7 +41,7 @@ _PARTS = (
             ParameterRow("pos_embed", _REPLICATED, is_matrix=False),
         ),
     ),
-    Part(
+    ParameterGroup(
         "und_encoder.blocks.{i}",
         "patch",
         (
@@ -55,22 +55,22 @@ _PARTS = (
             ParameterRow(r"norm[12]\.(?:scale|bias)", _REPLICATED),
         ),
     ),
-    Part("und_encoder.norm", "patch", (ParameterRow("scale|bias", _REPLICATED),)),
-    Part("und_aligner", "patch", _ALIGNER_ROWS),
-    Part(
+    ParameterGroup("und_encoder.norm", "patch", (ParameterRow("scale|bias", _REPLICATED),)),
+    ParameterGroup("und_aligner", "patch", _ALIGNER_ROWS),
+    ParameterGroup(
         "gen_embed",
         "generated",
         (ParameterRow("embedding", _REPLICATED, is_matrix=False),),
         Precision.FLOAT32_GRADIENT,
     ),
-    Part("gen_aligner", "generated", _ALIGNER_ROWS),
-    Part(
+    ParameterGroup("gen_aligner", "generated", _ALIGNER_ROWS),
+    ParameterGroup(
         "language_model.embed_tokens",
         "token",
         (ParameterRow("embedding", P("tensor", "fsdp"), is_matrix=False),),
         Precision.FLOAT32_GRADIENT,
     ),
-    Part(
+    ParameterGroup(
         "language_model.layers.{i}",
         "token",
         (
@@ -81,20 +81,20 @@ _PARTS = (
             ParameterRow(r"(?:input|post_attention)_layernorm\.scale", _REPLICATED),
         ),
     ),
-    Part("language_model.norm", "token", (ParameterRow("scale", _REPLICATED),)),
-    Part(
+    ParameterGroup("language_model.norm", "token", (ParameterRow("scale", _REPLICATED),)),
+    ParameterGroup(
         "language_model.lm_head",
         "text_target",
         (ParameterRow("kernel", _COLUMN),),
         Precision.FLOAT32_GRADIENT,
     ),
-    Part(
+    ParameterGroup(
         "gen_head.proj",
         "image_target",
         (ParameterRow("kernel", _COLUMN), ParameterRow("bias", _COLUMN_BIAS)),
         Precision.FLOAT32_GRADIENT,
     ),
-    Part(
+    ParameterGroup(
         "gen_head.out",
         "image_target",
         (ParameterRow("kernel", _ROW), ParameterRow("bias", _REPLICATED)),
@@ -143,22 +143,22 @@ def sizes(cfg: JanusConfig) -> Sizes:
     )
 
 
-def attention(cfg: JanusConfig) -> tuple[Attention, ...]:
+def attention(cfg: JanusConfig) -> tuple[AttentionFlops, ...]:
     """Returns the FLOPs of attention, by stack."""
     encoder, decoder = cfg.und_encoder, cfg.language_model
     blocks = encoder.num_layers + encoder.select_layer + 1
     per_patch = 4.0 * encoder.width * encoder.num_tokens
     per_pair = 4.0 * decoder.num_attention_heads * decoder.head_dim
     return (
-        Attention("und_encoder.blocks.{i}", blocks, "patch", per_patch),
-        Attention("language_model.layers.{i}", decoder.num_hidden_layers, "pair", per_pair),
+        AttentionFlops("und_encoder.blocks.{i}", blocks, "patch", per_patch),
+        AttentionFlops("language_model.layers.{i}", decoder.num_hidden_layers, "pair", per_pair),
     )
 
 
 JANUS = Family(
     config_class=JanusConfig,
     build=Janus,
-    parameters=ParameterTable(_PARTS),
+    parameter_table=ParameterTable(_PARTS),
     stacks={
         "und_encoder.blocks": "und_encoder.num_layers",
         "language_model.layers": "language_model.num_hidden_layers",
@@ -166,17 +166,17 @@ JANUS = Family(
     image_codec="gen_vq",
     layouts={
         DEEPSEEK: Layout(
-            deepseek.read,
-            deepseek.write,
-            deepseek.table,
-            deepseek.unused,
+            janus_deepseek.read,
+            janus_deepseek.write,
+            janus_deepseek.table,
+            janus_deepseek.unused,
             # the decoder with and without its head
             adapter_prefixes=("", "language_model.", "language_model.model."),
         ),
         TRANSFORMERS: Layout(
-            transformers.read,
-            transformers.write,
-            transformers.table,
+            janus_transformers.read,
+            janus_transformers.write,
+            janus_transformers.table,
             adapter_prefixes=("", "model."),  # the model without its head
         ),
     },

@@ -49,6 +49,18 @@ def chunk_size(total: int, max_size: int, shards: int) -> int:
     return math.ceil(total / chunks / shards) * shards
 
 
+def equal_chunks(
+    total: int, slots: int, max_batch: int | None, cfg: LlamaConfig, mesh: Mesh | None
+) -> Iterator[tuple[np.ndarray, int]]:
+    """Splits `total` requests into chunks that fit the memory, and yields as padded_chunks does.
+
+    slots: as for default_max_batch, which is used if max_batch is None.
+    max_batch: maximum size of a chunk, unless the mesh has more batch shards.
+    """
+    max_size = max_batch or default_max_batch(cfg, slots, mesh)
+    return padded_chunks(total, chunk_size(total, max_size, sharding.num_batch_shards(mesh)))
+
+
 def padded_chunks(total: int, size: int) -> Iterator[tuple[np.ndarray, int]]:
     """Splits the requests 0 to total - 1 into chunks of equal size.
 

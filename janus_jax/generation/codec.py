@@ -106,7 +106,7 @@ def check_decoded(decoded: Decoded, vq: VQ) -> None:
 def encode_images(
     model: Janus, images: Sequence[ImageSource] | ImageSource, mesh: Mesh | None = None
 ) -> np.ndarray:
-    """Implements Pipeline.encode_images.
+    """Implements Pipeline.encode_images. Returns int32[N, T].
 
     Encodes one image at a time, so that a different number of images needs no new compilation.
     """
@@ -119,7 +119,10 @@ def encode_images(
 
 
 def decode_indices(model: Janus, indices: np.ndarray, mesh: Mesh | None = None) -> np.ndarray:
-    """Implements Pipeline.decode_indices; each device decodes one image at a time."""
+    """Implements Pipeline.decode_indices; each device decodes one image at a time.
+
+    indices: int[N, T]. Returns uint8[N, S, S, 3]. Raises ValueError, see Pipeline.decode_indices.
+    """
     indices = np.asarray(indices)
     _check_indices(indices, model.cfg)
     pixels = []

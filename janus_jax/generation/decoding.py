@@ -42,8 +42,9 @@ class DecodeState:
     token: int32[B], the token chosen last, which the decoder has not read yet.
     step: int32[B], number of tokens chosen so far.
     limit: int32[B], maximum number of tokens.
-    done: bool[B], True for a request that has ended: with its eos_id, at its limit, or because its
-        logits were not finite (the token is then V). Its token and step stay as they are.
+    done: bool[B], True for a request that has ended: it reached its eos_id or its limit, or its
+        logits were not finite (its token is then V). The token and the step of such a request no
+        longer change.
     choice: how each request chooses its tokens.
     """
 

@@ -105,18 +105,15 @@ def generate(
     total, rows, length = requests.tokens.shape
     num_tokens = model.cfg.num_image_tokens
     slots = rows * (length + num_tokens - 1)
-    max_size = max_batch or chunks.default_max_batch(model.cfg.language_model, slots, mesh)
-    size = chunks.chunk_size(total, max_size, sharding.num_batch_shards(mesh))
+    split = chunks.equal_chunks(total, slots, max_batch, model.cfg.language_model, mesh)
+
+    def report_chunk(start: int, kept: int, done: int) -> None:
+        progress(start * num_tokens + kept * done, total * num_tokens)
+
     if progress is not None:
         progress(0, total * num_tokens)
-    for numbers, kept in chunks.padded_chunks(total, size):
-        report = None
-        if progress is not None:
-            start = int(numbers[0]) * num_tokens
-
-            def report(done: int, start: int = start, kept: int = kept) -> None:
-                progress(start + kept * done, total * num_tokens)
-
+    for numbers, kept in split:
+        report = progress and functools.partial(report_chunk, int(numbers[0]), kept)
         indices, pixels = _generate_chunk(model, requests.select(numbers), mesh, report)
         yield indices[:kept], pixels[:kept]
 

@@ -63,7 +63,7 @@ def parameter_shardings(mesh: Mesh | None, cfg: ModelConfig) -> ShardingFor:
         return lambda path, shape: None
     family = family_of(cfg)
     sharding.check_mesh(mesh, family.sizes(cfg).heads)
-    return sharding.sharding_for(mesh, family.parameters)
+    return sharding.sharding_for(mesh, family.parameter_table)
 
 
 # ImageDefaults field -> key in generation_config.json, which is the name in transformers.

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from janus_jax import checks, sharding
 from janus_jax.generation import chunks, codec, image, loading, samplers, text
+from janus_jax.generation.requests import Requests
 from janus_jax.interop.files import Report
 from janus_jax.interop.folders import check_processor, find_adapter, find_folder
 from janus_jax.interop.load import build_model, check_dtype, load_params, open_folder
@@ -100,7 +101,7 @@ class Pipeline:
                 generated so far and the total number.
         Returns:
             N = P * num_images images, all images of the first prompt first: pixels
-            uint8[N, S, S, 3] and tokens int32[N, T].
+            uint8[N, S, S, 3] and indices int32[N, T].
         Raises:
             ValueError: if an argument is out of range; if a prompt is empty or, together with its
                 image tokens, longer than the trained context; or if logits or pixels become NaN or
@@ -329,7 +330,7 @@ class Pipeline:
 
     def _text_requests(
         self, examples: Sequence[PreparedPrompt], length: int, sampling, seed: int
-    ) -> text.Requests:
+    ) -> Requests:
         batch = self.processor.batch(examples, pad_to=length)
         eos_id = self.processor.tokenizer.eos_id
         return text.make_requests(batch, seed, sampling, eos_id, self.mesh)
@@ -339,10 +340,9 @@ class Pipeline:
     ) -> Iterator[str]:
         """Yields one answer per example; generates them chunk by chunk."""
         length = _prompt_length(examples)
-        decoder, slots = self.model.cfg.language_model, length + max_new_tokens - 1
-        max_size = max_batch or chunks.default_max_batch(decoder, slots, self.mesh)
-        size = chunks.chunk_size(len(examples), max_size, sharding.num_batch_shards(self.mesh))
-        for numbers, kept in chunks.padded_chunks(len(examples), size):
+        slots, decoder = length + max_new_tokens - 1, self.model.cfg.language_model
+        split = chunks.equal_chunks(len(examples), slots, max_batch, decoder, self.mesh)
+        for numbers, kept in split:
             chunk = [examples[number] for number in numbers]
             requests = self._text_requests(chunk, length, sampling, seed)
             tokens = text.generate_tokens(self.model, requests, max_new_tokens, self.mesh)
@@ -437,7 +437,7 @@ def load(
     checkpoint = open_folder(folder, find_adapter(adapter))
     cfg = checkpoint.cfg.with_dtype(dtype)
     shardings = loading.parameter_shardings(mesh, cfg)
-    processor = Processor.from_dir(folder, checkpoint.config)
+    processor = checkpoint.processor()
     check_processor(folder, processor, cfg)
     image_defaults = loading.ImageDefaults.from_dir(folder)
     model = build_model(cfg, load_params(checkpoint, cfg, shardings, dtype, progress=progress))

@@ -19,14 +19,14 @@ from janus_jax.models.janus import Janus, merge_features
 class Choice:
     """How each of B requests chooses its tokens. Requests of one batch may differ in every field.
 
-    Values are traced: a new value needs no new compilation. What no request of the batch uses is
-    None and is not part of the program.
+    Values are traced: a new value needs no new compilation. A field that no request of the batch
+    uses is None, and the compiled program does not contain it.
 
-    seed: uint32[B, 2], as samplers.seed_words returns it.
+    seed: uint32[B, 2], one result of samplers.seed_words per request.
     index: uint32[B]. The noise of a request depends on its seed, its index and the step only.
     sampling: temperature, top_k and top_p of each request.
-    guidance_weight: float32[B], w in uncond + w (cond - uncond). None is without guidance (R = 1).
-    eos_id: int32[B], the token that ends the request. None ends it only after the last step.
+    guidance_weight: float32[B], w in uncond + w (cond - uncond). None disables guidance (R = 1).
+    eos_id: int32[B], the token that ends the request. None: it ends only at its limit.
     """
 
     seed: jax.Array

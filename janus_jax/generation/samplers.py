@@ -110,7 +110,7 @@ def seed_words(seed: int) -> np.ndarray:
 def gumbel_noise(seed: jax.Array, index: jax.Array, step: jax.Array, size: int) -> jax.Array:
     """Returns Gumbel noise for one step of each row: float32[B, size].
 
-    seed: uint32[B, 2], as seed_words returns it.
+    seed: uint32[B, 2], one result of seed_words per row.
     index: uint32[B].
     step: int32[B].
 

@@ -39,8 +39,8 @@ def generate_tokens(
         return ~jnp.all(state.done)
 
     def body(carry):
-        column, *progress = carry
-        return column + 1, *decoding.advance_column(model, TEXT_TOKENS, column, *progress)
+        column, state, tokens = carry
+        return column + 1, *decoding.advance_column(model, TEXT_TOKENS, column, state, tokens)
 
     state = decoding.begin(model, TEXT_TOKENS, requests, max_new_tokens, mesh)
     tokens = jnp.repeat(requests.choice.eos_id[:, None], max_new_tokens, axis=1)
@@ -104,7 +104,7 @@ def make_requests(
 ) -> Requests:
     """Makes the requests for a processing.processor.Batch and puts its arrays on the devices.
 
-    The padding moves from the left to the right of the tokens. Every row has the same noise, so
+    The padding moves from the left to the right of the tokens. All requests use the same noise, so
     that a conversation gets the same answer alone and in a batch.
 
     sampling: the settings of every answer, as samplers.make_sampling returns them.

@@ -14,7 +14,7 @@ from janus_jax.checks import check_count, check_number, shorten, shorten_text
 from janus_jax.interop.files import ADAPTER_CONFIG
 from janus_jax.paths import read_json, value_errors_of
 
-# Initialisations that do not change the base weights. Others, such as pissa, olora, corda, loftq
+# Initializations that do not change the base weights. Others, such as pissa, olora, corda, loftq
 # and lora_ga, subtract the initial update from the base weights.
 SUPPORTED_INITS = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 _SUPPORTED = (

@@ -1,4 +1,4 @@
-"""The commands of `python -m convert`, which read and write checkpoint folders on the host."""
+"""Converts checkpoint folders on the host, for `python -m convert` and for the model of a run."""
 
 import collections
 import math
@@ -201,12 +201,12 @@ def inspect_folder(source: Path) -> list[str]:
     """
     folder = _open(source)
     stored = stored_params(folder)
-    storage = "Orbax" if folder.orbax else "PyTorch"
+    storage = "Orbax" if folder.is_orbax else "PyTorch"
     lines = [f"{source}: {storage} weights, config in the {folder.layout} layout"]
     counts: dict[str, int] = collections.Counter()
     dtypes = collections.defaultdict(set)
     for path, (dtype, shape) in stored.metadata.items():
-        component = folder.family.parameters.find(path).component
+        component = folder.family.parameter_table.find(path).component
         counts[component] += math.prod(shape)
         dtypes[component].add(str(dtype))
     counts["total"] = sum(counts.values())

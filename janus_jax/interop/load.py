@@ -37,8 +37,9 @@ ShardingFor = Callable[[str, Shape], jax.sharding.Sharding | None]
 class Folder:
     """A checkpoint folder.
 
+    path: the folder.
     config: contents of config.json. layout: that of config.json. cfg: the model's sizes.
-    orbax: whether the weights are stored in Orbax.
+    is_orbax: whether the weights are stored in Orbax.
     adapter: folder of a LoRA adapter that is merged into the weights as they are read, or None.
     """
 
@@ -46,7 +47,7 @@ class Folder:
     config: Mapping
     layout: str
     cfg: ModelConfig
-    orbax: bool
+    is_orbax: bool
     adapter: Path | None = None
 
     @property
@@ -61,7 +62,7 @@ class Folder:
 
     def processor(self) -> Processor:
         """Reads the processor; raises FileNotFoundError or ValueError if a file is invalid."""
-        return self.family.processor(self.path)
+        return self.family.processor(self.path, self.config)
 
 
 def open_folder(path: Path | str, adapter: Path | str | None = None) -> Folder:
@@ -182,7 +183,7 @@ def plan_folder(folder: Folder) -> tuple[TensorSource, Plan]:
 
 def check_weights(folder: Folder) -> None:
     """Raises ValueError unless a folder's weights match its config.json; reads no values."""
-    if folder.orbax:
+    if folder.is_orbax:
         check_stored(folder)
     else:
         plan_folder(folder)
@@ -214,13 +215,13 @@ def load_params(
     opened = folder if isinstance(folder, Folder) else open_folder(folder)
     opened = dataclasses.replace(opened, cfg=cfg)
     adapter = open_adapter(opened)
-    parameters = opened.family.parameters
+    parameters = opened.family.parameter_table
 
     def dtype_of(path: str) -> np.dtype:
         is_float32 = parameters.find(path).precision is Precision.FLOAT32
         return np.dtype(jnp.float32 if is_float32 else dtype)
 
-    if opened.orbax:
+    if opened.is_orbax:
         return _restore(opened, sharding_for, dtype_of, paths, progress, adapter)
     source, plan = plan_folder(opened)
     params = {}

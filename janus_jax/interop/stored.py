@@ -41,7 +41,7 @@ def stored_params(folder: Folder) -> StoredParams:
     read loads all parameters into host memory. A LoRA adapter is merged in float32, and the sum is
     rounded to the parameter's dtype.
     """
-    stored = _stored_orbax(folder) if folder.orbax else _stored_torch(folder)
+    stored = _stored_orbax(folder) if folder.is_orbax else _stored_torch(folder)
     adapter = open_adapter(folder)
     if adapter is None:
         return stored

@@ -1,4 +1,4 @@
-"""Attention: the one function through which every network attends.
+"""Softmax attention of the decoder and of the image encoder.
 
 B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
@@ -18,7 +18,8 @@ def attention(
 ) -> jax.Array:
     """Computes softmax attention with scale H**-0.5; logits and softmax are float32.
 
-    Which keys a query attends to is given in the terms that attention kernels take, not as a mask:
+    The arguments describe which keys a query attends to, in the form that attention kernels accept.
+    There is no mask argument:
 
     | use | arguments | a query attends to | kernels take it as |
     | --- | --- | --- | --- |

@@ -188,9 +188,8 @@ class Janus(nnx.Module):
     def __init__(self, cfg: JanusConfig, *, rngs: nnx.Rngs):
         self.cfg = cfg
         decoder = cfg.language_model
-        width, types = decoder.hidden_size, dict(
-            dtype=decoder.dtype, param_dtype=decoder.param_dtype
-        )
+        width = decoder.hidden_size
+        types = dict(dtype=decoder.dtype, param_dtype=decoder.param_dtype)
         codes, code_dim = cfg.gen_vq.codebook_size, cfg.gen_vq.codebook_dim
         self.und_encoder = Siglip(cfg.und_encoder, rngs=rngs)
         self.und_aligner = Aligner(

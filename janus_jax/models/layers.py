@@ -9,12 +9,12 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 LINEAR_OUTPUT = "linear_output"  # the name by which block_call saves the outputs
-# What the backward pass recomputes instead of saving it, see block_call.
-POLICIES = {
+# Which values are saved for the backward pass, by the value of `remat`; see block_call.
+REMAT_POLICIES = {
     "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
-REMAT_CHOICES = ("none", *POLICIES)
+REMAT_CHOICES = ("none", *REMAT_POLICIES)
 
 # A matrix product float[..., D], float[D, F] -> float[..., F] whose factors have one dtype.
 Product = Callable[[jax.Array, jax.Array], jax.Array]
@@ -94,24 +94,24 @@ def add_bias(out: jax.Array, bias: jax.Array) -> jax.Array:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def with_float32_output(multiply: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns multiply(x, kernel) in float32, with gradients computed in the input dtype.
+def with_float32_output(product: Callable, x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """Returns product(x, kernel) in float32, with gradients computed in the input dtype.
 
-    multiply: a matrix product or a convolution that accepts `preferred_element_type`.
+    product: a matrix product or a convolution that accepts `preferred_element_type`.
 
     JAX's own gradients would multiply float32 by bfloat16, for which GPUs have no kernel. The
     incoming gradient is cast to the input dtype instead. This loses nothing as long as only a bias
     and a cast to that dtype follow, because then the gradient already has its precision.
     """
-    return multiply(x, kernel, preferred_element_type=jnp.float32)
+    return product(x, kernel, preferred_element_type=jnp.float32)
 
 
-def _float32_output_forward(multiply: Callable, x: jax.Array, kernel: jax.Array):
-    return with_float32_output(multiply, x, kernel), (x, kernel)
+def _float32_output_forward(product: Callable, x: jax.Array, kernel: jax.Array):
+    return with_float32_output(product, x, kernel), (x, kernel)
 
 
-def _float32_output_backward(multiply: Callable, factors, gradient: jax.Array):
-    _, pull_back = jax.vjp(multiply, *factors)
+def _float32_output_backward(product: Callable, factors, gradient: jax.Array):
+    _, pull_back = jax.vjp(product, *factors)
     return pull_back(gradient.astype(factors[0].dtype))
 
 
@@ -192,4 +192,4 @@ def block_call(block: type[nnx.Module], remat: str) -> Callable:
     """
     if remat == "none":
         return block.__call__
-    return nnx.remat(block.__call__, policy=POLICIES[remat])
+    return nnx.remat(block.__call__, policy=REMAT_POLICIES[remat])

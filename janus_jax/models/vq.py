@@ -267,12 +267,12 @@ class VQ(nnx.Module):
         """Looks up l2-normalized codes: int32[...] -> float32[..., codebook_dim]."""
         return l2_normalize(self.codebook[...][indices])
 
-    def pixels(self, quantised: jax.Array) -> jax.Array:
+    def pixels(self, quantized: jax.Array) -> jax.Array:
         """Decodes quantized latents: float32[B, y, x, codebook_dim] -> float32[B, Y, X, 3].
 
         Pixels are about in [-1, 1]; they are not clipped.
         """
-        return self.decoder(self.post_quant_conv(quantised))
+        return self.decoder(self.post_quant_conv(quantized))
 
     def encode(self, pixels: jax.Array) -> jax.Array:
         """Encodes images to tokens.

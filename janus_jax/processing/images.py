@@ -275,7 +275,8 @@ def preprocess_generation(image: Image.Image, size: int) -> np.ndarray:
 def from_uint8(pixels):
     """Maps uint8 to float32 in [-1, 1], for NumPy's and for JAX's arrays.
 
-    `to_uint8` in generation/codec.py is the inverse.
+    `to_uint8` in generation/codec.py maps back. It truncates, as the original code does, so some
+    values become one lower.
     """
     return pixels.astype(np.float32) / 127.5 - 1.0
 

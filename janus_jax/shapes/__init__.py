@@ -1,1 +1,1 @@
-"""The drawn world of the shipped model janus_tiny: scenes, questions, checker and training."""
+"""The synthetic world of janus_tiny: scenes, questions, checker, and training of its encoders."""

@@ -49,13 +49,13 @@ class TrainingFolders:
             rule = f"init must be a model for images of {IMAGE_SIZE} pixels a side"
             raise ValueError(f"{rule}, got {size}")
         written = {path.name for path in small_files(source.path)} | {TEMPLATE_FOLDER}
-        check_output(settings.output, source.cfg, written)
+        check_replaceable(settings.output, source.cfg, written)
         return cls(source, settings.output)
 
     def load(self) -> Janus:
         """Loads the initial model in float32."""
         source = self.source
-        params = load_params(source.path, source.cfg, lambda path, shape: None, jnp.float32)
+        params = load_params(source, source.cfg, lambda path, shape: None, jnp.float32)
         return build_model(source.cfg, params)
 
     def save(self, model: Janus) -> None:
@@ -72,7 +72,7 @@ def check_counts(settings, *names: str) -> None:
         raise ValueError(f"seed must be at least 0, got {settings.seed}")
 
 
-def check_output(output: str, cfg: JanusConfig, others: Iterable[str]) -> None:
+def check_replaceable(output: str, cfg: JanusConfig, others: Iterable[str]) -> None:
     """Checks that training may create the folder `output` or replace it.
 
     An existing folder may be replaced if it is empty, or if it has a model of the same sizes from

@@ -10,7 +10,7 @@ from janus_jax.interop.save import save_deepseek
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.shapes import text_tokenizer
 from janus_jax.shapes.batches import scene_images
-from janus_jax.shapes.folders import TrainingFolders, check_counts, check_output
+from janus_jax.shapes.folders import TrainingFolders, check_counts, check_replaceable
 from janus_jax.shapes.loop import generated_batches, run_steps
 from janus_jax.shapes.vq_loss import make_vq_step
 from janus_jax.training.step import first_state, make_optimizer, split_model
@@ -61,7 +61,7 @@ def _model_functions(settings) -> tuple[JanusConfig, Callable[[], Janus], Callab
         folders = TrainingFolders.from_settings(settings)
         return folders.source.cfg, folders.load, folders.save
     sizes = JanusConfig.janus_tiny()
-    check_output(settings.output, sizes, text_tokenizer.FILES)
+    check_replaceable(settings.output, sizes, text_tokenizer.FILES)
 
     def save(model: Janus) -> None:
         save_deepseek(settings.output, model, text_tokenizer.build)

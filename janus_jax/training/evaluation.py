@@ -14,14 +14,14 @@ from PIL import Image
 from janus_jax.data.skipped import Skipped
 from janus_jax.generation.loading import ImageDefaults
 from janus_jax.generation.pipeline import Pipeline
-from janus_jax.interop.load import abstract, component_paths, load_params
+from janus_jax.interop.load import DTYPES, abstract, component_paths, load_params
 from janus_jax.paths import write_file
 from janus_jax.processing.images import encode_png, load_image
 from janus_jax.sharding import sharding_for
 from janus_jax.training.metrics import Log
 from janus_jax.training.parameters import Parameters
 from janus_jax.training.program import Program, put_rows
-from janus_jax.training.settings import DTYPES, Inputs
+from janus_jax.training.settings import Inputs
 from janus_jax.training.step import Params, TrainState, eval_params
 
 MAX_ANSWER_TOKENS = 256
@@ -92,7 +92,7 @@ def sampling_callback(inputs: Inputs, frozen: Params, log: Log, output: Path) ->
     parameters, image_defaults = Parameters(plain), ImageDefaults.from_dir(source.path)
     if inputs.rows.tokenized:  # the training step does not load the image tokenizer
         paths = component_paths(source.cfg, source.family.image_codec)
-        sharding = sharding_for(inputs.mesh, source.family.parameters)
+        sharding = sharding_for(inputs.mesh, source.family.parameter_table)
         frozen = frozen | load_params(source, source.cfg, sharding, dtype, paths=paths)
 
     def sample(step: int, state: TrainState) -> None:
@@ -104,7 +104,7 @@ def sampling_callback(inputs: Inputs, frozen: Params, log: Log, output: Path) ->
             prompts = list(settings.prompts)
             pixels = janus.generate_images(prompts, seed=settings.seed).pixels
             for number, image in enumerate(pixels):
-                write(folder / f"prompt-{number}.png", encode_png(image))
+                write_on_process_0(folder / f"prompt-{number}.png", encode_png(image))
             log.images(step, "prompts", pixels)
         if settings.questions:
             answers = janus.answer(questions, images, MAX_ANSWER_TOKENS)
@@ -113,13 +113,13 @@ def sampling_callback(inputs: Inputs, frozen: Params, log: Log, output: Path) ->
                 for (path, question), answer in zip(settings.questions, answers, strict=True)
             ]
             text = "".join(lines)
-            write(folder / "answers.txt", text.encode())
+            write_on_process_0(folder / "answers.txt", text.encode())
             log.text(step, "answers", text)
 
     return sample
 
 
-def write(path: Path, content: bytes) -> None:
+def write_on_process_0(path: Path, content: bytes) -> None:
     """Writes a file on process 0."""
     if jax.process_index() == 0:
         write_file(path, content)

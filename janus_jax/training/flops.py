@@ -102,7 +102,7 @@ def step_flops(
             costs[positions] += 2 * size * (1 + trainable + (depth > first))
     family = family_of(cfg)
     for attention in family.attention(cfg):
-        place = family.parameters.place(attention.path)
+        place = family.parameter_table.place(attention.path)
         for layer in range(attention.layers):
             passes = 3 if (place, layer) >= first else 1
             costs[attention.counted_by] += passes * attention.flops
@@ -121,13 +121,14 @@ def _matrices(params: Mapping[str, Leaf], cfg: ModelConfig) -> list[tuple[str, D
     not count.
     """
     family = family_of(cfg)
-    used = {family.parameters.place(stack.path): stack.layers for stack in family.attention(cfg)}
+    table, stacks = family.parameter_table, family.attention(cfg)
+    used = {table.place(stack.path): stack.layers for stack in stacks}
     matrices = []
     for path, leaf in params.items():
-        row = family.parameters.find(path)
+        row = table.find(path)
         place, layer = row.depth
-        if row.positions is None or layer >= used.get(place, math.inf):
+        if row.counted_by is None or layer >= used.get(place, math.inf):
             continue
         size = math.prod(leaf.shape) if row.is_matrix and len(leaf.shape) > 1 else 0
-        matrices.append((row.positions, row.depth, size))
+        matrices.append((row.counted_by, row.depth, size))
     return matrices

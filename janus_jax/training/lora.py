@@ -15,12 +15,12 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from janus_jax.families.family import ADAPTER, Family
+from janus_jax.families.family import ADAPTER_PATH, Family
 from janus_jax.families.registry import family_of
 from janus_jax.models.layers import Linear, Product, flat_matmul
 
-# matches the full paths of adapter parameters; pass it to split_model
-ADAPTERS = rf"{ADAPTER.pattern}$"
+# Matches the full paths of adapter parameters, the trainable parameters of a LoRA run.
+ADAPTERS = rf"{ADAPTER_PATH.pattern}$"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +108,7 @@ def add_adapters(model: nnx.Module, settings: LoRAConfig, *, rngs: nnx.Rngs) -> 
 
 def _not_adaptable(path: str, layer: nnx.Linear, family: Family) -> str | None:
     """Returns why a layer cannot be adapted, or None if it can."""
-    if family.parameters.find(f"{path}.kernel").component == family.image_codec:
+    if family.parameter_table.find(f"{path}.kernel").component == family.image_codec:
         return "belongs to the image tokenizer, which is never trained"
     if isinstance(layer.dot_general, LoRADot):
         return "already has an adapter"
@@ -122,7 +122,7 @@ def lora_factors(params: Mapping[str, np.ndarray]) -> dict[str, tuple[np.ndarray
     """
     factors = {}
     for path in params:
-        layer, factor = ADAPTER.fullmatch(path).groups()
+        layer, factor = ADAPTER_PATH.fullmatch(path).groups()
         if factor == "a":
             factors[f"{layer}.kernel"] = params[path], params[f"{layer}.dot_general.b"]
     return factors

@@ -35,7 +35,7 @@ class Parameters:
         Raises ValueError if no parameter is trainable, if one of the image tokenizer is, or if
         `reinit` does not fit them.
         """
-        self.inputs, self.table = inputs, inputs.source.family.parameters
+        self.inputs, self.table = inputs, inputs.source.family.parameter_table
         self._graph, self._state = abstract_model(inputs.model_cfg, inputs.lora)
         self.trained, self.frozen = self._split()
         if inputs.settings.reinit:

@@ -70,7 +70,7 @@ class Program:
         state = jax.eval_shape(self._first_state, trained)
         replicated = NamedSharding(self.inputs.mesh, PartitionSpec())
         shardings = state_shardings(state, self._optimizer, _shardings(trained), replicated)
-        return jax.tree.map(lambda leaf, spec: leaf.update(sharding=spec), state, shardings)
+        return jax.tree.map(lambda leaf, sharding: leaf.update(sharding=sharding), state, shardings)
 
     def first_state(self, params: Params) -> TrainState:
         """Returns the state at step 0. `params` are donated."""
@@ -82,7 +82,7 @@ class Program:
 
     @functools.cached_property
     def step(self) -> Callable:
-        """The jitted step of make_step."""
+        """The jitted step (state, frozen, rows) -> (state, metrics), see make_step."""
         settings = self.inputs.settings
         schedule, shardings = learning_rates(settings), _shardings(self.abstract_state)
         return make_step(

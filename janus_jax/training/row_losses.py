@@ -76,8 +76,11 @@ def target_log_probs(
     indices = generated_indices(model, rows["generated"])
     embeds = embed_rows(model, rows, indices, images)
     # shard input and output of the decoder by rows; XLA might shard them like the parameters
-    positions = dict(positions=rows["positions"], segment_ids=rows["segment_ids"])
-    hidden, _ = decoder(constrain_rows(embeds, mesh), **positions)
+    hidden, _ = decoder(
+        constrain_rows(embeds, mesh),
+        positions=rows["positions"],
+        segment_ids=rows["segment_ids"],
+    )
     hidden = constrain_rows(hidden, mesh)
     text_mask, gen_mask = (_shift_left(rows[name]) for name in ("loss_mask", "gen_mask"))
     text_targets = _shift_left(rows["tokens"])

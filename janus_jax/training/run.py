@@ -34,7 +34,7 @@ from janus_jax.data.sources import FORMATS, Formats
 from janus_jax.interop.adapter import Adapter
 from janus_jax.interop.adapter_writing import write_adapter
 from janus_jax.interop.convert import write_folder
-from janus_jax.interop.load import open_adapter, param_shapes, table_for
+from janus_jax.interop.load import DTYPES, open_adapter, param_shapes, table_for
 from janus_jax.interop.stored import stored_params
 from janus_jax.orbax_errors import library_log
 from janus_jax.paths import locked, read_json, write_json
@@ -50,11 +50,11 @@ from janus_jax.training.flops import peak_flops, step_flops
 from janus_jax.training.lora import lora_factors
 from janus_jax.training.metrics import Log
 from janus_jax.training.program import Program, put_rows
-from janus_jax.training.settings import DTYPES, MODEL, Inputs, no_progress
+from janus_jax.training.settings import MODEL, Inputs, no_progress
 from janus_jax.training.step import Params, TrainState, eval_params
 
 SETTINGS, CHECKPOINTS, LOCK, LIBRARY_LOG = "run.json", "checkpoints", ".lock", "libraries.log"
-ADAPTER = "adapter"  # folder of a LoRA run's adapter, next to MODEL
+ADAPTER_FOLDER = "adapter"  # folder of a LoRA run's adapter, next to MODEL
 # Settings that may change when a run resumes. All but `steps` leave the result the same: the
 # cosine schedule of the learning rate ends at the last step.
 CHANGEABLE = frozenset(
@@ -70,8 +70,9 @@ def train_stage(settings, formats: Formats = FORMATS, progress=no_progress) -> N
 
     Args:
         settings: ConfigDict of stages.base_config.
-        formats: the formats of sources that the mixtures may name.
-        progress: makes the report of a task, for example a progress bar, from its description.
+        formats: the source formats that a mixture may use, by name.
+        progress: called with the description of a task; returns a context manager that yields the
+            function to report progress to, or None.
     Raises:
         FileNotFoundError, ValueError: a setting, a folder or a source cannot be used, or too many
             records are bad.
@@ -169,7 +170,7 @@ def init_or_restore(
 
 
 def open_log(program: Program, output: Path, start_step: int, skipped: Skipped) -> Log:
-    """start_step: the step that the run resumes from, or 0."""
+    """Opens the log of a run. start_step: the step that the run resumes from, or 0."""
     settings, devices = program.inputs.settings, program.inputs.mesh.devices
     peak = peak_flops(devices.flat[0])
     total = None if peak is None else peak * devices.size
@@ -298,9 +299,11 @@ def write_model(inputs: Inputs, trained: dict[str, np.ndarray], folder: Path) ->
 
     trained: trained arrays by path.
     """
-    adapter = save_adapter(inputs, trained, folder.with_name(ADAPTER)) if inputs.lora else None
+    adapter = None
+    if inputs.lora:
+        adapter = save_adapter(inputs, trained, folder.with_name(ADAPTER_FOLDER))
     stored, dtype = stored_params(inputs.source), np.dtype(DTYPES[inputs.settings.model_dtype])
-    find = inputs.source.family.parameters.find
+    find = inputs.source.family.parameter_table.find
     components = {find(path).component for path in trained}
 
     def read(path: str) -> np.ndarray:

@@ -48,8 +48,9 @@ class Inputs:
         mesh: the devices.
         rows: how the rows of a batch are made.
         lora: the adapters to train instead of the weights, or None.
-        formats: the formats of sources that the mixtures may name.
-        progress: makes the report of a task, for example a progress bar, from its description.
+        formats: the source formats that a mixture may use, by name.
+        progress: called with the description of a task; returns a context manager that yields the
+            function to report progress to, or None.
     """
 
     settings: Any
@@ -69,9 +70,10 @@ class Inputs:
         """Checks the settings, and that the weights of the initial checkpoint fit its config.json.
 
         settings: ConfigDict of stages.base_config.
-        formats: the formats of sources that the mixtures may name.
+        formats: the source formats that a mixture may use, by name.
         progress: see the attribute; by default nothing is reported.
-        Raises FileNotFoundError or ValueError if they cannot be trained with.
+        Raises FileNotFoundError or ValueError if a setting or the initial checkpoint cannot be used
+        for training.
         """
         check_settings(settings)
         init = check_init(settings.init)

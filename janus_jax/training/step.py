@@ -112,7 +112,7 @@ def apply_gradients(
 class Objective:
     """The training objective: the weighted mean of the terms of a loss over a batch.
 
-    It is sum(weight * sum) / sum(weight * count) over the terms that have a weight.
+    It is sum(w * total) / sum(w * count) over the terms that have a weight w.
 
     Attributes:
         build: builds the model from its parameters.
@@ -207,7 +207,7 @@ def default_promotion() -> Iterator[None]:
     """Sets JAX's default dtype promotion rules, which the libraries used in a step rely on.
 
     With JAX_ENABLE_X64, Optax computes learning rates and bias corrections in float64. Strict
-    dtype promotion rejects both, and also the gradients of JAX's attention in bfloat16.
+    dtype promotion rejects float64 there, and the gradients of JAX's attention in bfloat16.
     """
     with (
         jax.enable_x64(False),

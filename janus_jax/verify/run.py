@@ -66,8 +66,8 @@ def fit_image(image: Image.Image, size: int) -> Image.Image:
 def check_reference(reference: Path | None) -> None:
     """Raises ValueError if `transformers` cannot load the folder; None is accepted."""
     folder = None if reference is None else open_folder(reference)
-    if folder is not None and (folder.orbax or folder.layout != TRANSFORMERS):
-        kind = "an Orbax folder" if folder.orbax else f"the layout of {folder.layout}"
+    if folder is not None and (folder.is_orbax or folder.layout != TRANSFORMERS):
+        kind = "an Orbax folder" if folder.is_orbax else f"the layout of {folder.layout}"
         raise ValueError(
             f"--reference {reference} must be PyTorch weights in the layout of transformers, got "
             f"{kind}; `convert export --layout transformers` writes such a folder"
@@ -84,12 +84,12 @@ def _reference_folder(model: Path, reference: Path | None, report: Notify) -> It
     folder = open_folder(model)
     if reference is not None:
         yield reference
-    elif folder.layout == TRANSFORMERS and not folder.orbax:
+    elif folder.layout == TRANSFORMERS and not folder.is_orbax:
         yield model
     else:
         with tempfile.TemporaryDirectory(prefix="janus_verify_") as temporary:
             target = Path(temporary) / model.name
-            kind = "Orbax weights" if folder.orbax else f"{folder.layout} layout"
+            kind = "Orbax weights" if folder.is_orbax else f"{folder.layout} layout"
             report(f"exporting {model} ({kind}) to the layout of transformers in {target}")
             export_folder(model, target, TRANSFORMERS, overwrite=False)
             yield target

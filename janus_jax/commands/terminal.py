@@ -118,7 +118,7 @@ class Progress:
     """Context manager that reports the progress of a task and the time left.
 
     >>> with Progress("loading", "B") as report:
-    >>>     report(done, total)
+    ...     report(done, total)
 
     The bar appears with the first report and is removed at the end.
     """

@@ -14,7 +14,8 @@ from janus_jax.families.config import (
     require_null,
     write_llama,
 )
-from janus_jax.families.deepseek import (
+from janus_jax.families.family import ConversionTable, Rule, Skip
+from janus_jax.families.janus_deepseek import (
     BLOCKS_PATH,
     CODEBOOK_USED,
     INV_FREQ,
@@ -26,7 +27,6 @@ from janus_jax.families.deepseek import (
     resnet_rules,
     vq_outer_rules,
 )
-from janus_jax.families.family import ConversionTable, Rule, Skip
 from janus_jax.models.janus import JanusConfig
 from janus_jax.models.siglip import SiglipConfig
 from janus_jax.models.vq import VQConfig
