@@ -77,7 +77,7 @@ OTHER = Family(
     check=lambda cfg: None,
     sizes=lambda cfg: None,
     attention=lambda cfg: (),
-    processor=lambda folder: f"the processor in {folder.name}",
+    processor=lambda folder, config: f"the processor in {folder.name}",
 )
 
 

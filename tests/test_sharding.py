@@ -85,7 +85,7 @@ def test_every_row_is_used(adapted_paths):
 )
 def test_the_table_says_where_a_parameter_belongs(path, expected):
     found = JANUS.parameter_table.find(path)
-    assert (found.component, found.positions, found.precision) == expected
+    assert (found.component, found.counted_by, found.precision) == expected
 
 
 def test_depths_follow_the_data_flow():

@@ -161,7 +161,7 @@ def _replace(cfg, names: Sequence[str], value):
 
 def component_paths(cfg: ModelConfig, component: str) -> list[str]:
     """Returns the paths of the parameters of a module of the model, such as `gen_vq`."""
-    parameters = family_of(cfg).parameters
+    parameters = family_of(cfg).parameter_table
     return [path for path in param_shapes(cfg) if parameters.find(path).component == component]
 
 
