@@ -54,12 +54,11 @@ def make_mesh(
     )
 
 
-def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def parse_mesh(text: str) -> Mesh:
     """Returns the mesh that a text such as "data=1,fsdp=1,tensor=4" describes.
 
     Args:
         text: comma-separated AXIS=SIZE, in any order; an axis that is not named has size 1.
-        devices: see make_mesh.
     Raises:
         ValueError: if an axis is unknown or repeated, a size is not an integer, or make_mesh
             rejects the sizes.
@@ -73,7 +72,7 @@ def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
                 f"got {text!r}"
             )
         sizes[name] = int(size)
-    return make_mesh(**sizes, devices=devices)
+    return make_mesh(**sizes)
 
 
 def fit_spec(mesh: Mesh, spec: P, shape: Sequence[int]) -> P:
@@ -112,7 +111,9 @@ def sharding_for(
         fitted = fit_spec(mesh, spec, shape)
         for dimension, axes, kept in zip(shape, spec, fitted, strict=False):
             if kept != axes:
-                _log_not_sharded(_NUMBER.sub("*", path), dimension, axes, mesh.shape[axes])
+                names = (axes,) if isinstance(axes, str) else axes
+                size = math.prod(mesh.shape[name] for name in names)
+                _log_not_sharded(_NUMBER.sub("*", path), dimension, ", ".join(names), size)
         return NamedSharding(mesh, fitted)
 
     return parameter_sharding

@@ -3,7 +3,7 @@
 A tiny random model; B requests, P = 24 tokens of a prompt.
 """
 
-import functools
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ LENGTH, NEW = 24, 8
 
 begin = jax.jit(decoding.begin, static_argnames=("kind", "num_tokens"))
 advance = jax.jit(decoding.advance, static_argnames="kind")
+advance_column = jax.jit(decoding.advance_column, static_argnames="kind")
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ TEXTS = [
     make_request(9, 4, (0.0, 96, 1.0), eos_id=5),
 ]
 CASES = pytest.mark.parametrize(
-    ("kind", "requests"), [(image.IMAGE_TOKENS, IMAGES), (text.TEXT_TOKENS, TEXTS)]
+    ("kind", "requests"), [(image.IMAGE_KIND, IMAGES), (text.TEXT_KIND, TEXTS)]
 )
 
 
@@ -109,7 +110,7 @@ def test_requests_at_different_steps_advance_together(model, kind, requests):
 
 
 def test_a_request_ends_at_its_limit_or_its_eos_id(model):
-    state = begin(model, text.TEXT_TOKENS, joined(TEXTS), NEW)
+    state = begin(model, text.TEXT_KIND, joined(TEXTS), NEW)
     logits = jnp.zeros((3, 96)).at[0, 3].set(9.0).at[1, 3].set(9.0).at[2, 1].set(jnp.nan)
     state = jax.jit(decoding.choose)(state, logits.at[1:].multiply(50))
     np.testing.assert_array_equal(state.done, [True, False, True])
@@ -119,6 +120,17 @@ def test_a_request_ends_at_its_limit_or_its_eos_id(model):
     np.testing.assert_array_equal(state.step, [2, NEW, 2])
     np.testing.assert_array_equal(state.token, [3, 4, 96])
     assert state.done.all()
+
+
+def test_each_request_has_its_own_limit(model):
+    requests = dataclasses.replace(joined(TEXTS), limit=np.array([2, 4, 3], np.int32))
+    state = begin(model, text.TEXT_KIND, requests, NEW)
+    tokens = jnp.full((3, NEW), -1).at[:, 0].set(state.token)
+    for column in range(1, NEW):
+        state, tokens = advance_column(model, text.TEXT_KIND, column, state, tokens)
+    assert state.done.all()
+    np.testing.assert_array_equal((tokens >= 0).sum(1), state.step)
+    assert (state.step <= requests.limit).all() and state.step[1] == 4
 
 
 @pytest.fixture(scope="module")
@@ -157,17 +169,17 @@ def test_prompts_hold_images_in_both_rows_or_in_one(model, edits):
 def test_images_from_prompts_with_images_equal_full_forward_passes(model, edits):
     """Each token from a forward pass over the whole sequence, as for editing an image."""
 
-    @functools.partial(jax.jit, static_argnames="length")
-    def next_logits(model, embeds, length):
+    @jax.jit
+    def next_logits(model, embeds, last):
         hidden, _ = model.language_model(embeds)  # later positions do not change earlier ones
-        return model.gen_head(hidden[:, length - 1])
+        return model.gen_head(hidden[:, last])
 
     expected = []
     for rows in naive_prompts(model, edits):
         start, chosen = rows.shape[1], []
-        embeds = np.pad(rows, ((0, 0), (0, 16), (0, 0)))
+        embeds = np.pad(rows, ((0, 0), (0, 24 + 16 - start), (0, 0)))  # one program for both
         for step in range(16):
-            cond, uncond = next_logits(model, embeds, start + step)
+            cond, uncond = next_logits(model, embeds, start + step - 1)
             chosen.append(int(jnp.argmax(uncond + 2.0 * (cond - uncond))))
             embeds[:, start + step] = model.embed_image_tokens(jnp.array(chosen[-1:]))
         expected.append(chosen)

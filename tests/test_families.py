@@ -76,7 +76,7 @@ OTHER = Family(
     },
     check=lambda cfg: None,
     sizes=lambda cfg: None,
-    attention=lambda cfg: (),
+    attention_flops=lambda cfg: (),
     processor=lambda folder, config: f"the processor in {folder.name}",
 )
 
@@ -86,7 +86,7 @@ def folder(tmp_path, monkeypatch):
     """An opened folder of the family OTHER, with its tensors."""
     monkeypatch.setattr(registry, "FAMILIES", (*registry.FAMILIES, OTHER))
     for module in (registry, load):
-        monkeypatch.setattr(module, "detect", lambda config: (OTHER, "plain"))
+        monkeypatch.setattr(module, "detect_layout", lambda config: (OTHER, "plain"))
     rng = np.random.default_rng(0)
     tensors = {f"net.{i}.weight": rng.normal(size=(4, 8)).astype(np.float32) for i in range(3)}
     tensors |= {"vae.weight": rng.normal(size=(8, 2)).astype(np.float32)}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from janus_jax.commands import answers
 from janus_jax.commands import sample as cli
 from janus_jax.processing import fetch, image_sources
 from janus_jax.processing.processor import Processor
@@ -164,7 +165,7 @@ def test_urls_that_lead_nowhere(url):
 def test_sample_fetches_only_with_the_flag(server, small, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr("janus_jax.generation.pipeline.load", lambda *_, **__: small)
-    monkeypatch.setattr(cli, "_print_answer", lambda *args: calls.append(args))
+    monkeypatch.setattr(cli, "print_answer", lambda *args: calls.append(args))
     flags = ["--question", "What?", "--image", server.url + "a.png"]
     with pytest.raises(SystemExit) as stopped:
         cli.main(flags)
@@ -180,7 +181,9 @@ def test_sample_fetches_only_with_the_flag(server, small, monkeypatch, capsys):
 def test_a_chat_fetches_only_with_the_flag(server, small, monkeypatch, capsys):
     calls = []
     monkeypatch.setattr("janus_jax.generation.pipeline.load", lambda *_, **__: small)
-    monkeypatch.setattr(cli, "_print_answer", lambda _, turns, *rest: calls.append(turns) or "red")
+    monkeypatch.setattr(
+        answers, "print_answer", lambda _, turns, *rest: calls.append(turns) or "red"
+    )
     for flags in ([], ["--allow_urls"]):
         monkeypatch.setattr("sys.stdin", io.StringIO(f"/image {server.url}a.png\nWhat?\n"))
         cli.main(["--chat", *flags])

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from tiny_janus import empty_cache
 
 from janus_jax.generation import chunks, decoding, image, samplers
-from janus_jax.models.llama import init_cache
 
 PROMPT = "A close-up photo of a red cat, studio light."
 OTHER = "a dog"
@@ -44,11 +44,11 @@ _decode_step = jax.jit(decoding.decode_step, static_argnames="kind")
 def _walk(pipeline, requests, choose):
     """Generates step by step with choose(step, logits) -> indices; returns logits and indices."""
     model, num_tokens = pipeline.model, pipeline.model.cfg.num_image_tokens
-    state, logits = _prefill(model, image.IMAGE_TOKENS, requests, num_tokens)
+    state, logits = _prefill(model, image.IMAGE_KIND, requests, num_tokens)
     seen, chosen = [logits], [choose(0, logits)]
     for step in range(1, num_tokens):
         state = dataclasses.replace(state, token=jnp.asarray(chosen[-1]))
-        state, logits = _decode_step(model, image.IMAGE_TOKENS, state)
+        state, logits = _decode_step(model, image.IMAGE_KIND, state)
         seen.append(logits)
         chosen.append(choose(step, logits))
     return np.stack(seen), np.stack(chosen, axis=1)
@@ -199,7 +199,7 @@ def test_bfloat16_generates_with_a_float32_image_tokenizer(golden):
     assert model.language_model.layers[0].mlp.up_proj.kernel[...].dtype == jnp.bfloat16
     assert model.gen_vq.codebook[...].dtype == jnp.float32
     requests, number = _requests(pipeline, [PROMPT], 1), model.cfg.num_image_tokens
-    _, logits = _prefill(model, image.IMAGE_TOKENS, requests, number)
+    _, logits = _prefill(model, image.IMAGE_KIND, requests, number)
     assert logits.dtype == jnp.float32 and np.isfinite(logits).all()
     generated = pipeline.generate_images(PROMPT, num_images=1)
     assert generated.pixels.shape == (1, 64, 64, 3) and generated.pixels.dtype == np.uint8
@@ -226,6 +226,6 @@ def test_chunks_are_even_and_full_multiples_of_the_shards(total, most, shards, s
 def test_the_memory_bound_is_that_of_the_cache(small):
     decoder = small.model.cfg.language_model
     number = chunks.default_max_batch(decoder, 2 * (64 + 15), None)
-    caches = jax.eval_shape(lambda: init_cache(decoder, 2 * number, 64 + 15))
+    caches = jax.eval_shape(lambda: empty_cache(decoder, 2 * number, 64 + 15))
     taken = sum(x.size * x.dtype.itemsize for x in (*caches.keys, *caches.values))
     assert 0.99 * chunks.CACHE_BYTES < taken <= chunks.CACHE_BYTES

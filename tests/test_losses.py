@@ -163,3 +163,19 @@ def test_a_weight_without_a_term_is_refused(rows):
     objective = objective_of(packed_terms, dict(policy=1.0, kl=0.1), params)
     with pytest.raises(ValueError, match=r"weights .*policy.*, got kl"):
         jax.eval_shape(objective.gradients, params, frozen, rows)
+
+
+def test_a_term_must_not_have_the_name_of_another_value_in_the_log(rows):
+    params, frozen = split_params()
+
+    def loss(model, rows) -> Terms:
+        return dict(loss=packed_terms(model, rows)["policy"])
+
+    with pytest.raises(ValueError, match=r"reserved.*loss"):
+        jax.eval_shape(objective_of(loss, dict(loss=1.0), params).gradients, params, frozen, rows)
+
+
+@pytest.mark.parametrize("weights", [{}, dict(policy=0.0), dict(policy=1.0, wins=-2.0)])
+def test_weights_must_be_positive(weights):
+    with pytest.raises(ValueError, match=f"weights.*{weights}"):
+        objective_of(packed_terms, weights, {})

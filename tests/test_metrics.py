@@ -239,6 +239,7 @@ def test_a_log_that_needs_no_cut_is_left_as_it_is(tmp_path):
         dict(loss=float("nan")),
         dict(grad_norm=float("inf")),
         dict(param_norm=float("inf")),
+        dict(sums=(float("nan"), 0.0, 6.0)),
     ],
 )
 def test_a_loss_or_norm_that_is_not_finite_stops_with_step_and_records(tmp_path, wrong):
@@ -249,8 +250,9 @@ def test_a_loss_or_norm_that_is_not_finite_stops_with_step_and_records(tmp_path,
         with pytest.raises(FloatingPointError) as raised:
             log.step(2, _metrics(**wrong), records, 0.0)
     message = str(raised.value)
-    name, value = next(iter(wrong.items()))
-    assert f"{name} {value}" in message and "understanding 2 " in message
+    ((name, value),) = wrong.items()
+    expected = "understanding nan" if name == "sums" else f"{name} {value}"
+    assert expected in message and "generation 2 " in message
     listed = tmp_path / "not_finite-2-000.txt"
     shown = "a:0, a:1, a:2, a:3, a:4, a:5, b:0, b:1 and 1 more"
     assert re.search(rf"step 2\b.*: {shown}; .*{listed}$", message)

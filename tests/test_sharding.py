@@ -143,6 +143,20 @@ def test_a_parameter_that_cannot_be_sharded_is_logged_once_for_all_layers(caplog
     assert re.findall(r"fsdp|tensor|\d+", message) == ["fsdp", "4", "6"]
 
 
+def test_a_dimension_that_several_axes_do_not_divide_is_logged(caplog):
+    rows = (ParameterRow("bias", P(("fsdp", "tensor"))),)
+    table = ParameterTable((ParameterGroup("net", None, rows),))
+    with caplog.at_level("INFO", logger="absl"):
+        place = sharding.sharding_for(sharding.make_mesh(1, 4, 2), table)
+        assert place("net.bias", (12,)).spec == P(None)
+    assert re.findall(r"fsdp|tensor|\d+", caplog.text.split("net.bias")[1]) == [
+        "fsdp",
+        "tensor",
+        "8",
+        "12",
+    ]
+
+
 def test_meshes_are_read_from_text():
     mesh = sharding.parse_mesh("tensor=4, data=2")
     assert dict(mesh.shape) == {"data": 2, "fsdp": 1, "tensor": 4}

@@ -59,12 +59,12 @@ def test_embedded_prompts_are_those_of_the_original(pipeline, requests, golden):
 def test_logits_of_every_step_are_those_of_the_original(pipeline, requests, recorded):
     prefill = jax.jit(decoding.prefill, static_argnames=("kind", "num_tokens"))
     decode_step = jax.jit(decoding.decode_step, static_argnames="kind")
-    state, logits = prefill(pipeline.model, text.TEXT_TOKENS, requests, NEW)
+    state, logits = prefill(pipeline.model, text.TEXT_KIND, requests, NEW)
     seen = [logits]
     for step in range(NEW - 1):
         tokens = jnp.asarray(recorded["greedy_tokens"][:, step])
         state = dataclasses.replace(state, token=tokens)
-        state, logits = decode_step(pipeline.model, text.TEXT_TOKENS, state)
+        state, logits = decode_step(pipeline.model, text.TEXT_KIND, state)
         seen.append(logits)
     np.testing.assert_allclose(np.stack(seen), recorded["greedy_logits"], atol=1e-4, rtol=1e-4)
     assert int(state.cache.lengths.max()) == state.cache.size  # no slot too many

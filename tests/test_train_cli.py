@@ -161,6 +161,8 @@ def test_a_run_may_replace_an_earlier_one(trained):
         (["--config=configs/none.py", "--config.steps=3"], ("configs/none.py",)),
         (["--config", "finetune"], ("finetune", "finetune_full, finetune_lora, janus_1_3b_stage1")),
         ([ENCODER, "now"], ("flags", "['now']")),
+        (["--dry-run"], ("--dry-run", "--dry_run?")),
+        ([ENCODER, "--flagfile=x"], ("flag", "--flagfile")),
         ([ENCODER, "--config.init=/none"], ("init", "/none")),
         ([], ("--config", "--help")),
         (["--config=configs/janus_tiny_stage3.py:stage9"], ("stage2", "'stage9'")),

@@ -92,6 +92,7 @@ def failed(table):
     return {(row["section"], row["name"]) for row in table["rows"] if not row["passed"]}
 
 
+@pytest.mark.slow
 def test_both_dtypes_pass(golden, run):
     """In DeepSeek's layout, which is exported first."""
     status, table, out, err = run(golden / "janus_small", *QUICK)
@@ -120,6 +121,7 @@ def test_the_layout_of_transformers_is_read_as_it_is(exported, run):
     assert {row["section"] for row in table["rows"]} == {"preprocessing", "float32"}
 
 
+@pytest.mark.slow
 def test_an_orbax_folder_with_an_image_and_texts(golden, exported, run, tmp_path):
     import_folder(golden / "janus_small", tmp_path / "orbax", overwrite=False)
     noise = np.random.default_rng(0).integers(0, 256, (50, 120, 3), np.uint8)
@@ -177,7 +179,7 @@ def perturbed(source, target, name, size):
     return target
 
 
-def test_a_wrong_normalisation_fails_in_the_pixel_values(golden, exported, run, tmp_path):
+def test_a_wrong_normalization_fails_in_the_pixel_values(golden, exported, run, tmp_path):
     wrong = shutil.copytree(exported, tmp_path / "wrong")
     stated = json.loads((wrong / "preprocessor_config.json").read_text())
     (wrong / "preprocessor_config.json").write_text(

@@ -9,11 +9,19 @@ from flax import nnx
 
 from janus_jax.interop.load import abstract
 from janus_jax.models.janus import Janus, JanusConfig
+from janus_jax.models.kv_cache import KVCache
 from janus_jax.models.llama import LlamaConfig
 from janus_jax.models.siglip import SiglipConfig
 from janus_jax.models.vq import VQConfig
 
 CODES = 12
+
+
+def empty_cache(cfg: LlamaConfig, batch_size: int, size: int) -> KVCache:
+    """Returns a cache of `batch_size` rows with `size` slots, none of which is valid."""
+    shape = (batch_size, size, cfg.num_key_value_heads, cfg.head_dim)
+    slots = tuple(jnp.zeros(shape, cfg.dtype) for _ in range(cfg.num_hidden_layers))
+    return KVCache(slots, slots, jnp.zeros(batch_size, jnp.int32))
 
 
 def tiny_config() -> JanusConfig:

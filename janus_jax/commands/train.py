@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import faulthandler
 import functools
+import re
 import sys
 import textwrap
 import traceback
@@ -125,6 +126,17 @@ def make_parser(command: str = COMMAND) -> OneLineParser:
     return parser
 
 
+def _check_known(words: Sequence[str]) -> None:
+    """Raises ValueError if a word is neither an override, --config.NAME=VALUE, nor its value."""
+    for word in words:
+        flag = word.partition("=")[0]
+        if re.match("--?[A-Za-z]", word) and not re.match("--?(no)?config\\.", word):
+            known = ("--config", "--dry_run", "--distributed", "--coordinator", "--num_processes")
+            similar = difflib.get_close_matches(flag, (*known, "--process_id"), 1)
+            hint = f"; did you mean {similar[0]}?" if similar else ""
+            raise ValueError(f"unknown flag {shorten_text(flag)}{hint}")
+
+
 def parse(argv: Sequence[str], command: str = COMMAND) -> argparse.Namespace:
     """Parses the flags and loads the config, which becomes the attribute `config`.
 
@@ -134,6 +146,7 @@ def parse(argv: Sequence[str], command: str = COMMAND) -> argparse.Namespace:
     """
     args, others = make_parser(command).parse_known_args(argv)
     with settings_errors(program_name(command)):
+        _check_known(others)
         if args.config is None:
             raise ValueError("--config is required; run --help for the list of configs")
         args.config = _load_config(find_config(args.config), others)

@@ -78,7 +78,7 @@ class ExampleMaker:
             self.processor, record.turns, len(record.images), self.max_length
         )
         self._check_num_images(len(record.images))  # before decoding them
-        prepare = functools.partial(resize_and_pad, cfg=self.processor.image_config)
+        prepare = functools.partial(resize_and_pad, config=self.processor.image_config)
         pixels = [prepare_image(image, prepare) for image in record.images]
         return self._example(tokens, loss_mask, pixels=pixels)
 

@@ -327,7 +327,7 @@ class Family:
     layouts: the layouts of PyTorch checkpoints, by name.
     check: raises ValueError if sizes in a config do not fit each other.
     sizes: returns the sizes that matter outside of the networks.
-    attention: returns the FLOPs of attention, by stack.
+    attention_flops: returns the FLOPs of attention, by stack.
     processor: reads the processor of a checkpoint folder, given the contents of its config.json.
     """
 
@@ -339,5 +339,5 @@ class Family:
     layouts: Mapping[str, Layout]
     check: Callable[[Any], None]
     sizes: Callable[[Any], Sizes]
-    attention: Callable[[Any], tuple[AttentionFlops, ...]]
+    attention_flops: Callable[[Any], tuple[AttentionFlops, ...]]
     processor: Callable[[Path, Mapping], Processor]

@@ -143,7 +143,7 @@ def sizes(cfg: JanusConfig) -> Sizes:
     )
 
 
-def attention(cfg: JanusConfig) -> tuple[AttentionFlops, ...]:
+def attention_flops(cfg: JanusConfig) -> tuple[AttentionFlops, ...]:
     """Returns the FLOPs of attention, by stack."""
     encoder, decoder = cfg.und_encoder, cfg.language_model
     blocks = encoder.num_layers + encoder.select_layer + 1
@@ -182,6 +182,6 @@ JANUS = Family(
     },
     check=check,
     sizes=sizes,
-    attention=attention,
+    attention_flops=attention_flops,
     processor=Processor.from_dir,
 )

@@ -45,7 +45,7 @@ SIGLIP_SIZES = {
 }
 BLOCKS = "vision_model.vision_tower.blocks.{i}"
 BLOCKS_PATH = "und_encoder.blocks.{i}"
-VQ = "gen_vision_model.{c:encoder|decoder}"
+VQ_NAMES = "gen_vision_model.{c:encoder|decoder}"
 VQ_PATH = "gen_vq.{c:encoder|decoder}"
 LAYERS_PATH = "language_model.layers.{i}"
 
@@ -304,15 +304,15 @@ def vq_outer_rules(torch: str) -> tuple[Rule, ...]:
 
 
 def _vq_rules() -> tuple[Rule, ...]:
-    level, path = f"{VQ}.conv_blocks.{{i}}", f"{VQ_PATH}.levels.{{i}}"
+    level, path = f"{VQ_NAMES}.conv_blocks.{{i}}", f"{VQ_PATH}.levels.{{i}}"
     scaling = "{s:downsample|upsample}"
     return (
         *vq_outer_rules("gen_vision_model"),
         *resnet_rules(f"{level}.res.{{j}}", f"{path}.res.{{j}}"),
         *attention_rules(f"{level}.attn.{{j}}", f"{path}.attn.{{j}}"),
         *affine(f"{level}.{scaling}.conv", f"{path}.{scaling}", "conv2d"),
-        *resnet_rules(f"{VQ}.mid.{{m:0|2}}", f"{VQ_PATH}.mid.{{m:0|2}}"),
-        *attention_rules(f"{VQ}.mid.1", f"{VQ_PATH}.mid.1"),
+        *resnet_rules(f"{VQ_NAMES}.mid.{{m:0|2}}", f"{VQ_PATH}.mid.{{m:0|2}}"),
+        *attention_rules(f"{VQ_NAMES}.mid.1", f"{VQ_PATH}.mid.1"),
     )
 
 

@@ -35,7 +35,7 @@ SECTIONS = ("text_config", "vision_config", "vq_config")
 SIGLIP, VQ16 = SiglipConfig.siglip_large_patch16_384(), VQConfig.vq_16()
 
 BLOCKS = "model.vision_model.encoder.layers.{i}"
-VQ = "model.vqmodel"
+VQ_NAMES = "model.vqmodel"
 
 
 def read(config: Mapping) -> JanusConfig:
@@ -190,7 +190,7 @@ def table(cfg: JanusConfig) -> ConversionTable:
         *affine("model.generation_head.proj_out", "gen_head.proj", "linear"),
         *affine("model.generation_head.vision_head", "gen_head.out", "linear"),
         Rule("model.generation_embeddings.weight", ("gen_embed.embedding",), "same"),
-        *vq_outer_rules(VQ),
+        *vq_outer_rules(VQ_NAMES),
         *_level_rules("encoder", "down", "downsample"),
         *_level_rules("decoder", "up", "upsample"),
         *_middle_rules(),
@@ -227,7 +227,7 @@ def _aligner_rules(torch: str, path: str, depth: int) -> tuple[Rule, ...]:
 
 
 def _level_rules(coder: str, levels: str, scaling: str) -> tuple[Rule, ...]:
-    torch, path = f"{VQ}.{coder}.{levels}.{{i}}", f"gen_vq.{coder}.levels.{{i}}"
+    torch, path = f"{VQ_NAMES}.{coder}.{levels}.{{i}}", f"gen_vq.{coder}.levels.{{i}}"
     return (
         *resnet_rules(f"{torch}.block.{{j}}", f"{path}.res.{{j}}"),
         *attention_rules(f"{torch}.attn.{{j}}", f"{path}.attn.{{j}}"),
@@ -236,7 +236,7 @@ def _level_rules(coder: str, levels: str, scaling: str) -> tuple[Rule, ...]:
 
 
 def _middle_rules() -> tuple[Rule, ...]:
-    torch, path = f"{VQ}.{{c:encoder|decoder}}.mid", f"{VQ_PATH}.mid"
+    torch, path = f"{VQ_NAMES}.{{c:encoder|decoder}}.mid", f"{VQ_PATH}.mid"
     return (
         *resnet_rules(f"{torch}.block_1", f"{path}.0"),
         *attention_rules(f"{torch}.attn_1", f"{path}.1"),

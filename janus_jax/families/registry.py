@@ -11,7 +11,7 @@ FLOW_KEYS = ("vision_gen_enc_config", "vision_gen_dec_config", "vision_und_enc_c
 GEN_KEYS = ("gen_vision_config", "gen_aligner_config", "gen_head_config")
 
 
-def detect(config: Mapping) -> tuple[Family, str]:
+def detect_layout(config: Mapping) -> tuple[Family, str]:
     """Returns the family and the name of the layout of the contents of a config.json.
 
     Raises:
@@ -53,7 +53,7 @@ def read_config(config: Mapping) -> ModelConfig:
     Raises:
       ValueError: the config is that of another model, or a value is missing or not supported.
     """
-    family, layout = detect(config)
+    family, layout = detect_layout(config)
     try:
         cfg = family.layouts[layout].read(config)
         check_sizes(cfg)
@@ -78,7 +78,7 @@ def write_config(
     Raises:
       ValueError: the layout cannot express this model.
     """
-    if source is not None and detect(source)[1] == layout:
+    if source is not None and detect_layout(source)[1] == layout:
         return dict(source)
     return family_of(cfg).layouts[layout].write(cfg, _source_dtype(source), image_token_id)
 

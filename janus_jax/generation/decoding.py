@@ -78,8 +78,8 @@ def prefill(
 ) -> tuple[DecodeState, jax.Array]:
     """Runs the decoder over the prompts.
 
-    num_tokens: the limit of every request. The cache has no slot for the last token, because the
-        decoder does not read it.
+    num_tokens: the number of new tokens that the cache has room for, and the limit of requests
+        without one. There is no slot for the last token, because the decoder does not read it.
     Returns the state before the first token, and the logits of that token, float32[B, V].
     """
     hidden, cache = model.language_model(embed_prompts(model, requests))
@@ -91,7 +91,7 @@ def prefill(
         cache=sharding.constrain_cache(cache, mesh),
         token=zeros,
         step=zeros,
-        limit=zeros + num_tokens,
+        limit=zeros + num_tokens if requests.limit is None else requests.limit,
         done=zeros > 0,
         choice=requests.choice,
     )
@@ -155,6 +155,11 @@ def advance(model: Janus, kind: TokenKind, state: DecodeState) -> DecodeState:
 def advance_column(
     model: Janus, kind: TokenKind, column: jax.Array, state: DecodeState, tokens: jax.Array
 ) -> tuple[DecodeState, jax.Array]:
-    """Runs `advance` and writes the new tokens into one column of `tokens`, int32[B, M]."""
+    """Runs `advance` and writes the new tokens into one column of `tokens`, int32[B, M].
+
+    The rows of requests that were done before are not changed.
+    """
+    done, before = state.done, jax.lax.dynamic_index_in_dim(tokens, column, 1, keepdims=False)
     state = advance(model, kind, state)
-    return state, jax.lax.dynamic_update_index_in_dim(tokens, state.token, column, axis=1)
+    values = jnp.where(done, before, state.token)
+    return state, jax.lax.dynamic_update_index_in_dim(tokens, values, column, axis=1)

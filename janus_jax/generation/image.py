@@ -22,7 +22,7 @@ from janus_jax.generation.samplers import Sampling
 from janus_jax.interop.files import Report
 from janus_jax.models.janus import Janus
 
-IMAGE_TOKENS = TokenKind(
+IMAGE_KIND = TokenKind(
     head=lambda model, hidden: model.gen_head(hidden),
     embed=lambda model, indices: model.embed_image_tokens(indices),
 )
@@ -36,7 +36,7 @@ BatchState = tuple[DecodeState, jax.Array]  # the state, and int32[B, T] with th
 def _begin(model: Janus, requests: Requests, mesh: Mesh | None) -> BatchState:
     """Runs the prefill and chooses the first token of every image."""
     num_tokens = model.cfg.num_image_tokens
-    state = decoding.begin(model, IMAGE_TOKENS, requests, num_tokens, mesh)
+    state = decoding.begin(model, IMAGE_KIND, requests, num_tokens, mesh)
     indices = jnp.zeros((len(requests.tokens), num_tokens), jnp.int32)
     return state, indices.at[:, 0].set(state.token)
 
@@ -45,7 +45,7 @@ def _advance(model: Janus, batch: BatchState, start, end) -> BatchState:
     """Generates the tokens start to end - 1 of every image."""
 
     def body(column, batch: BatchState) -> BatchState:
-        return decoding.advance_column(model, IMAGE_TOKENS, column, *batch)
+        return decoding.advance_column(model, IMAGE_KIND, column, *batch)
 
     return jax.lax.fori_loop(start, end, body, batch)
 

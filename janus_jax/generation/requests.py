@@ -53,6 +53,7 @@ class Requests:
         prompt holds the images, too, or none of them.
     pixels: float32[B, n, S, S, 3], the images of a request, first those that exist, then zeros.
     choice: how the new tokens are chosen.
+    limit: int32[B], maximum number of new tokens. None: as many as the cache has room for.
     """
 
     tokens: jax.Array
@@ -60,6 +61,7 @@ class Requests:
     image_mask: jax.Array
     pixels: jax.Array
     choice: Choice
+    limit: jax.Array | None = None
 
     def select(self, numbers: np.ndarray) -> "Requests":
         """Returns the requests with the given numbers; the fields are NumPy arrays."""

@@ -18,7 +18,7 @@ from janus_jax.generation.requests import Requests, make_choice
 from janus_jax.generation.samplers import Sampling
 from janus_jax.models.janus import Janus
 
-TEXT_TOKENS = TokenKind(
+TEXT_KIND = TokenKind(
     head=lambda model, hidden: model.language_model.lm_head(hidden),
     embed=lambda model, tokens: model.language_model.embed(tokens),
 )
@@ -30,8 +30,9 @@ def generate_tokens(
 ) -> jax.Array:
     """Generates the answers in one program.
 
-    The loop stops when all answers have ended. Returns the new tokens, int32[B, M], padded with
-    eos_id. The original code pads with the pad id, which its demos set to the eos id.
+    The loop stops when all answers have ended. requests.choice.eos_id must not be None. Returns the
+    new tokens, int32[B, M], padded with eos_id. The original code pads with the pad id, which its
+    demos set to the eos id.
     """
 
     def unfinished(carry) -> jax.Array:
@@ -40,9 +41,9 @@ def generate_tokens(
 
     def body(carry):
         column, state, tokens = carry
-        return column + 1, *decoding.advance_column(model, TEXT_TOKENS, column, state, tokens)
+        return column + 1, *decoding.advance_column(model, TEXT_KIND, column, state, tokens)
 
-    state = decoding.begin(model, TEXT_TOKENS, requests, max_new_tokens, mesh)
+    state = decoding.begin(model, TEXT_KIND, requests, max_new_tokens, mesh)
     tokens = jnp.repeat(requests.choice.eos_id[:, None], max_new_tokens, axis=1)
     tokens = tokens.at[:, 0].set(state.token)
     _, _, tokens = jax.lax.while_loop(unfinished, body, (jnp.int32(1), state, tokens))
@@ -53,7 +54,7 @@ def generate_tokens(
 def _begin(
     model: Janus, requests: Requests, max_new_tokens: int, mesh: Mesh | None = None
 ) -> DecodeState:
-    return decoding.begin(model, TEXT_TOKENS, requests, max_new_tokens, mesh)
+    return decoding.begin(model, TEXT_KIND, requests, max_new_tokens, mesh)
 
 
 @functools.partial(jax.jit, static_argnames="treedef", donate_argnames="state")
@@ -62,13 +63,15 @@ def _advance(treedef, leaves, state: DecodeState) -> DecodeState:
 
     jit would flatten the model at each call, which takes as long as a token.
     """
-    return decoding.advance(jax.tree.unflatten(treedef, leaves), TEXT_TOKENS, state)
+    return decoding.advance(jax.tree.unflatten(treedef, leaves), TEXT_KIND, state)
 
 
 def stream(
     model: Janus, requests: Requests, max_new_tokens: int, mesh: Mesh | None = None
 ) -> Iterator[int]:
     """Yields the tokens of a single answer one by one, without the eos_id that ends it.
+
+    requests: one request, whose choice.eos_id is not None.
 
     Raises:
         ValueError: if image features or logits are NaN or infinite.

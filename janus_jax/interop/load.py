@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from janus_jax.checks import shorten, shorten_text
 from janus_jax.families.family import ConversionTable, Family, ModelConfig, Precision, Shape, Sizes
-from janus_jax.families.registry import detect, family_of, read_config
+from janus_jax.families.registry import detect_layout, family_of, read_config
 from janus_jax.interop import orbax
 from janus_jax.interop.adapter import Adapter, read_adapter
 from janus_jax.interop.files import CONFIG, Report
@@ -80,7 +80,7 @@ def open_folder(path: Path | str, adapter: Path | str | None = None) -> Folder:
     check_unmerged_adapter(path, adapter)
     config = read_json(path / CONFIG)
     with value_errors_of(path):
-        (_, layout), cfg = detect(config), read_config(config)
+        (_, layout), cfg = detect_layout(config), read_config(config)
     return Folder(path, config, layout, cfg, is_orbax(path), adapter)
 
 

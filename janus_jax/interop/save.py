@@ -20,19 +20,17 @@ def save_deepseek(
     folder: Path | str,
     model: nnx.Module,
     write_small_files: Callable[[Path], None],
-    dtype=jnp.bfloat16,
 ) -> None:
-    """Writes a model's parameters and config; replaces an existing checkpoint folder.
+    """Writes a model's parameters, in bfloat16, and config; replaces an existing checkpoint folder.
 
     model: has its config in `cfg`.
     write_small_files: writes the tokenizer and processor files into the given folder.
-    dtype: the dtype of every tensor in the file.
     """
     params = {".".join(map(str, k)): v[...] for k, v in nnx.to_flat_state(nnx.state(model))}
     shapes = {path: value.shape for path, value in params.items()}
     table = table_for(DEEPSEEK, model.cfg)
     steps = {step.torch: step for step in export_steps(table, list(params))}
-    dtype = np.dtype(dtype)
+    dtype = np.dtype(jnp.bfloat16)
 
     def read(name: str) -> np.ndarray:
         parts = (np.asarray(params[path]).astype(dtype) for path in steps[name].paths)

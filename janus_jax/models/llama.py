@@ -48,14 +48,6 @@ class LlamaConfig:
         return self.hidden_size // self.num_attention_heads
 
 
-def init_cache(cfg: LlamaConfig, batch_size: int, size: int) -> KVCache:
-    """Returns an empty cache for `batch_size` rows of at most `size` tokens."""
-    shape = (batch_size, size, cfg.num_key_value_heads, cfg.head_dim)
-    empty = [jnp.zeros(shape, cfg.dtype) for _ in range(2 * cfg.num_hidden_layers)]
-    half = cfg.num_hidden_layers
-    return KVCache(tuple(empty[:half]), tuple(empty[half:]), jnp.zeros(batch_size, jnp.int32))
-
-
 def rope_angles(positions: jax.Array, head_dim: int, theta: float) -> Angles:
     """Returns the cosines and sines of the rotary embedding, float32[B, T, 1, H / 2] each.
 

@@ -226,7 +226,7 @@ class ImageConfig:
         return tuple(int(value * 255) for value in self.image_mean)
 
 
-def resize_and_pad(image: Image.Image, cfg: ImageConfig) -> np.ndarray:
+def resize_and_pad(image: Image.Image, config: ImageConfig) -> np.ndarray:
     """Resizes the long side to S = `image_size` and pads to a square: uint8[S, S, 3].
 
     The padding has the color of the mean. Resized sides are truncated to integers and at least
@@ -234,24 +234,24 @@ def resize_and_pad(image: Image.Image, cfg: ImageConfig) -> np.ndarray:
     """
     long_side = max(image.size)
     width, height = (
-        max(int(side / long_side * cfg.image_size), cfg.min_size) for side in image.size
+        max(int(side / long_side * config.image_size), config.min_size) for side in image.size
     )
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    square = Image.new("RGB", (cfg.image_size, cfg.image_size), cfg.pad_color)
-    square.paste(resized, ((cfg.image_size - width) // 2, (cfg.image_size - height) // 2))
+    square = Image.new("RGB", (config.image_size, config.image_size), config.pad_color)
+    square.paste(resized, ((config.image_size - width) // 2, (config.image_size - height) // 2))
     return np.asarray(square)
 
 
-def preprocess(image: Image.Image, cfg: ImageConfig) -> np.ndarray:
+def preprocess(image: Image.Image, config: ImageConfig) -> np.ndarray:
     """Prepares an RGB image for the understanding encoder: float32[S, S, 3].
 
     Source: `VLMImageProcessor` of the original code.
     """
-    pixels = resize_and_pad(image, cfg)
-    pixels = (pixels.astype(np.float64) * cfg.rescale_factor).astype(np.float32)
-    if not cfg.do_normalize:
+    pixels = resize_and_pad(image, config)
+    pixels = (pixels.astype(np.float64) * config.rescale_factor).astype(np.float32)
+    if not config.do_normalize:
         return pixels
-    return (pixels - np.float32(cfg.image_mean)) / np.float32(cfg.image_std)
+    return (pixels - np.float32(config.image_mean)) / np.float32(config.image_std)
 
 
 def crop_square(image: Image.Image, size: int) -> np.ndarray:

@@ -27,7 +27,7 @@ from janus_jax.training.step import TrainState
 
 PARTS = STATE, DATA = "state", "data"  # subfolders of a checkpoint
 SUMS = "SHA256SUMS"
-METADATA = "_CHECKPOINT_METADATA"
+CHECKPOINT_METADATA = "_CHECKPOINT_METADATA"
 _LINE = re.compile(rf"([0-9a-f]{{64}})  ((?:{'|'.join(PARTS)})/\S+)")
 
 
@@ -273,12 +273,12 @@ def rename_damaged_checkpoints(folder: Path) -> None:
 def _rename_unreadable_metadata(folder: Path) -> None:
     """Renames unreadable metadata files of Orbax, which it does not need to restore."""
     for step in steps_in(folder):
-        path = folder / str(step) / METADATA
+        path = folder / str(step) / CHECKPOINT_METADATA
         try:
             if path.exists():
                 read_json(path)
         except (ValueError, OSError) as error:
-            path.rename(path.with_name(f"{METADATA}.damaged"))
+            path.rename(path.with_name(f"{CHECKPOINT_METADATA}.damaged"))
             logging.warning("%s; renamed the file, which is not needed", error)
 
 

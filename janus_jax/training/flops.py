@@ -101,7 +101,7 @@ def step_flops(
         for positions, depth, size in matrices:
             costs[positions] += 2 * size * (1 + trainable + (depth > first))
     family = family_of(cfg)
-    for attention in family.attention(cfg):
+    for attention in family.attention_flops(cfg):
         place = family.parameter_table.place(attention.path)
         for layer in range(attention.layers):
             passes = 3 if (place, layer) >= first else 1
@@ -121,7 +121,7 @@ def _matrices(params: Mapping[str, Leaf], cfg: ModelConfig) -> list[tuple[str, D
     not count.
     """
     family = family_of(cfg)
-    table, stacks = family.parameter_table, family.attention(cfg)
+    table, stacks = family.parameter_table, family.attention_flops(cfg)
     used = {table.place(stack.path): stack.layers for stack in stacks}
     matrices = []
     for path, leaf in params.items():

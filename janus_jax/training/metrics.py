@@ -203,9 +203,10 @@ class Log:
     ) -> None:
         """Raises if a step is not finite. Lists all its records in a file, some in the message."""
         checked = {name: metrics[name] for name in ("loss", "grad_norm", "param_norm")}
+        checked |= _means(metrics["sums"], metrics["counts"])
         if all(map(math.isfinite, checked.values())):
             return
-        values = _text({**checked, **_means(metrics["sums"], metrics["counts"])})
+        values = _text(checked)
         names = list(itertools.chain.from_iterable(records))
         path = self._folder / f"not_finite-{step}-{jax.process_index():03d}.txt"
         lines = "".join(f"{name}\n" for name in names)

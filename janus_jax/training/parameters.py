@@ -58,7 +58,8 @@ class Parameters:
         if not trained:
             raise ValueError(f"no parameter path matches trained={pattern.pattern!r}")
         if any(map(self._is_vq, trained)):
-            rule = "trained must match no parameter of the image tokenizer, gen_vq"
+            vq = inputs.source.family.image_codec
+            rule = f"trained must match no parameter of the image tokenizer, {vq}"
             raise ValueError(f"{rule}, got {pattern.pattern!r}")
         if inputs.rows.tokenized:  # the image tokens are precomputed
             frozen = {path: leaf for path, leaf in frozen.items() if not self._is_vq(path)}

@@ -23,6 +23,10 @@ Terms = dict[str, tuple[jax.Array, jax.Array]]  # by name: float32 sum, and the 
 # answers of a preference, must be in one row. What a loss needs besides the model, such as rewards,
 # log-probabilities of a reference model or seeds of random numbers, are arrays in the rows.
 Loss = Callable[[nnx.Module, Rows], Terms]
+# Names in the log that a term must not have.
+RESERVED = frozenset(
+    "loss grad_norm param_norm learning_rate packing_efficiency tokens_per_s mfu".split()
+)
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +116,8 @@ def apply_gradients(
 class Objective:
     """The training objective: the weighted mean of the terms of a loss over a batch.
 
-    It is sum(w * total) / sum(w * count) over the terms that have a weight w.
+    It is sum(w * total) / sum(w * count) over the terms that have a weight w. A coefficient between
+    two terms belongs into the terms, because a weight also scales the count.
 
     Attributes:
         build: builds the model from its parameters.
@@ -122,6 +127,8 @@ class Objective:
         weights: weights by name of a term. Terms without a weight are only logged.
         accumulate: A.
         shardings: shardings of the trainable parameters, by path.
+    Raises:
+        ValueError: a weight is negative, or none is positive.
     """
 
     build: Callable[[Params], nnx.Module]
@@ -132,10 +139,14 @@ class Objective:
     accumulate: int
     shardings: Mapping[str, jax.sharding.Sharding]
 
+    def __post_init__(self):
+        if any(weight < 0 for weight in self.weights.values()) or not any(self.weights.values()):
+            raise ValueError(f"weights must be at least 0, and one positive, got {self.weights}")
+
     def terms(self, params: Params, frozen: Params, rows: Rows) -> Terms:
         """Returns the terms of one microbatch. params: float32, by path.
 
-        Raises ValueError if a weight has no term.
+        Raises ValueError if a weight has no term, or if a term has a reserved name.
         """
         copies = {
             path: param if path in self.float32_gradients else param.astype(self.dtype)
@@ -145,6 +156,8 @@ class Objective:
         if missing := sorted(self.weights.keys() - terms.keys()):
             names = ", ".join(terms)
             raise ValueError(f"weights must be of terms of the loss, {names}, got {missing[0]}")
+        if reserved := sorted(RESERVED & terms.keys()):
+            raise ValueError(f"a term must not have a reserved name, got {reserved[0]}")
         return terms
 
     def totals(self, params: Params, frozen: Params, rows: Rows) -> Terms:

@@ -115,14 +115,14 @@ class JaxJanus:
         example = prepared.tokens.tolist(), prepared.pixels[None]
         batch = self.processor.batch([example], chunks.bucket_length(len(prepared.tokens)))
         requests = text.make_requests(batch, 0, GREEDY, self.processor.tokenizer.eos_id)
-        return self._greedy(text.TEXT_TOKENS, requests, max_new_tokens)
+        return self._greedy(text.TEXT_KIND, requests, max_new_tokens)
 
     def greedy_image(self, prepared: Prepared, num_tokens: int) -> Greedy:
         prompt = prepared.image_prompt.tolist()
         pair = prompt, self.processor.unconditional(prompt)
         pad_id = self.processor.tokenizer.pad_id
         requests = image.make_requests([pair], 1, 0, GUIDANCE_WEIGHT, GREEDY, pad_id)
-        return self._greedy(image.IMAGE_TOKENS, requests, num_tokens)
+        return self._greedy(image.IMAGE_KIND, requests, num_tokens)
 
     def _greedy(self, kind: decoding.TokenKind, requests: Requests, num_tokens: int) -> Greedy:
         """Decodes one request until it is done; at temperature 0 the choice is greedy."""
