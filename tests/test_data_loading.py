@@ -10,7 +10,7 @@ from png_files import RGB, png_file
 from benchmarks import data_loading as benchmark
 from janus_jax.data import packing
 from janus_jax.data.loading import RowsConfig, open_rows
-from janus_jax.data.mixture import open_parts, stream
+from janus_jax.data.mixture import mixed_examples, open_parts
 from janus_jax.data.records import Record
 from janus_jax.data.sources import open_source
 from janus_jax.data.writers import write_records
@@ -126,7 +126,7 @@ def text_lines(path, bad):
 def in_order(mixture, seed):
     """Returns the numbers of the records of text_lines in the order in which a run reads them."""
     part = open_parts(mixture, open_source)
-    records = stream(part, 0, 1, lambda record, rng: record, seed)
+    records = mixed_examples(part, 0, 1, lambda record, rng: record, seed)
     return [int(records[i].example.where.rpartition(":")[2]) - 1 for i in range(1000)]
 
 

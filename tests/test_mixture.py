@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from janus_jax.data import packing
-from janus_jax.data.mixture import Streams, open_parts, stream
+from janus_jax.data.mixture import Streams, mixed_examples, open_parts
 from janus_jax.data.records import BadRecord, Record
 from janus_jax.data.skipped import Skipped
 
@@ -59,14 +59,14 @@ def test_parts_are_mixed_by_weight_and_nested():
     part = open_parts(tree, Source)
     assert [one.name for one in part.leaves()] == ["drawn/real", "drawn/synthetic", "text"]
     found = collections.Counter(
-        name[0] for i in range(4) for name in names(stream(part, i, 4, keep, 0), 160)
+        name[0] for i in range(4) for name in names(mixed_examples(part, i, 4, keep, 0), 160)
     )
     assert found == dict(t=160, r=120, s=360)
 
 
 def test_each_epoch_holds_every_record_once_in_another_order():
     part = open_parts(dict(a=leaf("a", size=12)), Source)
-    streams = [stream(part, i, 3, keep, 0) for i in range(3)]
+    streams = [mixed_examples(part, i, 3, keep, 0) for i in range(3)]
     dealt = [names(one, 12) for one in streams]
     epochs = [
         [dealt[i % 3][i // 3] for i in range(12 * epoch, 12 * epoch + 12)] for epoch in range(3)
@@ -74,13 +74,13 @@ def test_each_epoch_holds_every_record_once_in_another_order():
     assert all(sorted(epoch) == sorted(epochs[0]) for epoch in epochs)
     assert len(set(epochs[0])) == 12
     assert len(set(map(tuple, epochs))) == 3
-    other = names(stream(part, 0, 1, keep, 1), 12)
+    other = names(mixed_examples(part, 0, 1, keep, 1), 12)
     assert other != epochs[0] and sorted(other) == sorted(epochs[0])
 
 
 def test_sources_of_one_size_are_shuffled_apart():
     part = open_parts(dict(a=leaf("a", size=40), b=leaf("b", size=40)), Source)
-    found = names(stream(part, 0, 1, keep, 0), 80)
+    found = names(mixed_examples(part, 0, 1, keep, 0), 80)
     orders = [[name[2:] for name in found if name.startswith(one)] for one in "ab"]
     assert orders[0] != orders[1]
 
@@ -91,10 +91,10 @@ def test_randomness_of_examples_depends_on_the_seed_and_the_epoch():
     def draw(record, rng):
         return BadRecord("", "", str(rng.integers(10**9)))
 
-    found = names(stream(part, 0, 1, draw, 0), 50)
+    found = names(mixed_examples(part, 0, 1, draw, 0), 50)
     assert len(set(found)) == 50
-    assert names(stream(part, 0, 1, draw, 0), 50) == found
-    assert names(stream(part, 0, 1, draw, 1), 50) != found
+    assert names(mixed_examples(part, 0, 1, draw, 0), 50) == found
+    assert names(mixed_examples(part, 0, 1, draw, 1), 50) != found
 
 
 def test_a_caption_becomes_an_answer_where_a_question_is_given():
@@ -103,7 +103,7 @@ def test_a_caption_becomes_an_answer_where_a_question_is_given():
             return Record("generation", text="a cat", images=(b"x",))
 
     part = open_parts(dict(a=leaf("a", question="What is it?")), Captions)
-    record = stream(part, 0, 1, keep, 0)[0].example
+    record = mixed_examples(part, 0, 1, keep, 0)[0].example
     assert (record.kind, record.turns) == ("understanding", (("What is it?", "a cat"),))
 
 
@@ -143,7 +143,7 @@ def lengths_of(record, rng):
 
 def rows_of(index, count, seed=0, skipped=lambda loaded: True):
     part = open_parts(dict(a=leaf("a", size=96)), Source)
-    examples = stream(part, index, count, lengths_of, seed).to_iter_dataset()
+    examples = mixed_examples(part, index, count, lengths_of, seed).to_iter_dataset()
     kept = examples.filter(skipped).map(lambda loaded: loaded.example)
     return packing.pack_examples(kept, LENGTH, 6, 2, PAD, seed=index)
 
@@ -270,7 +270,7 @@ def test_workers_do_not_change_the_order():
     orders = []
     for workers in (0, 1, 5):
         options = grain.ReadOptions(num_threads=workers, prefetch_buffer_size=8)
-        found = iter(stream(part, 0, 2, keep, 0).to_iter_dataset(options))
+        found = iter(mixed_examples(part, 0, 2, keep, 0).to_iter_dataset(options))
         orders.append([next(found).example.where for _ in range(60)])
     assert orders[0] == orders[1] == orders[2]
 
@@ -278,6 +278,6 @@ def test_workers_do_not_change_the_order():
 def test_bad_records_leave_no_gap(tmp_path):
     part = open_parts(dict(a=leaf("a", size=30, bad=(3, 7))), Source)
     skipped = Skipped(tmp_path / "skipped.jsonl", max_bad=0.5, num_records=dict(a=30))
-    kept = iter(stream(part, 0, 1, keep, 0).to_iter_dataset().filter(skipped))
+    kept = iter(mixed_examples(part, 0, 1, keep, 0).to_iter_dataset().filter(skipped))
     found = [next(kept).example.where for _ in range(28)]
     assert sorted(found) == sorted(f"a:{i}" for i in range(30) if i not in (3, 7))

@@ -290,7 +290,7 @@ def _check_values(flags: argparse.Namespace) -> None:
     flags.image = [open_image(image, flags.allow_urls) for image in flags.image or []]
 
 
-def generate(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") -> None:
+def write_images(flags: argparse.Namespace, prompts: list[str], pipeline: "Pipeline") -> None:
     """Generates images, writes each chunk when it is done, and prints the paths of all files."""
     import numpy as np
 
@@ -355,7 +355,7 @@ def run(argv: Sequence[str] | None, command: str = "python sample.py") -> None:
         pipeline = load(flags.model, progress=progress, **settings)
     with device_memory_errors(_IMAGE_ADVICE if prompts else _TEXT_ADVICE):
         if prompts:
-            generate(flags, prompts, pipeline)
+            write_images(flags, prompts, pipeline)
         elif flags.chat:
             chat(flags, pipeline)
         else:

@@ -9,7 +9,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 
 from janus_jax.checks import shorten
 from janus_jax.data.examples import ExampleMaker
-from janus_jax.data.mixture import Part, Streams, open_parts, stream
+from janus_jax.data.mixture import Part, Streams, mixed_examples, open_parts
 from janus_jax.data.packing import OPEN_ROWS, Field, pack_examples, row_fields
 from janus_jax.data.skipped import Skipped
 from janus_jax.data.sources import FORMATS, Formats, open_source
@@ -160,7 +160,7 @@ def _stream_rows(
     """Returns the rows of one stream."""
     threads = settings.threads
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    loaded = stream(part, index, settings.streams, make_example, settings.seed)
+    loaded = mixed_examples(part, index, settings.streams, make_example, settings.seed)
     loaded = loaded.to_iter_dataset(options)
     examples = loaded.filter(skipped).map(lambda loaded: loaded.example)
     rows = pack_examples(

@@ -96,7 +96,7 @@ class Loaded:
     example: Example | BadRecord
 
 
-def stream(
+def mixed_examples(
     part: Part, index: int, count: int, make_example: Callable, seed: int
 ) -> grain.MapDataset:
     """Returns the endless examples of one stream, in the ratio of the weights.
@@ -111,7 +111,7 @@ def stream(
         seed: random seed.
     """
     if part.parts:
-        parts = [stream(child, index, count, make_example, seed) for child in part.parts]
+        parts = [mixed_examples(child, index, count, make_example, seed) for child in part.parts]
         return grain.MapDataset.mix(parts, weights=[child.weight for child in part.parts])
 
     def load(record: Record | BadRecord, rng: np.random.Generator) -> Loaded:

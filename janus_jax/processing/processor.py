@@ -219,9 +219,9 @@ class Processor:
 
     def pixels(self, images: Sequence[ImageSource], allow_urls: bool = False) -> np.ndarray:
         """Preprocesses images for the understanding encoder: float32[n, S, S, 3]."""
-        cfg = self.image_config
-        prepared = [preprocess(open_image(image, allow_urls), cfg) for image in images]
-        empty = np.zeros((0, cfg.image_size, cfg.image_size, 3), np.float32)
+        config = self.image_config
+        prepared = [preprocess(open_image(image, allow_urls), config) for image in images]
+        empty = np.zeros((0, config.image_size, config.image_size, 3), np.float32)
         return np.stack(prepared) if prepared else empty
 
     def batch(self, examples: Sequence[PreparedPrompt], pad_to: int | None = None) -> Batch:

@@ -84,12 +84,12 @@ def build(folder: str | Path) -> None:
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "tokenizer.json").write_text(train().to_str(pretty=True), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(train_tokenizer().to_str(pretty=True), encoding="utf-8")
     for name, content in JSON_FILES.items():
         write_json(folder / name, content)
 
 
-def train() -> Tokenizer:
+def train_tokenizer() -> Tokenizer:
     """Trains a byte-level BPE on the output of `words`, with the pre-tokenizer of DeepSeek-LLM."""
     tokenizer = Tokenizer(models.BPE())
     splits = ("[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"\s+$")
