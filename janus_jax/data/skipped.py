@@ -19,7 +19,7 @@ Counts = Mapping[str, int]  # number of bad records by reason
 
 
 class Skipped:
-    """A filter for the elements of mixture.stream that skips bad records.
+    """A filter for the elements of mixture.mixed_examples that skips bad records.
 
     A bad record is counted once and listed on one line, however often it is read. A line of the
     list is a JSON object with the fields "source", "record", "reason" and "detail". If the list
