@@ -82,7 +82,7 @@ def store(folder, found: dict[str, np.ndarray]) -> None:
 
 def merged(folder, adapter, dtype=jnp.float32, sharding=lambda path, shape: None, progress=None):
     opened = open_folder(folder, adapter)
-    return load_params(opened, opened.cfg, sharding, dtype, progress=progress)
+    return load_params(opened, dtype, sharding, progress=progress)
 
 
 def assert_same(found, expected, dtype=np.float32) -> None:

@@ -16,6 +16,8 @@ from janus_jax.generation.decoding import DecodeState
 from janus_jax.generation.requests import Choice, Requests, embed_prompts
 from janus_jax.generation.samplers import Sampling
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 LENGTH, NEW = 24, 8
 
 begin = jax.jit(decoding.begin, static_argnames=("kind", "num_tokens"))

@@ -107,7 +107,7 @@ def test_a_family_is_found_by_its_config(folder):
 def test_another_family_is_loaded_sharded(folder):
     opened, tensors = folder
     place = sharding.sharding_for(sharding.make_mesh(1, 2, 2), OTHER.parameter_table)
-    params = load.load_params(opened, opened.cfg, place, jnp.bfloat16)
+    params = load.load_params(opened, jnp.bfloat16, place)
     model = load.build_model(opened.cfg, params)
     for i, layer in enumerate(model.layers):
         kernel = layer.kernel[...]

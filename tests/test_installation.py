@@ -110,6 +110,7 @@ def test_janus_convert(installed, tmp_path, golden):
     assert_one_line(done.stderr, "janus-convert", "nowhere")
 
 
+@pytest.mark.slow
 def test_janus_train(installed, tmp_path):
     settings = dict(steps=2, warmup_steps=0, log_every=1, batch_size=2, streams=1)
     settings["trained"] = r"gen_head\."  # compiles faster

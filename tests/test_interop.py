@@ -19,12 +19,8 @@ from janus_jax.interop.readers import open_checkpoint
 from janus_jax.processing.chat import format_conversation
 
 
-def anywhere(path, shape):
-    return None
-
-
-def load(folder, dtype=jnp.float32, sharding_for=anywhere):
-    return load_params(folder, open_folder(folder).cfg, sharding_for, dtype)
+def load(folder, dtype=jnp.float32, **options):
+    return load_params(open_folder(folder), dtype, **options)
 
 
 def assert_same_params(params, expected):
@@ -111,7 +107,7 @@ def test_tensors_are_placed_with_their_own_sharding(folders, params, form):
             spec[-1] = "x"
         return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*spec))
 
-    loaded = load(folders[form], jnp.float32, sharding_for)
+    loaded = load(folders[form], sharding_for=sharding_for)
     assert_same_params(loaded, params)
     for path, value in loaded.items():
         assert value.sharding.is_equivalent_to(sharding_for(path, value.shape), value.ndim), path
@@ -271,8 +267,7 @@ def test_one_component_of_an_orbax_folder_is_read_alone(folders, params, monkeyp
 def test_loading_reports_the_bytes_read(folders, params, form, monkeypatch):
     monkeypatch.setattr(orbax, "GROUP_BYTES", 1e5)
     reports = []
-    cfg, report = open_folder(folders[form]).cfg, lambda *now: reports.append(now)
-    load_params(folders[form], cfg, anywhere, jnp.bfloat16, progress=report)
+    load(folders[form], jnp.bfloat16, progress=lambda *now: reports.append(now))
     total = sum(2 * value.size for value in params.values())  # they are stored in bfloat16
     done = [done for done, _ in reports]
     assert len(done) > 10 and done == sorted(done)

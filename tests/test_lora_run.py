@@ -63,7 +63,7 @@ def test_lora_trains_and_keeps_adapters_alone_and_is_merged_in_the_model(lora_ru
 def test_the_adapter_on_the_base_is_the_model_to_the_bit(lora_run):
     config, output = lora_run
     opened = open_folder(config.init, output / "adapter")
-    merged = load_params(opened, opened.cfg, lambda path, shape: None, jnp.float32)
+    merged = load_params(opened, jnp.float32)
     for path, array in weights(output / "model").items():
         np.testing.assert_array_equal(merged[path], array.astype(np.float32), err_msg=path)
 
@@ -97,9 +97,9 @@ def test_peft_loads_the_adapter_and_gives_the_model_s_logits(lora_run):
         before = base(torch.tensor(tokens)).logits
         adapted = peft.PeftModel.from_pretrained(base, output / "adapter")
         expected = adapted(input_ids=torch.tensor(tokens)).logits.numpy()
-    cfg = open_folder(output / "model").cfg
-    params = load_params(output / "model", cfg, lambda path, shape: None, jnp.float32)
-    got = text_logits(build_model(cfg, params).language_model, tokens)
+    merged = open_folder(output / "model")
+    model = build_model(merged.cfg, load_params(merged, jnp.float32))
+    got = text_logits(model.language_model, tokens)
     np.testing.assert_allclose(got, expected, rtol=0, atol=1e-4)
     assert np.abs(expected - before.numpy()).max() > 0.1
 

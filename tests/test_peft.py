@@ -62,8 +62,7 @@ def from_peft(model: torch.nn.Module, folder, **settings) -> torch.nn.Module:
 
 
 def params_of(folder, adapter=None, dtype=jnp.float32):
-    opened = open_folder(folder, adapter)
-    return load_params(opened, opened.cfg, lambda path, shape: None, dtype)
+    return load_params(open_folder(folder, adapter), dtype)
 
 
 def tensors_of(folder, adapter=None) -> dict[str, np.ndarray]:

@@ -82,8 +82,7 @@ def torch_losses(model, rows) -> dict[str, torch.Tensor]:
 def converted(model, folder: Path) -> dict[str, np.ndarray]:
     """A torch model's weights by our paths, through our converter."""
     model.save_pretrained(folder)
-    cfg = open_folder(folder).cfg
-    return jax.device_get(load_params(folder, cfg, lambda path, shape: None, jnp.float32))
+    return jax.device_get(load_params(open_folder(folder), jnp.float32))
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from janus_jax.families.family import TRANSFORMS, ConversionTable, Rule, Skip
-from janus_jax.families.registry import detect, read_config
+from janus_jax.families.registry import detect_layout, read_config
 from janus_jax.interop import rules
 from janus_jax.interop.load import param_shapes, table_for
 from janus_jax.interop.rules import export_steps, make_plan
@@ -150,7 +150,7 @@ def test_the_real_files_convert_both_ways(golden, name, named, skipped):
     listing = json.loads(gzip.decompress((golden / f"listings/{name}.json.gz").read_bytes()))
     cfg, stored = read_config(listing["config"]), listing["tensors"]
     assert cfg == named()
-    table = table_for(detect(listing["config"])[1], cfg)
+    table = table_for(detect_layout(listing["config"])[1], cfg)
     expected = param_shapes(cfg)
     plan = make_plan(table, source(stored), expected)
     assert len(plan.skipped) == skipped

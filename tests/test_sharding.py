@@ -19,6 +19,8 @@ from janus_jax.interop.load import ConstantRngs
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.training.lora import LoRAConfig, add_adapters
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 MESHES = [(1, 1, 1), (8, 1, 1), (2, 2, 2), (1, 4, 2), (1, 1, 4)]
 PROMPTS = ["A close-up photo of a red cat, studio light.", "a dog"]
 

@@ -102,6 +102,7 @@ def trained(tmp_path_factory, quick_compiles) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_what_was_trained_loads_and_generates(trained):
     names = ["encoder", "refined", "stage1", "stage2", "stage3", "stage3_refined"]
     assert sorted(path.name for path in trained.iterdir()) == [*names, "tokens", "vq"]
@@ -127,12 +128,14 @@ def test_what_was_trained_loads_and_generates(trained):
         ),
     ],
 )
+@pytest.mark.slow
 def test_a_stage_trains_its_parts(trained, before, after, parts):
     before, after = (load_file(trained / name / "model.safetensors") for name in (before, after))
     changed = {name for name, value in before.items() if not np.array_equal(value, after[name])}
     assert sorted({name.split(".")[0] for name in changed}) == parts
 
 
+@pytest.mark.slow
 def test_the_vq_is_trained_on_alone(trained):
     names = ("vq", "refined")
     before, after = (load_file(trained / name / "model.safetensors") for name in names)
@@ -140,6 +143,7 @@ def test_the_vq_is_trained_on_alone(trained):
     assert changed and all(name.startswith("gen_vision_model.") for name in changed)
 
 
+@pytest.mark.slow
 def test_the_encoder_is_trained_alone(trained):
     names = ("refined", "encoder")
     before, after = (load_file(trained / name / "model.safetensors") for name in names)
@@ -147,6 +151,7 @@ def test_the_encoder_is_trained_alone(trained):
     assert changed and all(name.startswith("vision_model.") for name in changed)
 
 
+@pytest.mark.slow
 def test_a_run_may_replace_an_earlier_one(trained):
     small = [path.name for path in files.small_files(trained / "vq")]
     check_replaceable(str(trained / "vq"), shallow(), small)

@@ -156,8 +156,8 @@ def two_images_a_row() -> tuple[np.ndarray, np.ndarray]:
 
 def load_janus(folder: Path) -> Janus:
     """Loads a checkpoint folder through the converter, in float32."""
-    cfg = open_folder(folder).cfg
-    return build_model(cfg, load_params(folder, cfg, lambda path, shape: None, jnp.float32))
+    opened = open_folder(folder)
+    return build_model(opened.cfg, load_params(opened, jnp.float32))
 
 
 @functools.cache

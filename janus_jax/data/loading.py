@@ -65,9 +65,9 @@ class RowsConfig:
         if not 0 <= self.max_bad < 1:
             raise ValueError(f"max_bad must be at least 0 and below 1, got {shorten(self.max_bad)}")
 
-    def fields(self, model: ModelConfig) -> dict[str, Field]:
-        """Returns the arrays of a row. model: config of the model, for the sizes of images."""
-        sizes = sizes_of(model)
+    def fields(self, model_cfg: ModelConfig) -> dict[str, Field]:
+        """Returns the arrays of a row. model_cfg: config of the model, for the sizes of images."""
+        sizes = sizes_of(model_cfg)
         return row_fields(
             self.seq_len,
             self.max_input_images,
@@ -100,7 +100,7 @@ class RowsConfig:
 def open_rows(
     settings: RowsConfig,
     processor: Processor,
-    model: ModelConfig,
+    model_cfg: ModelConfig,
     folder: str | Path,
     host: int = 0,
     hosts: int = 1,
@@ -115,7 +115,7 @@ def open_rows(
     Args:
         settings: settings of the rows.
         processor: writes prompts and preprocesses images.
-        model: config of the model, for its image sizes, codebook and maximum length.
+        model_cfg: config of the model, for its image sizes, codebook and maximum length.
         folder: where bad records are listed, in skipped-HOST.jsonl.
         host: number of this host, from 0.
         hosts: number of hosts.
@@ -126,7 +126,7 @@ def open_rows(
     """
     own_streams = settings.own_streams(host, hosts)
     part = open_parts(settings.mixture, functools.partial(open_source, formats=formats))
-    make_example = _example_maker(settings, processor, model)
+    make_example = _example_maker(settings, processor, model_cfg)
     num_records = {leaf.name: len(leaf.source) for leaf in part.leaves()}
     skipped = Skipped(Path(folder) / f"skipped-{host:03d}.jsonl", settings.max_bad, num_records)
     rows = {
@@ -138,9 +138,9 @@ def open_rows(
 
 
 def _example_maker(
-    settings: RowsConfig, processor: Processor, model: ModelConfig
+    settings: RowsConfig, processor: Processor, model_cfg: ModelConfig
 ) -> ExampleMaker:
-    sizes = sizes_of(model)
+    sizes = sizes_of(model_cfg)
     return ExampleMaker(
         processor=processor,
         image_size=sizes.image_size,

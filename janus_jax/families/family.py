@@ -319,7 +319,7 @@ class Family:
 
     config_class: class of the model's config.
     build: returns a model from its config and `rngs`.
-    parameters: the table of its parameters.
+    parameter_table: the table of its parameters.
     stacks: the stacks of equal layers: path -> attribute of the config, such as
       "language_model.num_hidden_layers", with the number of layers.
     image_codec: the component that turns images into tokens and back. Training stages never train

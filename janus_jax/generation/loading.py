@@ -11,7 +11,7 @@ from janus_jax import checks, sharding
 from janus_jax.families.family import ModelConfig
 from janus_jax.families.registry import family_of
 from janus_jax.interop.folders import BUNDLED
-from janus_jax.interop.load import ShardingFor
+from janus_jax.interop.load import ShardingFor, on_default_device
 from janus_jax.interop.processor_files import GENERATION
 from janus_jax.paths import read_json_if_any
 
@@ -54,13 +54,13 @@ def display_name(path_or_hub_id: str | Path | None, adapter: str | Path | None) 
 def parameter_shardings(mesh: Mesh | None, cfg: ModelConfig) -> ShardingFor:
     """Returns a function (path, shape) -> sharding of a parameter.
 
-    Without a mesh, the function returns None, which means the default device.
+    Without a mesh, all parameters are on the default device.
 
     Raises:
         ValueError: if the axis `tensor` of the mesh does not divide every number of heads.
     """
     if mesh is None:
-        return lambda path, shape: None
+        return on_default_device
     family = family_of(cfg)
     sharding.check_mesh(mesh, family.sizes(cfg).heads)
     return sharding.sharding_for(mesh, family.parameter_table)

@@ -440,6 +440,6 @@ def load(
     processor = checkpoint.processor()
     check_processor(folder, processor, cfg)
     image_defaults = loading.ImageDefaults.from_dir(folder)
-    model = build_model(cfg, load_params(checkpoint, cfg, shardings, dtype, progress=progress))
+    model = build_model(cfg, load_params(checkpoint, dtype, shardings, progress=progress))
     name = loading.display_name(path_or_hub_id, adapter)
     return Pipeline(model, processor, name, image_defaults, mesh)

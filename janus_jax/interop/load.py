@@ -189,11 +189,14 @@ def check_weights(folder: Folder) -> None:
         plan_folder(folder)
 
 
+def on_default_device(path: str, shape: Shape) -> None:
+    """A ShardingFor that leaves every parameter on the default device."""
+
+
 def load_params(
-    folder: Folder | Path | str,
-    cfg: ModelConfig,
-    sharding_for: ShardingFor,
+    folder: Folder,
     dtype,
+    sharding_for: ShardingFor = on_default_device,
     paths: Container[str] | None = None,
     progress: Report | None = None,
 ) -> dict[str, jax.Array]:
@@ -202,28 +205,24 @@ def load_params(
     Args:
       folder: a folder with PyTorch weights in either layout, or an Orbax folder. A LoRA adapter in
         `Folder.adapter` is merged in float32, before the cast to `dtype`.
-      cfg: the model config, usually `open_folder(folder).cfg`.
+      dtype: dtype of all parameters, except those whose precision is FLOAT32.
       sharding_for: returns the sharding of a parameter from its path and shape; None means the
         default device.
-      dtype: dtype of all parameters, except those whose precision is FLOAT32.
       paths: paths of the parameters to read; None means all.
       progress: called with the bytes of the folder read so far and the total.
 
     Returns:
       Arrays by path, for `build_model`.
     """
-    opened = folder if isinstance(folder, Folder) else open_folder(folder)
-    opened = dataclasses.replace(opened, cfg=cfg)
-    adapter = open_adapter(opened)
-    parameters = opened.family.parameter_table
+    adapter, table = open_adapter(folder), folder.family.parameter_table
 
     def dtype_of(path: str) -> np.dtype:
-        is_float32 = parameters.find(path).precision is Precision.FLOAT32
+        is_float32 = table.find(path).precision is Precision.FLOAT32
         return np.dtype(jnp.float32 if is_float32 else dtype)
 
-    if opened.is_orbax:
-        return _restore(opened, sharding_for, dtype_of, paths, progress, adapter)
-    source, plan = plan_folder(opened)
+    if folder.is_orbax:
+        return _restore(folder, sharding_for, dtype_of, paths, progress, adapter)
+    source, plan = plan_folder(folder)
     params = {}
     steps = [step for step in plan.steps if paths is None or any(p in paths for p in step.paths)]
     sizes = [source.size(step.torch) for step in steps]
@@ -356,7 +355,7 @@ def load_component(folder: Folder, component: str) -> nnx.Module:
     component: the name of the module, such as `Family.image_codec`.
     """
     paths = component_paths(folder.cfg, component)
-    params = load_params(folder, folder.cfg, lambda path, shape: None, jnp.float32, paths)
+    params = load_params(folder, jnp.float32, paths=paths)
     module = getattr(nnx.merge(*abstract(folder.cfg)), component)
     return merge_params(*nnx.split(module), lambda path: params[f"{component}.{path}"])
 

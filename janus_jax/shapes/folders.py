@@ -55,7 +55,7 @@ class TrainingFolders:
     def load(self) -> Janus:
         """Loads the initial model in float32."""
         source = self.source
-        params = load_params(source, source.cfg, lambda path, shape: None, jnp.float32)
+        params = load_params(source, jnp.float32)
         return build_model(source.cfg, params)
 
     def save(self, model: Janus) -> None:

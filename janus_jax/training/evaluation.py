@@ -93,7 +93,7 @@ def sampling_callback(inputs: Inputs, frozen: Params, log: Log, output: Path) ->
     if inputs.rows.tokenized:  # the training step does not load the image tokenizer
         paths = component_paths(source.cfg, source.family.image_codec)
         sharding = sharding_for(inputs.mesh, source.family.parameter_table)
-        frozen = frozen | load_params(source, source.cfg, sharding, dtype, paths=paths)
+        frozen = frozen | load_params(source, dtype, sharding, paths)
 
     def sample(step: int, state: TrainState) -> None:
         params = {path: array.astype(dtype) for path, array in eval_params(state).items()}

@@ -91,8 +91,7 @@ class Parameters:
         inputs, sharding = self.inputs, sharding_for(self.inputs.mesh, self.table)
         with inputs.progress(f"loading {inputs.settings.init}") as report:
             report = report if jax.process_index() == 0 else None
-            source = inputs.source
-            return load_params(source, source.cfg, sharding, dtype, paths=paths, progress=report)
+            return load_params(inputs.source, dtype, sharding, paths, report)
 
     def _is_reinitialized(self, path: str) -> bool:
         """Whether a parameter is initialized at random: adapters and matches of `reinit`."""

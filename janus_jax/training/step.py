@@ -2,7 +2,7 @@
 
 The step knows the loss only as a function of the model and the rows, see `Loss`.
 
-R rows of a batch, A microbatches whose gradients are accumulated.
+B rows of a batch, A microbatches whose gradients are accumulated.
 """
 
 import contextlib
@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 Params = dict[str, jax.Array]  # by dotted path
-Rows = dict[str, jax.Array]  # arrays [R, ...]; the step itself reads only segment_ids
+Rows = dict[str, jax.Array]  # arrays [B, ...]; the step itself reads only segment_ids
 Terms = dict[str, tuple[jax.Array, jax.Array]]  # by name: float32 sum, and the count it is over
 # (model, rows of one microbatch) -> terms. Sums and counts are added up over the microbatches. The
 # rows of a batch are distributed over the microbatches, so what belongs together, such as the two
@@ -210,7 +210,7 @@ class Objective:
         return jax.lax.scan(add, zeros, parts)[0]
 
     def _microbatches(self, rows: jax.Array) -> jax.Array:
-        """[R, ...] -> [A, R / A, ...]; each microbatch has rows of every device."""
+        """[B, ...] -> [A, B / A, ...]; each microbatch has rows of every device."""
         size = len(rows) // self.accumulate
         return rows.reshape(size, self.accumulate, *rows.shape[1:]).swapaxes(0, 1)
 
@@ -233,7 +233,7 @@ def default_promotion() -> Iterator[None]:
 def learning_rates(settings) -> optax.Schedule:
     """Returns a linear warm-up from 0, then a cosine from learning_rate to end_learning_rate.
 
-    For a constant rate, as in all stages of Janus-Pro, set both to the same value.
+    For a constant rate after the warm-up, as in all stages of Janus-Pro, set both to one value.
 
     settings: ConfigDict with learning_rate, end_learning_rate, warmup_steps, steps.
     Raises ValueError if the warm-up takes all steps, or if end_learning_rate exceeds
@@ -248,7 +248,15 @@ def learning_rates(settings) -> optax.Schedule:
         rule = "end_learning_rate must be at most learning_rate (set both)"
         values = f"end_learning_rate={end} learning_rate={peak}"
         raise ValueError(f"{rule}, got {values}")
-    return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, steps, end)
+    if end < peak:
+        return optax.warmup_cosine_decay_schedule(0.0, peak, warmup_steps, steps, end)
+    # The same rates, but the program does not depend on the number of steps: runs that differ only
+    # in it share a compiled program.
+    constant = optax.constant_schedule(peak)
+    if not warmup_steps:
+        return constant
+    warmup = optax.linear_schedule(0.0, peak, warmup_steps)
+    return optax.join_schedules([warmup, constant], [warmup_steps])
 
 
 def make_optimizer(settings) -> optax.GradientTransformation:
