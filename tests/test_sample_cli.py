@@ -174,8 +174,8 @@ def test_a_chat_remembers_its_turns(run, loaded, small, golden, monkeypatch):
     assert status == 0
     expected = (("/img", "/image FILE"), ("image", "nowhere.png"), ("image", "''"))
     expected += (("image", "~no_such_user/a.png"),)
-    told = [line for line in err.splitlines() if line.startswith("sample.py: ")]
-    for line, words in zip(told, expected, strict=True):
+    errors = [line for line in err.splitlines() if line.startswith("sample.py: ")]
+    for line, words in zip(errors, expected, strict=True):
         assert_one_line(line, "sample.py", *words)
     assert len(err.splitlines()) == 5
     assert len(conversations) == 3

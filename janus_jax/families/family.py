@@ -1,7 +1,7 @@
 """The interface of a model family: all that the code around the networks must know of them.
 
-A family is one instance of `Family` in a file of its own. `registry.py` lists the families and
-detects the family of a config.json. A family has
+Each family is an instance of `Family`, defined in its own file. `registry.py` lists the families
+and detects the family of a config.json. A family has
 
 * a table of its parameters (`ParameterTable`): how each is sharded, which precision it needs and
   where its FLOPs count;
