@@ -187,6 +187,11 @@ def num_batch_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else math.prod(mesh.shape[name] for name in BATCH_AXES)
 
 
+def num_tensor_shards(mesh: Mesh | None) -> int:
+    """Returns the number of shards of the attention heads, or 1 without a mesh."""
+    return 1 if mesh is None else mesh.shape["tensor"]
+
+
 def batch_sharding(mesh: Mesh, batch: int | None = None) -> NamedSharding:
     """Returns the sharding of an array whose first axis is the batch.
 

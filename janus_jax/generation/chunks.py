@@ -33,8 +33,8 @@ def default_max_batch(cfg: LlamaConfig, slots: int, mesh: Mesh | None) -> int:
     slots: number of cached positions of one request, over all of its rows.
     """
     width = 2 * cfg.num_key_value_heads * cfg.head_dim * jnp.dtype(cfg.dtype).itemsize
-    tensor = 1 if mesh is None else mesh.shape["tensor"]
-    per_device = CACHE_BYTES * tensor // (slots * width * cfg.num_hidden_layers)
+    shards = sharding.num_tensor_shards(mesh)
+    per_device = CACHE_BYTES * shards // (slots * width * cfg.num_hidden_layers)
     return max(1, per_device) * sharding.num_batch_shards(mesh)
 
 
