@@ -209,9 +209,7 @@ class Janus(nnx.Module):
 
     def encode_images(self, pixels: jax.Array) -> jax.Array:
         """Encodes images for understanding: normalized float[B, Y, X, 3] -> float[B, N, D]."""
-        with jax.named_scope("und_encoder"):
-            features = self.und_encoder(pixels)
-        return self.und_aligner(features)
+        return self.und_aligner(self.und_encoder(pixels))
 
     def embed_image_tokens(self, indices: jax.Array) -> jax.Array:
         """Embeds image tokens for the decoder: int32[...] -> float[..., D].
