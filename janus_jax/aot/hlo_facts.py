@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 import re
 
 from janus_jax.aot.hlo_loops import Loop, Visit, in_scope, loop_of, run_by, walk
@@ -45,7 +46,10 @@ _LIBRARIES = (
     ("mosaic_gpu", "Mosaic GPU"),
     ("tpu_custom_call", "Pallas"),
 )
-_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\])")
+# {{0,1},{2,3}} or [2,2]<=[4]: two groups of two devices; or the same by the axes of a mesh
+_GROUPS = re.compile(r"replica_groups=(?:\{\{([\d,]*)\}|\[\d+,(\d+)\]|mesh\[(.*?)\]\s*\{(.*?)\})")
+_AXIS_SIZE = re.compile(r"('[^']*')=(\d+)")
+_AXIS = re.compile(r"('[^']*')(?::\(\d+\)(\d+))?")  # with the size of a part of an axis
 
 
 def kernels(module: HloModule, computation: Computation) -> collections.Counter[str]:
@@ -135,7 +139,8 @@ class Collective:
 def collective_ops(module: HloModule, token_loop: Loop | None = None) -> list[Collective]:
     """Returns the collectives of a program, in the order of the text of each computation.
 
-    An asynchronous collective counts once, where it starts. Collectives within fusions count, too.
+    An asynchronous collective counts once, where it starts. Collectives within fusions count, too,
+    and those in all branches of a conditional.
     """
     found = []
     for visit in walk(module):
@@ -163,19 +168,23 @@ def _collective(
 def _result(kind: str, instruction: Instruction) -> Shape:
     """Returns the shape of the result of a collective.
 
-    These start with a tuple of their operands, their results and more.
+    If it is asynchronous, it starts with a tuple of its operands, its results and more, except for
+    an all-reduce.
     """
-    if kind in ("all-gather", "collective-permute") and instruction.opcode.endswith("-start"):
-        return instruction.shape[1]
-    return instruction.shape
+    is_started = instruction.opcode.endswith("-start") and kind != "all-reduce"
+    return instruction.shape[1] if is_started else instruction.shape
 
 
 def _group_size(attributes: str) -> int | None:
-    """Reads replica_groups={{0,1},{2,3}} or [2,2]<=[4], both two groups of two devices."""
+    """Reads the number of devices in a group from replica_groups, or returns None."""
     found = _GROUPS.search(attributes)
     if not found:
         return None
-    return int(found[2]) if found[2] else len(found[1].split(","))
+    listed, size, mesh, axes = found.groups()
+    if mesh is not None:
+        sizes = dict(_AXIS_SIZE.findall(mesh))
+        return math.prod(int(part or sizes[axis]) for axis, part in _AXIS.findall(axes))
+    return int(size) if size else len(listed.split(","))
 
 
 def summarize(found: list[Collective]) -> dict[str, tuple[int, int]]:

@@ -69,8 +69,9 @@ def in_scope(op_name: str, scope: str) -> bool:
     """Returns whether a path of an operation contains a named scope.
 
     Transformations wrap scopes: `jit(f)/transpose(jvp(scope))/dot_general` is in the scope, too.
+    XLA joins the paths of operations that it combined with colons or semicolons.
     """
-    return re.search(rf"(?:^|[/(]){re.escape(scope)}(?:[/)]|$)", op_name) is not None
+    return re.search(rf"(?:^|[/(:;]){re.escape(scope)}(?:[/):;]|$)", op_name) is not None
 
 
 def walk(module: HloModule, start: Computation | None = None) -> Iterator[Visit]:

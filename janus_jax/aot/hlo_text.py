@@ -65,14 +65,14 @@ class Array:
 
     @property
     def bits(self) -> int:
-        """Bits of an element: of the dtype, or as the layout packs it, E(4) for 4 bits.
+        """Bits of an element: those of the dtype, but at least 8 unless the layout states E(4).
 
-        Tokens and opaque values take no memory. A pred takes a byte.
+        Tokens and opaque values take no memory.
         """
         if packed := re.search(r"E\((\d+)\)", self.layout):
             return int(packed[1])
         named = _BITS.match(self.dtype)
-        return int(named[1]) if named else {"pred": 8}.get(self.dtype, 0)
+        return max(int(named[1]), 8) if named else {"pred": 8}.get(self.dtype, 0)
 
     @property
     def bytes(self) -> int:
