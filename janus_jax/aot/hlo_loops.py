@@ -103,6 +103,8 @@ def run_by(module: HloModule, instruction: Instruction) -> list[Computation]:
     """Returns the computations that an instruction other than a loop runs once, or not at all."""
     if instruction.opcode in ("call", "conditional"):
         return module.called(instruction)
+    if instruction.opcode.endswith(("-done", "-update")):  # what was started is named again
+        return []
     return module.called(instruction, "calls", "called_computations")
 
 

@@ -145,7 +145,7 @@ class Instruction:
     def op_name(self) -> str:
         """Path of the JAX operation, such as jit(f)/while/body/attention/dot_general, or ""."""
         found = _OP_NAME.search(self.attributes)
-        return found[1] if found else ""
+        return re.sub(r"\\(.)", r"\1", found[1]) if found else ""
 
     @property
     def target(self) -> str:
