@@ -389,22 +389,21 @@ def test_weights_are_the_parameters_of_the_model():
     assert list(weight_arrays(module, prefix="requests")) == ["requests.x"]
 
 
-@jax.named_scope("decode_step")
-def decode_step(weight: jax.Array, x: jax.Array) -> jax.Array:
-    return jnp.tanh(x @ weight)
-
-
 def test_a_program_compiled_for_the_cpu():
+    @jax.named_scope("decode_step")
+    def decode_step(weight: jax.Array, x: jax.Array) -> jax.Array:
+        return jnp.tanh(x @ weight.astype(jnp.float32))
+
     def generate(model, x):
         return jax.lax.fori_loop(0, 7, lambda _, x: decode_step(model["w"], x), x)
 
-    shapes = {"w": jax.ShapeDtypeStruct((32, 32), jnp.bfloat16)}
-    x = jax.ShapeDtypeStruct((2, 32), jnp.bfloat16)
+    shapes = {"w": jax.ShapeDtypeStruct((32, 32), jnp.int8)}
+    x = jax.ShapeDtypeStruct((2, 32), jnp.float32)
     module = parse(jax.jit(generate).lower(shapes, x).compile().as_text())
     assert not any(i.opcode == "opaque" for i in module.all_instructions())
     loop = token_loop(module)
     assert loop.trip_count == 7 and loop_kernels(module, loop).total() >= 1
-    # this backend computes in float32, and XLA moves the conversion of the weight out of the loop
+    # XLA moves the conversion out of the loop
     (copy,) = weight_copies(module, loop)
     assert copy.is_conversion and copy.place == BEFORE_LOOP and copy.array.bytes == 32 * 32 * 4
     assert copy.weights == ("model['w']",)
