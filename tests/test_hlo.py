@@ -124,9 +124,11 @@ def test_an_instruction_of_an_unknown_form_is_opaque():
     assert unknown.opcode == "opaque" and unknown.shape == () and unknown.operands == ()
 
 
-def test_a_text_without_entry_is_an_error():
+def test_a_text_without_entry_or_a_computation_is_an_error():
     with pytest.raises(ValueError, match="with ENTRY, got 'module @jit_f"):
         parse("module @jit_f { func.func public @main() }")
+    with pytest.raises(ValueError, match=r"lacks the computations \['fused'\]"):
+        parse(GPU.replace("%fused (p", "%other (p"))
 
 
 def test_the_token_loop_is_the_loop_around_the_decode_step():
@@ -250,7 +252,7 @@ ENTRY %main (q: bf16[2,4,512,128]) -> bf16[2,4,512,128] {
 custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{\\"block_q\\": 128, \\"use_fused_bwd_kernel\\": false}"
 }}, metadata={op_name="jit(h)/jvp()/attention/jit(_splash_attention)/pallas_call" stack_frame_id=5}
-  %di = f32[2,4,512]{2,1,0} fusion(%q), kind=kLoop, calls=%fused, \
+  %di = f32[2,4,512]{2,1,0} fusion(%q), kind=kLoop, \
 metadata={op_name="jit(h)/transpose(jvp())/attention/jit(_splash_attention)/dot_general"}
   %splash_mha_dq.1 = bf16[2,4,512,128]{3,2,1,0} custom-call(%q, %di), \
 custom_call_target="tpu_custom_call", \
@@ -337,8 +339,8 @@ def copies_of(text: str) -> list[tuple[str, str, bool, str]]:
         "%fusion = bf16[64,32]{1,0} fusion(%w, %h), kind=kCustom, calls=%has_dot",
         '%gemm = (bf16[64,32]{1,0}, s8[9]) custom-call(%h, %w), custom_call_target="__cublas$gemm"',
         "%bitcast = bf16[32,64]{0,1} bitcast(%w)",
-        "%row = bf16[1,32]{1,0} fusion(%w, %i), kind=kLoop, calls=%row",
-        "%add = bf16[64,64]{1,0} fusion(%h, %w), kind=kLoop, calls=%broadcast_add",
+        "%row = bf16[1,32]{1,0} dynamic-slice(%w, %i, %i), dynamic_slice_sizes={1,32}",
+        "%add = bf16[64,64]{1,0} fusion(%h, %w), kind=kLoop",
         "%start = (bf16[64,32]{1,0:S(1)}, bf16[64,32]{1,0}, u32[]{:S(2)}) copy-start(%w)\n"
         "  %done = bf16[64,32]{1,0:S(1)} copy-done(%start)",
         "%slice = ((bf16[64,32]{1,0}), bf16[16,32]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%w)",
@@ -358,7 +360,7 @@ def test_products_and_prefetches_copy_no_weight(instruction):
         ("%c = bf16[64,32]{0,1} copy(%w)", "c", "bf16", False),
         ("%t = bf16[32,64]{1,0} transpose(%w), dimensions={1,0}", "t", "bf16", False),
         # the products of a matrix and a vector, before they are summed
-        ("%m = bf16[64,32]{1,0} fusion(%w, %i), kind=kLoop, calls=%multiply", "m", "bf16", False),
+        ("%m = bf16[64,32]{1,0} fusion(%w, %i), kind=kLoop", "m", "bf16", False),
         ("%s = (bf16[64,32]{1,0}, bf16[64,32]{1,0}, u32[]) copy-start(%w)", "s", "bf16", False),
     ],
 )

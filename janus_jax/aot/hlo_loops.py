@@ -156,7 +156,10 @@ def _trip_count(
     if test.opcode != "compare" or test.attribute("direction") != "LT":
         return None
     passed = _Passed(caller, instruction)
-    counter, end = condition.operands(test)
+    compared = condition.operands(test)
+    if len(compared) != 2:
+        return None
+    counter, end = (_source(condition, operand) for operand in compared)
     index = counter.attribute("index")
     if not index or not _adds_one(body, index, passed):
         return None

@@ -30,6 +30,13 @@ _CALLED = re.compile(rf"(?:^|[\s,])({_ROLES})=(\{{[^}}]*\}}|%[^\s,]+)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ARRAY_OR_PAREN = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?|[()]")
+# What others rely on: an instruction without it has an unknown form.
+_REQUIRED = {
+    "get-tuple-element": re.compile(r".*\bindex=\d", re.DOTALL),
+    "parameter": re.compile(r"\d+\)"),
+    "while": re.compile(r".*\bcondition=%.*\bbody=%", re.DOTALL),
+}
+_ANYTHING = re.compile("")
 _BITS = re.compile(r"[a-z]+(\d+)")
 
 
@@ -92,10 +99,10 @@ def parse_shape(text: str) -> Shape:
     for found in _ARRAY_OR_PAREN.finditer(text):
         if found[0] == "(":
             stack.append([])
-        elif found[0] == ")":
+        elif found[0] == ")" and len(stack) > 1:
             elements = tuple(stack.pop())
             stack[-1].append(elements)
-        else:
+        elif found[1]:
             dims = tuple(int(re.sub(r"\D", "", dim) or 0) for dim in found[2].split(",") if dim)
             stack[-1].append(Array(found[1], dims, found[3] or ""))
     return stack[0][0] if stack[0] else ()
@@ -206,7 +213,6 @@ class HloModule:
             for role, names in instruction.called.items()
             if not roles or role in roles
             for name in names
-            if name in self.computations
         ]
 
     def all_instructions(self) -> Iterator[Instruction]:
@@ -221,7 +227,7 @@ def parse(text: str) -> HloModule:
     An instruction of an unknown form becomes one with the opcode "opaque".
 
     Raises:
-        ValueError: if the text has no entry computation.
+        ValueError: if the text has no entry computation, or lacks a computation that is called.
     """
     computations, entry = {}, None
     for header, lines in _blocks(text):
@@ -231,7 +237,13 @@ def parse(text: str) -> HloModule:
         entry = computation if header[1] else entry
     if entry is None:
         raise ValueError(f"expected the text of a compiled program, with ENTRY, got {text[:80]!r}")
-    return HloModule(computations, entry)
+    module = HloModule(computations, entry)
+    called = {
+        name for i in module.all_instructions() for names in i.called.values() for name in names
+    }
+    if missing := called - computations.keys():
+        raise ValueError(f"the text of the program lacks the computations {sorted(missing)}")
+    return module
 
 
 def _blocks(text: str) -> Iterator[tuple[re.Match, list[str]]]:
@@ -264,7 +276,7 @@ def _instruction(text: str) -> Instruction:
     if not named:
         return Instruction(name=text.strip(), opcode="opaque")
     call = _CALL.match(named[3])
-    if not call:
+    if not call or not _REQUIRED.get(call[2], _ANYTHING).match(call[3]):
         return Instruction(named[2], "opaque", is_root=bool(named[1]))
     inside, attributes = _split_call(call[3])
     literal = call[2] in ("constant", "parameter", "iota")
