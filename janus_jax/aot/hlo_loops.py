@@ -155,52 +155,65 @@ def _trip_count(
     test = condition.root
     if test.opcode != "compare" or test.attribute("direction") != "LT":
         return None
-    passed = _Passed(caller, instruction)
+    passed = _Passed(caller, instruction, body)
     compared = condition.operands(test)
     if len(compared) != 2:
         return None
     counter, end = (_source(condition, operand) for operand in compared)
     index = counter.attribute("index")
-    if not index or not _adds_one(body, index, passed):
+    if not index or not passed.adds_one(index):
         return None
     first, last = passed.element(index), passed.value(condition, end)
     return None if first is None or last is None else max(last - first, 0)
 
 
-def _adds_one(body: Computation, index: str, passed: "_Passed") -> bool:
-    """Returns whether the body adds 1 to the element `index` of its tuple."""
-    if body.root.opcode != "tuple":
-        return False
-    step = _source(body, body.instructions[body.root.operands[int(index)]])
-    if step.opcode != "add":
-        return False
-    terms = [_source(body, term) for term in body.operands(step)]
-    counters = [term for term in terms if term.attribute("index") == index]
-    ones = [term for term in terms if passed.value(body, term) == 1]
-    return bool(counters and ones)
-
-
 @dataclasses.dataclass(frozen=True)
 class _Passed:
-    """The integers that enter a loop, in the tuple that is the operand of its while instruction."""
+    """The integers in the tuple that a loop passes from each iteration to the next.
+
+    caller, instruction: the while instruction. body: what it runs.
+    """
 
     caller: Computation
     instruction: Instruction
+    body: Computation
 
     def element(self, index: str) -> int | None:
-        """Returns the value of an element of the tuple, or None if it is not a constant."""
-        passed = self.caller.operands(self.instruction)[0]
-        if passed.opcode != "tuple":
+        """Returns the value of an element before the loop, or None if it is not a constant."""
+        first = self.caller.operands(self.instruction)[0]
+        if first.opcode != "tuple":
             return None
-        element = self.caller.instructions[passed.operands[int(index)]]
+        element = self.caller.instructions[first.operands[int(index)]]
         return _constant(_source(self.caller, element))
 
     def value(self, computation: Computation, instruction: Instruction) -> int | None:
-        """Returns the value of an instruction of the body or the condition before the loop."""
+        """Returns the value that an instruction of the body or the condition always has, or None.
+
+        It is a constant, or an element of the tuple that the body does not change.
+        """
         source = _source(computation, instruction)
-        if source.opcode == "get-tuple-element":
-            return self.element(source.attribute("index"))
-        return _constant(source)
+        if source.opcode != "get-tuple-element":
+            return _constant(source)
+        index = source.attribute("index")
+        kept = self._next(index)
+        is_kept = kept is not None and kept.attribute("index") == index
+        return self.element(index) if is_kept else None
+
+    def adds_one(self, index: str) -> bool:
+        """Returns whether the body adds 1 to an element."""
+        step = self._next(index)
+        if step is None or step.opcode != "add":
+            return False
+        terms = [_source(self.body, term) for term in self.body.operands(step)]
+        is_counter = any(term.attribute("index") == index for term in terms)
+        return is_counter and any(self.value(self.body, term) == 1 for term in terms)
+
+    def _next(self, index: str) -> Instruction | None:
+        """Returns the instruction that computes an element for the next iteration."""
+        root = self.body.root
+        if root.opcode != "tuple":
+            return None
+        return _source(self.body, self.body.instructions[root.operands[int(index)]])
 
 
 def _source(computation: Computation, instruction: Instruction) -> Instruction:
