@@ -234,7 +234,8 @@ def _attention_kernel(instruction: Instruction) -> str | None:
         kind = kernel_kind(instruction)
         if kind == "cuDNN attention":
             return "cuDNN"
-        if kind in ("Pallas", "Triton", "Mosaic GPU") and in_scope(name, _ATTENTION_SCOPE):
+        is_attention = in_scope(instruction.op_name, _ATTENTION_SCOPE)
+        if kind in ("Pallas", "Triton", "Mosaic GPU") and is_attention:
             return "splash attention" if "splash" in name else f"{kind} {instruction.name}"
     # XLA computes a small product of the gradient of splash attention
     is_product = instruction.op_name.endswith("/dot_general") and "splash" not in name

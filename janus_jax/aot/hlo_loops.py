@@ -147,24 +147,25 @@ def _trip_count(
 ) -> int | None:
     """Returns the trip count that XLA states, or that of a loop from one constant to another.
 
-    The compiler for TPU states none. Such a loop has the condition i < end and adds 1 to i, an
-    element of the tuple that the loop passes on.
+    The compiler for TPU states none. Such a loop has the condition i < end and adds a constant to
+    i, an element of the tuple that the loop passes on: 1, or more if the compiler unrolled it.
     """
     if known := _TRIP_COUNT.search(instruction.attributes):
         return int(known[1])
     test = condition.root
     if test.opcode != "compare" or test.attribute("direction") != "LT":
         return None
-    passed = _Passed(caller, instruction, body)
     compared = condition.operands(test)
     if len(compared) != 2:
         return None
+    passed = _Passed(caller, instruction, body)
     counter, end = (_source(condition, operand) for operand in compared)
     index = counter.attribute("index")
-    if not index or not passed.adds_one(index):
+    step = passed.step(index) if index else None
+    first, last = passed.element(index) if step else None, passed.value(condition, end)
+    if first is None or last is None:
         return None
-    first, last = passed.element(index), passed.value(condition, end)
-    return None if first is None or last is None else max(last - first, 0)
+    return max(-((first - last) // step), 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,14 +200,15 @@ class _Passed:
         is_kept = kept is not None and kept.attribute("index") == index
         return self.element(index) if is_kept else None
 
-    def adds_one(self, index: str) -> bool:
-        """Returns whether the body adds 1 to an element."""
-        step = self._next(index)
-        if step is None or step.opcode != "add":
-            return False
-        terms = [_source(self.body, term) for term in self.body.operands(step)]
-        is_counter = any(term.attribute("index") == index for term in terms)
-        return is_counter and any(self.value(self.body, term) == 1 for term in terms)
+    def step(self, index: str) -> int | None:
+        """Returns the positive constant that the body adds to an element, or None."""
+        total = self._next(index)
+        if total is None or total.opcode != "add":
+            return None
+        terms = [_source(self.body, term) for term in self.body.operands(total)]
+        others = [term for term in terms if term.attribute("index") != index]
+        step = self.value(self.body, others[0]) if len(others) == 1 else None
+        return step if step is not None and step > 0 else None
 
     def _next(self, index: str) -> Instruction | None:
         """Returns the instruction that computes an element for the next iteration."""
