@@ -62,7 +62,8 @@ def kernels(module: HloModule, computation: Computation) -> collections.Counter[
     the library launches several, as it does to sort.
 
     Kinds: "Triton matmul", "Triton", "cuBLAS", "cuDNN", "cuDNN attention", "Mosaic GPU", "fusion",
-    or the opcode. Their number does not mean much for TPU and CPU.
+    the name of another custom call or custom fusion, or the opcode. For TPU and CPU the numbers are
+    not those of launches.
     """
     counts: collections.Counter[str] = collections.Counter()
     for instruction in computation.instructions.values():
