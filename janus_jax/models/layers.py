@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 LINEAR_OUTPUT = "linear_output"  # the name by which block_call saves the outputs
 # Which values are saved for the backward pass, by the value of `remat`; see block_call.
@@ -127,17 +128,24 @@ def gelu(x: jax.Array) -> jax.Array:
     return jax.nn.gelu(x.astype(jnp.float32), approximate=False).astype(x.dtype)
 
 
-def flat_matmul(x: jax.Array, kernel: jax.Array, **options) -> jax.Array:
+def flat_matmul(
+    x: jax.Array, kernel: jax.Array, preferred_element_type: DTypeLike | None = None
+) -> jax.Array:
     """Returns x @ kernel with the leading axes of x flattened into one.
 
-    x: float[..., D]; kernel: float[D, F]; options: keyword arguments of jax.lax.dot_general.
-    Returns float[..., F].
+    x: float[..., D]; kernel: float[D, F]. Returns float[..., F] in the dtype of x or the given one.
 
     The gradient of the kernel is a sum over the leading axes. With two of them, XLA on CPU first
     makes a transposed copy of the output's gradient, which took longer than the product itself.
+
+    The product of a single row is computed in float32 and then rounded. On GPUs, XLA would
+    otherwise write the products of all elements, float[D, F] in the dtype of x, before adding them.
     """
-    rows = x.reshape(-1, x.shape[-1])
-    out = jax.lax.dot_general(rows, kernel, (((1,), (0,)), ((), ())), **options)
+    rows, dtype = x.reshape(-1, x.shape[-1]), preferred_element_type or x.dtype
+    inside = jnp.float32 if len(rows) == 1 else dtype
+    out = jax.lax.dot_general(
+        rows, kernel, (((1,), (0,)), ((), ())), preferred_element_type=inside
+    ).astype(dtype)
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
