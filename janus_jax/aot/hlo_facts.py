@@ -147,9 +147,21 @@ def collective_ops(module: HloModule, token_loop: Loop | None = None) -> list[Co
     for visit in walk(module):
         for instruction in visit.computation.instructions.values():
             kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            if kind in COLLECTIVES and not _is_continued(visit.computation, instruction):
                 found.append(_collective(kind, instruction, visit, token_loop))
     return found
+
+
+def _is_continued(computation: Computation, instruction: Instruction) -> bool:
+    """Returns whether an instruction continues a collective that another fusion starts.
+
+    On a TPU, a chain of fusions may compute something else beside a collective. Each of them
+    contains the collective, and only the first starts it.
+    """
+    if "chain_id=" not in instruction.attributes:
+        return False
+    targets = {x.target for x in computation.instructions.values() if x.opcode == "custom-call"}
+    return "AsyncCollectiveStart" not in targets
 
 
 def _collective(
