@@ -231,6 +231,19 @@ def test_the_trip_count_of_a_loop_from_one_constant_to_another():
     assert token_loop(parse(changing)).trip_count is None
 
 
+def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    sliced = """  %all = f32[16]{0} all-reduce(%q), replica_groups={{0,1,2,3}}, to_apply=%add.clone
+  %id = u32[] partition-id()
+  ROOT %slice = f32[4]{0} dynamic-slice(%all, %id), dynamic_slice_sizes={4}"""
+    scatter = next(line for line in TPU.splitlines() if "%reduce-scatter.1" in line)
+    fused = TPU.replace(scatter, sliced).replace(
+        "((f32[16]{0}), f32[4]{0}, u32[]) async-start(%y)", "f32[4]{0} fusion(%y), kind=kCustom"
+    )
+    module = parse(fused.replace("async-done(%scattered), calls=%scatter", "bitcast(%scattered)"))
+    found = [(c.kind, c.bytes, c.devices) for c in collective_ops(module)]
+    assert ("reduce-scatter", 64, 4) in found and len(found) == 3
+
+
 CHAIN = """HloModule jit_h
 
 %started (p: bf16[1,8]) -> (bf16[1,8], bf16[4,8], u32[]) {

@@ -146,10 +146,19 @@ def collective_ops(module: HloModule, token_loop: Loop | None = None) -> list[Co
     found = []
     for visit in walk(module):
         for instruction in visit.computation.instructions.values():
-            kind = instruction.opcode.removesuffix("-start")
+            kind = _collective_kind(visit.computation, instruction)
             if kind in COLLECTIVES and not _is_continued(visit.computation, instruction):
                 found.append(_collective(kind, instruction, visit, token_loop))
     return found
+
+
+def _collective_kind(computation: Computation, instruction: Instruction) -> str:
+    """Returns the opcode of a collective. A TPU has fusions of an all-reduce and a slice of it."""
+    root = computation.root
+    is_sliced = root.opcode == "dynamic-slice" and root.operands[0] == instruction.name
+    if instruction.opcode == "all-reduce" and is_sliced:
+        return "reduce-scatter"
+    return instruction.opcode.removesuffix("-start")
 
 
 def _is_continued(computation: Computation, instruction: Instruction) -> bool:
