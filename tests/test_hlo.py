@@ -231,6 +231,54 @@ def test_the_trip_count_of_a_loop_from_one_constant_to_another():
     assert token_loop(parse(changing)).trip_count is None
 
 
+def test_an_all_reduce_of_which_a_slice_is_kept_is_a_reduce_scatter():
+    sliced = """  %all = f32[16]{0} all-reduce(%q), replica_groups={{0,1,2,3}}, to_apply=%add.clone
+  %id = u32[] partition-id()
+  ROOT %slice = f32[4]{0} dynamic-slice(%all, %id), dynamic_slice_sizes={4}"""
+    scatter = next(line for line in TPU.splitlines() if "%reduce-scatter.1" in line)
+    fused = TPU.replace(scatter, sliced).replace(
+        "((f32[16]{0}), f32[4]{0}, u32[]) async-start(%y)", "f32[4]{0} fusion(%y), kind=kCustom"
+    )
+    module = parse(fused.replace("async-done(%scattered), calls=%scatter", "bitcast(%scattered)"))
+    found = [(c.kind, c.bytes, c.devices) for c in collective_ops(module)]
+    assert ("reduce-scatter", 64, 4) in found and len(found) == 3
+
+
+CHAIN = """HloModule jit_h
+
+%started (p: bf16[1,8]) -> (bf16[1,8], bf16[4,8], u32[]) {
+  %p = bf16[1,8]{1,0} parameter(0)
+  %all-gather.1 = bf16[4,8]{1,0} all-gather(%p), channel_id=7, replica_groups=[1,4]<=[4], \
+frontend_attributes={chain_id="0"}
+  ROOT %start = (bf16[1,8]{1,0}, bf16[4,8]{1,0}, u32[]{:S(2)}) custom-call(%all-gather.1), \
+custom_call_target="AsyncCollectiveStart"
+}
+
+%beside (p.2: bf16[1,8], q.2: bf16[8,8]) -> (bf16[8,8], bf16[4,8]) {
+  %p.2 = bf16[1,8]{1,0} parameter(0)
+  %q.2 = bf16[8,8]{1,0} parameter(1)
+  %dot = bf16[8,8]{1,0} convolution(%q.2, %q.2)
+  %all-gather.2 = bf16[4,8]{1,0} all-gather(%p.2), channel_id=7, replica_groups=[1,4]<=[4], \
+frontend_attributes={chain_id="0"}
+  ROOT %t.2 = (bf16[8,8]{1,0}, bf16[4,8]{1,0}) tuple(%dot, %all-gather.2)
+}
+
+ENTRY %main (x: bf16[1,8], y: bf16[8,8]) -> bf16[8,8] {
+  %x = bf16[1,8]{1,0} parameter(0)
+  %y = bf16[8,8]{1,0} parameter(1)
+  %async-collective-start = (bf16[1,8]{1,0}, bf16[4,8]{1,0}, u32[]{:S(2)}) fusion(%x), \
+kind=kCustom, calls=%started
+  %fusion = (bf16[8,8]{1,0}, bf16[4,8]{1,0}) fusion(%x, %y), kind=kOutput, calls=%beside
+  ROOT %out = bf16[8,8]{1,0} get-tuple-element(%fusion), index=0
+}
+"""
+
+
+def test_a_collective_that_several_fusions_continue_counts_once():
+    (gather,) = collective_ops(parse(CHAIN))
+    assert (gather.kind, gather.bytes, gather.devices, gather.times) == ("all-gather", 64, 4, 1)
+
+
 def test_collectives_inside_and_outside_the_token_loop():
     module = parse(TPU)
     found = collective_ops(module, token_loop(module))

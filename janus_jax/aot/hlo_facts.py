@@ -146,10 +146,31 @@ def collective_ops(module: HloModule, token_loop: Loop | None = None) -> list[Co
     found = []
     for visit in walk(module):
         for instruction in visit.computation.instructions.values():
-            kind = instruction.opcode.removesuffix("-start")
-            if kind in COLLECTIVES:
+            kind = _collective_kind(visit.computation, instruction)
+            if kind in COLLECTIVES and not _is_continued(visit.computation, instruction):
                 found.append(_collective(kind, instruction, visit, token_loop))
     return found
+
+
+def _collective_kind(computation: Computation, instruction: Instruction) -> str:
+    """Returns the opcode of a collective. A TPU has fusions of an all-reduce and a slice of it."""
+    root = computation.root
+    is_sliced = root.opcode == "dynamic-slice" and root.operands[0] == instruction.name
+    if instruction.opcode == "all-reduce" and is_sliced:
+        return "reduce-scatter"
+    return instruction.opcode.removesuffix("-start")
+
+
+def _is_continued(computation: Computation, instruction: Instruction) -> bool:
+    """Returns whether an instruction continues a collective that another fusion starts.
+
+    On a TPU, a chain of fusions may compute something else beside a collective. Each of them
+    contains the collective, and only the first starts it.
+    """
+    if "chain_id=" not in instruction.attributes:
+        return False
+    targets = {x.target for x in computation.instructions.values() if x.opcode == "custom-call"}
+    return "AsyncCollectiveStart" not in targets
 
 
 def _collective(
