@@ -102,8 +102,9 @@ def compile_draw(target: Target, prompt_length: int, batch: int) -> Iterator[Com
     begin = functools.partial(image.begin_batch.lower, model, requests, mesh=mesh)
     prompt = compile_part("prompt", begin, requests)
     yield prompt
-    state = prompt.results
-    advance = functools.partial(image.advance_batch.lower, model, state, 1, 2)
+    state, sizes = prompt.results, family_of(target.cfg).sizes(target.cfg)
+    steps = image.steps_per_report(sizes.generated_image_tokens)
+    advance = functools.partial(image.advance_batch.lower, model, state, 1, steps)
     yield compile_part("tokens", advance, state)
     indices = state[1]
     decode = functools.partial(codec.decode_batch.lower, model.gen_vq, indices, mesh)

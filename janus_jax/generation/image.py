@@ -41,45 +41,56 @@ def _begin(model: Janus, requests: Requests, mesh: Mesh | None) -> BatchState:
     return state, indices.at[:, 0].set(state.token)
 
 
-def _advance(model: Janus, batch: BatchState, start, end) -> BatchState:
-    """Generates the tokens start to end - 1 of every image."""
+def _advance(model: Janus, batch: BatchState, start, steps: int) -> BatchState:
+    """Generates the tokens start to start + steps - 1 of every image.
 
-    def body(column, batch: BatchState) -> BatchState:
-        return decoding.advance_column(model, IMAGE_KIND, column, *batch)
+    `steps` is static. If the number of iterations were only known on the device, a GPU would send
+    the condition of the loop to the host after every token.
+    """
 
-    return jax.lax.fori_loop(start, end, body, batch)
+    def body(step, batch: BatchState) -> BatchState:
+        return decoding.advance_column(model, IMAGE_KIND, start + step, *batch)
 
-
-@functools.partial(jax.jit, static_argnames="mesh")
-def generate_batch(model: Janus, requests: Requests, mesh: Mesh | None = None) -> codec.Decoded:
-    """Generates a batch of images in one program, from the prompt to the pixels."""
-    batch = _begin(model, requests, mesh)
-    _, indices = _advance(model, batch, 1, model.cfg.num_image_tokens)
-    return codec.decode_batch(model.gen_vq, indices, mesh)
+    return jax.lax.fori_loop(0, steps, body, batch)
 
 
 begin_batch = jax.jit(_begin, static_argnames="mesh")
-advance_batch = jax.jit(_advance, donate_argnames="batch")
+advance_batch = jax.jit(_advance, static_argnames="steps", donate_argnames="batch")
 
 
-def generate_batch_with_progress(
-    model: Janus, requests: Requests, mesh: Mesh | None, report: Callable[[int], None]
+def generate_batch(
+    model: Janus,
+    requests: Requests,
+    mesh: Mesh | None = None,
+    report: Callable[[int], None] | None = None,
 ) -> codec.Decoded:
-    """Generates the same images as generate_batch, in several calls, and reports progress.
+    """Generates a batch of images, from the prompt to the pixels.
 
-    report: called between the calls with the number of tokens that each image has so far.
+    The prompt, the loop over the image tokens and the image tokenizer are programs of their own, so
+    that XLA can compile the image tokenizer with less effort than the loop.
 
-    It does not use a single program with a callback, because JAX never stores programs with
-    callbacks in its persistent compilation cache: every run of sample.py would compile again.
+    report: called with the number of tokens that each image has so far. The loop is then split into
+        several calls. It has no callback, because JAX never stores programs with callbacks in its
+        persistent compilation cache: every run of sample.py would compile again.
     """
     total = model.cfg.num_image_tokens
-    stride = math.ceil(total / _MAX_REPORTS)
+    steps = max(1, total - 1) if report is None else steps_per_report(total)
     batch = begin_batch(model, requests, mesh)
-    for done in range(1, total, stride):
-        report(done)
-        batch = advance_batch(model, batch, done, min(done + stride, total))
-        batch[1].block_until_ready()
+    for done in range(1, total, steps):
+        if report is not None:
+            batch[1].block_until_ready()
+            report(done)
+        batch = advance_batch(model, batch, done, steps)
     return codec.decode_batch(model.gen_vq, batch[1], mesh)
+
+
+def steps_per_report(total: int) -> int:
+    """Returns the number of tokens between two reports on images of `total` tokens.
+
+    It divides total - 1, the number of tokens after the prompt, so that all calls use one program.
+    """
+    rest = max(1, total - 1)
+    return next(n for n in range(math.ceil(rest / _MAX_REPORTS), rest + 1) if rest % n == 0)
 
 
 def generate(
@@ -121,12 +132,9 @@ def generate(
 def _generate_chunk(
     model: Janus, requests: Requests, mesh: Mesh | None, report: Callable[[int], None] | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Generates one chunk; requests are NumPy arrays, report as in generate_batch_with_progress."""
+    """Generates one chunk; requests are NumPy arrays, report as in generate_batch."""
     arrays = sharding.put_batch(requests, mesh)
-    if report is None:
-        decoded = generate_batch(model, arrays, mesh)
-    else:
-        decoded = generate_batch_with_progress(model, arrays, mesh, report)
+    decoded = generate_batch(model, arrays, mesh, report)
     check_generated(model, requests, decoded, mesh)
     indices, pixels = np.asarray(decoded.indices), np.asarray(decoded.pixels)
     if report is not None:
