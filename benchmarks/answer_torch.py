@@ -1,0 +1,69 @@
+"""Measures answers with PyTorch, see benchmarks/answer.py."""
+
+import time
+
+import torch
+import transformers
+
+from benchmarks.answer_figures import Times, answer_figures, prompt
+from benchmarks.models import config
+from benchmarks.records import Record
+from benchmarks.torch_side import (
+    DEVICE,
+    IMAGE_TOKEN,
+    PACKAGES,
+    copy_bandwidth,
+    device_name,
+    now,
+    peak_memory,
+    random_model,
+    takes_cache,
+)
+from janus_jax.models.janus import JanusConfig
+
+
+def _inputs(cfg: JanusConfig, conversations: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the tokens int[B, P], with the image tokens in place, and the pixels [B, 3, S, S]."""
+    tokens, mask = prompt(cfg)
+    tokens = torch.tensor(tokens, dtype=torch.long, device=DEVICE)
+    tokens[torch.tensor(mask, device=DEVICE)] = IMAGE_TOKEN
+    size = cfg.image_size
+    pixels = torch.rand((conversations, 3, size, size), dtype=torch.bfloat16, device=DEVICE)
+    return tokens.repeat(conversations, 1), 2 * pixels - 1
+
+
+@torch.inference_mode()
+def _answer(
+    model: transformers.JanusForConditionalGeneration,
+    tokens: torch.Tensor,
+    pixels: torch.Tensor,
+    num_tokens: int,
+) -> list[float]:
+    """Generates answers. Returns the time after each token; for a batch after the last one."""
+    cache = transformers.DynamicCache(config=model.config.text_config)
+    arguments = {takes_cache(model): cache, "use_cache": True, "logits_to_keep": 1}
+    logits, marks = model(input_ids=tokens, pixel_values=pixels, **arguments).logits, []
+    for step in range(num_tokens):
+        if step:
+            logits = model(input_ids=tokens, **arguments).logits
+        tokens = torch.argmax(logits[:, -1:], dim=-1)
+        if len(tokens) == 1:
+            int(tokens[0, 0])
+            marks.append(time.perf_counter())
+    return marks or [now()]
+
+
+def measure(
+    record: Record, model: str, conversations: list[int], num_tokens: int, runs: int
+) -> None:
+    """Measures one model. conversations: batch sizes. runs: of each, after a first one."""
+    record.describe(device_name(), PACKAGES)
+    cfg, bandwidth = config(model), copy_bandwidth()
+    network = random_model(cfg)
+    for number in conversations:
+        inputs, times = _inputs(cfg, number), Times()
+        for _ in range(1 + runs):
+            times.add(now(), _answer(network, *inputs, num_tokens))
+        case = dict(model=model, conversations=number, implementation="torch_eager")
+        figures = answer_figures(cfg, number, num_tokens, times, bandwidth)
+        record.add(case, figures | peak_memory())

@@ -1,0 +1,138 @@
+"""What the JAX sides of the benchmarks share: random models, bandwidth, memory and profiles."""
+
+import collections
+import contextlib
+import functools
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from benchmarks.timing import repeated
+from janus_jax.interop.load import abstract, build_model
+from janus_jax.models.janus import Janus, JanusConfig
+
+STD = 0.02  # standard deviation of random weights; scales of norms are 1
+COPY_BYTES = {"cpu": 2**26}  # size of the copied array by platform; elsewhere LARGE_COPY
+LARGE_COPY = 2**31
+COPIES = 20
+TOP_KERNELS = 25
+
+
+def device_name() -> str:
+    """Returns the kind of the first device, such as "NVIDIA H100 80GB HBM3" or "cpu"."""
+    return jax.devices()[0].device_kind
+
+
+@functools.partial(jax.jit, static_argnames=("shape", "dtype", "sharding"))
+def _normal(seed: jax.Array, shape: tuple, dtype, sharding=None) -> jax.Array:
+    """Returns random weights. RBG compiles in a fraction of the time that threefry takes."""
+    key = jax.random.wrap_key_data(jnp.full(4, seed, jnp.uint32), impl="rbg")
+    values = (STD * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
+    return values if sharding is None else jax.lax.with_sharding_constraint(values, sharding)
+
+
+def random_array(seed: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
+    """Returns a random array of a shape, dtype and sharding; ones if it has one dimension.
+
+    It is made on the devices. Each shape is compiled once.
+    """
+    if len(leaf.shape) < 2:
+        return jnp.ones(leaf.shape, leaf.dtype, device=leaf.sharding)
+    return _normal(np.uint32(seed), leaf.shape, jnp.dtype(leaf.dtype), leaf.sharding)
+
+
+def random_model(cfg: JanusConfig) -> Janus:
+    """Returns a model with random weights on the default device."""
+    leaves = nnx.to_flat_state(abstract(cfg)[1])
+    params = {
+        ".".join(map(str, keys)): random_array(number, leaf.get_value())
+        for number, (keys, leaf) in enumerate(leaves)
+    }
+    return build_model(cfg, jax.block_until_ready(params))
+
+
+_copy = jax.jit(jnp.copy)
+
+
+def copy_bandwidth() -> float:
+    """Measures the bandwidth of copies on the device, in bytes/s.
+
+    Counts the bytes read and the bytes written. Returns the median of five runs of COPIES copies.
+    """
+    size = COPY_BYTES.get(jax.default_backend(), LARGE_COPY)
+    source = jnp.ones(size // 4, jnp.float32)
+
+    def copies() -> None:
+        for _ in range(COPIES):
+            copied = _copy(source)
+        copied.block_until_ready()
+
+    copies()
+    return 2 * size * COPIES / float(np.median(repeated(copies, 5)))
+
+
+def peak_memory() -> dict[str, float]:
+    """Returns peak_gb, the peak memory of the first device so far; empty where JAX has none."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return {"peak_gb": stats["peak_bytes_in_use"] / 1e9} if "peak_bytes_in_use" in stats else {}
+
+
+@contextlib.contextmanager
+def _trace(folder: Path) -> Iterator[None]:
+    """Records a profile without Python calls, which would make the file large."""
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    options.host_tracer_level = 1
+    with jax.profiler.trace(folder, profiler_options=options):
+        yield
+
+
+def profile(function: Callable[[], object], steps: int, folder: str | None) -> dict:
+    """Profiles a call; the function must wait for its results.
+
+    steps: number of steps of the call, by which times and counts are divided.
+    folder: where the profile is kept, for XProf or Perfetto. None: it is deleted.
+    Returns what `kernels` does, and wall_ms, the milliseconds of a step.
+    """
+    with contextlib.ExitStack() as stack:
+        if folder is None:
+            folder = stack.enter_context(tempfile.TemporaryDirectory())
+        with _trace(Path(folder)):
+            start = time.perf_counter()
+            function()
+            seconds = time.perf_counter() - start
+        found = kernels(Path(folder), steps)
+    return dict(wall_ms=round(1e3 * seconds / steps, 4)) | found
+
+
+def kernels(folder: Path, steps: int) -> dict:
+    """Returns what the device did in the newest profile in a folder.
+
+    busy_ms: milliseconds per step that kernels and copies take, all streams added up.
+    kernels: number of kernels and copies per step.
+    top: the kinds that take the longest: [name, ms per step, number per step].
+    Without a GPU or TPU the profile has no kernels.
+    """
+    files = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
+    total, count = collections.Counter(), collections.Counter()
+    for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes:
+        if not plane.name.startswith("/device:"):
+            continue
+        for line in plane.lines:
+            if not line.name.startswith(("Stream", "XLA Ops")):
+                continue
+            for event in line.events:
+                total[event.name] += event.duration_ns
+                count[event.name] += 1
+    top = [
+        [name, round(time_ns / 1e6 / steps, 5), round(count[name] / steps, 2)]
+        for name, time_ns in total.most_common(TOP_KERNELS)
+    ]
+    busy = round(total.total() / 1e6 / steps, 4)
+    return dict(busy_ms=busy, kernels=round(count.total() / steps, 1), top=top)

@@ -1,0 +1,75 @@
+"""Tables of records, in Markdown."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from benchmarks.records import ratios
+
+NOT_MEASURED = "not measured"
+
+
+def number(value: float) -> str:
+    """Returns a number with three significant digits, as text."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return str(value)
+    if value and abs(value) < 1e-3:
+        return f"{value:.1e}"
+    digits = 3 - len(str(int(abs(value)))) if abs(value) >= 1 else 3
+    return f"{value:,.{max(digits, 0)}f}" if isinstance(value, float) else f"{value:,}"
+
+
+def figure(value: float | Mapping) -> str:
+    """Returns a figure as text: a number, or the median with its range and the number of runs."""
+    if not isinstance(value, Mapping):
+        return number(value)
+    median = number(value["median"])
+    if value["runs"] == 1:
+        return f"{median} (1 run)"
+    low, high = number(value["min"]), number(value["max"])
+    return f"{median} ({low} to {high}, {value['runs']} runs)"
+
+
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Returns a Markdown table."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
+
+
+def record_table(record: Mapping) -> str:
+    """Returns all rows of a record as one table: the cases, then the figures."""
+    rows = record["rows"]
+    keys = _names(row["case"] for row in rows)
+    names = _names(row.get("figures", {}) for row in rows)
+
+    def cells(row: Mapping) -> list[str]:
+        case = [str(row["case"].get(key, "")) for key in keys]
+        if "figures" not in row:
+            return [*case, f"{NOT_MEASURED}: {row['not_measured']}", *[""] * (len(names) - 1)]
+        found = row["figures"]
+        return [*case, *(figure(found[name]) if name in found else "" for name in names)]
+
+    return markdown([*keys, *(names or [""])], map(cells, rows))
+
+
+def ratio_table(record: Mapping, rate: str) -> str:
+    """Returns our rate divided by that of each other implementation as a table; "" if none."""
+    found = ratios(record, rate)
+    if not found:
+        return ""
+    keys = _names(entry["case"] for entry in found)
+    rows = ([*(str(e["case"][key]) for key in keys), number(e["ratio"])] for e in found)
+    return markdown([*keys, f"{rate}, janus_jax / implementation"], rows)
+
+
+def summary(record: Mapping, rate: str | None) -> str:
+    """Returns a section about a record: the machine, the versions and the tables."""
+    facts = ", ".join(f"{name} {value}" for name, value in record["hardware"].items())
+    libraries = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
+    parts = [f"## {record['benchmark']}\n", f"{facts}; {libraries}\n", record_table(record)]
+    if rate is not None and (table := ratio_table(record, rate)):
+        parts.append(table)
+    return "\n".join(parts)
+
+
+def _names(objects: Iterable[Mapping]) -> list[str]:
+    """Returns the keys of all objects, each once, in the order in which they first appear."""
+    return list(dict.fromkeys(name for entry in objects for name in entry))
