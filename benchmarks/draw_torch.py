@@ -104,7 +104,7 @@ class CompiledDrawing(Drawing):
 
     def decode_step(self, token: torch.Tensor, positions: torch.Tensor, cache) -> torch.Tensor:
         torch.compiler.cudagraph_mark_step_begin()
-        return self._compiled(token.contiguous(), positions, cache)
+        return self._compiled(token.clone(), positions, cache)  # always aligned in the same way
 
 
 def measure(

@@ -122,17 +122,22 @@ def kernels(folder: Path, steps: int) -> dict:
     files = sorted(folder.rglob("*.xplane.pb"), key=lambda path: path.stat().st_mtime)
     total, count = collections.Counter(), collections.Counter()
     for plane in jax.profiler.ProfileData.from_file(str(files[-1])).planes:
-        if not plane.name.startswith("/device:"):
-            continue
-        for line in plane.lines:
-            if not line.name.startswith(("Stream", "XLA Ops")):
-                continue
-            for event in line.events:
-                total[event.name] += event.duration_ns
-                count[event.name] += 1
+        for event in _device_events(plane):
+            total[event.name] += event.duration_ns
+            count[event.name] += 1
     top = [
         [name, round(time_ns / 1e6 / steps, 5), round(count[name] / steps, 2)]
         for name, time_ns in total.most_common(TOP_KERNELS)
     ]
     busy = round(total.total() / 1e6 / steps, 4)
     return dict(busy_ms=busy, kernels=round(count.total() / steps, 1), top=top)
+
+
+def _device_events(plane) -> Iterator:
+    """Yields what a device did: the events of a GPU's streams, or the operations of a TPU."""
+    if not plane.name.startswith("/device:"):
+        return
+    lines = list(plane.lines)
+    streams = [line for line in lines if line.name.startswith("Stream")]
+    for line in streams or [line for line in lines if line.name == "XLA Ops"]:
+        yield from line.events

@@ -2,9 +2,10 @@
 
     python -m benchmarks.load --model janus_pro_1b --output load.json
 
-Runs `python sample.py --prompt ... --num_images 1` on a folder with random weights in the layout of
-the released model (bfloat16 safetensors), which is written first; for `janus_tiny` on the shipped
-model. All files were just written or read, so they are in the cache of the operating system.
+Runs `python sample.py --prompt ...`, which generates four images, on a folder with random weights
+in the layout of the released model (bfloat16 safetensors), which is written first; for `janus_tiny`
+on the shipped model. The files of the model were just written or read, so they are in the cache of
+the operating system.
 
 Starts:
 
@@ -56,7 +57,7 @@ def measure(record: Record, model: str, runs: int) -> None:
     record.describe(done.stdout.decode().strip(), PACKAGES)
     with tempfile.TemporaryDirectory() as name:
         folder, command = Path(name), [sys.executable, "sample.py", "--prompt", PROMPT]
-        command += ["--num_images", "1", "--output", str(folder / "images")]
+        command += ["--output_dir", str(folder / "images")]
         if model in FOLDERS:
             synthetic.write_folder(folder / model, model=FOLDERS[model])
             command += ["--model", str(folder / model)]
@@ -64,7 +65,9 @@ def measure(record: Record, model: str, runs: int) -> None:
         env["XDG_CACHE_HOME"] = str(folder / "cache")
 
         def sample() -> None:
-            subprocess.run(command, cwd=suite.ROOT, env=env, check=True, stdout=subprocess.DEVNULL)
+            done = subprocess.run(command, cwd=suite.ROOT, env=env, capture_output=True, text=True)
+            if done.returncode:
+                raise ValueError(f"sample.py failed: {done.stderr.strip()}")
 
         case = dict(model=model, implementation="janus_jax")
         record.add(case | dict(start="cold"), dict(start_s=seconds_of(sample)))

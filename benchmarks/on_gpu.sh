@@ -12,11 +12,13 @@
 #     whose packages are missing is recorded as not measured.
 # WHEELS: a folder with wheels to install for this run only, such as those packages.
 set -euo pipefail
-cd "$(dirname "$0")/.."
-if [ $# -lt 1 ]; then
+if [ $# -lt 1 ] || [[ $1 == -* ]]; then
     echo "usage: benchmarks/on_gpu.sh OUT [--tiny] [BENCHMARK ...]" >&2
     exit 2
 fi
+mkdir -p "$1"
+set -- "$(cd "$1" && pwd)" "${@:2}"
+cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 if [ -n "${WHEELS:-}" ]; then
     site=$(mktemp -d)

@@ -104,7 +104,7 @@ def _speeds(records: Records) -> str:
     ]
     rows += [
         (
-            f"`janus_tiny`, seconds from starting `sample.py` to the image, {start}",
+            f"`janus_tiny`, seconds from starting `sample.py` to four images, {start}",
             figure(records, "load", "start_s", **tiny, start=start),
         )
         for start in load.STARTS

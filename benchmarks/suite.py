@@ -25,10 +25,11 @@ from benchmarks.tables import summary
 
 ROOT = Path(__file__).parents[1]
 CUT_OFF = "the run ended before this"
-GRACE = 10.0  # seconds between the two signals that end a process
+GRACE = 5.0  # seconds between the two signals that end a process
 # JAX takes this fraction of a GPU's memory when it starts; the default of 0.75 leaves too little
 # for a training step of Janus-Pro-1B on 80 GB.
 MEMORY_FRACTION = "0.9"
+CACHE_SWITCH = "JANUS_JAX_COMPILE_CACHE"  # 0: programs are not stored, so that first runs compile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +110,7 @@ def _run_process(
     """
     command = [sys.executable, "-m", "benchmarks.suite", measurement.module, measurement.benchmark]
     command += [str(record.absolute()), json.dumps(measurement.settings)]
-    env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": MEMORY_FRACTION} | os.environ
+    env = {"XLA_PYTHON_CLIENT_MEM_FRACTION": MEMORY_FRACTION} | os.environ | {CACHE_SWITCH: "0"}
     if not measurement.uses_jax:
         env["JAX_PLATFORMS"] = "cpu"
     status: int | None = None

@@ -1,5 +1,6 @@
 """Tables of records, in Markdown."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 
 from benchmarks.records import ratios
@@ -8,13 +9,14 @@ NOT_MEASURED = "not measured"
 
 
 def number(value: float) -> str:
-    """Returns a number with three significant digits, as text."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return str(value)
-    if value and abs(value) < 1e-3:
+    """Returns a number with three significant digits, but all digits of integers, as text."""
+    if not isinstance(value, float):
+        return f"{value:,}" if type(value) is int else str(value)
+    rounded = float(f"{value:.3g}")
+    if rounded and abs(rounded) < 1e-3:
         return f"{value:.1e}"
-    digits = 3 - len(str(int(abs(value)))) if abs(value) >= 1 else 3
-    return f"{value:,.{max(digits, 0)}f}" if isinstance(value, float) else f"{value:,}"
+    exponent = math.floor(math.log10(abs(rounded))) if rounded else 2
+    return f"{value:,.{max(2 - exponent, 0)}f}"
 
 
 def figure(value: float | Mapping) -> str:

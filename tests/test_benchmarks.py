@@ -111,7 +111,15 @@ def test_tables_show_results_and_reasons():
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1.5e-6, "1.5e-06"), (0.0123, "0.012"), (3.14159, "3.14"), (42.42, "42.4"), (12345, "12,345")],
+    [
+        (1.5e-6, "1.5e-06"),
+        (0.01234, "0.0123"),
+        (9.998, "10.0"),
+        (1234.5, "1,234"),
+        (0.0, "0"),
+        (12345, "12,345"),
+        (True, "True"),
+    ],
 )
 def test_numbers_have_three_digits(value, text):
     assert tables.number(value) == text
@@ -180,7 +188,7 @@ def test_the_plans_fit_the_time_and_have_the_same_parts():
     assert {entry.benchmark for entry in plan} == on_gpu.RATES.keys()
     assert all(0 < entry.least < entry.seconds < on_gpu.SECONDS for entry in plan)
     assert plan[0].benchmark == "parity"
-    assert on_gpu.SECONDS <= 540 - suite.GRACE
+    assert on_gpu.SECONDS + 2 * suite.GRACE < 540
 
 
 def test_without_a_gpu_nothing_is_called_measured(tmp_path):
