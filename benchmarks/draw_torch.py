@@ -61,7 +61,6 @@ class Drawing:
         embeds = self._model.prepare_embeddings_for_image_generation(token.repeat_interleave(2))
         return self.step(embeds[:, None], positions, cache)
 
-    @torch.inference_mode()
     def __call__(self, number: int | None = None) -> None:
         """Generates images; number: of image tokens, the others stay 0. Default: all."""
         cache, shape = self.new_cache(), (self._num_images, self._num_tokens)
@@ -128,8 +127,10 @@ def measure(
                 if is_compiled
                 else Drawing(network, number)
             )
-            first = seconds_of(functools.partial(drawing, WARM_UP))
-            drawing.step_seconds.clear()
-            seconds = repeated(drawing, runs)
+            # the contexts that the original code and the generate method of transformers use
+            with torch.no_grad() if is_compiled else torch.inference_mode():
+                first = seconds_of(functools.partial(drawing, WARM_UP))
+                drawing.step_seconds.clear()
+                seconds = repeated(drawing, runs)
             figures = draw_figures(cfg, number, first, seconds, drawing.step_seconds, bandwidth)
             record.add(case(model, number, name), figures | peak_memory())

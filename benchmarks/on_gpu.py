@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--tiny", action="store_true", help="tiny shapes, for a CPU")
     text = "time limit of all measurements in seconds (default: %(default)s)"
     parser.add_argument("--seconds", type=float, default=SECONDS, help=text)
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # flags may come first
     if unknown := sorted(set(args.benchmarks) - RATES.keys()):
         parser.error(f"benchmarks must be of {', '.join(RATES)}, got {unknown[0]}")
     deadline = suite.Deadline(args.seconds)

@@ -147,7 +147,9 @@ def _ended(process: subprocess.Popen) -> Iterator[None]:
                     process.wait(GRACE)
 
 
-def parser(benchmark: str, description: str, models: Sequence[str], implementations: Sequence[str]):
+def parser(
+    benchmark: str, description: str, models: Sequence[str], implementations: Sequence[str]
+) -> argparse.ArgumentParser:
     """Returns the argument parser of a benchmark, with the arguments that all have."""
     result = argparse.ArgumentParser(f"python -m benchmarks.{benchmark}", description=description)
     text = "models, with random weights (default: %(default)s)"

@@ -62,6 +62,20 @@ def ratio_table(record: Mapping, rate: str) -> str:
     return markdown([*keys, f"{rate}, janus_jax / implementation"], rows)
 
 
+def profile_tables(record: Mapping) -> str:
+    """Returns a table of the kernels that take the longest for each row with a profile."""
+    parts = []
+    for row in record["rows"]:
+        profile = row.get("profile", {})
+        if profile.get("top"):
+            name = ", ".join(f"{key} {value}" for key, value in row["case"].items())
+            busy, wall = number(profile["busy_ms"]), number(profile["wall_ms"])
+            text = f"{name}: {profile['kernels']} kernels, {busy} ms of {wall} ms a step\n"
+            kernels = ([kernel, number(ms), number(count)] for kernel, ms, count in profile["top"])
+            parts += [text, markdown(["kernel", "ms a step", "number a step"], kernels)]
+    return "\n".join(parts)
+
+
 def summary(record: Mapping, rate: str | None) -> str:
     """Returns a section about a record: the machine, the versions and the tables."""
     facts = ", ".join(f"{name} {value}" for name, value in record["hardware"].items())
@@ -69,6 +83,8 @@ def summary(record: Mapping, rate: str | None) -> str:
     parts = [f"## {record['benchmark']}\n", f"{facts}; {libraries}\n", record_table(record)]
     if rate is not None and (table := ratio_table(record, rate)):
         parts.append(table)
+    if text := profile_tables(record):
+        parts.append(text)
     return "\n".join(parts)
 
 

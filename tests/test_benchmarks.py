@@ -2,17 +2,19 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tarfile
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from fake_benchmark import CASES
 
-from benchmarks import models, on_gpu, packed_rows, readme_table, suite, tables, timing
+from benchmarks import jax_side, models, on_gpu, packed_rows, readme_table, suite, tables, timing
 from benchmarks.records import Record, ratios, spread
 from janus_jax.data.packing import row_fields
 from janus_jax.families.registry import sizes_of
@@ -201,6 +203,44 @@ def test_without_a_gpu_nothing_is_called_measured(tmp_path):
     assert done.returncode == 1 and "JAX found no GPU" in done.stderr
     assert set(results(tmp_path / "draw.json")) == {"JAX found no GPU"}
     assert not (tmp_path / "train.json").exists()
+
+
+def test_an_interrupted_script_ends_and_writes_its_summary(tmp_path):
+    command = [ROOT / "benchmarks" / "on_gpu.sh", tmp_path, "--tiny", "parity"]
+    env = os.environ | dict(PYTHON=sys.executable)
+    script = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    start = time.monotonic()
+    while not (tmp_path / "parity.json").exists():  # written before the measurement starts
+        assert time.monotonic() - start < 60 and script.poll() is None
+        time.sleep(0.1)
+    script.terminate()
+    script.communicate(timeout=30)
+    assert script.returncode == 128 + signal.SIGTERM
+    assert f"not measured: {suite.CUT_OFF}" in (tmp_path / on_gpu.SUMMARY).read_text()
+
+
+PROFILE = """
+planes { name: "/host:CPU" lines { name: "Stream" events { metadata_id: 1 duration_ps: 9000000 } }
+  event_metadata { key: 1 value { id: 1 name: "Python" } } }
+planes { name: "/device:GPU:0"
+  lines { name: "XLA Ops" events { metadata_id: 1 duration_ps: 7000000 } }
+  lines { name: "Stream #1(Compute)"
+    events { metadata_id: 1 duration_ps: 2000000 } events { metadata_id: 2 duration_ps: 3000000 } }
+  lines { name: "Stream #2(MemcpyD2D)" events { metadata_id: 2 duration_ps: 5000000 } }
+  event_metadata { key: 1 value { id: 1 name: "gemm" } }
+  event_metadata { key: 2 value { id: 2 name: "fusion" } } }
+"""
+
+
+def test_a_profile_is_summed_up_over_the_streams_of_the_gpu(tmp_path):
+    data = jax.profiler.ProfileData.text_proto_to_serialized_xspace(PROFILE)
+    (tmp_path / "a.xplane.pb").write_bytes(data)
+    found = jax_side.kernels(tmp_path, steps=2)
+    assert found["top"] == [["fusion", 0.004, 1.0], ["gemm", 0.001, 0.5]]
+    assert (found["busy_ms"], found["kernels"]) == (0.005, 1.5)
+    record = _record(dict(janus_jax=6.0))
+    record["rows"][0]["profile"] = found | dict(wall_ms=0.01)
+    assert "1.5 kernels, 0.00500 ms of 0.0100 ms a step" in tables.summary(record, "rate")
 
 
 @pytest.mark.slow
