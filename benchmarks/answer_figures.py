@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.models import TEXT_STEP, step_bytes
+from benchmarks.models import TEXT_STEP, shapes, step_bytes
 from benchmarks.records import spread
 from benchmarks.timing import rate_between
 from janus_jax.generation.chunks import bucket_length
@@ -48,6 +48,17 @@ class Times:
         if len(marks) > 1:
             self.first_token.append(marks[0] - start)
             self.step.append(rate_between([(0, marks[0]), (len(marks) - 1, marks[-1])]))
+
+
+def answer_shapes(cfg: JanusConfig, conversations: int, num_tokens: int) -> dict:
+    """Returns the shapes of a run, for the record."""
+    return shapes(
+        cfg,
+        decoder_rows=conversations,
+        prompt_tokens=len(prompt(cfg)[0]),
+        new_tokens=num_tokens,
+        image_size=cfg.image_size,
+    )
 
 
 def answer_figures(

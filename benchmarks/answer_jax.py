@@ -5,7 +5,7 @@ import time
 import jax
 import numpy as np
 
-from benchmarks.answer_figures import Times, answer_figures, prompt
+from benchmarks.answer_figures import Times, answer_figures, answer_shapes, prompt
 from benchmarks.jax_side import copy_bandwidth, device_name, peak_memory, random_model
 from benchmarks.models import config
 from benchmarks.records import Record
@@ -54,5 +54,5 @@ def measure(
         for _ in range(1 + runs):
             times.add(time.perf_counter(), _answer(network, requests, num_tokens))
         case = dict(model=model, conversations=number, implementation="janus_jax")
-        figures = answer_figures(cfg, number, num_tokens, times, bandwidth)
-        record.add(case, figures | peak_memory())
+        figures = answer_figures(cfg, number, num_tokens, times, bandwidth) | peak_memory()
+        record.add(case, figures, shapes=answer_shapes(cfg, number, num_tokens))

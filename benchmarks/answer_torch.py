@@ -5,7 +5,7 @@ import time
 import torch
 import transformers
 
-from benchmarks.answer_figures import Times, answer_figures, prompt
+from benchmarks.answer_figures import Times, answer_figures, answer_shapes, prompt
 from benchmarks.models import config
 from benchmarks.records import Record
 from benchmarks.torch_side import (
@@ -65,5 +65,5 @@ def measure(
         for _ in range(1 + runs):
             times.add(now(), _answer(network, *inputs, num_tokens))
         case = dict(model=model, conversations=number, implementation="torch_eager")
-        figures = answer_figures(cfg, number, num_tokens, times, bandwidth)
-        record.add(case, figures | peak_memory())
+        figures = answer_figures(cfg, number, num_tokens, times, bandwidth) | peak_memory()
+        record.add(case, figures, shapes=answer_shapes(cfg, number, num_tokens))

@@ -2,11 +2,22 @@
 
 import statistics
 
-from benchmarks.models import IMAGE_STEP, PROMPT_LENGTH, step_bytes
+from benchmarks.models import IMAGE_STEP, PROMPT_LENGTH, shapes, step_bytes
 from benchmarks.records import spread
 from janus_jax.models.janus import JanusConfig
 
 GUIDANCE_WEIGHT, TEMPERATURE = 5.0, 1.0  # the defaults of the original code
+
+
+def draw_shapes(cfg: JanusConfig, num_images: int) -> dict:
+    """Returns the shapes of a run, for the record."""
+    return shapes(
+        cfg,
+        decoder_rows=2 * num_images,
+        prompt_tokens=PROMPT_LENGTH,
+        image_tokens=cfg.num_image_tokens,
+        image_size=cfg.image_size,
+    )
 
 
 def draw_figures(

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from benchmarks.draw import case
-from benchmarks.draw_figures import GUIDANCE_WEIGHT, TEMPERATURE, draw_figures
+from benchmarks.draw_figures import GUIDANCE_WEIGHT, TEMPERATURE, draw_figures, draw_shapes
 from benchmarks.jax_side import (
     copy_bandwidth,
     device_name,
@@ -73,10 +73,10 @@ def measure(
         seconds = repeated(drawing, runs)
         name = case(model, number, "janus_jax")
         figures = draw_figures(cfg, number, first, seconds, drawing.step_seconds, bandwidth)
-        figures |= peak_memory()
-        record.add(name, figures)  # also counts if the profile fails
+        result = dict(figures=figures | peak_memory(), shapes=draw_shapes(cfg, number))
+        record.add(name, **result)  # also counts if the profile fails
         path = folder and f"{folder}/draw_{model}_{number}"
-        record.add(name, figures, profile=_profile(network, requests, path))
+        record.add(name, **result, profile=_profile(network, requests, path))
 
 
 def _profile(model: Janus, requests: Requests, folder: str | None) -> dict:

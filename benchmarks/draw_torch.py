@@ -7,7 +7,7 @@ import torch
 import transformers
 
 from benchmarks.draw import case
-from benchmarks.draw_figures import GUIDANCE_WEIGHT, TEMPERATURE, draw_figures
+from benchmarks.draw_figures import GUIDANCE_WEIGHT, TEMPERATURE, draw_figures, draw_shapes
 from benchmarks.models import PROMPT_LENGTH, config
 from benchmarks.records import Record
 from benchmarks.timing import rate_between, repeated, seconds_of
@@ -38,8 +38,9 @@ class Drawing:
     def __init__(self, model: transformers.JanusForConditionalGeneration, num_images: int):
         self._model, self._decoder = model, model.model.language_model
         self._num_images, self._num_tokens = num_images, model.config.vision_config.num_image_tokens
-        rows = 2 * num_images
-        self._tokens = torch.full((rows, PROMPT_LENGTH), 1, dtype=torch.long, device=DEVICE)
+        self._cache_argument = takes_cache(self._decoder)
+        shape = (2 * num_images, PROMPT_LENGTH)
+        self._tokens = torch.ones(shape, dtype=torch.long, device=DEVICE)
         self.step_seconds: list[float] = []
 
     def new_cache(self) -> transformers.Cache:
@@ -48,10 +49,8 @@ class Drawing:
 
     def step(self, embeds: torch.Tensor, positions: torch.Tensor, cache) -> torch.Tensor:
         """Runs the decoder and the image head: [2B, T, D] -> guided logits [B, V]."""
-        arguments = {takes_cache(self._decoder): cache}
-        hidden = self._decoder(
-            inputs_embeds=embeds, position_ids=positions, use_cache=True, **arguments
-        ).last_hidden_state
+        arguments = {"position_ids": positions, "use_cache": True, self._cache_argument: cache}
+        hidden = self._decoder(inputs_embeds=embeds, **arguments).last_hidden_state
         logits = self._model.model.generation_head(hidden[:, -1])
         cond, uncond = logits[0::2], logits[1::2]
         return uncond + GUIDANCE_WEIGHT * (cond - uncond)
@@ -133,4 +132,5 @@ def measure(
                 drawing.step_seconds.clear()
                 seconds = repeated(drawing, runs)
             figures = draw_figures(cfg, number, first, seconds, drawing.step_seconds, bandwidth)
-            record.add(case(model, number, name), figures | peak_memory())
+            figures |= peak_memory()
+            record.add(case(model, number, name), figures, shapes=draw_shapes(cfg, number))

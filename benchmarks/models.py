@@ -41,6 +41,19 @@ def config(name: str, dtype: str = "bfloat16") -> JanusConfig:
     return SIZES[name]().with_dtype(DTYPES[dtype])
 
 
+def shapes(cfg: JanusConfig, **others: int) -> dict[str, int | str]:
+    """Returns the sizes of the decoder and its dtype, for records. others: further sizes."""
+    decoder = cfg.language_model
+    return dict(
+        dtype=jnp.dtype(decoder.dtype).name,
+        layers=decoder.num_hidden_layers,
+        width=decoder.hidden_size,
+        mlp_width=decoder.intermediate_size,
+        heads=decoder.num_attention_heads,
+        **others,
+    )
+
+
 def step_bytes(cfg: JanusConfig, parts: Sequence[str], rows: int, filled: float) -> float:
     """Returns the bytes that one decode step must read.
 

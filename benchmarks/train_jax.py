@@ -8,7 +8,7 @@ import jax
 from ml_collections import ConfigDict
 
 from benchmarks.jax_side import device_name, peak_memory, profile, random_array
-from benchmarks.models import config
+from benchmarks.models import config, shapes
 from benchmarks.packed_rows import random_rows
 from benchmarks.records import PACKAGES, Record, spread
 from benchmarks.timing import repeated, seconds_of
@@ -102,8 +102,8 @@ def measure(
     )
     if (peak := peak_flops(jax.devices()[0])) is not None:
         figures["mfu"] = flops / (statistics.median(seconds) * peak)
-    figures |= peak_memory()
     name = case(model, "janus_jax", batch_size, seq_len, remat)
-    record.add(name, figures)  # also counts if the profile fails
+    result = dict(figures=figures | peak_memory(), shapes=shapes(cfg))
+    record.add(name, **result)  # also counts if the profile fails
     path = folder and f"{folder}/train_{model}"
-    record.add(name, figures, profile=profile(training, 1, path))
+    record.add(name, **result, profile=profile(training, 1, path))

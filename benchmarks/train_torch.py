@@ -5,7 +5,7 @@ import statistics
 import torch
 import transformers
 
-from benchmarks.models import config
+from benchmarks.models import config, shapes
 from benchmarks.records import Record, spread
 from benchmarks.timing import repeated, seconds_of
 from benchmarks.torch_side import DEVICE, PACKAGES, STD, device_name, peak_memory, synchronize
@@ -50,4 +50,5 @@ def measure(record: Record, model: str, batch_size: int, seq_len: int, runs: int
         step_s=spread(seconds),
         first_s=first,
     )
-    record.add(case(model, "torch_eager", batch_size, seq_len), figures | peak_memory())
+    name = case(model, "torch_eager", batch_size, seq_len)
+    record.add(name, figures | peak_memory(), shapes=shapes(config(model)))
