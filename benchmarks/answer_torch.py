@@ -33,24 +33,30 @@ def _inputs(cfg: JanusConfig, conversations: int) -> tuple[torch.Tensor, torch.T
 
 
 @torch.inference_mode()
-def _answer(
+def generate(
     model: transformers.JanusForConditionalGeneration,
     tokens: torch.Tensor,
     pixels: torch.Tensor,
     num_tokens: int,
-) -> list[float]:
-    """Generates answers. Returns the time after each token; for a batch after the last one."""
+) -> tuple[list[float], list[torch.Tensor]]:
+    """Generates answers.
+
+    Returns the time after each token, for a batch after the last one, and the tokens, int[B, 1]
+    each.
+    """
     cache = transformers.DynamicCache(config=model.config.text_config)
     arguments = {takes_cache(model): cache, "use_cache": True, "logits_to_keep": 1}
-    logits, marks = model(input_ids=tokens, pixel_values=pixels, **arguments).logits, []
+    logits = model(input_ids=tokens, pixel_values=pixels, **arguments).logits
+    marks, answer = [], []
     for step in range(num_tokens):
         if step:
             logits = model(input_ids=tokens, **arguments).logits
         tokens = torch.argmax(logits[:, -1:], dim=-1)
+        answer.append(tokens)
         if len(tokens) == 1:
             int(tokens[0, 0])
             marks.append(time.perf_counter())
-    return marks or [now()]
+    return marks or [now()], answer
 
 
 def measure(
@@ -63,7 +69,7 @@ def measure(
     for number in conversations:
         inputs, times = _inputs(cfg, number), Times()
         for _ in range(1 + runs):
-            times.add(now(), _answer(network, *inputs, num_tokens))
+            times.add(now(), generate(network, *inputs, num_tokens)[0])
         case = dict(model=model, conversations=number, implementation="torch_eager")
         figures = answer_figures(cfg, number, num_tokens, times, bandwidth) | peak_memory()
         record.add(case, figures, shapes=answer_shapes(cfg, number, num_tokens))

@@ -32,15 +32,17 @@ class Drawing:
     The rows of the decoder alternate between the prompt and the unconditional prompt.
 
     Attributes:
+        tokens: the prompts, int[2B, P].
         step_seconds: one entry per call, the mean seconds of a decode step.
     """
 
     def __init__(self, model: transformers.JanusForConditionalGeneration, num_images: int):
+        """model: has random weights, so the prompt is the same in all rows."""
         self._model, self._decoder = model, model.model.language_model
         self._num_images, self._num_tokens = num_images, model.config.vision_config.num_image_tokens
         self._cache_argument = takes_cache(self._decoder)
         shape = (2 * num_images, PROMPT_LENGTH)
-        self._tokens = torch.ones(shape, dtype=torch.long, device=DEVICE)
+        self.tokens = torch.ones(shape, dtype=torch.long, device=DEVICE)
         self.step_seconds: list[float] = []
 
     def new_cache(self) -> transformers.Cache:
@@ -60,13 +62,16 @@ class Drawing:
         embeds = self._model.prepare_embeddings_for_image_generation(token.repeat_interleave(2))
         return self.step(embeds[:, None], positions, cache)
 
-    def __call__(self, number: int | None = None) -> None:
-        """Generates images; number: of image tokens, the others stay 0. Default: all."""
+    def __call__(self, number: int | None = None) -> np.ndarray:
+        """Generates images and returns their tokens, int[B, T].
+
+        number: of image tokens to generate, the others stay 0. Default: all.
+        """
         cache, shape = self.new_cache(), (self._num_images, self._num_tokens)
         number = self._num_tokens if number is None else number
         indices = torch.zeros(shape, dtype=torch.long, device=DEVICE)
         positions = torch.arange(PROMPT_LENGTH, device=DEVICE)[None]
-        embeds, marks = self._decoder.embed_tokens(self._tokens), []
+        embeds, marks = self._decoder.embed_tokens(self.tokens), []
         logits = self.step(embeds, positions, cache)
         positions = positions[:, -1:].clone()
         for column in range(number):
@@ -80,6 +85,7 @@ class Drawing:
         self.step_seconds.append(rate_between(marks))
         pixels = self._model.decode_image_tokens(indices).float().cpu().numpy()
         np.clip((pixels + 1) / 2 * 255, 0, 255).astype(np.uint8)
+        return indices.cpu().numpy()
 
 
 class CompiledDrawing(Drawing):

@@ -1,20 +1,24 @@
-"""Measures how long sample.py takes from the shell prompt to the images, cold and warm.
+"""Measures how long sample.py takes from the shell prompt to the images, and a model to load.
 
     python -m benchmarks.load --model janus_pro_1b --output load.json
 
-Runs `python sample.py --prompt ...`, which generates four images, on a folder with random weights
-in the layout of the released model (bfloat16 safetensors), which is written first; for `janus_tiny`
-on the shipped model. The files of the model were just written or read, so they are in the cache of
-the operating system.
+Models: `janus_tiny` is the shipped model, `small` that of tests/golden/janus. For the others, a
+folder with random weights and the layout of the released model (bfloat16 safetensors) is written
+first. The files were just written or read, so they are in the cache of the operating system.
 
-Starts:
+Cases:
 
-cold: the folder of compiled programs is empty.
-warm: the same command again. The median of several runs.
+sample.py, cold: `python sample.py --prompt ...`, which generates four images, while the folder of
+    compiled programs is empty.
+sample.py, warm: the same command again, several times.
+load: a Python process that only loads the model in bfloat16: janus_jax.load in `janus_jax`,
+    JanusForConditionalGeneration.from_pretrained in `torch_eager`. Both read the same folder, which
+    has the layout of `transformers`. Not for `janus_tiny`, which this layout cannot express.
 
 Figures:
 
-start_s: seconds from the start of the process to its end.
+seconds: from the start of the process to its end.
+gb_per_s: of `load`, gigabytes of weights divided by the median seconds.
 """
 
 import os
@@ -29,59 +33,120 @@ from benchmarks.records import PACKAGES, Record, spread
 from benchmarks.timing import repeated, seconds_of
 
 FOLDERS = {"janus_pro_1b": "Janus-Pro-1B", "janus_pro_7b": "Janus-Pro-7B"}
-MODELS = ("janus_tiny", *FOLDERS)
-STARTS = ("cold", "warm")
+MODELS = ("janus_tiny", "small", *FOLDERS)
+GOLDEN = suite.ROOT / "tests" / "golden" / "janus"
+LOADS = {
+    "janus_jax": "import sys, janus_jax; janus_jax.load(sys.argv[1], dtype='bfloat16')",
+    "torch_eager": (
+        "import sys, torch, transformers; device = 'cuda' if torch.cuda.is_available() else 'cpu';"
+        "load = transformers.JanusForConditionalGeneration.from_pretrained;"
+        "load(sys.argv[1], dtype=torch.bfloat16).to(device)"
+    ),
+}
+IMPLEMENTATIONS = tuple(LOADS)
+RATE = "gb_per_s"
 PROMPT = "a red circle"
-# Environment variables that would make the cold start a warm one, or the warm start a cold one.
+# Environment variables that would make a cold start warm, or a warm start cold.
 CACHES = ("JAX_COMPILATION_CACHE_DIR", "JANUS_JAX_COMPILE_CACHE")
 DEVICE = "import jax; print(jax.devices()[0].device_kind)"
 
 
-def measurement(model: str, runs: int = 3, **limits: float) -> suite.Measurement:
+def measurement(
+    model: str,
+    implementations: Sequence[str] = IMPLEMENTATIONS,
+    runs: int = 3,
+    **limits: float,
+) -> suite.Measurement:
     """Returns the measurement of one model.
 
-    runs: of the warm start. limits: `seconds` and `least` of suite.Measurement.
+    runs: of all but the cold start. limits: `seconds` and `least` of suite.Measurement.
     """
+    cases = [case(model, f"sample.py, {start}", "janus_jax") for start in ("cold", "warm")]
+    if model == "janus_tiny":
+        implementations = ()
+    cases += [case(model, "load", name) for name in implementations]
     return suite.Measurement(
         benchmark="load",
         module="benchmarks.load",
-        settings=dict(model=model, runs=runs),
-        cases=[dict(model=model, start=start, implementation="janus_jax") for start in STARTS],
+        settings=dict(model=model, implementations=list(implementations), runs=runs),
+        cases=cases,
         **limits,
     )
 
 
-def measure(record: Record, model: str, runs: int) -> None:
-    """Measures one model. runs: of the warm start."""
-    done = subprocess.run([sys.executable, "-c", DEVICE], capture_output=True, check=True)
-    record.describe(done.stdout.decode().strip(), PACKAGES)
+def case(model: str, what: str, implementation: str) -> dict:
+    """Returns the case of a row."""
+    return dict(model=model, what=what, implementation=implementation)
+
+
+def measure(record: Record, model: str, implementations: list[str], runs: int) -> None:
+    """Measures one model. For the arguments see measurement."""
+    record.describe(_python(["-c", DEVICE]).strip(), (*PACKAGES, "torch", "transformers"))
     with tempfile.TemporaryDirectory() as name:
-        folder, command = Path(name), [sys.executable, "sample.py", "--prompt", PROMPT]
-        command += ["--output_dir", str(folder / "images")]
-        if model in FOLDERS:
-            synthetic.write_folder(folder / model, model=FOLDERS[model])
-            command += ["--model", str(folder / model)]
-        env = {name: value for name, value in os.environ.items() if name not in CACHES}
-        env["XDG_CACHE_HOME"] = str(folder / "cache")
+        folder = _write_folder(Path(name), model)
+        command = ["sample.py", "--prompt", PROMPT, "--output_dir", str(Path(name) / "images")]
+        if folder is not None:
+            command += ["--model", str(folder)]
+        cache = {"XDG_CACHE_HOME": str(Path(name) / "cache")}
 
         def sample() -> None:
-            done = subprocess.run(command, cwd=suite.ROOT, env=env, capture_output=True, text=True)
-            if done.returncode:
-                raise ValueError(f"sample.py failed: {done.stderr.strip()}")
+            _python(command, **cache)
 
-        case = dict(model=model, implementation="janus_jax")
-        record.add(case | dict(start="cold"), dict(start_s=seconds_of(sample)))
-        seconds = repeated(sample, runs)
-        record.add(case | dict(start="warm"), dict(start_s=spread(seconds)))
+        record.add(case(model, "sample.py, cold", "janus_jax"), dict(seconds=seconds_of(sample)))
+        figures = dict(seconds=spread(repeated(sample, runs)))
+        record.add(case(model, "sample.py, warm", "janus_jax"), figures)
+        if implementations:
+            folder = _exported(folder, Path(name))
+        for implementation in implementations:
+            figures = _load_figures(implementation, folder, runs)
+            record.add(case(model, "load", implementation), figures)
+
+
+def _write_folder(parent: Path, model: str) -> Path | None:
+    """Returns the folder of a model, written if necessary; None for the shipped model."""
+    if model in FOLDERS:
+        return synthetic.write_folder(parent / model, model=FOLDERS[model])
+    return GOLDEN if model == "small" else None
+
+
+def _exported(folder: Path, parent: Path) -> Path:
+    """Converts a folder to the layout of `transformers`."""
+    stored, exported = parent / "orbax", parent / "transformers"
+    _python(["-m", "convert", str(folder), str(stored)])
+    _python(["-m", "convert", "export", str(stored), str(exported), "--layout", "transformers"])
+    return exported
+
+
+def _load_figures(implementation: str, folder: Path, runs: int) -> dict:
+    """Measures loading a folder in new processes."""
+    seconds = repeated(lambda: _python(["-c", LOADS[implementation], str(folder)]), runs)
+    size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    found = spread(seconds)
+    return dict(seconds=found, gb_per_s=size / 1e9 / found["median"])
+
+
+def _python(arguments: Sequence[str], **variables: str) -> str:
+    """Runs Python, without the caches of this process, and returns its standard output.
+
+    Raises:
+        ValueError: it fails.
+    """
+    env = {name: value for name, value in os.environ.items() if name not in CACHES} | variables
+    command = [sys.executable, *arguments]
+    done = subprocess.run(command, cwd=suite.ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise ValueError(f"{arguments[0]} failed: {done.stderr.strip()}")
+    return done.stdout
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs the command: writes the record and prints its table."""
-    parser = suite.parser("load", __doc__.splitlines()[0], MODELS, ("janus_jax",))
-    text = "runs of the warm start (default: 3)"
+    """Runs the command: writes the record and prints its tables."""
+    parser = suite.parser("load", __doc__.splitlines()[0], MODELS, IMPLEMENTATIONS)
+    text = "runs of all but the cold start (default: 3)"
     parser.add_argument("--runs", type=int, default=3, help=text)
     args = parser.parse_args(argv)
-    suite.run_all([measurement(model, args.runs) for model in args.model], args.output, None)
+    measurements = [measurement(model, args.implementation, args.runs) for model in args.model]
+    suite.run_all(measurements, args.output, RATE)
 
 
 if __name__ == "__main__":

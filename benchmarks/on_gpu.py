@@ -21,7 +21,7 @@ from janus_jax.paths import atomic_write, write_file
 
 SECONDS = 520.0  # the rest of nine minutes is for ending the last process and the summary
 SUMMARY, LOG, PROFILES = "summary.md", "log.txt", "profiles.tar.gz"
-RATES = dict(parity=None, draw=draw.RATE, answer=answer.RATE, train=train.RATE, load=None)
+RATES = dict(parity=None, draw=draw.RATE, answer=answer.RATE, train=train.RATE, load=load.RATE)
 PROFILE_BYTES = 64 * 2**20  # of the profiles that are kept; compressed, they take about a tenth
 BACKEND = "import jax; print(jax.default_backend())"
 
@@ -36,13 +36,13 @@ def plan(profiles: Path) -> list[suite.Measurement]:
         draw.torch_measurement(seven, (1, 16), runs=1, seconds=170, least=50),
         answer.measurement(one, "janus_jax", (1, 8), seconds=70, least=30),
         train.measurement(one, "janus_jax", folder=profiles, seconds=120, least=60),
-        load.measurement("janus_tiny", runs=1, seconds=70, least=30),
+        load.measurement("janus_tiny", runs=2, seconds=70, least=30),
         draw.torch_measurement(one, (1, 16), runs=1, seconds=180, least=45),
         answer.measurement(one, "torch_eager", (1, 8), seconds=50, least=25),
         train.measurement(one, "torch_eager", runs=3, seconds=60, least=30),
         parity.batch_measurement(one, (1, 3), seconds=90, least=50),
         answer.measurement(seven, "janus_jax", (1,), seconds=60, least=40),
-        load.measurement(one, runs=1, seconds=150, least=100),
+        load.measurement(one, runs=1, seconds=250, least=150),
     ]
 
 
@@ -55,7 +55,7 @@ def tiny_plan(profiles: Path) -> list[suite.Measurement]:
         draw.torch_measurement("tiny", (1, 2), runs=1, backend="aot_eager"),
         answer.measurement("tiny", "janus_jax", (1, 2), num_tokens=4, runs=1),
         train.measurement("tiny", "janus_jax", folder=profiles, **shape),
-        load.measurement("janus_tiny", runs=1),
+        load.measurement("small", runs=1),
         answer.measurement("tiny", "torch_eager", (1, 2), num_tokens=4, runs=1),
         train.measurement("tiny", "torch_eager", **shape),
         parity.batch_measurement("tiny", (1, 3)),

@@ -146,13 +146,13 @@ def test_a_record_fills_the_tables_of_the_readme():
 
 
 def test_the_bytes_of_a_step_are_those_of_the_weights_and_the_cache():
-    cfg = models.config("janus_pro_1b")
+    cfg = models.config("tiny")
     decoder = cfg.language_model
     width, hidden = decoder.hidden_size, decoder.intermediate_size
     layers = decoder.num_hidden_layers * (4 * width**2 + 3 * width * hidden + 2 * width) + width
     head = width * decoder.vocab_size
     assert models.step_bytes(cfg, models.TEXT_STEP, 0, 0) == 2 * (layers + head)
-    assert models.step_bytes(cfg, (), rows=2, filled=10.5) == 2 * 10.5 * 196_608
+    assert models.step_bytes(cfg, (), rows=2, filled=10.5) == 2 * 10.5 * 2 * 2 * width * 2
 
 
 def test_repeated_runs_stop_at_their_budget():
@@ -263,7 +263,7 @@ def test_the_script_runs_to_its_end_on_a_cpu(tmp_path, monkeypatch):
         assert found and all(isinstance(figures, dict) for figures in found), found
     rows = json.loads((tmp_path / "parity.json").read_text())["rows"]
     assert all(row["figures"].get("ok", True) for row in rows)
-    for name in ("draw", "answer", "train"):
+    for name in ("draw", "answer", "train", "load"):
         assert ratios(json.loads((tmp_path / f"{name}.json").read_text()), on_gpu.RATES[name])
     with tarfile.open(tmp_path / on_gpu.PROFILES) as archive:
         assert len(archive.getnames()) == 3
