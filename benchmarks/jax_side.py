@@ -18,8 +18,9 @@ from janus_jax.interop.load import abstract, build_model
 from janus_jax.models.janus import Janus, JanusConfig
 
 STD = 0.02  # standard deviation of random weights; scales of norms are 1
+LARGE = 2**22  # elements; smaller arrays are made on the host, without a compilation
 COPY_BYTES = {"cpu": 2**26}  # size of the copied array by platform; elsewhere LARGE_COPY
-LARGE_COPY = 2**31
+LARGE_COPY = 2**30
 COPIES = 20
 TOP_KERNELS = 25
 
@@ -40,11 +41,14 @@ def _normal(seed: jax.Array, shape: tuple, dtype, sharding=None) -> jax.Array:
 def random_array(seed: int, leaf: jax.ShapeDtypeStruct) -> jax.Array:
     """Returns a random array of a shape, dtype and sharding; ones if it has one dimension.
 
-    It is made on the devices. Each shape is compiled once.
+    Large arrays are made on the devices, with one program for each of their few shapes.
     """
-    if len(leaf.shape) < 2:
-        return jnp.ones(leaf.shape, leaf.dtype, device=leaf.sharding)
-    return _normal(np.uint32(seed), leaf.shape, jnp.dtype(leaf.dtype), leaf.sharding)
+    if leaf.size >= LARGE:
+        return _normal(np.uint32(seed), leaf.shape, jnp.dtype(leaf.dtype), leaf.sharding)
+    values = np.ones(leaf.shape, np.float32)
+    if len(leaf.shape) > 1:
+        values = STD * np.random.default_rng(seed).standard_normal(leaf.shape, np.float32)
+    return jax.device_put(values.astype(leaf.dtype), leaf.sharding)
 
 
 def random_model(cfg: JanusConfig) -> Janus:
@@ -57,7 +61,10 @@ def random_model(cfg: JanusConfig) -> Janus:
     return build_model(cfg, jax.block_until_ready(params))
 
 
-_copy = jax.jit(jnp.copy)
+@functools.partial(jax.jit, donate_argnums=1, keep_unused=True)
+def _copy(source: jax.Array, target: jax.Array) -> jax.Array:
+    """Copies `source` into the memory of `target`, so that no further memory is needed."""
+    return jnp.copy(source)
 
 
 def copy_bandwidth() -> float:
@@ -67,11 +74,13 @@ def copy_bandwidth() -> float:
     """
     size = COPY_BYTES.get(jax.default_backend(), LARGE_COPY)
     source = jnp.ones(size // 4, jnp.float32)
+    target = jnp.zeros_like(source)
 
     def copies() -> None:
+        nonlocal target
         for _ in range(COPIES):
-            copied = _copy(source)
-        copied.block_until_ready()
+            target = _copy(source, target)
+        target.block_until_ready()
 
     copies()
     return 2 * size * COPIES / float(np.median(repeated(copies, 5)))

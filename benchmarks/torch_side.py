@@ -14,7 +14,7 @@ from janus_jax.models.janus import JanusConfig
 
 PACKAGES = ("torch", "transformers", "triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COPY_BYTES = 2**31 if DEVICE == "cuda" else 2**26
+COPY_BYTES = 2**30 if DEVICE == "cuda" else 2**26
 COPIES = 20
 IMAGE_TOKEN = 5  # stands for an image in a prompt
 STD = 0.02  # standard deviation of random weights
