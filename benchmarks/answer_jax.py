@@ -5,6 +5,7 @@ import time
 import jax
 import numpy as np
 
+from benchmarks.answer import case
 from benchmarks.answer_figures import Times, answer_figures, answer_shapes, prompt
 from benchmarks.jax_side import copy_bandwidth, device_name, peak_memory, random_model
 from benchmarks.models import config
@@ -43,16 +44,16 @@ def _answer(model: Janus, requests: Requests, num_tokens: int) -> list[float]:
 
 
 def measure(
-    record: Record, model: str, conversations: list[int], num_tokens: int, runs: int
+    record: Record, model: str, conversations: list[int], dtype: str, num_tokens: int, runs: int
 ) -> None:
-    """Measures one model. conversations: batch sizes. runs: of each, after a first one."""
+    """Measures one model. For the arguments see answer.measurement."""
     record.describe(device_name())
-    cfg, bandwidth = config(model), copy_bandwidth()
+    cfg, bandwidth = config(model, dtype), copy_bandwidth()
     network = random_model(cfg)
     for number in conversations:
         requests, times = make_requests(cfg, number), Times()
         for _ in range(1 + runs):
             times.add(time.perf_counter(), _answer(network, requests, num_tokens))
-        case = dict(model=model, conversations=number, implementation="janus_jax")
         figures = answer_figures(cfg, number, num_tokens, times, bandwidth) | peak_memory()
-        record.add(case, figures, shapes=answer_shapes(cfg, number, num_tokens))
+        name = case(model, dtype, number, "janus_jax")
+        record.add(name, figures, shapes=answer_shapes(cfg, number, num_tokens))

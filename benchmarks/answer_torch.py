@@ -5,6 +5,7 @@ import time
 import torch
 import transformers
 
+from benchmarks.answer import case
 from benchmarks.answer_figures import Times, answer_figures, answer_shapes, prompt
 from benchmarks.models import config
 from benchmarks.records import Record
@@ -22,13 +23,15 @@ from benchmarks.torch_side import (
 from janus_jax.models.janus import JanusConfig
 
 
-def _inputs(cfg: JanusConfig, conversations: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _inputs(
+    cfg: JanusConfig, conversations: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the tokens int[B, P], with the image tokens in place, and the pixels [B, 3, S, S]."""
     tokens, mask = prompt(cfg)
     tokens = torch.tensor(tokens, dtype=torch.long, device=DEVICE)
     tokens[torch.tensor(mask, device=DEVICE)] = IMAGE_TOKEN
     size = cfg.image_size
-    pixels = torch.rand((conversations, 3, size, size), dtype=torch.bfloat16, device=DEVICE)
+    pixels = torch.rand((conversations, 3, size, size), dtype=dtype, device=DEVICE)
     return tokens.repeat(conversations, 1), 2 * pixels - 1
 
 
@@ -60,16 +63,16 @@ def generate(
 
 
 def measure(
-    record: Record, model: str, conversations: list[int], num_tokens: int, runs: int
+    record: Record, model: str, conversations: list[int], dtype: str, num_tokens: int, runs: int
 ) -> None:
-    """Measures one model. conversations: batch sizes. runs: of each, after a first one."""
+    """Measures one model. For the arguments see answer.measurement."""
     record.describe(device_name(), PACKAGES)
-    cfg, bandwidth = config(model), copy_bandwidth()
+    cfg, bandwidth = config(model, dtype), copy_bandwidth()
     network = random_model(cfg)
     for number in conversations:
-        inputs, times = _inputs(cfg, number), Times()
+        inputs, times = _inputs(cfg, number, network.dtype), Times()
         for _ in range(1 + runs):
             times.add(now(), generate(network, *inputs, num_tokens)[0])
-        case = dict(model=model, conversations=number, implementation="torch_eager")
         figures = answer_figures(cfg, number, num_tokens, times, bandwidth) | peak_memory()
-        record.add(case, figures, shapes=answer_shapes(cfg, number, num_tokens))
+        name = case(model, dtype, number, "torch_eager")
+        record.add(name, figures, shapes=answer_shapes(cfg, number, num_tokens))

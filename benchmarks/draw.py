@@ -10,9 +10,10 @@ torch_eager: the algorithm of the original code in PyTorch, with modules of `tra
 torch_compiled: the same loop with a static cache, and with the decode step compiled by
     torch.compile(mode="reduce-overhead").
 
-All use random weights in bfloat16, prompts of the same length, two decoder rows per image (guidance
-weight 5) and temperature 1. The image tokenizer is float32 in janus_jax, and bfloat16 in PyTorch as
-in the original code. Times include the prefill, the decoding to pixels and the copy to the host.
+All use random weights, prompts of the same length, two decoder rows per image (guidance weight 5)
+and temperature 1. The image tokenizer is float32 in janus_jax; in PyTorch it has the dtype of the
+decoder, as in the original code. Times include the prefill, the decoding to pixels and the copy to
+the host.
 
 Figures:
 
@@ -35,6 +36,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import suite
+from benchmarks.suite import DTYPES
 
 MODELS = ("janus_pro_1b", "janus_pro_7b", "tiny")
 TORCH = ("torch_eager", "torch_compiled")
@@ -45,21 +47,22 @@ RATE = "images_per_s"
 def jax_measurement(
     model: str,
     num_images: Sequence[int],
+    dtype: str = DTYPES[0],
     runs: int = 3,
     folder: Path | None = None,
     **limits: float,
 ) -> suite.Measurement:
     """Returns the measurement of janus_jax with one model.
 
-    num_images: batch sizes. runs: of each, after a first one. folder: where profiles are kept.
-    limits: `seconds` and `least` of suite.Measurement.
+    num_images: batch sizes. dtype: of the decoder. runs: of each batch size, after a first one.
+    folder: where profiles are kept. limits: `seconds` and `least` of suite.Measurement.
     """
-    settings = dict(model=model, num_images=list(num_images), runs=runs)
+    settings = dict(model=model, num_images=list(num_images), dtype=dtype, runs=runs)
     return suite.Measurement(
         benchmark="draw",
         module="benchmarks.draw_jax",
         settings=settings | dict(folder=folder and str(folder)),
-        cases=[case(model, number, "janus_jax") for number in num_images],
+        cases=[case(model, dtype, number, "janus_jax") for number in num_images],
         **limits,
     )
 
@@ -68,6 +71,7 @@ def torch_measurement(
     model: str,
     num_images: Sequence[int],
     implementations: Sequence[str] = TORCH,
+    dtype: str = DTYPES[0],
     runs: int = 3,
     backend: str = "inductor",
     **limits: float,
@@ -76,21 +80,23 @@ def torch_measurement(
 
     backend: of torch.compile. The others are those of jax_measurement.
     """
-    settings = dict(model=model, num_images=list(num_images), runs=runs, backend=backend)
+    settings = dict(model=model, num_images=list(num_images), dtype=dtype, runs=runs)
     return suite.Measurement(
         benchmark="draw",
         module="benchmarks.draw_torch",
-        settings=settings | dict(implementations=list(implementations)),
-        cases=[case(model, number, name) for name in implementations for number in num_images],
+        settings=settings | dict(implementations=list(implementations), backend=backend),
+        cases=[
+            case(model, dtype, number, name) for name in implementations for number in num_images
+        ],
         needs=("torch", "transformers"),
         uses_jax=False,
         **limits,
     )
 
 
-def case(model: str, num_images: int, implementation: str) -> dict:
+def case(model: str, dtype: str, num_images: int, implementation: str) -> dict:
     """Returns the case of a row."""
-    return dict(model=model, num_images=num_images, implementation=implementation)
+    return dict(model=model, dtype=dtype, num_images=num_images, implementation=implementation)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,14 +104,17 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = suite.parser("draw", __doc__.splitlines()[0], MODELS, IMPLEMENTATIONS)
     text = "images to generate at once (default: 1)"
     parser.add_argument("--num_images", nargs="+", type=int, default=[1], help=text)
+    text = "dtype of the decoder (default: bfloat16)"
+    parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=text)
     parser.add_argument("--runs", type=int, default=3, help="runs after the first (default: 3)")
     args = parser.parse_args(argv)
     measurements, names = [], [name for name in TORCH if name in args.implementation]
     for model in args.model:
         if "janus_jax" in args.implementation:
-            measurements.append(jax_measurement(model, args.num_images, args.runs))
+            measurements.append(jax_measurement(model, args.num_images, args.dtype, args.runs))
         if names:
-            measurements.append(torch_measurement(model, args.num_images, names, args.runs))
+            shape = (args.num_images, names, args.dtype, args.runs)
+            measurements.append(torch_measurement(model, *shape))
     suite.run_all(measurements, args.output, RATE)
 
 

@@ -56,14 +56,16 @@ class Drawing:
 
 
 def measure(
-    record: Record, model: str, num_images: list[int], runs: int, folder: str | None = None
+    record: Record,
+    model: str,
+    num_images: list[int],
+    dtype: str,
+    runs: int,
+    folder: str | None = None,
 ) -> None:
-    """Measures one model. num_images: batch sizes. runs: of each, after a first one.
-
-    folder: where profiles are kept, or None.
-    """
+    """Measures one model. For the arguments see draw.jax_measurement."""
     record.describe(device_name())
-    cfg, bandwidth = config(model), copy_bandwidth()
+    cfg, bandwidth = config(model, dtype), copy_bandwidth()
     network = random_model(cfg)
     for number in num_images:
         requests = make_requests(cfg, number)
@@ -71,7 +73,7 @@ def measure(
         first = seconds_of(drawing)
         drawing.step_seconds.clear()
         seconds = repeated(drawing, runs)
-        name = case(model, number, "janus_jax")
+        name = case(model, dtype, number, "janus_jax")
         figures = draw_figures(cfg, number, first, seconds, drawing.step_seconds, bandwidth)
         result = dict(figures=figures | peak_memory(), shapes=draw_shapes(cfg, number))
         record.add(name, **result)  # also counts if the profile fails

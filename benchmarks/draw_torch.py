@@ -116,12 +116,13 @@ def measure(
     model: str,
     num_images: list[int],
     implementations: list[str],
+    dtype: str,
     runs: int,
     backend: str,
 ) -> None:
     """Measures one model. For the arguments see draw.torch_measurement."""
     record.describe(device_name(), PACKAGES)
-    cfg, bandwidth = config(model), copy_bandwidth()
+    cfg, bandwidth = config(model, dtype), copy_bandwidth()
     network = random_model(cfg)
     for name in implementations:
         for number in num_images:
@@ -139,4 +140,5 @@ def measure(
                 seconds = repeated(drawing, runs)
             figures = draw_figures(cfg, number, first, seconds, drawing.step_seconds, bandwidth)
             figures |= peak_memory()
-            record.add(case(model, number, name), figures, shapes=draw_shapes(cfg, number))
+            shapes = draw_shapes(cfg, number)
+            record.add(case(model, dtype, number, name), figures, shapes=shapes)

@@ -18,6 +18,7 @@ README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results" / "on_gpu"
 BEGIN = "<!-- written by python -m benchmarks.readme_table -->\n"
 END = "<!-- end -->\n"
 NAMES = dict(janus_pro_1b="Janus-Pro-1B", janus_pro_7b="Janus-Pro-7B")
+BFLOAT16 = "bfloat16"
 LIBRARIES = ("jax", "torch", "transformers")
 DRAWINGS = [(model, images) for model in NAMES for images in (1, 16)]
 
@@ -72,7 +73,7 @@ def _drawings(records: Records) -> str:
     ]
     rows = []
     for model, images in DRAWINGS:
-        case = dict(model=model, num_images=images)
+        case = dict(model=model, dtype=BFLOAT16, num_images=images)
         rows.append(
             [
                 f"{NAMES[model]}, {'one image' if images == 1 else f'{images} images at once'}",
@@ -86,7 +87,7 @@ def _drawings(records: Records) -> str:
 
 def _speeds(records: Records) -> str:
     one, tiny = dict(model="janus_pro_1b"), dict(model="janus_tiny")
-    question = one | dict(conversations=1)
+    question = one | dict(dtype=BFLOAT16, conversations=1)
     rows = [
         (
             "Janus-Pro-1B, seconds to the first token of an answer about an image",

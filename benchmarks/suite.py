@@ -24,6 +24,7 @@ from benchmarks.records import Case, Record
 from benchmarks.tables import summary
 
 ROOT = Path(__file__).parents[1]
+DTYPES = ("bfloat16", "float32")  # that a benchmark can be run in; the first is the default
 CUT_OFF = "the run ended before this"
 GRACE = 5.0  # seconds between the two signals that end a process
 # JAX takes this fraction of a GPU's memory when it starts; the default of 0.75 leaves too little

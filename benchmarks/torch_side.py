@@ -5,6 +5,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import transformers
 
@@ -38,12 +39,13 @@ def now() -> float:
 
 
 def random_model(cfg: JanusConfig) -> transformers.JanusForConditionalGeneration:
-    """Returns JanusForConditionalGeneration with the sizes of `cfg`, all of it in bfloat16."""
+    """Returns JanusForConditionalGeneration with the sizes of `cfg`, all of it in its dtype."""
     transformers.utils.logging.set_verbosity_error()
-    config = transformers.JanusConfig(**janus_transformers.write(cfg, "bfloat16", IMAGE_TOKEN))
+    name = np.dtype(cfg.language_model.dtype).name
+    config = transformers.JanusConfig(**janus_transformers.write(cfg, name, IMAGE_TOKEN))
     with torch.device("meta"):
         model = transformers.JanusForConditionalGeneration(config)
-    model = model.to(torch.bfloat16).to_empty(device=DEVICE).eval().requires_grad_(False)
+    model = model.to(getattr(torch, name)).to_empty(device=DEVICE).eval().requires_grad_(False)
     torch.manual_seed(0)
     for parameter in model.parameters():
         if parameter.ndim > 1:

@@ -137,7 +137,7 @@ def test_a_record_fills_the_tables_of_the_readme():
     record = _record(dict(janus_jax=8.0, torch_eager=2.0, torch_compiled=4.0))
     for row in record["rows"]:
         rate = row["figures"].pop("rate")
-        row["case"]["model"] = "janus_pro_7b"
+        row["case"] |= dict(model="janus_pro_7b", dtype="bfloat16")
         row["figures"] = dict(images_per_s=rate, image_s=spread([1 / rate]), bandwidth_share=0.7)
     text = readme_table.tables(dict(draw=record))
     assert "on one X" in text
