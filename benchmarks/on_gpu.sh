@@ -18,14 +18,15 @@ if [ $# -lt 1 ] || [[ $1 == -* ]]; then
 fi
 mkdir -p "$1"
 set -- "$(cd "$1" && pwd)" "${@:2}"
-cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 if [ -n "${WHEELS:-}" ]; then
+    WHEELS=$(cd "$WHEELS" && pwd)
     site=$(mktemp -d)
     trap 'rm -rf "$site"' EXIT
     "$python" -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
+cd "$(dirname "$0")/.."
 "$python" -m benchmarks.on_gpu "$@" &
 trap 'kill -TERM $!' TERM INT  # it ends what it started and writes the summary
 wait $! || status=$?

@@ -12,6 +12,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from benchmarks.tables import summary
 ROOT = Path(__file__).parents[1]
 DTYPES = ("bfloat16", "float32")  # that a benchmark can be run in; the first is the default
 CUT_OFF = "the run ended before this"
+MAX_REASON = 300  # characters
 GRACE = 5.0  # seconds between the two signals that end a process
 # JAX takes this fraction of a GPU's memory when it starts; the default of 0.75 leaves too little
 # for a training step of Janus-Pro-1B on 80 GB.
@@ -131,8 +133,17 @@ def _run_process(
     if status == 0:
         return None
     print(text, file=sys.stderr, flush=True)
+    return _reason(text) or f"the process ended with status {status}"
+
+
+def _reason(text: str) -> str:
+    """Returns the line of an error output that says why; "" if it is empty.
+
+    It is that of the last exception. JAX writes a note after it, which is no reason.
+    """
     lines = [line for line in text.splitlines() if line.strip()]
-    return lines[-1] if lines else f"the process ended with status {status}"
+    errors = [line for line in lines if re.match(r"[\w.]*(Error|Exception|Interrupt)\b", line)]
+    return (errors or lines or [""])[-1][:MAX_REASON]
 
 
 @contextlib.contextmanager

@@ -40,6 +40,8 @@ def now() -> float:
 
 def random_model(cfg: JanusConfig) -> transformers.JanusForConditionalGeneration:
     """Returns JanusForConditionalGeneration with the sizes of `cfg`, all of it in its dtype."""
+    if DEVICE == "cuda":
+        torch.cuda.reset_peak_memory_stats()
     transformers.utils.logging.set_verbosity_error()
     name = np.dtype(cfg.language_model.dtype).name
     config = transformers.JanusConfig(**janus_transformers.write(cfg, name, IMAGE_TOKEN))
@@ -88,7 +90,7 @@ def copy_bandwidth() -> float:
 
 
 def peak_memory() -> dict[str, float]:
-    """Returns peak_gb, the peak memory of the GPU so far; empty on the CPU."""
+    """Returns peak_gb, the peak memory of the GPU since random_model; empty on the CPU."""
     return {"peak_gb": torch.cuda.max_memory_allocated() / 1e9} if DEVICE == "cuda" else {}
 
 

@@ -57,7 +57,7 @@ def test_what_was_measured_before_the_end_counts(path):
     suite.run(measurement(dict(seconds=6.0), sleep=300), path, log=log)
     assert time.monotonic() - start < 60
     assert results(path) == [dict(value=1.0), "stopped after 6 s"]
-    suite.run(measurement(error="no second case"), path, log=log)
+    suite.run(measurement(error="no second case", note="For simplicity, ..."), path, log=log)
     assert results(path) == [dict(value=1.0), "ValueError: no second case"]
     assert "no second case" in log.read_text()
 
