@@ -1,8 +1,9 @@
-"""Writes the tables of README.md about GPUs from the records of benchmarks/on_gpu.sh.
+"""Writes the tables of README.md about speed from the records of the benchmarks.
 
     python -m benchmarks.readme_table
 
-The records are in benchmarks/results/on_gpu. What has no record is written as "not measured".
+The records of benchmarks/on_gpu.sh are in benchmarks/results/on_gpu; what has no record there is
+written as "not measured". Records of draw and load on a CPU may be in benchmarks/results/on_cpu.
 """
 
 import json
@@ -14,7 +15,7 @@ from benchmarks.records import OURS, middle, ratios
 from benchmarks.tables import NOT_MEASURED, markdown, number
 
 ROOT = Path(__file__).parents[1]
-README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results" / "on_gpu"
+README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
 BEGIN = "<!-- written by python -m benchmarks.readme_table -->\n"
 END = "<!-- end -->\n"
 NAMES = dict(janus_pro_1b="Janus-Pro-1B", janus_pro_7b="Janus-Pro-7B")
@@ -48,19 +49,27 @@ def ratio(records: Records, benchmark: str, rate: str, **case) -> str:
     return f"{number(float(found[0]['ratio']))} x" if found else NOT_MEASURED
 
 
-def tables(records: Records) -> str:
-    """Returns the tables with a sentence that says where they were measured."""
-    return "\n".join([_origin(records), _drawings(records), _speeds(records)])
+def tables(results: Path) -> str:
+    """Returns the tables with sentences that say where they were measured.
+
+    results: the folder with the folders of records.
+    """
+    gpu, cpu = (read_records(results / name) for name in ("on_gpu", "on_cpu"))
+    parts = [_origin(gpu), _drawings(gpu), _speeds(gpu)]
+    return "\n".join([*parts, _cpu_origin(cpu), _cpu(cpu)] if cpu else parts)
 
 
 def _origin(records: Records) -> str:
-    used = [record for record in records.values() if record["hardware"]]
+    used = [record["hardware"] for record in records.values() if record["hardware"]]
     if not used:
         return "No GPU was available yet. `benchmarks/on_gpu.sh OUT` measures these rows:\n"
-    versions = {name: text for record in used for name, text in record["versions"].items()}
-    names = ", ".join(f"{name} {versions[name]}" for name in LIBRARIES if name in versions)
-    device = used[0]["hardware"]["device"]
-    return f"Measured by `benchmarks/on_gpu.sh` on one {device} with {names}:\n"
+    device = used[0]["device"]
+    return f"Measured by `benchmarks/on_gpu.sh` on one {device} with {_versions(records)}:\n"
+
+
+def _versions(records: Records) -> str:
+    versions = {n: text for record in records.values() for n, text in record["versions"].items()}
+    return ", ".join(f"{name} {versions[name]}" for name in LIBRARIES if name in versions)
 
 
 def _drawings(records: Records) -> str:
@@ -113,6 +122,34 @@ def _speeds(records: Records) -> str:
     return markdown(["other figures", "measured"], rows)
 
 
+def _cpu_origin(records: Records) -> str:
+    facts = next(iter(records.values()))["hardware"]
+    return f"Measured on {facts['cores']} cores ({facts['cpu']}) with {_versions(records)}:\n"
+
+
+def _cpu(records: Records) -> str:
+    """Returns the table of the CPU; rows that have no record are omitted."""
+    tiny = dict(model="janus_tiny")
+    drawing = dict(model="janus_pro_1b", dtype="float32", num_images=1)
+    rows = [
+        (
+            f"`janus_tiny`, from starting `sample.py` to four images, {start}",
+            figure(records, "load", "seconds", **tiny, what=f"sample.py, {start}"),
+            "",
+        )
+        for start in ("cold", "warm")
+    ]
+    eager, compiled = (
+        ratio(records, "draw", draw.RATE, **drawing, implementation=name) for name in draw.TORCH
+    )
+    seconds = figure(records, "draw", "image_s", **drawing)
+    rows.append(
+        ("Janus-Pro-1B, one image, float32", seconds, f"eager {eager}, compiled {compiled}")
+    )
+    header = ["on a CPU", "seconds", "images/s, compared with PyTorch"]
+    return markdown(header, [row for row in rows if row[1] != NOT_MEASURED])
+
+
 def replaced(readme: str, text: str) -> str:
     """Returns the README with the text between the two comments replaced.
 
@@ -129,7 +166,7 @@ def replaced(readme: str, text: str) -> str:
 def main() -> None:
     """Writes the README."""
     text = README.read_text("utf-8")
-    README.write_text(replaced(text, tables(read_records(RESULTS))), "utf-8")
+    README.write_text(replaced(text, tables(RESULTS)), "utf-8")
 
 
 if __name__ == "__main__":

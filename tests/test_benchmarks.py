@@ -129,20 +129,45 @@ def test_numbers_have_three_digits(value, text):
 
 def test_the_tables_of_the_readme_are_those_of_the_records():
     readme = readme_table.README.read_text("utf-8")
-    text = readme_table.tables(readme_table.read_records(readme_table.RESULTS))
-    assert readme_table.replaced(readme, text) == readme
+    assert readme_table.replaced(readme, readme_table.tables(readme_table.RESULTS)) == readme
 
 
-def test_a_record_fills_the_tables_of_the_readme():
+@pytest.mark.parametrize(
+    ("folder", "model", "dtype", "lines"),
+    [
+        (
+            "on_gpu",
+            "janus_pro_7b",
+            "bfloat16",
+            [
+                "Measured by `benchmarks/on_gpu.sh` on one X with jax 1.2:",
+                "| Janus-Pro-7B, one image | 0.125 | 0.700 | 4.00 x | 2.00 x |",
+                "| Janus-Pro-7B, 16 images at once | not measured | not measured |",
+            ],
+        ),
+        (
+            "on_cpu",
+            "janus_pro_1b",
+            "float32",
+            [
+                "| Janus-Pro-1B, one image | not measured | not measured | not measured |",
+                "Measured on 2 cores (Y) with jax 1.2:",
+                "| Janus-Pro-1B, one image, float32 | 0.125 | eager 4.00 x, compiled 2.00 x |",
+            ],
+        ),
+    ],
+)
+def test_a_record_fills_the_tables_of_the_readme(tmp_path, folder, model, dtype, lines):
     record = _record(dict(janus_jax=8.0, torch_eager=2.0, torch_compiled=4.0))
+    record |= dict(hardware=dict(device="X", cpu="Y", cores=2), versions=dict(jax="1.2"))
     for row in record["rows"]:
         rate = row["figures"].pop("rate")
-        row["case"] |= dict(model="janus_pro_7b", dtype="bfloat16")
+        row["case"] |= dict(model=model, dtype=dtype)
         row["figures"] = dict(images_per_s=rate, image_s=spread([1 / rate]), bandwidth_share=0.7)
-    text = readme_table.tables(dict(draw=record))
-    assert "on one X" in text
-    assert "| Janus-Pro-7B, one image | 0.125 | 0.700 | 4.00 x | 2.00 x |" in text
-    assert "| Janus-Pro-7B, 16 images at once | not measured | not measured |" in text
+    (tmp_path / folder).mkdir()
+    (tmp_path / folder / "draw.json").write_text(json.dumps(record))
+    text = readme_table.tables(tmp_path)
+    assert [line for line in lines if line not in text] == []
 
 
 def test_the_bytes_of_a_step_are_those_of_the_weights_and_the_cache():
