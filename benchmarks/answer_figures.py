@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.models import TEXT_STEP, shapes, step_bytes
+from benchmarks.models import shapes, step_bytes
 from benchmarks.records import spread
 from benchmarks.timing import rate_between
 from janus_jax.generation.chunks import bucket_length
@@ -70,7 +70,7 @@ def answer_figures(
     """
     seconds = times.seconds[1:]
     filled = len(prompt(cfg)[0]) + num_tokens / 2
-    floor = step_bytes(cfg, TEXT_STEP, conversations, filled) / bandwidth
+    floor = step_bytes(cfg, "answer", conversations, filled) / bandwidth
     figures = dict(
         tokens_per_s=conversations * num_tokens / statistics.median(seconds),
         run_s=spread(seconds),

@@ -2,7 +2,7 @@
 
 import statistics
 
-from benchmarks.models import IMAGE_STEP, PROMPT_LENGTH, shapes, step_bytes
+from benchmarks.models import PROMPT_LENGTH, shapes, step_bytes
 from benchmarks.records import spread
 from janus_jax.models.janus import JanusConfig
 
@@ -34,7 +34,7 @@ def draw_figures(
     of a decode step. bandwidth: measured, in bytes/s.
     """
     filled = PROMPT_LENGTH + cfg.num_image_tokens / 2
-    floor = step_bytes(cfg, IMAGE_STEP, 2 * num_images, filled) / bandwidth
+    floor = step_bytes(cfg, "draw", 2 * num_images, filled) / bandwidth
     return dict(
         images_per_s=num_images / statistics.median(seconds),
         image_s=spread([value / num_images for value in seconds]),

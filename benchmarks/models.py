@@ -1,20 +1,17 @@
 """The models that the benchmarks run, with random weights: sizes, and what a decode step reads."""
 
 import dataclasses
-import math
-from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from janus_jax.interop.load import DTYPES, abstract
+from janus_jax.aot import generation
+from janus_jax.aot.compiled import device_bytes
+from janus_jax.interop.load import DTYPES
 from janus_jax.models.janus import JanusConfig
 from janus_jax.models.siglip import SiglipConfig
 
 PROMPT_LENGTH = 32  # tokens of the prompt of an image
-# Modules whose weights one decode step reads. Of the embeddings it reads only a few rows.
-IMAGE_STEP = ("language_model.layers", "language_model.norm", "gen_head", "gen_aligner")
-TEXT_STEP = ("language_model.layers", "language_model.norm", "language_model.lm_head")
 
 
 def _tiny() -> JanusConfig:
@@ -54,19 +51,11 @@ def shapes(cfg: JanusConfig, **others: int) -> dict[str, int | str]:
     )
 
 
-def step_bytes(cfg: JanusConfig, parts: Sequence[str], rows: int, filled: float) -> float:
-    """Returns the bytes that one decode step must read.
+def step_bytes(cfg: JanusConfig, kind: str, rows: int, filled: float) -> float:
+    """Returns the bytes that one decode step must read: the weights, and the valid slots.
 
-    These are the weights of the modules `parts`, once, and the valid slots of the cache.
-
-    rows: rows of the batch. filled: mean number of valid slots of a row.
+    kind: "draw" or "answer". rows: of the batch. filled: mean number of valid slots of a row.
     """
-    weights = 0
-    for keys, leaf in nnx.to_flat_state(abstract(cfg)[1]):
-        path = ".".join(map(str, keys))
-        if any(path.startswith(f"{part}.") for part in parts):
-            array = leaf.get_value()
-            weights += math.prod(array.shape) * array.dtype.itemsize
-    decoder = cfg.language_model
-    width = 2 * decoder.num_key_value_heads * decoder.head_dim * decoder.num_hidden_layers
-    return weights + rows * filled * width * jnp.dtype(decoder.dtype).itemsize
+    target = generation.Target(cfg, jax.devices()[0])
+    weights = device_bytes(list(generation.weight_shapes(target, kind).values()))
+    return weights + generation.cache_bytes(target, rows, 1, filled)

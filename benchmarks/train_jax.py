@@ -1,8 +1,6 @@
 """Measures a training step with janus_jax, see benchmarks/train.py."""
 
 import statistics
-from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 from ml_collections import ConfigDict
@@ -13,20 +11,14 @@ from benchmarks.packed_rows import random_rows
 from benchmarks.records import PACKAGES, Record, spread
 from benchmarks.timing import repeated, seconds_of
 from benchmarks.train import case
+from janus_jax.aot.training import abstract_program
 from janus_jax.data.packing import efficiency
 from janus_jax.data.records import KINDS
-from janus_jax.data.sources import FORMATS
-from janus_jax.families.family import DEEPSEEK
-from janus_jax.interop.load import Folder
-from janus_jax.processing.images import ImageConfig
-from janus_jax.sharding import make_mesh
 from janus_jax.training.flops import peak_flops, step_flops
 from janus_jax.training.program import Program, put_rows
-from janus_jax.training.settings import Inputs, no_progress, rows_config
 from janus_jax.training.stages import STAGES, stage_config
 
 STAGE = 2
-MEAN = STD = (0.5, 0.5, 0.5)  # of the pixels of the released models
 
 
 def make_program(model: str, batch_size: int, seq_len: int, remat: str) -> Program:
@@ -35,21 +27,7 @@ def make_program(model: str, batch_size: int, seq_len: int, remat: str) -> Progr
     settings.update(
         batch_size=batch_size, seq_len=seq_len, remat=remat, streams=1, mixture=ConfigDict()
     )
-    mesh = make_mesh(devices=jax.devices()[:1])
-    cfg = config(model, settings.dtype).with_remat(remat)
-    images = ImageConfig(cfg.image_size, MEAN, STD)
-    inputs = Inputs(
-        settings=settings,
-        source=Folder(Path(model), {}, DEEPSEEK, cfg, is_orbax=False),
-        processor=SimpleNamespace(image_config=images),  # all that a step takes from it
-        model_cfg=cfg,
-        mesh=mesh,
-        rows=rows_config(settings, mesh),
-        lora=None,
-        formats=FORMATS,
-        progress=no_progress,
-    )
-    return Program(inputs)
+    return abstract_program(settings, config(model, settings.dtype), jax.devices()[:1])
 
 
 class Training:

@@ -173,11 +173,15 @@ def test_a_record_fills_the_tables_of_the_readme(tmp_path, folder, model, dtype,
 def test_the_bytes_of_a_step_are_those_of_the_weights_and_the_cache():
     cfg = models.config("tiny")
     decoder = cfg.language_model
-    width, hidden = decoder.hidden_size, decoder.intermediate_size
-    layers = decoder.num_hidden_layers * (4 * width**2 + 3 * width * hidden + 2 * width) + width
-    head = width * decoder.vocab_size
-    assert models.step_bytes(cfg, models.TEXT_STEP, 0, 0) == 2 * (layers + head)
-    assert models.step_bytes(cfg, (), rows=2, filled=10.5) == 2 * 10.5 * 2 * 2 * width * 2
+    width, hidden, layers = (
+        decoder.hidden_size,
+        decoder.intermediate_size,
+        decoder.num_hidden_layers,
+    )
+    weights = layers * (4 * width**2 + 3 * width * hidden + 2 * width)
+    weights += width + width * decoder.vocab_size
+    slots = 2 * 10.5 * 2 * layers * width
+    assert models.step_bytes(cfg, "answer", rows=2, filled=10.5) == 2 * (weights + slots)
 
 
 def test_repeated_runs_stop_at_their_budget():
