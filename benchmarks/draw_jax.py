@@ -22,8 +22,6 @@ from janus_jax.generation.requests import Requests
 from janus_jax.models.janus import Janus, JanusConfig
 from janus_jax.sharding import put_batch
 
-PROFILED_STEPS = 8
-
 
 def make_requests(cfg: JanusConfig, num_images: int) -> Requests:
     """Returns requests for images of a random prompt that fills its bucket, without padding."""
@@ -82,10 +80,11 @@ def measure(
 
 
 def _profile(model: Janus, requests: Requests, folder: str | None) -> dict:
-    """Profiles the first decode steps."""
+    """Profiles the first decode steps, with the program that `Drawing` has compiled."""
+    steps = image.steps_per_report(model.cfg.num_image_tokens)
     batch = image.begin_batch(model, put_batch(requests, None), None)
 
-    def steps() -> None:
-        jax.block_until_ready(image.advance_batch(model, batch, 1, 1 + PROFILED_STEPS))
+    def run() -> None:
+        jax.block_until_ready(image.advance_batch(model, batch, 1, steps))
 
-    return profile(steps, PROFILED_STEPS, folder)
+    return profile(run, steps, folder)
