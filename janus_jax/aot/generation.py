@@ -8,6 +8,7 @@ import functools
 from collections.abc import Iterator
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
@@ -22,6 +23,7 @@ from janus_jax.generation.requests import Requests
 from janus_jax.generation.samplers import make_sampling
 from janus_jax.interop.load import abstract, merge_params
 from janus_jax.processing.processor import Batch
+from janus_jax.training.parameters import leaves_by_path
 
 # The positions that the matrices of a decode step are applied to, see ParameterGroup.counted_by.
 _READ_BY_IMAGE_TOKEN = ("token", "generated", "image_target")
@@ -45,8 +47,7 @@ class Target:
     def model(self) -> nnx.Module:
         """The model, with shapes and shardings instead of arrays."""
         graph, state = abstract(self.cfg)
-        flat = nnx.to_flat_state(state)
-        shapes = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in flat}
+        shapes = dict(leaves_by_path(state))
         return merge_params(graph, state, lambda path: self._place(path, shapes[path]))
 
     def _place(self, path: str, leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -158,8 +159,7 @@ def weight_shapes(target: Target, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
     """
     table = family_of(target.cfg).parameter_table
     read_by = _READ_BY_IMAGE_TOKEN if kind == "draw" else _READ_BY_TEXT_TOKEN
-    flat = nnx.to_flat_state(nnx.state(target.model))
-    shapes = {".".join(map(str, keys)): leaf.get_value() for keys, leaf in flat}
+    shapes = dict(leaves_by_path(nnx.state(target.model)))
     rows = {path: table.find(path) for path in shapes}
     return {
         path: leaf
@@ -174,13 +174,9 @@ def cache_bytes(target: Target, batch: int, rows: int, filled: float) -> float:
     batch: B. rows: decoder rows of a request. filled: number of filled positions of a row.
     """
     decoder = target.cfg.language_model
-    width = decoder.num_key_value_heads * decoder.head_dim
-    slot = jax.ShapeDtypeStruct(
-        (batch * rows, decoder.num_key_value_heads, decoder.head_dim), decoder.dtype
-    )
+    width = 2 * decoder.num_key_value_heads * decoder.head_dim * jnp.dtype(decoder.dtype).itemsize
     shards = sharding.num_batch_shards(target.mesh) * sharding.num_tensor_shards(target.mesh)
-    per_slot = 2 * decoder.num_hidden_layers * batch * rows * width * slot.dtype.itemsize
-    return per_slot * filled / shards
+    return decoder.num_hidden_layers * width * batch * rows * filled / shards
 
 
 def parameter_bytes(target: Target) -> int:

@@ -1,5 +1,6 @@
 """Jobs to compile: drawing images, answering a question, training; on described devices."""
 
+import abc
 import dataclasses
 import functools
 import math
@@ -35,7 +36,7 @@ class Step:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Job:
+class Job(abc.ABC):
     """A job on devices that need not be there.
 
     facts: the kind of device.
@@ -74,21 +75,21 @@ class Job:
         return sharding.parse_mesh(self.mesh, self.devices) if self.mesh else None
 
     @property
+    @abc.abstractmethod
     def settings(self) -> dict[str, Any]:
         """What the job works on, for the report."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def held(self) -> dict[str, int]:
         """Returns the bytes on each device that are there before the programs run, by purpose."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def compile(self) -> Iterator[CompiledPart]:
         """Compiles the programs of the job one after the other.
 
         Raises:
             DoesNotFitError: the compiler says that the memory of the device is too small.
         """
-        raise NotImplementedError
 
     def step(self) -> Step | None:
         """Returns what one decode step must read, or None for a job without decode steps."""
