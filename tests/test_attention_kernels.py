@@ -5,6 +5,7 @@ The TPU kernels run in Pallas' interpreter. tests/aot compiles them.
 
 import functools
 import re
+import types
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 
 from janus_jax import sharding
-from janus_jax.models import shards
+from janus_jax.models import attention_cuda, shards
 from janus_jax.models.attention import attention, xla_attention
 from janus_jax.models.attention_tpu import splash_attention
 
@@ -180,3 +181,12 @@ def test_other_uses_are_plain():
         lowered("cpu", q, k, v, causal=True),
     ]
     assert not any("custom_call" in text for text in plain)
+
+
+@pytest.mark.parametrize("capability, has_cudnn", [("7.5", False), ("8.0", True), ("10.3", True)])
+def test_cudnn_needs_an_ampere_gpu(capability, has_cudnn, monkeypatch):
+    """Older GPUs, such as the T4 of free notebooks, have no kernel."""
+    gpu = types.SimpleNamespace(compute_capability=capability)
+    monkeypatch.setattr(attention_cuda, "cudnn_attention", lambda q, *_, causal: q)
+    monkeypatch.setattr(jax, "devices", lambda platform: [gpu])
+    assert attention_cuda._has_cudnn.__wrapped__() is has_cudnn
