@@ -54,14 +54,23 @@ def make_mesh(
     )
 
 
-def parse_mesh(text: str) -> Mesh:
+def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """Returns the mesh that a text such as "data=1,fsdp=1,tensor=4" describes.
 
     Args:
         text: comma-separated AXIS=SIZE, in any order; an axis that is not named has size 1.
+        devices: as for make_mesh.
     Raises:
-        ValueError: if an axis is unknown or repeated, a size is not an integer, or make_mesh
-            rejects the sizes.
+        ValueError: as mesh_sizes and make_mesh.
+    """
+    return make_mesh(**mesh_sizes(text), devices=devices)
+
+
+def mesh_sizes(text: str) -> dict[str, int]:
+    """Returns the sizes of the axes that a text such as "data=1,tensor=4" names.
+
+    Raises:
+        ValueError: if an axis is unknown or repeated, or a size is not an integer.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -72,7 +81,7 @@ def parse_mesh(text: str) -> Mesh:
                 f"got {text!r}"
             )
         sizes[name] = int(size)
-    return make_mesh(**sizes)
+    return sizes
 
 
 def fit_spec(mesh: Mesh, spec: P, shape: Sequence[int]) -> P:

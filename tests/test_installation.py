@@ -142,9 +142,9 @@ def test_configs_import_each_other(installed, tmp_path):
         "    return config\n"
     )
     code = (
-        "from janus_jax.commands import train as cli\n"
-        "for value in [*cli.config_names(), 'janus_tiny_stage3:stage2', 'mine.py:there']:\n"
-        "    config = cli.parse(['--config', value]).config\n"
+        "from janus_jax.commands import config_flag, train\n"
+        "for value in [*config_flag.config_names(), 'janus_tiny_stage3:stage2', 'mine.py:there']:\n"
+        "    config = train.parse(['--config', value]).config\n"
         "    print(value, config.output, config.steps)\n"
     )
     done = call(installed / "python", "-c", code, cwd=tmp_path)

@@ -24,7 +24,7 @@ from configs import (
     janus_tiny_stage3_refine,
     janus_tiny_vq,
 )
-from janus_jax.commands import tokenize_images
+from janus_jax.commands import config_flag, tokenize_images
 from janus_jax.commands import train as cli
 from janus_jax.generation import loading
 from janus_jax.interop import files, new_folder, save
@@ -209,19 +209,19 @@ def test_help_names_the_command_the_flags_and_the_configs(command, capsys):
         assert stopped.value.code == 0
         assert text.startswith(f"usage: {command} --config=CONFIG ")
         assert all(f"\n  --{flag} " in text for flag in ("dry_run", "coordinator", "config"))
-        assert all(name in text for name in cli.config_names())
+        assert all(name in text for name in config_flag.config_names())
         assert "janus_jax.training" not in text
 
 
 def test_a_config_is_found_by_its_name_or_as_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     names = {path.stem for path in (ROOT / "configs").glob("*.py")} - {"__init__"}
-    assert set(cli.config_names()) == names
-    path = cli.find_config("janus_tiny_stage3:stage2")
-    assert path == f"{cli.CONFIGS / 'janus_tiny_stage3.py'}:stage2"
-    assert cli.find_config(path) == path
+    assert set(config_flag.config_names()) == names
+    path = config_flag.find_config("janus_tiny_stage3:stage2")
+    assert path == f"{config_flag.CONFIGS / 'janus_tiny_stage3.py'}:stage2"
+    assert config_flag.find_config(path) == path
     (tmp_path / "janus_tiny_vq").write_text("")  # a file goes before a name
-    assert cli.find_config("janus_tiny_vq:a") == "janus_tiny_vq:a"
+    assert config_flag.find_config("janus_tiny_vq:a") == "janus_tiny_vq:a"
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ def test_errors_in_a_config_file_take_one_line(text, words, tmp_path, capsys, mo
 
 def assert_refused(train_one, cfg, capsys, words: str) -> None:
     """A run ends at once with one line that contains the words."""
-    with pytest.raises(SystemExit) as stopped, cli.settings_errors():
+    with pytest.raises(SystemExit) as stopped, config_flag.settings_errors():
         train_one(cfg)
     assert stopped.value.code == 2
     assert_one_line(capsys.readouterr().err, "train.py", *words.split())
@@ -334,11 +334,11 @@ def test_a_device_without_memory_takes_one_line(monkeypatch, capsys):
 
 
 def test_an_interrupt_takes_one_line_and_a_bug_its_traceback(capsys):
-    with pytest.raises(SystemExit) as stopped, cli.settings_errors():
+    with pytest.raises(SystemExit) as stopped, config_flag.settings_errors():
         raise KeyboardInterrupt
     assert stopped.value.code == 130
     assert capsys.readouterr().err == "train.py: interrupted\n"
-    with pytest.raises(AttributeError), cli.settings_errors():
+    with pytest.raises(AttributeError), config_flag.settings_errors():
         raise AttributeError("'NoneType' object has no attribute 'shape'")
 
 

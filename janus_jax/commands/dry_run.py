@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from janus_jax.aot.training import compile_step, held_bytes
 from janus_jax.data.packing import efficiency
 from janus_jax.data.sources import FORMATS, Formats
 from janus_jax.families.family import ParameterTable
@@ -21,7 +22,7 @@ from janus_jax.processing.processor import Processor
 from janus_jax.training.distributed import check_processes
 from janus_jax.training.evaluation import held_out_rows, prompt_images
 from janus_jax.training.parameters import Shapes
-from janus_jax.training.program import Program, array_bytes, step_bytes
+from janus_jax.training.program import Program
 from janus_jax.training.settings import Inputs
 
 MAX_WRITTEN_ROWS = 4
@@ -83,10 +84,10 @@ def _param_counts(shapes: Shapes, table: ParameterTable) -> str:
 
 def _memory(program: Program) -> Iterator[str]:
     """Yields the size of the arrays on each device and the temporary memory of a step."""
-    sizes = array_bytes(program)
+    sizes = held_bytes(program)
     parts = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in sizes.items())
     yield f"arrays on each device: {sum(sizes.values()) / 1e9:.3f} GB ({parts})"
-    device, temporary = program.inputs.mesh.devices.flat[0].device_kind, step_bytes(program)
+    device, temporary = program.inputs.mesh.devices.flat[0].device_kind, compile_step(program).added
     yield f"temporary memory of a step: {temporary / 1e9:.3f} GB, as XLA plans it for {device}"
 
 

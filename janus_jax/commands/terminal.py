@@ -36,6 +36,11 @@ class OneLineParser(argparse.ArgumentParser):
         words = (shorten_text(word) for word in message.split())
         exit_with_error(self._name, " ".join(words))
 
+    def flag_names(self) -> list[str]:
+        """Returns the names of all flags, such as "--seed"."""
+        options = (option for action in self._actions for option in action.option_strings)
+        return [option for option in options if option.startswith("--")]
+
 
 def path_arg(text: str) -> Path:
     """The argparse type of paths; rejects an empty string, which Path takes for "."."""

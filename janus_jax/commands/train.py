@@ -1,86 +1,30 @@
 """The command line of `train.py` and `janus-train`."""
 
 import argparse
-import contextlib
-import difflib
 import faulthandler
 import functools
-import re
 import sys
 import textwrap
-import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from logging import INFO, LogRecord
-from pathlib import Path
 
 from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from ml_collections import ConfigDict
 
-from janus_jax import configs
-from janus_jax.checks import error_text, shorten_text
+from janus_jax.commands.config_flag import config_names, load_config, settings_errors
 from janus_jax.commands.terminal import (
     OneLineParser,
     Progress,
     device_memory_errors,
-    one_line_errors,
     program_name,
 )
 
-CONFIGS = Path(configs.__file__).parent  # the folder configs/ of a clone
 COMMAND = "python train.py"
 
 _MEMORY_ADVICE = (
     "while training; reduce batch_size or raise accumulate, or see the sections on devices and "
     "memory in docs/training.md"
 )
-
-
-@contextlib.contextmanager
-def settings_errors(name: str = "train.py") -> Iterator[None]:
-    """Ends the program with one line and status 2 after an error in the flags or the config.
-
-    name: the name of the program, which the line starts with.
-    """
-    with one_line_errors(name, flags.Error, FloatingPointError):
-        try:
-            yield
-        except AttributeError as error:
-            # a ConfigDict raises AttributeError with a KeyError as its argument
-            if not error.args or not isinstance(error.args[0], KeyError):
-                raise
-            missing = str(error.args[0].args[0]).replace("\nDid you", "; did you")
-            raise ValueError(f"the config has no {missing}") from error
-
-
-def config_names() -> list[str]:
-    """Returns the names of the configs that ship with the package."""
-    return sorted(path.stem for path in CONFIGS.glob("[!_]*.py"))
-
-
-def find_config(value: str) -> str:
-    """Returns the value of --config with the name of a config replaced by its path.
-
-    value: PATH, PATH:ARGUMENT, NAME or NAME:ARGUMENT. If a file has the name of a config, the
-        file is used.
-
-    Raises:
-        FileNotFoundError: there is neither such a file nor such a config. ValueError: the name is
-            empty.
-    """
-    name, colon, argument = value.partition(":")
-    if not name:
-        raise ValueError("--config must be the path or the name of a config, got ''")
-    if Path(name).is_file():
-        return value
-    names = config_names()
-    if name not in names:
-        similar = difflib.get_close_matches(Path(name).stem, names, 1)
-        hint = f"did you mean {similar[0]}? " if similar else ""
-        raise FileNotFoundError(
-            f"no config file at {shorten_text(name)}, and no config of that name; {hint}give the "
-            f"path of a Python file, or one of: {', '.join(names)}"
-        )
-    return f"{CONFIGS / name}.py{colon}{argument}"
 
 
 def make_parser(command: str = COMMAND) -> OneLineParser:
@@ -126,17 +70,6 @@ def make_parser(command: str = COMMAND) -> OneLineParser:
     return parser
 
 
-def _check_known(words: Sequence[str]) -> None:
-    """Raises ValueError if a word is neither an override, --config.NAME=VALUE, nor its value."""
-    for word in words:
-        flag = word.partition("=")[0]
-        if re.match("--?[A-Za-z]", word) and not re.match("--?(no)?config\\.", word):
-            known = ("--config", "--dry_run", "--distributed", "--coordinator", "--num_processes")
-            similar = difflib.get_close_matches(flag, (*known, "--process_id"), 1)
-            hint = f"; did you mean {similar[0]}?" if similar else ""
-            raise ValueError(f"unknown flag {shorten_text(flag)}{hint}")
-
-
 def parse(argv: Sequence[str], command: str = COMMAND) -> argparse.Namespace:
     """Parses the flags and loads the config, which becomes the attribute `config`.
 
@@ -144,53 +77,11 @@ def parse(argv: Sequence[str], command: str = COMMAND) -> argparse.Namespace:
         argv: arguments after the command.
         command: how the user calls this program, for --help and error messages.
     """
-    args, others = make_parser(command).parse_known_args(argv)
+    parser = make_parser(command)
+    args, others = parser.parse_known_args(argv)
     with settings_errors(program_name(command)):
-        _check_known(others)
-        if args.config is None:
-            raise ValueError("--config is required; run --help for the list of configs")
-        args.config = _load_config(find_config(args.config), others)
+        args.config = load_config(args.config, others, parser.flag_names())
     return args
-
-
-def _load_config(path: str, overrides: Sequence[str]) -> ConfigDict:
-    """Runs a config file and applies the arguments --config.NAME=VALUE.
-
-    Raises:
-        ValueError: an argument is wrong, an exception was raised in the config file, or it does
-            not return a ConfigDict.
-    """
-    argv = ["", f"--config={path}", *overrides]
-    values = flags.FlagValues()
-    flag = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
-    try:
-        _, *words = values(argv)
-    except SyntaxError as error:
-        raise ValueError(f"the config file must be Python, got {error}") from None
-    except KeyError as error:  # an unknown name inside a mapping, or inside a plain value
-        raise ValueError(f"the config has no such setting: {error.args[0]}") from None
-    except flags.IllegalFlagValueError as error:
-        # a ValueError raised in the config file comes with its whole traceback
-        before, trace, _ = str(error).partition("Traceback")
-        last = str(error).splitlines()[-1] if trace else ""
-        raise ValueError(f"{before}{last}") from None
-    except flags.Error:
-        raise
-    except Exception as error:
-        if error.args and isinstance(error.args[0], KeyError):  # see settings_errors
-            raise
-        if "no attribute 'get_config'" in str(error):
-            raise ValueError("the config file must define get_config()") from None
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        kind, place = type(error).__name__, f"{where.filename}, line {where.lineno}"
-        reason = f"{kind}: {error_text(error)} ({place})"
-        raise ValueError(f"the config file failed: {reason}") from error
-    if words:
-        raise ValueError(f"arguments must be flags, got {words}")
-    if not isinstance(flag.value, ConfigDict):
-        got = type(flag.value).__name__
-        raise ValueError(f"get_config() must return an ml_collections.ConfigDict, got {got}")
-    return flag.value
 
 
 def _set_up_logging() -> None:

@@ -329,6 +329,7 @@ class Family:
     sizes: returns the sizes that matter outside of the networks.
     attention_flops: returns the FLOPs of attention, by stack.
     processor: reads the processor of a checkpoint folder, given the contents of its config.json.
+    released: functions that return the configs of the released models, by name.
     """
 
     config_class: type
@@ -341,3 +342,4 @@ class Family:
     sizes: Callable[[Any], Sizes]
     attention_flops: Callable[[Any], tuple[AttentionFlops, ...]]
     processor: Callable[[Path, Mapping], Processor]
+    released: Mapping[str, Callable[[], ModelConfig]] = dataclasses.field(default_factory=dict)

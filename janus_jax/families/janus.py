@@ -157,6 +157,10 @@ def attention_flops(cfg: JanusConfig) -> tuple[AttentionFlops, ...]:
 
 JANUS = Family(
     config_class=JanusConfig,
+    released={
+        name: getattr(JanusConfig, name)
+        for name in ("janus_1_3b", "janus_pro_1b", "janus_pro_7b", "janus_tiny")
+    },
     build=Janus,
     parameter_table=ParameterTable(_PARTS),
     stacks={

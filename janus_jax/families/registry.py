@@ -1,6 +1,6 @@
 """The model families, and which of them a config.json or a model's config belongs to."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from janus_jax.families.config import check_sizes, config_error
 from janus_jax.families.family import DEEPSEEK, TRANSFORMERS, Family, ModelConfig, Sizes
@@ -38,6 +38,11 @@ def detect_layout(config: Mapping) -> tuple[Family, str]:
 def family_of(cfg: ModelConfig) -> Family:
     """Returns the family of a model's config."""
     return next(family for family in FAMILIES if isinstance(cfg, family.config_class))
+
+
+def released_models() -> dict[str, Callable[[], ModelConfig]]:
+    """Returns the functions that return the configs of all released models, by name."""
+    return {name: make for family in FAMILIES for name, make in family.released.items()}
 
 
 def sizes_of(cfg: ModelConfig) -> Sizes:

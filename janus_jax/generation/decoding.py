@@ -73,6 +73,7 @@ def full_float32_matmuls(function: Callable) -> Callable:
 
 
 @full_float32_matmuls
+@jax.named_scope("prefill")
 def prefill(
     model: Janus, kind: TokenKind, requests: Requests, num_tokens: int, mesh: Mesh | None = None
 ) -> tuple[DecodeState, jax.Array]:
@@ -99,6 +100,7 @@ def prefill(
 
 
 @full_float32_matmuls
+@jax.named_scope("decode_step")
 def decode_step(
     model: Janus, kind: TokenKind, state: DecodeState
 ) -> tuple[DecodeState, jax.Array]:

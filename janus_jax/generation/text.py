@@ -51,14 +51,15 @@ def generate_tokens(
 
 
 @functools.partial(jax.jit, static_argnames=("max_new_tokens", "mesh"))
-def _begin(
+def begin_answers(
     model: Janus, requests: Requests, max_new_tokens: int, mesh: Mesh | None = None
 ) -> DecodeState:
+    """Runs the prefill and chooses the first token of every answer."""
     return decoding.begin(model, TEXT_KIND, requests, max_new_tokens, mesh)
 
 
 @functools.partial(jax.jit, static_argnames="treedef", donate_argnames="state")
-def _advance(treedef, leaves, state: DecodeState) -> DecodeState:
+def advance_answers(treedef, leaves, state: DecodeState) -> DecodeState:
     """decoding.advance of a flattened model.
 
     jit would flatten the model at each call, which takes as long as a token.
@@ -78,7 +79,7 @@ def stream(
     """
     leaves, treedef = jax.tree.flatten(model)
     eos_id = int(requests.choice.eos_id[0])
-    state = _begin(model, requests, max_new_tokens, mesh)
+    state = begin_answers(model, requests, max_new_tokens, mesh)
     for step in range(1, max_new_tokens + 1):
         token = int(state.token[0])
         check_tokens(model, requests, token, mesh)
@@ -86,7 +87,7 @@ def stream(
             return
         yield token
         if step < max_new_tokens:
-            state = _advance(treedef, leaves, state)
+            state = advance_answers(treedef, leaves, state)
 
 
 def check_tokens(

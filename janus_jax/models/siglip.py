@@ -113,6 +113,8 @@ class Block(nnx.Module):
         self.norm2 = _norm(cfg, rngs)
         self.mlp = MLP(cfg, rngs=rngs)
 
+    # a scope around the block would not be in the names of its gradient, if it is recomputed
+    @jax.named_scope("und_encoder")
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float[B, T, W] to float[B, T, W]."""
         x = x + self.attn(self.norm1(x))

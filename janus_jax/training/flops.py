@@ -24,27 +24,9 @@ from collections.abc import Mapping
 import jax
 import numpy as np
 
+from janus_jax.devices import facts_of
 from janus_jax.families.family import ModelConfig
 from janus_jax.families.registry import family_of
-
-# Peak FLOP/s of dense bfloat16 matrix products of one JAX device, by device_kind. Sources: Google's
-# pages on each TPU version, and NVIDIA's data sheets (values with sparsity, halved).
-_PEAKS = {
-    "TPU v4": 275e12,
-    "TPU v5 lite": 197e12,
-    "TPU v5e": 197e12,
-    "TPU v5": 459e12,
-    "TPU v5p": 459e12,
-    "TPU v6 lite": 918e12,
-    "TPU v6e": 918e12,
-    "NVIDIA A100-SXM4-40GB": 312e12,
-    "NVIDIA A100-SXM4-80GB": 312e12,
-    "NVIDIA A100-PCIE-40GB": 312e12,
-    "NVIDIA A100 80GB PCIe": 312e12,
-    "NVIDIA H100 80GB HBM3": 989e12,
-    "NVIDIA H200": 989e12,
-    "NVIDIA L4": 121e12,
-}
 
 Leaf = jax.Array | jax.ShapeDtypeStruct
 Depth = tuple[int, int]  # place in the data flow, see families.family.Parameter
@@ -111,7 +93,8 @@ def step_flops(
 
 def peak_flops(device: jax.Device) -> float | None:
     """Returns the peak bfloat16 rate of a device in FLOP/s, or None if it is not known."""
-    return _PEAKS.get(device.device_kind)
+    facts = facts_of(device.device_kind)
+    return facts and facts.peak_flops
 
 
 def _matrices(params: Mapping[str, Leaf], cfg: ModelConfig) -> list[tuple[str, Depth, int]]:

@@ -1,7 +1,6 @@
-"""The program of a run: its state, its objective, its jitted step and the memory that they need."""
+"""The program of a run: its state, its objective and its jitted step."""
 
 import functools
-import math
 from collections.abc import Callable, Mapping
 
 import jax
@@ -112,37 +111,3 @@ def row_shapes(inputs: Inputs) -> Shapes:
         name: jax.ShapeDtypeStruct((rows.batch_size, *shape), dtype, sharding=sharding)
         for name, (shape, dtype) in rows.fields(inputs.source.cfg).items()
     }
-
-
-def array_bytes(program: Program) -> dict[str, int]:
-    """Returns the bytes of the arrays on each device during a step, by purpose.
-
-    The devices need not be present. Temporary memory of the step is not included, see step_bytes.
-    """
-    state = program.abstract_state
-    parts = dict(
-        params=state.params,
-        optimizer=state.opt_state,
-        ema=state.ema,
-        frozen=program.parameters.frozen,
-        batch=row_shapes(program.inputs),
-    )
-    return {name: _bytes(tree) for name, tree in parts.items() if jax.tree.leaves(tree)}
-
-
-def _bytes(tree) -> int:
-    """Returns the bytes of a tree of shapes on one device."""
-    leaves = jax.tree.leaves(tree)
-    sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in leaves]
-    return sum(size * leaf.dtype.itemsize for size, leaf in zip(sizes, leaves, strict=True))
-
-
-def step_bytes(program: Program) -> int:
-    """Returns the bytes that XLA plans for a step on each device in addition to array_bytes.
-
-    These are temporaries, and results that do not replace donated arguments. The devices need not
-    be present.
-    """
-    rows, frozen = row_shapes(program.inputs), program.parameters.frozen
-    stats = program.step.lower(program.abstract_state, frozen, rows).compile().memory_analysis()
-    return stats.temp_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes

@@ -1,0 +1,108 @@
+"""Compiles a jitted function for devices that need not be there, and states what it needs."""
+
+import dataclasses
+import math
+import re
+import time
+
+import jax
+from jax.stages import Compiled, Lowered
+
+from janus_jax.orbax_errors import is_out_of_memory
+
+# In XLA's messages about a program that does not fit, the size that it needs comes first.
+_SIZE = re.compile(r"\b(\d+(?:\.\d+)?)([KMGT])\b")
+_UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
+
+
+class DoesNotFitError(ValueError):
+    """A compiler refused a program because the memory of the device is too small for it.
+
+    part: name of the program. needed_bytes: the size that the compiler stated; None if it stated
+      none.
+    """
+
+    def __init__(self, part: str, message: str):
+        super().__init__(f"the program {part!r} does not fit: {message.splitlines()[0]}")
+        size = _SIZE.search(message)
+        self.part = part
+        self.needed_bytes = int(float(size[1]) * _UNITS[size[2]]) if size else None
+
+
+@dataclasses.dataclass(frozen=True)
+class CompiledPart:
+    """One of the compiled programs of a job, such as the prompt or the token loop of an image.
+
+    All sizes are in bytes on each device.
+
+    name: what the program does.
+    trace_s, compile_s: seconds to trace it to StableHLO, and to compile that.
+    inputs: its arguments other than parameters.
+    temporaries: what XLA plans for intermediate values.
+    outputs: its results, without those that replace a donated argument.
+    code: the machine code, as far as it is in the memory of the device.
+    compiled: the compiled program.
+    """
+
+    name: str
+    trace_s: float
+    compile_s: float
+    inputs: int
+    temporaries: int
+    outputs: int
+    code: int
+    compiled: Compiled
+
+    @property
+    def added(self) -> int:
+        """Bytes that running the program needs in addition to the parameters."""
+        return self.inputs + self.temporaries + self.outputs + self.code
+
+    @property
+    def results(self):
+        """The shapes of the results, with the shardings that the compiler chose."""
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding),
+            self.compiled.out_info,
+        )
+
+
+def compile_part(name: str, lower, inputs) -> CompiledPart:
+    """Compiles a program.
+
+    name: what the program does.
+    lower: returns the lowered program.
+    inputs: shapes of its arguments other than parameters, with shardings.
+
+    Raises:
+        DoesNotFitError: the compiler says that the memory of the device is too small.
+    """
+    start = time.monotonic()
+    lowered: Lowered = lower()
+    traced = time.monotonic()
+    try:
+        compiled = lowered.compile()
+    except RuntimeError as error:  # XLA's errors are RuntimeErrors
+        if not is_out_of_memory(error):
+            raise
+        raise DoesNotFitError(name, str(error)) from error
+    end = time.monotonic()
+    sizes = compiled.memory_analysis()
+    return CompiledPart(
+        name=name,
+        trace_s=traced - start,
+        compile_s=end - traced,
+        inputs=device_bytes(inputs),
+        temporaries=sizes.temp_size_in_bytes,
+        outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
+        code=sizes.generated_code_size_in_bytes,
+        compiled=compiled,
+    )
+
+
+def device_bytes(tree) -> int:
+    """Returns the bytes of a tree of arrays or shapes with shardings on one device."""
+    leaves = jax.tree.leaves(tree)
+    shapes = [leaf.sharding.shard_shape(leaf.shape) for leaf in leaves]
+    sizes = zip(map(math.prod, shapes), leaves, strict=True)
+    return sum(size * leaf.dtype.itemsize for size, leaf in sizes)

@@ -1,0 +1,207 @@
+"""Jobs to compile: drawing images, answering a question, training; on described devices."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from jax.sharding import Mesh
+
+from janus_jax import sharding
+from janus_jax.aot import generation, training
+from janus_jax.aot.compiled import CompiledPart, device_bytes
+from janus_jax.aot.topology import described_devices
+from janus_jax.devices import DeviceFacts
+from janus_jax.families.family import ModelConfig, Sizes
+from janus_jax.families.registry import family_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What a device must read for one token of all requests of a batch, in bytes.
+
+    weights: the weights of the decoder and of the head.
+    cache: the filled part of the cache, on average over the tokens.
+    """
+
+    weights: int
+    cache: float
+
+    @property
+    def bytes(self) -> float:
+        """The sum of both."""
+        return self.weights + self.cache
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job on devices that need not be there.
+
+    facts: the kind of device.
+    cfg: the config of the model.
+    mesh: the mesh as text, such as "tensor=4"; "" is one device without a mesh.
+    topology: the TPU slice; "" is the smallest one with enough devices.
+    """
+
+    facts: DeviceFacts
+    cfg: ModelConfig
+    mesh: str = ""
+    topology: str = ""
+
+    @property
+    def mesh_sizes(self) -> dict[str, int]:
+        """The sizes of the axes that `mesh` names."""
+        return sharding.mesh_sizes(self.mesh) if self.mesh else {}
+
+    @property
+    def num_devices(self) -> int:
+        """The number of devices of the mesh."""
+        return math.prod(self.mesh_sizes.values())
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of the model that matter outside of the networks."""
+        return family_of(self.cfg).sizes(self.cfg)
+
+    @functools.cached_property
+    def devices(self) -> list:
+        """The devices, which JAX only describes."""
+        return described_devices(self.facts, self.num_devices, self.topology)
+
+    def build_mesh(self) -> Mesh | None:
+        """Returns the mesh of the described devices, or None for one device without a mesh."""
+        return sharding.parse_mesh(self.mesh, self.devices) if self.mesh else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the job works on, for the report."""
+        raise NotImplementedError
+
+    def held(self) -> dict[str, int]:
+        """Returns the bytes on each device that are there before the programs run, by purpose."""
+        raise NotImplementedError
+
+    def compile(self) -> Iterator[CompiledPart]:
+        """Compiles the programs of the job one after the other.
+
+        Raises:
+            DoesNotFitError: the compiler says that the memory of the device is too small.
+        """
+        raise NotImplementedError
+
+    def step(self) -> Step | None:
+        """Returns what one decode step must read, or None for a job without decode steps."""
+        return None
+
+    def weights(self) -> Mapping[str, Any]:
+        """Returns the shapes of the weights that a decode step reads, by path."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Generation(Job):
+    """Common to the jobs that generate tokens. prompt_length: tokens of the prompt."""
+
+    prompt_length: int
+
+    @functools.cached_property
+    def target(self) -> generation.Target:
+        """The model on the devices."""
+        mesh = self.build_mesh()
+        if mesh is not None:
+            sharding.check_mesh(mesh, self.sizes.heads)
+        return generation.Target(self.cfg, self.devices[0], mesh)
+
+    def held(self) -> dict[str, int]:
+        return dict(parameters=generation.parameter_bytes(self.target))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Draw(_Generation):
+    """Draws images of one prompt with guidance, as sample.py does.
+
+    num_images: number of images. max_batch: maximum number to draw at a time; None: as many as
+      image.generate chooses.
+    """
+
+    num_images: int = 1
+    max_batch: int | None = None
+
+    @property
+    def batch(self) -> int:
+        """The number of images that are drawn at a time."""
+        counts = self.num_images, self.prompt_length, self.max_batch
+        return generation.batch_size(self.target, *counts)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        return dict(
+            num_images=self.num_images, batch=self.batch, prompt_length=self.prompt_length
+        )
+
+    def compile(self) -> Iterator[CompiledPart]:
+        return generation.compile_draw(self.target, self.prompt_length, self.batch)
+
+    def weights(self) -> Mapping[str, Any]:
+        return generation.weight_shapes(self.target, "draw")
+
+    def step(self) -> Step:
+        tokens = self.sizes.generated_image_tokens
+        filled = self.prompt_length + tokens / 2
+        cache = generation.cache_bytes(self.target, self.batch, 2, filled)
+        return Step(device_bytes(list(self.weights().values())), cache)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer(_Generation):
+    """Answers a question about images, as sample.py does.
+
+    num_images: number of images in the prompt, whose tokens count as part of prompt_length.
+    max_new_tokens: maximum number of tokens of the answer.
+    """
+
+    num_images: int = 1
+    max_new_tokens: int = 256
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        names = ("num_images", "prompt_length", "max_new_tokens")
+        return {name: getattr(self, name) for name in names}
+
+    def compile(self) -> Iterator[CompiledPart]:
+        counts = self.prompt_length, self.num_images, self.max_new_tokens
+        return generation.compile_answer(self.target, *counts)
+
+    def weights(self) -> Mapping[str, Any]:
+        return generation.weight_shapes(self.target, "answer")
+
+    def step(self) -> Step:
+        filled = self.prompt_length + self.max_new_tokens / 2
+        cache = generation.cache_bytes(self.target, 1, 1, filled)
+        return Step(device_bytes(list(self.weights().values())), cache)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Train(Job):
+    """A step of a training run, as train.py does. config: the ConfigDict of the run."""
+
+    config: Any
+
+    @functools.cached_property
+    def program(self) -> training.Program:
+        """The program of the run."""
+        config = self.config.copy_and_resolve_references()
+        config.mesh = self.mesh
+        return training.abstract_program(config, self.cfg, self.devices)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        names = ("batch_size", "accumulate", "seq_len", "remat", "trained", "lora_rank")
+        return {name: self.config[name] for name in names}
+
+    def held(self) -> dict[str, int]:
+        return training.held_bytes(self.program)
+
+    def compile(self) -> Iterator[CompiledPart]:
+        yield training.compile_step(self.program)

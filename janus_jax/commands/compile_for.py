@@ -1,0 +1,185 @@
+"""The command line of `python -m janus_jax.compile_for`."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from janus_jax.commands.config_flag import load_config, settings_errors
+from janus_jax.commands.terminal import OneLineParser, set_up_program
+
+if TYPE_CHECKING:
+    from janus_jax.aot.jobs import Job
+    from janus_jax.devices import DeviceFacts
+    from janus_jax.families.family import ModelConfig
+
+COMMAND = "python -m janus_jax.compile_for"
+NAME = "compile_for"
+# Default lengths of prompts: one of text, and a question about an image of 576 tokens.
+_PROMPT_LENGTH = {"draw": 64, "answer": 640}
+_EPILOG = f"""\
+examples:
+  {COMMAND} --device h100 --model janus_pro_7b --job draw --num_images 4
+  {COMMAND} --device v5e --model janus_pro_7b --job answer --mesh tensor=4
+  {COMMAND} --device v5p --topology 2x2x1 --model janus_pro_1b \\
+      --job train --config=configs/janus_pro_1b_stage2.py
+"""
+
+
+def make_parser() -> OneLineParser:
+    """Returns the parser of all flags except --config.NAME=VALUE."""
+    from janus_jax.aot.topology import device_names
+    from janus_jax.families.registry import released_models
+
+    parser = OneLineParser(
+        NAME,
+        prog=COMMAND,
+        description="Compile what sample.py or train.py runs for TPUs or GPUs that need not be "
+        "there, and report\nthe memory, the collectives and the kernels. Exits with status 1 if "
+        "the job does not fit.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--device", required=True, choices=device_names(), help="kind of device")
+    add("--job", required=True, choices=("draw", "answer", "train"), help="what to compile")
+    text = (
+        f"the model: {', '.join(released_models())}, or a checkpoint folder, whose weights are "
+        "not read (default for --job train: init of the config)"
+    )
+    add("--model", metavar="MODEL", help=text)
+    text = 'devices to shard over, for example "tensor=4" (default: one device; train: all on fsdp)'
+    add("--mesh", default="", metavar="AXIS=N,...", help=text)
+    add("--topology", default="", metavar="2x4", help="TPU slice (default: the smallest)")
+    add("--count", type=_count, metavar="N", help="number of GPUs of --job train (default: 1)")
+    text = "number of images to draw, or of images in the question (default: 1)"
+    add("--num_images", type=_count, default=1, metavar="N", help=text)
+    add("--max_batch", type=_count, metavar="N", help="maximum number of images drawn at a time")
+    text = "tokens of the prompt, with those of its images (default: draw 64, answer 640)"
+    add("--prompt_length", type=_count, metavar="N", help=text)
+    add("--max_new_tokens", type=_count, default=256, metavar="N", help="tokens of the answer")
+    text = "dtype of draw and answer (default: bfloat16)"
+    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=text)
+    text = "config of --job train; --config.NAME=VALUE changes a setting, as for train.py"
+    add("--config", metavar="CONFIG", help=text)
+    text = "share of a GPU's memory that JAX may use (default: 0.75, as JAX does)"
+    add("--memory_fraction", type=_fraction, default=0.75, metavar="F", help=text)
+    add("--json", action="store_true", help="print the report as JSON, sizes in bytes")
+    return parser
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of at least 1, got {text!r}")
+    return int(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"expected a number in (0, 1], got {text!r}")
+    return value
+
+
+def make_job(args: argparse.Namespace, overrides: Sequence[str], known: Sequence[str]) -> "Job":
+    """Returns the job that the flags describe.
+
+    Args:
+        args: the flags. overrides: arguments --config.NAME=VALUE. known: names of all flags.
+    Raises:
+        ValueError, FileNotFoundError: flags do not fit together or one is missing; there is no such
+            model or config; or the compiler is not installed.
+    """
+    from janus_jax.aot.jobs import Answer, Draw, Train
+    from janus_jax.devices import known_devices
+    from janus_jax.interop.load import DTYPES
+
+    facts = known_devices()[args.device]
+    _check_flags(args, overrides)
+    common = dict(facts=facts, topology=args.topology, mesh=args.mesh)
+    if args.job == "train":
+        config = load_config(args.config, overrides, known)
+        common["mesh"] = args.mesh or config.mesh or _fsdp_mesh(facts, args)
+        return Train(**common, cfg=find_model(args.model or config.init), config=config)
+    if args.model is None:
+        raise ValueError("--model is required")
+    cfg = find_model(args.model).with_dtype(DTYPES[args.dtype])
+    length = args.prompt_length or _PROMPT_LENGTH[args.job]
+    common |= dict(cfg=cfg, prompt_length=length, num_images=args.num_images)
+    if args.job == "draw":
+        return Draw(**common, max_batch=args.max_batch)
+    return Answer(**common, max_new_tokens=args.max_new_tokens)
+
+
+def _check_flags(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+    """Raises ValueError for a flag that the job does not use."""
+    is_train = args.job == "train"
+    given = {"--config": args.config or overrides, "--count": args.count}
+    wrong = [name for name, value in given.items() if value and not is_train]
+    if is_train:
+        given = {"--max_batch": args.max_batch, "--prompt_length": args.prompt_length}
+        wrong = [name for name, value in given.items() if value]
+    if wrong:
+        raise ValueError(f"{wrong[0]} cannot be combined with --job {args.job}")
+    if args.count and (args.mesh or args.topology):
+        raise ValueError("--count cannot be combined with --mesh or --topology")
+    if args.topology and not args.mesh and not is_train:
+        raise ValueError("--topology needs --mesh, the devices of the slice to shard over")
+
+
+def _fsdp_mesh(facts: "DeviceFacts", args: argparse.Namespace) -> str:
+    """Returns the mesh of a run that names none: all devices on fsdp, as train.py does."""
+    from janus_jax.aot.topology import num_devices
+
+    count = num_devices(facts, args.topology) if args.topology else args.count
+    return f"fsdp={count or 1}"
+
+
+def find_model(name: str) -> "ModelConfig":
+    """Returns the config of a released model or of the model in a checkpoint folder.
+
+    Raises:
+        ValueError: there is neither such a model nor such a folder.
+    """
+    from janus_jax.families.registry import released_models
+    from janus_jax.interop.load import open_folder
+
+    models = released_models()
+    if name in models:
+        return models[name]()
+    if not Path(name).is_dir():
+        known = ", ".join(models)
+        raise ValueError(f"--model must be a checkpoint folder or one of {known}, got {name!r}")
+    return open_folder(name).cfg
+
+
+def run(args: argparse.Namespace, job: "Job") -> bool:
+    """Compiles a job and prints the report. Returns whether it fits."""
+    from janus_jax.aot import report
+    from janus_jax.aot.changes import find_change
+    from janus_jax.aot.measure import measure
+
+    measured = measure(job, args.memory_fraction)
+    advice = None if measured.fits else find_change(measured, args.memory_fraction)
+    model = args.model or job.config.init
+    facts = report.as_dict(measured, model, advice)
+    print(json.dumps(facts) if args.json else "\n".join(report.lines(facts)))
+    return measured.fits
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command. argv: arguments after the command; None means those of the process."""
+    set_up_program()
+    os.environ["JAX_PLATFORMS"] = "cpu"  # devices of this machine are not used
+    parser = make_parser()
+    args, overrides = parser.parse_known_args(argv)
+    with settings_errors(NAME):
+        if not run(args, make_job(args, overrides, parser.flag_names())):
+            sys.exit(1)

@@ -1,0 +1,94 @@
+"""compile_for with the real compilers for TPU and CUDA, for small models."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from janus_jax.aot.compiled import DoesNotFitError
+from janus_jax.aot.generation import Target, compile_draw
+from janus_jax.aot.topology import described_devices
+from janus_jax.commands import compile_for
+from janus_jax.devices import known_devices
+from janus_jax.models.janus import JanusConfig
+
+SMALL = Path(__file__).parents[1] / "golden" / "janus_small"  # 2 decoder layers, 1 of SigLIP
+TINY = "janus_tiny"  # for GPUs, as XLA's Triton kernels refuse some of the odd widths of SMALL
+needs_tpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="needs the extra `compile-tpu`"
+)
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins.xla_cuda12") is None, reason="needs `compile-cuda`"
+)
+TRAIN = "--job train --config=finetune_lora --config.tokenized=True --config.seq_len=256"
+
+
+def report(flags: str, capsys, model: str = str(SMALL)) -> dict:
+    """Returns the report about a small model."""
+    compile_for.main([*flags.split(), "--model", model, "--json"])
+    return json.loads(capsys.readouterr().out)
+
+
+def check_memory(memory: dict) -> None:
+    assert memory["total"] == sum(memory["held"].values()) + memory["added"]
+    assert 0 < memory["added"] < memory["total"] < memory["available"]
+
+
+@needs_tpu
+def test_an_answer_on_a_slice_of_tpus(capsys):
+    facts = report("--device v5e --job answer --mesh tensor=2 --prompt_length 20", capsys)
+    prompt, token = facts["programs"]
+    check_memory(facts["memory"])
+    assert facts["fits"] and facts["topology"] == ""
+    assert prompt["attention"].keys() == {"prefill", "und_encoder"}
+    assert token["attention"].keys() == {"decode_step"}
+    # one after attention and one after the MLP of each layer; choosing a token takes more
+    assert 4 <= token["collectives"]["all-reduce"]["count"] <= 8
+    assert token["weight_copies"] == {}
+    assert "libtpu" in facts["versions"]
+
+
+@needs_tpu
+def test_a_training_step_on_a_slice_of_tpus(capsys):
+    facts = report(f"--device v5p --topology 2x2x1 {TRAIN} --config.batch_size=32", capsys)
+    (step,) = facts["programs"]
+    check_memory(facts["memory"])
+    assert facts["memory"]["held"].keys() == {"params", "optimizer", "frozen", "batch"}
+    assert facts["mesh"] == "fsdp=4" and "decode_step" not in facts
+    assert step["collectives"]["all-gather"]["count"] >= 14  # the weights of two layers
+    assert {"decoder", "decoder backward"} <= step["attention"].keys()
+
+
+@needs_tpu
+def test_a_model_that_is_too_large_for_the_memory_is_refused_by_the_compiler():
+    cfg = JanusConfig.janus_tiny()
+    decoder = dataclasses.replace(cfg.language_model, vocab_size=2**26)  # 34 GB
+    target = Target(
+        dataclasses.replace(cfg, language_model=decoder),
+        described_devices(known_devices()["v5e"], 1)[0],
+    )
+    with pytest.raises(DoesNotFitError, match="prompt") as error:
+        next(compile_draw(target, 20, 1))
+    assert 34e9 < error.value.needed_bytes < 36e9
+
+
+@needs_cuda
+def test_an_image_on_a_gpu(capsys):
+    facts = report("--device rtx-4090 --job draw --num_images 2 --prompt_length 20", capsys, TINY)
+    assert [part["name"] for part in facts["programs"]] == ["prompt", "tokens", "pixels"]
+    check_memory(facts["memory"])
+    tokens, step = facts["programs"][1], facts["decode_step"]
+    assert 60 < tokens["kernels_per_token"] < 120  # 18 to 23 a layer
+    assert tokens["kernels_per_token"] == sum(tokens["kernels_by_kind"].values())
+    seconds = (step["weights"] + step["cache"]) / known_devices()["rtx-4090"].memory_bytes_per_s
+    assert step["floor_ms"] == pytest.approx(1000 * seconds, abs=1e-4)
+
+
+@needs_cuda
+def test_a_training_step_on_gpus(capsys):
+    facts = report(f"--device h100 --count 4 {TRAIN} --config.batch_size=32", capsys, TINY)
+    check_memory(facts["memory"])
+    assert facts["num_devices"] == 4
+    assert facts["programs"][0]["collectives"]["all-gather"]["count"] >= 28  # of four layers

@@ -1,0 +1,148 @@
+"""The command compile_for: which jobs the flags describe, and what it refuses."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from one_line import assert_one_line
+from stage_configs import SMALL
+
+from janus_jax.aot import changes, jobs, measure, topology
+from janus_jax.commands import compile_for
+from janus_jax.devices import facts_of, known_devices
+from janus_jax.models.janus import JanusConfig
+
+DRAW = "--job draw --model janus_tiny --device"
+TRAIN = "--job train --model janus_tiny --config=finetune_lora --device"
+
+
+def make_job(flags: str) -> jobs.Job:
+    """Returns the job of a command line."""
+    parser = compile_for.make_parser()
+    args, overrides = parser.parse_known_args(flags.split())
+    return compile_for.make_job(args, overrides, parser.flag_names())
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (f"{DRAW} h200 --count 2", ("--count", "draw")),
+        (f"{DRAW} v5e --config=finetune_lora", ("--config", "draw")),
+        (f"{DRAW} v5e --topology 2x2", ("--topology", "--mesh")),
+        (f"{DRAW} v5e --mesh tensor=2 --topology 2x3", ("v5e", "2x2", "'2x3'")),
+        (f"{DRAW} v5e --mesh tensor=8 --topology 2x2", ("8 devices", "v5e:2x2")),
+        (f"{DRAW} v5e --mesh tensor=512", ("256", "512")),
+        (f"{DRAW} h100 --mesh tensor=2 --topology 2x2", ("topology", "h100")),
+        (f"{DRAW} h100 --mesh tensor=12", ("8", "12")),
+        (f"{DRAW} h100 --mesh tensors=2", ("tensors=2",)),
+        ("--job draw --device h100", ("--model",)),
+        ("--job draw --device h100 --model janus_8b", ("janus_8b", "janus_pro_7b")),
+        ("--job train --device h100 --model janus_tiny", ("--config",)),
+        (f"{TRAIN} h100 --max_batch 2", ("--max_batch", "train")),
+        (f"{TRAIN} h100 --count 2 --mesh fsdp=2", ("--count", "--mesh")),
+        (f"{TRAIN} h100 --config.batchsize=2", ("batchsize",)),
+        (f"{TRAIN} h100 --topolgy 2x2", ("--topolgy", "--topology")),
+        ("--job train --config=finetune_lora --device h100", ("Janus-Pro-1B", "janus_pro_1b")),
+        (f"{DRAW} h100 --num_images 0", ("0",)),
+        (f"{DRAW} h100 --memory_fraction 2", ("(0, 1]", "2")),
+        ("--job draw --model janus_tiny --device h300", ("h300", "h100")),
+    ],
+)
+def test_what_it_refuses_takes_one_line(flags, words, capsys, monkeypatch):
+    monkeypatch.setattr(topology, "_describe", lambda facts, name, **_: range(512))
+    with pytest.raises(SystemExit) as stopped:
+        compile_for.main(flags.split())
+    assert stopped.value.code == 2
+    assert_one_line(capsys.readouterr().err.splitlines()[-1], "compile_for", *words)
+
+
+def test_a_compiler_that_is_not_installed_is_named(capsys, monkeypatch):
+    def describe(*_, **__):
+        raise RuntimeError("no plugin")
+
+    monkeypatch.setattr(topology.topologies, "get_topology_desc", describe)
+    for device, extra in dict(v5p="[compile-tpu]", l4="[compile-cuda]").items():
+        with pytest.raises(SystemExit) as stopped:
+            compile_for.main(f"{DRAW} {device}".split())
+        assert stopped.value.code == 2
+        assert_one_line(capsys.readouterr().err, "compile_for", "no plugin", extra)
+
+
+def test_the_model_is_a_released_one_or_a_folder():
+    released = JanusConfig.janus_tiny().with_dtype(jnp.bfloat16)
+    assert make_job(f"{DRAW} v5e").cfg == released
+    folder = make_job(f"--job draw --device v5e --model {SMALL}")
+    assert folder.cfg.language_model.hidden_size == 48
+
+
+def test_the_mesh_of_a_run_is_all_devices_unless_it_is_given():
+    meshes = {
+        "v5e": "fsdp=1",
+        "v5e --topology 4x4": "fsdp=16",
+        "tpu7x --topology 2x2x1": "fsdp=8",  # two devices a chip
+        "h100 --count 8": "fsdp=8",
+        "h100 --mesh tensor=2": "tensor=2",
+        "h100 --config.mesh=data=4": "data=4",
+    }
+    for flags, mesh in meshes.items():
+        job = make_job(f"{TRAIN} {flags}")
+        assert job.mesh == mesh
+        assert job.config.remat == "full"
+
+
+def test_the_prompt_is_longer_for_a_question_about_an_image():
+    assert make_job(f"{DRAW} v5e").prompt_length == 64
+    assert make_job("--job answer --model janus_pro_7b --device v5e").prompt_length == 640
+
+
+def test_the_report_can_be_read_by_programs(capsys, monkeypatch):
+    part = measure.PartFacts("tokens", 1.0, 2.0, 3, 3, {}, {"all-reduce": (2, 8)}, {"fusion": 4})
+
+    def measured(job, fraction):
+        return measure.Measurement(job, dict(parameters=5), (part,), 100, jobs.Step(7, 2.0))
+
+    monkeypatch.setattr(measure, "measure", measured)
+    monkeypatch.setattr(jobs, "described_devices", lambda facts, count, _: jax.devices()[:count])
+    compile_for.main(f"{DRAW} h100 --json".split())
+    report = json.loads(capsys.readouterr().out)
+    assert report["memory"] == dict(held=dict(parameters=5), added=3, total=8, available=100)
+    assert report["programs"][0]["collectives"] == {"all-reduce": dict(count=2, bytes=8)}
+    assert report["programs"][0]["kernels_per_token"] == 4
+    assert report["fits"] and report["device"] == "h100"
+
+
+def test_devices_have_published_facts():
+    for name, facts in known_devices().items():
+        assert facts.sources and facts.platform in ("tpu", "cuda")
+        assert facts_of(facts.device_kinds[0]) is facts
+        assert 10e9 < facts.memory_bytes < 200e9, name
+        assert 1e9 < facts.interconnect_bytes_per_s < facts.memory_bytes_per_s < 1e13, name
+        assert 1e14 < facts.peak_flops < 3e15, name
+    wanted = "v5e v5p v6e tpu7x h100 h200 a100-40gb a100-80gb l4 rtx-4090"
+    assert set(wanted.split()) == set(topology.device_names())
+    text = topology.gpu_description(known_devices()["l4"])
+    assert "major: 8 minor: 9" in text and "memory_bandwidth: 300000000000 " in text
+
+
+@pytest.mark.parametrize(
+    ("memory", "text"),
+    [(110, "--max_batch 3"), (70, "--mesh tensor=4 --topology 2x2"), (1, None)],
+)
+def test_the_smallest_change_that_fits_is_found(memory, text, monkeypatch):
+    """The model takes 80 bytes, and each of 8 images 10."""
+    monkeypatch.setattr(jobs.Draw, "batch", property(lambda job: job.max_batch or 8))
+    monkeypatch.setattr(jobs.Draw, "held", lambda job: dict(parameters=80 // job.num_devices))
+
+    def compiled(job, fraction):
+        added = 10 * job.batch // job.num_devices
+        part = measure.PartFacts("tokens", 0.0, 0.0, added, added, {}, {})
+        return measure.Measurement(job, job.held(), (part,), memory, None)
+
+    monkeypatch.setattr(changes, "measure", compiled)
+    job = make_job(f"{DRAW} v5e --num_images 8")
+    job = dataclasses.replace(job, facts=dataclasses.replace(job.facts, memory_bytes=memory))
+    advice = changes.find_change(compiled(job, 0.75), 0.75)
+    assert (advice.change and advice.change.text) == text
+    assert advice.tried == ((text,) if text else ())
