@@ -3,7 +3,7 @@
 The mesh has the axes `data`, `fsdp` and `tensor`. The batch is sharded over `data` and `fsdp`, the
 parameters over `fsdp` and `tensor`; `tensor` shards heads, MLP width and vocabulary. The table of
 parameters of a model family (families/) has the spec of each parameter. Model code does not name
-mesh axes.
+mesh axes, except for models/shards.py.
 """
 
 import functools

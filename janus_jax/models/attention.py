@@ -3,8 +3,17 @@
 B batch, T query length, S key length, N query heads, K key/value heads, H head dim.
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
+
+from janus_jax.models.attention_cuda import cudnn_attention, cudnn_supports
+from janus_jax.models.attention_tpu import splash_attention
+from janus_jax.models.shards import on_shards
+
+_MIN_KERNEL_LENGTH = 128  # the logits of shorter rows are small
 
 
 def attention(
@@ -30,6 +39,19 @@ def attention(
 
     Prompts are padded on the right, so causality alone hides the padding from every token.
 
+    The platform that the program is compiled for decides how attention is computed. This need not
+    be the platform of the devices that are present:
+
+    | platform | bfloat16 with T >= 128 and no q_start | everything else |
+    | --- | --- | --- |
+    | TPU | splash attention; pads T to a multiple of 128 | plain XLA |
+    | CUDA | cuDNN; if T is even, and H a multiple of 8 up to 128 | plain XLA |
+    | others | plain XLA | plain XLA |
+
+    The kernels store no logits, which in plain XLA are float32[B, N, T, S]. They round the softmax
+    weights to bfloat16 before they multiply the values, as plain XLA does, and splash attention
+    also the scaled queries.
+
     Args:
         q: float[B, T, N, H].
         k, v: float[B, S, K, H], where N is a multiple of K.
@@ -40,12 +62,41 @@ def attention(
     Returns:
         float[B, T, N, H] in the dtype of q.
     """
-    mask = attention_mask(q.shape[1], k.shape[1], causal, q_start, segment_ids)
-    # JAX's implementation mixes bfloat16 and float32, which strict promotion would reject.
+    use_kernels = q.dtype == jnp.bfloat16 and q_start is None and q.shape[1] >= _MIN_KERNEL_LENGTH
+    kernels = _kernels(q, causal) if use_kernels else {}
+    plain = functools.partial(xla_attention, causal=causal, q_start=q_start)
+    # JAX's implementations mix bfloat16 and float32, which strict promotion would reject.
     with jax.named_scope("attention"), jax.numpy_dtype_promotion("standard"):
-        return jax.nn.dot_product_attention(
-            q, k, v, mask=None if mask is None else mask[:, None], implementation="xla"
-        )
+        if not kernels:
+            return plain(q, k, v, segment_ids)
+        return jax.lax.platform_dependent(q, k, v, segment_ids, default=plain, **kernels)
+
+
+def _kernels(q: jax.Array, causal: bool) -> dict[str, Callable[..., jax.Array]]:
+    """Returns the function (q, k, v, segment_ids) -> output of each platform that has a kernel."""
+    kernels = dict(tpu=splash_attention)
+    if cudnn_supports(q):
+        kernels["cuda"] = cudnn_attention
+    return {
+        platform: functools.partial(on_shards, functools.partial(kernel, causal=causal))
+        for platform, kernel in kernels.items()
+    }
+
+
+def xla_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    causal: bool,
+    q_start: jax.Array | None = None,
+) -> jax.Array:
+    """Computes `attention` without a kernel; the arguments are those of `attention`."""
+    mask = attention_mask(q.shape[1], k.shape[1], causal, q_start, segment_ids)
+    return jax.nn.dot_product_attention(
+        q, k, v, mask=None if mask is None else mask[:, None], implementation="xla"
+    )
 
 
 def attention_mask(

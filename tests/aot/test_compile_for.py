@@ -20,7 +20,7 @@ needs_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra `compile-tpu`"
 )
 needs_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins.xla_cuda12") is None, reason="needs `compile-cuda`"
+    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs `compile-cuda`"
 )
 TRAIN = "--job train --config=finetune_lora --config.tokenized=True --config.seq_len=256"
 
