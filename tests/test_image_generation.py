@@ -105,7 +105,7 @@ def test_images_of_one_prompt_differ_and_repeat(small, five):
 
 def num_programs() -> int:
     """Returns the number of programs that were compiled so far to generate images."""
-    programs = image.begin_batch, image.advance_batch, codec.decode_batch
+    programs = image.begin_batch, image.advance_batch, codec.decode_program("cpu")
     return sum(program._cache_size() for program in programs)
 
 

@@ -108,7 +108,8 @@ def compile_draw(target: Target, prompt_length: int, batch: int) -> Iterator[Com
     advance = functools.partial(image.advance_batch.lower, model, state, 1, steps)
     yield compile_part("tokens", advance, state)
     indices = state[1]
-    decode = functools.partial(codec.decode_batch.lower, model.gen_vq, indices, mesh)
+    program = codec.decode_program(target.device.platform)
+    decode = functools.partial(program.lower, model.gen_vq, indices, mesh)
     yield compile_part("pixels", decode, indices)
 
 

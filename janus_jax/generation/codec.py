@@ -5,7 +5,7 @@ bfloat16 the decoded images show bands.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import jax
@@ -25,9 +25,9 @@ from janus_jax.processing.images import (
     preprocess_generation,
 )
 
-# With its lowest effort, XLA compiles the float32 convolutions of the image decoder for a TPU in a
-# fraction of the time. An image runs them once, but hundreds of decode steps.
-QUICK_COMPILATION = {"exec_time_optimization_effort": -1.0}
+# With its lowest effort, XLA compiles float32 convolutions of the image tokenizer for a TPU in a
+# tenth of the time. Compilers for other platforms may not have the option.
+TPU_OPTIONS = {"exec_time_optimization_effort": -1.0}
 
 
 class Decoded(NamedTuple):
@@ -95,10 +95,21 @@ def to_uint8(pixels: jax.Array) -> jax.Array:
     return jnp.clip((pixels + 1) / 2 * 255, 0, 255).astype(jnp.uint8)
 
 
-@functools.partial(jax.jit, static_argnames="mesh", compiler_options=QUICK_COMPILATION)
 def decode_batch(vq: VQ, indices: jax.Array, mesh: Mesh | None = None) -> Decoded:
     """Decodes image tokens int32[B, T]; the results are replicated on all devices."""
-    return sharding.replicate(Decoded(indices, *decode_pixels(vq, indices, mesh)), mesh)
+    (platform,) = {device.platform for device in jax.tree.leaves(vq)[0].sharding.device_set}
+    return decode_program(platform)(vq, indices, mesh)
+
+
+@functools.cache
+def decode_program(platform: str) -> Callable:
+    """Returns the jitted function of decode_batch for the devices of a platform."""
+
+    def decode(vq: VQ, indices: jax.Array, mesh: Mesh | None) -> Decoded:
+        return sharding.replicate(Decoded(indices, *decode_pixels(vq, indices, mesh)), mesh)
+
+    options = TPU_OPTIONS if platform == "tpu" else None
+    return jax.jit(decode, static_argnames="mesh", compiler_options=options)
 
 
 def check_decoded(decoded: Decoded, vq: VQ) -> None:
