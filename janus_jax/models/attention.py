@@ -48,9 +48,9 @@ def attention(
     | CUDA | cuDNN; if T is even, and H a multiple of 8 up to 128 | plain XLA |
     | others | plain XLA | plain XLA |
 
-    The kernels store no logits, which in plain XLA are float32[B, N, T, S]. They round the softmax
-    weights to bfloat16 before they multiply the values, as plain XLA does, and splash attention
-    also the scaled queries.
+    The kernels store no logits, which plain XLA stores as float32[B, N, T, S]. Their results differ
+    from those of plain XLA by the rounding to bfloat16, in splash attention also of the scaled
+    queries. docs/development.md says why these kernels were chosen.
 
     Args:
         q: float[B, T, N, H].
