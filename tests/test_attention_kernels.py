@@ -171,13 +171,14 @@ def test_splash_works_with_other_settings():
 
 
 def test_other_uses_are_plain():
-    """float32, short rows, and decode steps; and every use on a CPU."""
+    """float32, short rows, decode steps and queries of other tokens; and every use on a CPU."""
     q, k, v = qkv(256)
     start = jnp.zeros(3, jnp.int32)
     plain = [
         lowered("tpu", *(x.astype(jnp.float32) for x in (q, k, v)), causal=True),
         lowered("tpu", *(x[:, :64] for x in (q, k, v)), causal=True),
         lowered("tpu", q[:, :1], k, v, causal=True, q_start=start),
+        lowered("tpu", q[:, :128], k, v, causal=False),
         lowered("cpu", q, k, v, causal=True),
     ]
     assert not any("custom_call" in text for text in plain)

@@ -42,15 +42,15 @@ def attention(
     The platform that the program is compiled for decides how attention is computed. This need not
     be the platform of the devices that are present:
 
-    | platform | bfloat16 with T >= 128 and no q_start | everything else |
+    | platform | bfloat16, T = S >= 128 and no q_start | everything else |
     | --- | --- | --- |
     | TPU | splash attention; pads T to a multiple of 128 | plain XLA |
     | CUDA | cuDNN; if T is even, and H a multiple of 8 up to 128 | plain XLA |
     | others | plain XLA | plain XLA |
 
-    The kernels store no logits, which in plain XLA are float32[B, N, T, S]. They round the softmax
-    weights to bfloat16 before they multiply the values, as plain XLA does, and splash attention
-    also the scaled queries.
+    The kernels store no logits, which plain XLA stores as float32[B, N, T, S]. Their results differ
+    from those of plain XLA by the rounding to bfloat16, in splash attention also of the scaled
+    queries. docs/development.md says why these kernels were chosen.
 
     Args:
         q: float[B, T, N, H].
@@ -62,7 +62,9 @@ def attention(
     Returns:
         float[B, T, N, H] in the dtype of q.
     """
-    use_kernels = q.dtype == jnp.bfloat16 and q_start is None and q.shape[1] >= _MIN_KERNEL_LENGTH
+    length = q.shape[1]
+    same_tokens = q_start is None and k.shape[1] == length
+    use_kernels = q.dtype == jnp.bfloat16 and same_tokens and length >= _MIN_KERNEL_LENGTH
     kernels = _kernels(q, causal) if use_kernels else {}
     plain = functools.partial(xla_attention, causal=causal, q_start=q_start)
     # JAX's implementations mix bfloat16 and float32, which strict promotion would reject.
