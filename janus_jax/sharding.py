@@ -70,7 +70,7 @@ def mesh_sizes(text: str) -> dict[str, int]:
     """Returns the sizes of the axes that a text such as "data=1,tensor=4" names.
 
     Raises:
-        ValueError: if an axis is unknown or repeated, or a size is not an integer.
+        ValueError: if an axis is unknown or repeated, or a size is not an integer of at least 1.
     """
     sizes: dict[str, int] = {}
     for part in text.split(","):
@@ -80,7 +80,7 @@ def mesh_sizes(text: str) -> dict[str, int]:
                 "a mesh must be given as data=1,fsdp=1,tensor=1, each axis at most once, "
                 f"got {text!r}"
             )
-        sizes[name] = int(size)
+        sizes[name] = check_count(f"mesh axis {name}", int(size))
     return sizes
 
 
@@ -185,7 +185,11 @@ def check_mesh(mesh: Mesh, heads: Mapping[str, int]) -> None:
 
     heads: numbers of heads by name, see families.family.Sizes.
     """
-    tensor = mesh.shape["tensor"]
+    check_heads(mesh.shape["tensor"], heads)
+
+
+def check_heads(tensor: int, heads: Mapping[str, int]) -> None:
+    """Raises ValueError if `tensor`, the size of that axis, does not divide a number of heads."""
     for name, count in heads.items():
         if count % tensor:
             raise ValueError(f"mesh axis tensor={tensor} must divide the {count} {name}")

@@ -10,7 +10,7 @@ from janus_jax.aot.topology import GPUS_PER_HOST, num_devices, smallest_topology
 
 # The largest share of a GPU's memory that JAX can be told to use; the rest is for CUDA itself.
 MAX_GPU_MEMORY_FRACTION = 0.95
-MAX_TRIES = 3  # changes that are compiled; each may take minutes
+MAX_TRIES = 5  # changes that are compiled; each may take minutes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +76,6 @@ def possible_changes(measured: Measurement, memory_fraction: float) -> Iterator[
     if job.facts.platform == "cuda" and memory_fraction < MAX_GPU_MEMORY_FRACTION:
         text = f"XLA_PYTHON_CLIENT_MEM_FRACTION={MAX_GPU_MEMORY_FRACTION}"
         yield Change(text, job, MAX_GPU_MEMORY_FRACTION)
-        change = functools.partial(Change, memory_fraction=MAX_GPU_MEMORY_FRACTION)
     if isinstance(job, Draw):
         for batch in range(job.batch - 1, 0, -1):
             changed = dataclasses.replace(job, max_batch=batch)

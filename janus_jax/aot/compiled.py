@@ -76,6 +76,7 @@ def compile_part(name: str, lower, inputs) -> CompiledPart:
 
     Raises:
         DoesNotFitError: the compiler says that the memory of the device is too small.
+        ValueError: the compiler refuses the program for another reason.
     """
     start = time.monotonic()
     lowered: Lowered = lower()
@@ -83,9 +84,11 @@ def compile_part(name: str, lower, inputs) -> CompiledPart:
     try:
         compiled = lowered.compile()
     except RuntimeError as error:  # XLA's errors are RuntimeErrors
-        if not is_out_of_memory(error):
-            raise
-        raise DoesNotFitError(name, str(error)) from error
+        message = str(error)
+        if is_out_of_memory(error) and "hbm" in message.lower():
+            raise DoesNotFitError(name, message) from error
+        reason = message.splitlines()[0]
+        raise ValueError(f"XLA cannot compile the program {name!r}: {reason}") from error
     end = time.monotonic()
     sizes = compiled.memory_analysis()
     return CompiledPart(

@@ -176,7 +176,9 @@ def cache_bytes(target: Target, batch: int, rows: int, filled: float) -> float:
     """
     decoder = target.cfg.language_model
     width = 2 * decoder.num_key_value_heads * decoder.head_dim * jnp.dtype(decoder.dtype).itemsize
-    shards = sharding.num_batch_shards(target.mesh) * sharding.num_tensor_shards(target.mesh)
+    shards = sharding.num_tensor_shards(target.mesh)
+    if (batch * rows) % (batch_shards := sharding.num_batch_shards(target.mesh)) == 0:
+        shards *= batch_shards  # otherwise all of them hold all rows
     return decoder.num_hidden_layers * width * batch * rows * filled / shards
 
 

@@ -72,7 +72,17 @@ class Job(abc.ABC):
 
     def build_mesh(self) -> Mesh | None:
         """Returns the mesh of the described devices, or None for one device without a mesh."""
-        return sharding.parse_mesh(self.mesh, self.devices) if self.mesh else None
+        if not self.mesh:
+            return None
+        sharding.check_heads(self.mesh_sizes.get("tensor", 1), self.sizes.heads)
+        try:
+            return sharding.parse_mesh(self.mesh, self.devices)
+        except AssertionError:  # raised by JAX
+            name, number = self.facts.name, self.num_devices
+            raise ValueError(
+                f"JAX cannot arrange {number} devices of {name} as the mesh {self.mesh}; choose "
+                "powers of two"
+            ) from None
 
     @property
     @abc.abstractmethod
@@ -109,10 +119,13 @@ class _Generation(Job):
     @functools.cached_property
     def target(self) -> generation.Target:
         """The model on the devices."""
-        mesh = self.build_mesh()
-        if mesh is not None:
-            sharding.check_mesh(mesh, self.sizes.heads)
-        return generation.Target(self.cfg, self.devices[0], mesh)
+        return generation.Target(self.cfg, self.devices[0], self.build_mesh())
+
+    def check_length(self, num_tokens: int) -> None:
+        """Raises ValueError if the prompt and the new tokens are too long for the model."""
+        length, limit = self.prompt_length + num_tokens, self.sizes.max_positions
+        if length > limit:
+            raise ValueError(f"prompt and new tokens must have at most {limit} tokens, got {length}")
 
     def held(self) -> dict[str, int]:
         return dict(parameters=generation.parameter_bytes(self.target))
@@ -128,6 +141,9 @@ class Draw(_Generation):
 
     num_images: int = 1
     max_batch: int | None = None
+
+    def __post_init__(self):
+        self.check_length(self.sizes.generated_image_tokens)
 
     @property
     def batch(self) -> int:
@@ -165,6 +181,15 @@ class Answer(_Generation):
     num_images: int = 1
     max_new_tokens: int = 256
 
+    def __post_init__(self):
+        self.check_length(self.max_new_tokens)
+        image_tokens = self.num_images * self.sizes.input_image_tokens
+        if self.prompt_length < image_tokens:
+            raise ValueError(
+                f"prompt_length must be at least {image_tokens}, the tokens of {self.num_images} "
+                f"images, got {self.prompt_length}"
+            )
+
     @property
     def settings(self) -> dict[str, Any]:
         names = ("num_images", "prompt_length", "max_new_tokens")
@@ -193,8 +218,7 @@ class Train(Job):
     def program(self) -> training.Program:
         """The program of the run."""
         config = self.config.copy_and_resolve_references()
-        config.mesh = self.mesh
-        return training.abstract_program(config, self.cfg, self.devices)
+        return training.abstract_program(config, self.cfg, self.build_mesh())
 
     @property
     def settings(self) -> dict[str, Any]:

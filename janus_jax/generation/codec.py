@@ -25,7 +25,7 @@ from janus_jax.processing.images import (
     preprocess_generation,
 )
 
-# With its lowest effort, O0, XLA compiles float32 convolutions of the image tokenizer for a TPU in a
+# With its lowest effort, O0, XLA compiles float32 convolutions of the image tokenizer for TPUs in a
 # tenth of the time. The number of the level works with all versions of JAX.
 TPU_OPTIONS = {"optimization_level": 9}
 
