@@ -253,6 +253,9 @@ class ModelConfig(Protocol):
     def with_remat(self, remat: str) -> "ModelConfig":
         """Returns a copy with another rematerialization setting."""
 
+    def with_scan(self, scan: bool) -> "ModelConfig":
+        """Returns a copy whose layers run in a loop, or one after the other."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Layout:

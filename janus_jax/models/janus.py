@@ -69,6 +69,14 @@ class JanusConfig:
             language_model=dataclasses.replace(self.language_model, remat=remat),
         )
 
+    def with_scan(self, scan: bool) -> "JanusConfig":
+        """Returns a copy whose layers run in a loop, or one after the other."""
+        return dataclasses.replace(
+            self,
+            und_encoder=dataclasses.replace(self.und_encoder, scan=scan),
+            language_model=dataclasses.replace(self.language_model, scan=scan),
+        )
+
     @classmethod
     def janus_1_3b(cls) -> "JanusConfig":
         """Returns the sizes of deepseek-ai/Janus-1.3B, which are those of Janus-Pro-1B."""

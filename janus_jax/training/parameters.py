@@ -1,7 +1,8 @@
 """The parameters of a run: which are trained, how they are stored, and their first values."""
 
+import collections
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -38,6 +39,10 @@ class Parameters:
         self.inputs, self.table = inputs, inputs.source.family.parameter_table
         self._graph, self._state = abstract_model(inputs.model_cfg, inputs.lora)
         self.trained, self.frozen = self._split()
+        if not same_in_all_layers(self.trained, self.frozen, inputs.source.family.stacks):
+            # a loop would compute the gradients of all layers if one is trained
+            cfg = inputs.model_cfg.with_scan(False)
+            self._graph, self._state = abstract_model(cfg, inputs.lora)
         if inputs.settings.reinit:
             check_reinit(inputs.settings.reinit, self.trained, self.frozen)
 
@@ -68,6 +73,10 @@ class Parameters:
     def _is_vq(self, path: str) -> bool:
         """Whether a parameter belongs to the image tokenizer."""
         return self.table.find(path).component == self.inputs.source.family.image_codec
+
+    def image_codec(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns those of the parameters, by path, that belong to the image tokenizer."""
+        return {path: leaf for path, leaf in params.items() if self._is_vq(path)}
 
     def float32_gradients(self) -> frozenset[str]:
         """Returns the paths of the trainable parameters with Precision.FLOAT32_GRADIENT."""
@@ -119,6 +128,22 @@ class Parameters:
         """Builds the model from parameters by path. Parameters that are not given stay abstract."""
         leaves = dict(leaves_by_path(self._state)) | params
         return merge_params(self._graph, self._state, leaves.__getitem__)
+
+
+def same_in_all_layers(
+    trained: Iterable[str], frozen: Iterable[str], stacks: Iterable[str]
+) -> bool:
+    """Returns whether all layers of each stack have the same trainable parameters.
+
+    trained, frozen: parameter paths. stacks: paths of the lists of layers, see Family.
+    """
+    for stack in stacks:
+        layer = re.compile(rf"{re.escape(stack)}\.(\d+)\.(.+)")
+        numbers = {match[1] for match in map(layer.match, (*trained, *frozen)) if match}
+        counts = collections.Counter(match[2] for match in map(layer.match, trained) if match)
+        if any(count != len(numbers) for count in counts.values()):
+            return False
+    return True
 
 
 def abstract_model(

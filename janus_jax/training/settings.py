@@ -29,6 +29,7 @@ from janus_jax.training.stages import ALL_BUT_VQ, base_config
 from janus_jax.training.step import learning_rates
 
 MODEL = "model"  # folder of the trained model in a run's output
+SCAN_CHOICES = ("auto", "on", "off")
 
 
 def no_progress(description: str) -> contextlib.AbstractContextManager[None]:
@@ -83,7 +84,7 @@ class Inputs:
         check_processor(init, processor, source.cfg)
         mesh = parse_mesh(settings.mesh) if settings.mesh else make_mesh(fsdp=jax.device_count())
         check_mesh(mesh, source.sizes.heads)
-        model_cfg = source.cfg.with_dtype(DTYPES[settings.dtype]).with_remat(settings.remat)
+        model_cfg = training_cfg(settings, source.cfg, mesh)
         lora, rows = lora_config(settings), rows_config(settings, mesh)
         check_weights(source)  # before a model with the sizes in config.json is built
         return cls(settings, source, processor, model_cfg, mesh, rows, lora, formats, progress)
@@ -101,6 +102,13 @@ class Inputs:
         return open_rows(
             rows, self.processor, self.source.cfg, folder, *hosts, formats=self.formats
         )
+
+
+def training_cfg(settings, cfg: ModelConfig, mesh: Mesh) -> ModelConfig:
+    """Returns the config of the model to train: with dtype, rematerialization and loops."""
+    is_tpu = mesh.devices.flat[0].platform == "tpu"
+    scan = is_tpu if settings.scan == "auto" else settings.scan == "on"
+    return cfg.with_dtype(DTYPES[settings.dtype]).with_remat(settings.remat).with_scan(scan)
 
 
 def check_init(init: str) -> Path:
@@ -164,7 +172,8 @@ def check_settings(settings) -> None:
     if settings.sample_every and not (settings.prompts or settings.questions):
         given = f"sample_every={settings.sample_every}"
         raise ValueError(f"{given} requires prompts or questions, got none")
-    for name, choices in dict(dtype=DTYPES, model_dtype=DTYPES, remat=REMAT_CHOICES).items():
+    names = dict(dtype=DTYPES, model_dtype=DTYPES, remat=REMAT_CHOICES, scan=SCAN_CHOICES)
+    for name, choices in names.items():
         if settings[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {settings[name]!r}")
     _check_loss_weights(settings.loss_weights.to_dict())
