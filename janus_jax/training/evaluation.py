@@ -20,7 +20,7 @@ from janus_jax.processing.images import encode_png, load_image
 from janus_jax.sharding import sharding_for
 from janus_jax.training.metrics import Log
 from janus_jax.training.parameters import Parameters
-from janus_jax.training.program import Program, put_rows
+from janus_jax.training.program import Program
 from janus_jax.training.settings import Inputs
 from janus_jax.training.step import Params, TrainState, eval_params
 
@@ -52,7 +52,7 @@ def evaluation_callback(
         batch_terms, params = [], eval_params(state)
         with contextlib.closing(iter(rows)) as iterator:
             for batch in itertools.islice(iterator, inputs.settings.eval_batches):
-                terms = compute_terms(params, frozen, put_rows(batch, inputs.mesh))
+                terms = compute_terms(params, frozen, program.put_rows(frozen, batch))
                 batch_terms.append(jax.tree.map(float, jax.device_get(terms)))
         sums = jax.tree.map(lambda *values: sum(values), *batch_terms)
         means = {name: total / count for name, (total, count) in sums.items() if count}
@@ -88,7 +88,8 @@ def sampling_callback(inputs: Inputs, frozen: Params, log: Log, output: Path) ->
     settings, source, images = inputs.settings, inputs.source, prompt_images(inputs)
     questions, dtype = [question for _, question in settings.questions], DTYPES[settings.dtype]
     # no gradients are needed, and remat writes to the model, which is not allowed inside loops
-    plain = dataclasses.replace(inputs, model_cfg=inputs.model_cfg.with_remat("none"))
+    model_cfg = inputs.model_cfg.with_remat("none").with_scan(False)
+    plain = dataclasses.replace(inputs, model_cfg=model_cfg)
     parameters, image_defaults = Parameters(plain), ImageDefaults.from_dir(source.path)
     if inputs.rows.tokenized:  # the training step does not load the image tokenizer
         paths = component_paths(source.cfg, source.family.image_codec)

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from janus_jax.data.records import KINDS
 from janus_jax.models.janus import Janus, merge_features
-from janus_jax.processing.images import ImageConfig, from_uint8
+from janus_jax.processing.images import ImageConfig
 from janus_jax.sharding import constrain_rows
 from janus_jax.training.step import Rows, Terms
 
@@ -66,14 +66,14 @@ def target_log_probs(
     """Computes the log-probability of each target, at temperature 1 and without guidance.
 
     Args:
-        rows: packed rows (data/packing.py).
+        rows: packed rows (data/packing.py), with the tokens of the images to generate.
         images: normalization of the input images.
         chunk: number of positions of a row whose logits, float32[B, chunk, V], are computed at a
             time.
         mesh: the devices that the rows are sharded over.
     """
     decoder = model.language_model
-    indices = generated_indices(model, rows["generated"])
+    indices = rows["generated"].reshape(len(rows["generated"]), -1)
     embeds = embed_rows(model, rows, indices, images)
     # shard input and output of the decoder by rows; XLA might shard them like the parameters
     hidden, _ = decoder(
@@ -108,22 +108,6 @@ def embed_rows(model: Janus, rows: Rows, indices: jax.Array, images: ImageConfig
         generated = model.embed_image_tokens(indices)
         embeds = merge_features(embeds, rows["gen_mask"], generated)
     return embeds
-
-
-def generated_indices(model: Janus, generated: jax.Array) -> jax.Array:
-    """Returns the tokens of the images to generate, int32[B, m * N], without a gradient.
-
-    generated: pixels uint8[B, m, S, S, 3], or precomputed tokens int32[B, m, N].
-    """
-    if not generated.shape[1]:
-        return jnp.zeros((len(generated), 0), jnp.int32)
-    if generated.ndim == 3:
-        return generated.reshape(len(generated), -1)
-    pixels = from_uint8(generated.reshape(-1, *generated.shape[2:]))
-    # as in commands/tokenize_images.py: with lower precision, some images get different tokens
-    with jax.default_matmul_precision("highest"):
-        indices = model.gen_vq.encode(pixels)
-    return jax.lax.stop_gradient(indices).reshape(len(generated), -1)
 
 
 def normalize(pixels: jax.Array, images: ImageConfig) -> jax.Array:
