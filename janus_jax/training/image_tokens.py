@@ -18,8 +18,8 @@ from janus_jax.processing.images import from_uint8
 from janus_jax.sharding import batch_sharding
 from janus_jax.training.step import Params
 
-# With XLA's default effort, compiling a float32 convolution of 128 channels for a TPU v5e takes 4 to
-# 5 times as long, and the compiler expects the convolution to take 21 % fewer cycles.
+# With XLA's default effort, compiling a float32 convolution of 128 channels for a TPU v5e takes
+# over 4 times as long, and the compiler expects the convolution to take 21 % fewer cycles.
 TPU_OPTIONS = {"exec_time_optimization_effort": -0.6}
 
 

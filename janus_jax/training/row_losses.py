@@ -23,6 +23,7 @@ from janus_jax.data.records import KINDS
 from janus_jax.models.janus import Janus, merge_features
 from janus_jax.processing.images import ImageConfig
 from janus_jax.sharding import constrain_rows
+from janus_jax.training.row_shards import on_row_shards
 from janus_jax.training.step import Rows, Terms
 
 
@@ -82,13 +83,18 @@ def target_log_probs(
         segment_ids=rows["segment_ids"],
     )
     hidden = constrain_rows(hidden, mesh)
+
+    def head_losses(path: str, *rows: jax.Array) -> jax.Array:
+        function = functools.partial(cross_entropies, chunk=chunk)
+        return on_row_shards(function, model, path, decoder.cfg.dtype, mesh, *rows)
+
     text_mask, gen_mask = (_shift_left(rows[name]) for name in ("loss_mask", "gen_mask"))
     text_targets = _shift_left(rows["tokens"])
-    losses = cross_entropies(decoder.lm_head, hidden, text_targets, text_mask, chunk)
+    losses = head_losses("language_model.lm_head", hidden, text_targets, text_mask)
     if indices.shape[1]:
         order = jnp.clip(jnp.cumsum(rows["gen_mask"], axis=1) - 1, 0, indices.shape[1] - 1)
         image_targets = _shift_left(jnp.take_along_axis(indices, order, axis=1))
-        losses += cross_entropies(model.gen_head, hidden, image_targets, gen_mask, chunk)
+        losses += head_losses("gen_head", hidden, image_targets, gen_mask)
     return TargetLogProbs(-losses, text_mask, gen_mask)
 
 
