@@ -55,7 +55,7 @@ def norm_of(grads) -> float:
 
 def num_products(program) -> int:
     """Returns the number of matrix products in the text of the step."""
-    return dict(program.lowered())["step"].as_text().count("stablehlo.dot_general")
+    return dict(program.lowerings())["step"]().as_text().count("stablehlo.dot_general")
 
 
 def assert_close(found, plain):

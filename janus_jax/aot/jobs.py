@@ -197,11 +197,11 @@ class Train(Job):
 
     @property
     def settings(self) -> dict[str, Any]:
-        names = ("batch_size", "accumulate", "seq_len", "remat", "trained", "lora_rank")
+        names = ("batch_size", "accumulate", "seq_len", "remat", "scan", "trained", "lora_rank")
         return {name: self.config[name] for name in names}
 
     def held(self) -> dict[str, int]:
         return training.held_bytes(self.program)
 
     def compile(self) -> Iterator[CompiledPart]:
-        yield training.compile_step(self.program)
+        return training.compile_step(self.program)

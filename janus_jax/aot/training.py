@@ -1,14 +1,13 @@
 """Compiles what train.py runs: the training step of a config."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 
 from janus_jax.aot.compiled import CompiledPart, compile_part, device_bytes
 from janus_jax.families.family import Family, ModelConfig, Sizes
 from janus_jax.families.registry import family_of
-from janus_jax.interop.load import DTYPES
 from janus_jax.processing.images import ImageConfig
 from janus_jax.sharding import check_mesh, make_mesh, parse_mesh
 from janus_jax.training.program import Program, row_shapes
@@ -18,6 +17,7 @@ from janus_jax.training.settings import (
     lora_config,
     no_progress,
     rows_config,
+    training_cfg,
 )
 
 
@@ -67,7 +67,7 @@ def abstract_program(settings, cfg: ModelConfig, devices: Sequence[jax.Device]) 
         settings=settings,
         source=model,
         processor=model,
-        model_cfg=cfg.with_dtype(DTYPES[settings.dtype]).with_remat(settings.remat),
+        model_cfg=training_cfg(settings, cfg, mesh),
         mesh=mesh,
         rows=rows_config(settings, mesh),
         lora=lora_config(settings),
@@ -90,13 +90,13 @@ def held_bytes(program: Program) -> dict[str, int]:
     return {name: device_bytes(tree) for name, tree in parts.items() if jax.tree.leaves(tree)}
 
 
-def compile_step(program: Program) -> CompiledPart:
-    """Compiles the training step. Its inputs are not counted, see held_bytes.
+def compile_step(program: Program) -> Iterator[CompiledPart]:
+    """Compiles the programs of a training step, in the order in which they run.
+
+    Their inputs are not counted, see held_bytes.
 
     Raises:
         DoesNotFitError: the compiler says that the memory of the device is too small.
     """
-    rows, frozen = row_shapes(program.inputs), program.parameters.frozen
-    return compile_part(
-        "step", lambda: program.step.lower(program.abstract_state, frozen, rows), inputs=()
-    )
+    for name, lower in program.lowerings():
+        yield compile_part(name, lower, inputs=())

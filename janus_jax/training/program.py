@@ -115,18 +115,19 @@ class Program:
         indices = self.tokenize(codec, rows["generated"], rows["gen_mask"])
         return rows | dict(generated=indices)
 
-    def lowered(self) -> Iterator[tuple[str, jax.stages.Lowered]]:
-        """Yields the name and the lowered program of each part of a step, in order.
+    def lowerings(self) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:
+        """Yields the name of each program of a step and a function that lowers it, in order.
 
         The devices need not be present.
         """
         frozen, rows = self.parameters.frozen, row_shapes(self.inputs)
         if self.tokenize is not None:
             codec = self.parameters.image_codec(frozen)
-            yield "image_tokens", self.tokenize.lower(codec, rows["generated"], rows["gen_mask"])
+            images = rows["generated"], rows["gen_mask"]
+            yield "image_tokens", functools.partial(self.tokenize.lower, codec, *images)
             tokenized = dataclasses.replace(self.inputs.rows, tokenized=True)
             rows = row_shapes(dataclasses.replace(self.inputs, rows=tokenized))
-        yield "step", self.step.lower(self.abstract_state, frozen, rows)
+        yield "step", functools.partial(self.step.lower, self.abstract_state, frozen, rows)
 
 
 def _shardings(tree):
