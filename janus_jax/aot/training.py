@@ -84,7 +84,7 @@ def held_bytes(program: Program) -> dict[str, int]:
         params=state.params,
         optimizer=state.opt_state,
         ema=state.ema,
-        frozen=program.parameters.frozen,
+        frozen=program.parameters.loaded_frozen,
         batch=row_shapes(program.inputs),
     )
     return {name: device_bytes(tree) for name, tree in parts.items() if jax.tree.leaves(tree)}

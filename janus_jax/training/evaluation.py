@@ -78,13 +78,14 @@ def prompt_images(inputs: Inputs) -> list[list[Image.Image]]:
     return images
 
 
-def sampling_callback(inputs: Inputs, frozen: Params, log: Log, output: Path) -> Callback:
+def sampling_callback(program: Program, frozen: Params, log: Log, output: Path) -> Callback:
     """Returns a callback that generates images of `prompts` and answers `questions`.
 
     It writes prompt-0.png, ... and answers.txt to OUTPUT/samples/STEP, and logs both to
     TensorBoard. It always uses the seed of the run.
     Raises FileNotFoundError or ValueError as prompt_images does.
     """
+    inputs = program.inputs
     settings, source, images = inputs.settings, inputs.source, prompt_images(inputs)
     questions, dtype = [question for _, question in settings.questions], DTYPES[settings.dtype]
     # no gradients are needed, and remat writes to the model, which is not allowed inside loops
@@ -98,7 +99,7 @@ def sampling_callback(inputs: Inputs, frozen: Params, log: Log, output: Path) ->
 
     def sample(step: int, state: TrainState) -> None:
         params = {path: array.astype(dtype) for path, array in eval_params(state).items()}
-        model = parameters.build(params | frozen)
+        model = parameters.build(params | program.parameters.unstack(frozen))
         janus = Pipeline(model, inputs.processor, output.name, image_defaults, inputs.mesh)
         folder = output / "samples" / f"{step:07d}"
         if settings.prompts:

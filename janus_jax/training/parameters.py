@@ -14,6 +14,12 @@ from janus_jax.interop.load import DTYPES, abstract, load_params, merge_params
 from janus_jax.sharding import sharding_for
 from janus_jax.training.lora import ADAPTERS, LoRAConfig, add_adapters
 from janus_jax.training.settings import Inputs
+from janus_jax.training.stacked import (
+    stack_params,
+    stack_shapes,
+    stacked_groups,
+    unstack_params,
+)
 from janus_jax.training.step import Params
 
 Shapes = dict[str, jax.ShapeDtypeStruct]  # by path, with shardings
@@ -28,6 +34,7 @@ class Parameters:
         trained, frozen: shapes, dtypes and shardings, by path. Trainable parameters and the image
             tokenizer are float32, other frozen parameters settings.dtype. Parameters that no step
             uses are in neither dict.
+        loaded_frozen: the same for what load_frozen returns.
     """
 
     def __init__(self, inputs: Inputs):
@@ -39,10 +46,14 @@ class Parameters:
         self.inputs, self.table = inputs, inputs.source.family.parameter_table
         self._graph, self._state = abstract_model(inputs.model_cfg, inputs.lora)
         self.trained, self.frozen = self._split()
-        if not same_in_all_layers(self.trained, self.frozen, inputs.source.family.stacks):
+        self._groups, stacks = {}, inputs.source.family.stacks
+        if not same_in_all_layers(self.trained, self.frozen, stacks):
             # a loop would compute the gradients of all layers if one is trained
             cfg = inputs.model_cfg.with_scan(False)
             self._graph, self._state = abstract_model(cfg, inputs.lora)
+        elif inputs.model_cfg == inputs.model_cfg.with_scan(True):
+            self._groups = stacked_groups(self.frozen, stacks)
+        self.loaded_frozen = stack_shapes(self.frozen, self._groups)
         if inputs.settings.reinit:
             check_reinit(inputs.settings.reinit, self.trained, self.frozen)
 
@@ -76,7 +87,7 @@ class Parameters:
 
     def image_codec(self, params: Mapping[str, Any]) -> dict[str, Any]:
         """Returns those of the parameters, by path, that belong to the image tokenizer."""
-        return {path: leaf for path, leaf in params.items() if self._is_vq(path)}
+        return {path: params[path] for path in self.frozen if self._is_vq(path)}
 
     def float32_gradients(self) -> frozenset[str]:
         """Returns the paths of the trainable parameters with Precision.FLOAT32_GRADIENT."""
@@ -84,8 +95,16 @@ class Parameters:
         return frozenset(p for p in self.trained if self.table.find(p).precision is precision)
 
     def load_frozen(self) -> Params:
-        """Loads the frozen parameters from the initial checkpoint."""
-        return self._load(self.frozen, DTYPES[self.inputs.settings.dtype])
+        """Loads the frozen parameters from the initial checkpoint.
+
+        Those of layers that run in a loop are stacked, see unstack.
+        """
+        frozen = self._load(self.frozen, DTYPES[self.inputs.settings.dtype])
+        return stack_params(frozen, self.loaded_frozen, self._groups)
+
+    def unstack(self, frozen: Params) -> Params:
+        """Returns the frozen parameters by their paths in the model. Outside of jit, it copies."""
+        return unstack_params(frozen, self._groups)
 
     def load_trained(self) -> Params:
         """Loads or initializes the trainable parameters, in float32."""
@@ -126,7 +145,7 @@ class Parameters:
 
     def build(self, params: Params) -> nnx.Module:
         """Builds the model from parameters by path. Parameters that are not given stay abstract."""
-        leaves = dict(leaves_by_path(self._state)) | params
+        leaves = dict(leaves_by_path(self._state)) | self.unstack(params)
         return merge_params(self._graph, self._state, leaves.__getitem__)
 
 

@@ -120,7 +120,7 @@ class Program:
 
         The devices need not be present.
         """
-        frozen, rows = self.parameters.frozen, row_shapes(self.inputs)
+        frozen, rows = self.parameters.loaded_frozen, row_shapes(self.inputs)
         if self.tokenize is not None:
             codec = self.parameters.image_codec(frozen)
             images = rows["generated"], rows["gen_mask"]

@@ -193,7 +193,7 @@ def make_callbacks(
         evaluate = evaluation_callback(program, frozen, log, rows, skipped)
         callbacks.append((settings.eval_every, evaluate))
     if settings.sample_every:
-        sample = sampling_callback(program.inputs, frozen, log, output)
+        sample = sampling_callback(program, frozen, log, output)
         callbacks.append((settings.sample_every, sample))
     return callbacks
 
