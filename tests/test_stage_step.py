@@ -8,6 +8,8 @@ import pytest
 from ml_collections import ConfigDict
 from stage_configs import make_program, small_config
 
+from janus_jax.aot.hlo_facts import collective_ops
+from janus_jax.aot.hlo_text import parse
 from janus_jax.training.program import put_rows
 from janus_jax.training.step import default_promotion, make_optimizer
 
@@ -204,6 +206,32 @@ def test_what_is_frozen_has_no_gradient_no_optimizer_state_and_no_float32_copy(c
 
     kernels, whole = sum(path.endswith("_proj.kernel") for path in frozen), config(dtype="bfloat16")
     assert num_products(make_program(whole)) - num_products(program) >= kernels > 10
+
+
+def collectives_of(cfg):
+    """Returns the collectives of the compiled step, and its program."""
+    program = make_program(cfg)
+    text = dict(program.lowerings())["step"]().compile().as_text()
+    return collective_ops(parse(text)), program
+
+
+def test_no_loop_over_chunks_sends_parameters_or_gradients(config):
+    """Heads are gathered before the loop over chunks, and their gradients added up behind it."""
+    found, program = collectives_of(config(mesh="fsdp=4", chunk=8))
+    kernel = program.parameters.trained["language_model.lm_head.kernel"]
+    assert any(one.bytes == 4 * kernel.size for one in found)
+    assert {one.times for one in found} == {1}
+
+
+def test_a_loop_over_layers_gathers_one_layer_at_a_time(config):
+    found, program = collectives_of(config(mesh="fsdp=4", scan="on"))
+    layers = program.inputs.model_cfg.language_model.num_hidden_layers
+    kernels = [
+        leaf.size for path, leaf in program.parameters.trained.items() if ".layers.0.mlp" in path
+    ]
+    gathered = [one for one in found if one.kind == "all-gather" and "while" in one.op_name]
+    assert gathered and {one.times for one in gathered} == {layers}
+    assert max(one.bytes for one in gathered) <= 4 * max(kernels)
 
 
 def test_no_step_reads_the_tokenizer_where_images_come_as_indices(config):
