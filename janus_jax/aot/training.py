@@ -8,6 +8,7 @@ import jax
 from janus_jax.aot.compiled import CompiledPart, compile_part, device_bytes
 from janus_jax.families.family import Family, ModelConfig, Sizes
 from janus_jax.families.registry import family_of
+from janus_jax.interop.load import DTYPES
 from janus_jax.processing.images import ImageConfig
 from janus_jax.sharding import check_mesh, make_mesh, parse_mesh
 from janus_jax.training.program import Program, row_shapes
@@ -17,7 +18,6 @@ from janus_jax.training.settings import (
     lora_config,
     no_progress,
     rows_config,
-    training_cfg,
 )
 
 
@@ -67,7 +67,7 @@ def abstract_program(settings, cfg: ModelConfig, devices: Sequence[jax.Device]) 
         settings=settings,
         source=model,
         processor=model,
-        model_cfg=training_cfg(settings, cfg, mesh),
+        model_cfg=cfg.with_dtype(DTYPES[settings.dtype]).with_remat(settings.remat),
         mesh=mesh,
         rows=rows_config(settings, mesh),
         lora=lora_config(settings),

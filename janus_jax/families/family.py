@@ -17,7 +17,7 @@ import dataclasses
 import enum
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -253,8 +253,8 @@ class ModelConfig(Protocol):
     def with_remat(self, remat: str) -> "ModelConfig":
         """Returns a copy with another rematerialization setting."""
 
-    def with_scan(self, scan: bool) -> "ModelConfig":
-        """Returns a copy whose layers run in a loop, or one after the other."""
+    def with_scan(self, stacks: Container[str]) -> "ModelConfig":
+        """Returns a copy in which the layers of these Family.stacks run in a loop."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -89,9 +89,9 @@ def sampling_callback(program: Program, frozen: Params, log: Log, output: Path) 
     settings, source, images = inputs.settings, inputs.source, prompt_images(inputs)
     questions, dtype = [question for _, question in settings.questions], DTYPES[settings.dtype]
     # no gradients are needed, and remat writes to the model, which is not allowed inside loops
-    model_cfg = inputs.model_cfg.with_remat("none").with_scan(False)
-    plain = dataclasses.replace(inputs, model_cfg=model_cfg)
-    parameters, image_defaults = Parameters(plain), ImageDefaults.from_dir(source.path)
+    plain = dataclasses.replace(inputs, model_cfg=inputs.model_cfg.with_remat("none"))
+    parameters = Parameters(plain, can_loop=False)
+    image_defaults = ImageDefaults.from_dir(source.path)
     if inputs.rows.tokenized:  # the training step does not load the image tokenizer
         paths = component_paths(source.cfg, source.family.image_codec)
         sharding = sharding_for(inputs.mesh, source.family.parameter_table)

@@ -1,6 +1,5 @@
 """The parameters of a run: which are trained, how they are stored, and their first values."""
 
-import collections
 import re
 from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
@@ -15,8 +14,10 @@ from janus_jax.sharding import sharding_for
 from janus_jax.training.lora import ADAPTERS, LoRAConfig, add_adapters
 from janus_jax.training.settings import Inputs
 from janus_jax.training.stacked import (
+    same_in_all_layers,
     stack_params,
     stack_shapes,
+    stack_size,
     stacked_groups,
     unstack_params,
 )
@@ -37,22 +38,21 @@ class Parameters:
         loaded_frozen: the same for what load_frozen returns.
     """
 
-    def __init__(self, inputs: Inputs):
+    def __init__(self, inputs: Inputs, can_loop: bool = True):
         """Determines which parameters are trained.
 
+        can_loop: whether layers may run in a loop; decode steps must not.
         Raises ValueError if no parameter is trainable, if one of the image tokenizer is, or if
         `reinit` does not fit them.
         """
         self.inputs, self.table = inputs, inputs.source.family.parameter_table
         self._graph, self._state = abstract_model(inputs.model_cfg, inputs.lora)
         self.trained, self.frozen = self._split()
-        self._groups, stacks = {}, inputs.source.family.stacks
-        if not same_in_all_layers(self.trained, self.frozen, stacks):
-            # a loop would compute the gradients of all layers if one is trained
-            cfg = inputs.model_cfg.with_scan(False)
+        stacks = self._stacks_to_loop() if can_loop else []
+        if stacks:
+            cfg = inputs.model_cfg.with_scan(stacks)
             self._graph, self._state = abstract_model(cfg, inputs.lora)
-        elif inputs.model_cfg == inputs.model_cfg.with_scan(True):
-            self._groups = stacked_groups(self.frozen, stacks)
+        self._groups = stacked_groups(self.frozen, stacks)
         self.loaded_frozen = stack_shapes(self.frozen, self._groups)
         if inputs.settings.reinit:
             check_reinit(inputs.settings.reinit, self.trained, self.frozen)
@@ -80,6 +80,21 @@ class Parameters:
         if inputs.rows.tokenized:  # the image tokens are precomputed
             frozen = {path: leaf for path, leaf in frozen.items() if not self._is_vq(path)}
         return trained, frozen
+
+    def _stacks_to_loop(self) -> list[str]:
+        """Returns the stacks whose layers run in a loop, according to settings.scan.
+
+        XLA compiles the body of a loop once, but stacking the parameters of the layers takes time
+        to compile, too, and memory, unless they are stacked when they are loaded.
+        """
+        scan, family = self.inputs.settings.scan, self.inputs.source.family
+        is_tpu = self.inputs.mesh.devices.flat[0].platform == "tpu"
+        if scan == "off" or (scan == "auto" and not is_tpu):
+            return []
+        stacks = [s for s in family.stacks if same_in_all_layers(self.trained, self.frozen, s)]
+        if scan == "on":
+            return stacks
+        return [s for s in stacks if stack_size(self.trained, s) < stack_size(self.frozen, s)]
 
     def _is_vq(self, path: str) -> bool:
         """Whether a parameter belongs to the image tokenizer."""
@@ -147,22 +162,6 @@ class Parameters:
         """Builds the model from parameters by path. Parameters that are not given stay abstract."""
         leaves = dict(leaves_by_path(self._state)) | self.unstack(params)
         return merge_params(self._graph, self._state, leaves.__getitem__)
-
-
-def same_in_all_layers(
-    trained: Iterable[str], frozen: Iterable[str], stacks: Iterable[str]
-) -> bool:
-    """Returns whether all layers of each stack have the same trainable parameters.
-
-    trained, frozen: parameter paths. stacks: paths of the lists of layers, see Family.
-    """
-    for stack in stacks:
-        layer = re.compile(rf"{re.escape(stack)}\.(\d+)\.(.+)")
-        numbers = {match[1] for match in map(layer.match, (*trained, *frozen)) if match}
-        counts = collections.Counter(match[2] for match in map(layer.match, trained) if match)
-        if any(count != len(numbers) for count in counts.values()):
-            return False
-    return True
 
 
 def abstract_model(

@@ -84,7 +84,7 @@ class Inputs:
         check_processor(init, processor, source.cfg)
         mesh = parse_mesh(settings.mesh) if settings.mesh else make_mesh(fsdp=jax.device_count())
         check_mesh(mesh, source.sizes.heads)
-        model_cfg = training_cfg(settings, source.cfg, mesh)
+        model_cfg = source.cfg.with_dtype(DTYPES[settings.dtype]).with_remat(settings.remat)
         lora, rows = lora_config(settings), rows_config(settings, mesh)
         check_weights(source)  # before a model with the sizes in config.json is built
         return cls(settings, source, processor, model_cfg, mesh, rows, lora, formats, progress)
@@ -102,13 +102,6 @@ class Inputs:
         return open_rows(
             rows, self.processor, self.source.cfg, folder, *hosts, formats=self.formats
         )
-
-
-def training_cfg(settings, cfg: ModelConfig, mesh: Mesh) -> ModelConfig:
-    """Returns the config of the model to train: with dtype, rematerialization and loops."""
-    is_tpu = mesh.devices.flat[0].platform == "tpu"
-    scan = is_tpu if settings.scan == "auto" else settings.scan == "on"
-    return cfg.with_dtype(DTYPES[settings.dtype]).with_remat(settings.remat).with_scan(scan)
 
 
 def check_init(init: str) -> Path:

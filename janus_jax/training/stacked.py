@@ -4,6 +4,7 @@ A step that stacks parameters copies them. It has to copy trainable parameters i
 them, but not frozen ones.
 """
 
+import collections
 import re
 from collections.abc import Iterable, Mapping
 
@@ -14,16 +15,34 @@ from jax.sharding import NamedSharding, PartitionSpec
 Groups = dict[str, list[str]]  # path of a stacked parameter -> its paths in the layers, in order
 
 
+def same_in_all_layers(trained: Iterable[str], frozen: Iterable[str], stack: str) -> bool:
+    """Returns whether all layers of a stack have the same trainable parameters.
+
+    If only some layers are trained, a loop would compute the gradients of all of them.
+
+    trained, frozen: parameter paths. stack: path of a list of layers, see Family.
+    """
+    layer = re.compile(rf"{re.escape(stack)}\.(\d+)\.(.+)")
+    numbers = {match[1] for match in map(layer.match, (*trained, *frozen)) if match}
+    counts = collections.Counter(match[2] for match in map(layer.match, trained) if match)
+    return all(count == len(numbers) for count in counts.values())
+
+
+def stack_size(shapes: Mapping[str, jax.ShapeDtypeStruct], stack: str) -> int:
+    """Returns the number of parameters in a stack."""
+    return sum(leaf.size for path, leaf in shapes.items() if path.startswith(f"{stack}."))
+
+
 def stacked_groups(paths: Iterable[str], stacks: Iterable[str]) -> Groups:
     """Groups the paths of the layers of each stack; the stacked paths have * for the number.
 
     stacks: paths of the lists of layers, see Family.
     """
-    layer = re.compile(rf"({'|'.join(map(re.escape, stacks))})\.(\d+)\.(.+)")
     groups: dict[str, dict[int, str]] = {}
-    for path in paths:
-        if match := layer.fullmatch(path):
-            stack, number, name = match.groups()
+    for stack in stacks:
+        layer = re.compile(rf"{re.escape(stack)}\.(\d+)\.(.+)")
+        for path in filter(layer.match, paths):
+            number, name = layer.match(path).groups()
             groups.setdefault(f"{stack}.*.{name}", {})[int(number)] = path
     return {name: [found[i] for i in sorted(found)] for name, found in groups.items()}
 
