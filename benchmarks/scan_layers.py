@@ -1,169 +1,81 @@
-"""Compares unrolled decoder layers, as in the model, with `lax.scan` over stacked layers.
+"""Compiles a training step with its layers in a loop and one after the other, and compares both.
 
-    python -m benchmarks.scan_layers --output benchmarks/results/scan_layers.jsonl
-    pip install "libtpu==0.0.42.*"     # to compile for a TPU; no TPU is needed:
-    python -m benchmarks.scan_layers --device v5p --output benchmarks/results/scan_layers.jsonl
+    pip install -e ".[compile-tpu]"
+    python -m benchmarks.scan_layers --config janus_pro_1b_stage2 --device v5p \\
+        --set batch_size=4 streams=1 'remat="full"' --output benchmarks/results/scan_layers.jsonl
 
-Measures a forward and backward pass through the decoder layers alone, with the gradients of all
-their weights. For a TPU the program is compiled but not run, with the layers of Janus-Pro-1B. On
-this machine the layers have a twelfth of that width.
+The device need not be there. For each program of the step, it reports the seconds to compile, the
+CPU seconds of all threads meanwhile, which depend less on what else the machine does, and the
+gigabytes that the program adds to the arrays on a device. Nothing is run.
 """
 
 import argparse
-import dataclasses
+import importlib
 import json
 import os
-import statistics
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 # keeps the TPU compiler from querying the metadata of the machine
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
-import jax.numpy as jnp
-from flax import nnx
-from jax.experimental import topologies
-from jax.sharding import SingleDeviceSharding
 
+from janus_jax.aot.topology import described_devices
+from janus_jax.aot.training import abstract_program, compile_step
+from janus_jax.devices import known_devices
 from janus_jax.models.janus import JanusConfig
-from janus_jax.models.layers import block_call
-from janus_jax.models.llama import Block, LlamaConfig, rope_angles
 
-ROWS, LENGTH, RUNS = 1, 2048, 5
+SETTINGS = ("batch_size", "accumulate", "seq_len", "remat", "scan", "lora_rank", "tokenized")
 
 
-def block_state(cfg: LlamaConfig) -> tuple[nnx.GraphDef, nnx.State]:
-    """Returns the graph definition and the abstract state of one block."""
-    return nnx.split(nnx.eval_shape(lambda: Block(cfg, rngs=nnx.Rngs(0))))
-
-
-def unrolled(cfg: LlamaConfig) -> tuple[Callable, list]:
-    """Returns a function (weights, x, angles, segment_ids) -> x, and the shapes of the weights."""
-    graph, state = block_state(cfg)
-    run = block_call(Block, cfg.remat)
-
-    def layers(weights, x, angles, segment_ids):
-        for layer in weights:
-            x, _, _ = run(nnx.merge(graph, layer), x, angles, segment_ids)
-        return x
-
-    return layers, [state] * cfg.num_hidden_layers
-
-
-def scanned(cfg: LlamaConfig) -> tuple[Callable, nnx.State]:
-    """Returns the same with stacked weights, float[layers, ...], and `lax.scan`."""
-    graph, state = block_state(cfg)
-    run = block_call(Block, cfg.remat)
-
-    def layers(weights, x, angles, segment_ids):
-        def body(x, layer):
-            return run(nnx.merge(graph, layer), x, angles, segment_ids)[0], None
-
-        return jax.lax.scan(body, x, weights)[0]
-
-    shape = (cfg.num_hidden_layers,)
-    return layers, jax.tree.map(lambda w: jax.ShapeDtypeStruct(shape + w.shape, w.dtype), state)
-
-
-VARIANTS = dict(written_out=unrolled, scanned=scanned)  # by their names in the results file
-
-
-def gradients(layers: Callable, cfg: LlamaConfig) -> Callable:
-    """Returns the jitted (weights, x, segments) -> gradient of the summed output by the weights."""
-
-    def total(weights, x, segments):
-        positions = jnp.broadcast_to(jnp.arange(LENGTH), (ROWS, LENGTH))
-        angles = rope_angles(positions, cfg.head_dim, cfg.rope_theta)
-        return jnp.sum(layers(weights, x, angles, segments).astype(jnp.float32))
-
-    return jax.jit(jax.grad(total))
-
-
-def measure(make: Callable, cfg: LlamaConfig, chip: jax.Device | None) -> dict:
-    """Compiles one variant and measures it.
-
-    Returns the seconds to trace and to compile, the gigabytes of temporaries and, on this machine,
-    the seconds per step.
-
-    make: `unrolled` or `scanned`. chip: a device to compile for, or None to use this machine.
-    """
-    layers, weights = make(cfg)
-    x = jax.ShapeDtypeStruct((ROWS, LENGTH, cfg.hidden_size), cfg.dtype)
-    shapes = weights, x, jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
-    if chip:
-        sharding = SingleDeviceSharding(chip)
-        shapes = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes
+def measure(settings, cfg: JanusConfig, devices: list) -> dict[str, dict[str, float]]:
+    """Compiles the programs of a step, and returns the figures of each by its name."""
+    figures, parts = {}, compile_step(abstract_program(settings, cfg, devices))
+    while True:
+        start = time.process_time()
+        part = next(parts, None)
+        if part is None:
+            return figures
+        figures[part.name] = dict(
+            compile_s=round(part.compile_s, 1),
+            cpu_s=round(time.process_time() - start, 1),
+            added_gb=round(part.added / 1e9, 3),
         )
-    start = time.monotonic()
-    lowered = gradients(layers, cfg).lower(*shapes)
-    traced = time.monotonic()
-    compiled = lowered.compile()
-    figures = dict(
-        trace_s=round(traced - start, 2),
-        compile_s=round(time.monotonic() - traced, 2),
-        temporaries_gb=round(compiled.memory_analysis().temp_size_in_bytes / 1e9, 3),
-    )
-    return figures if chip else figures | dict(step_s=step_seconds(compiled, shapes))
-
-
-def step_seconds(compiled: Callable, shapes: tuple) -> float:
-    """Returns the median time of RUNS runs, after one warm-up run."""
-    weights, x, segments = shapes
-    weights, x = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.01, leaf.dtype), (weights, x))
-    inputs = weights, x, jnp.ones(segments.shape, segments.dtype)
-    times = []
-    for _ in range(RUNS + 1):
-        start = time.monotonic()
-        jax.block_until_ready(compiled(*inputs))
-        times.append(time.monotonic() - start)
-    return round(statistics.median(times[1:]), 3)
-
-
-def compare(device: str) -> dict:
-    """Measures all variants for one kind of device and returns the record; "" is this machine."""
-    cfg, chip = JanusConfig.janus_pro_1b().language_model, None
-    if device:
-        chips = topologies.get_topology_desc(platform="tpu", topology_name=f"{device}:2x2")
-        cfg, chip = dataclasses.replace(cfg, dtype=jnp.bfloat16), chips.devices[0]
-    else:
-        small = dict(hidden_size=160, intermediate_size=448, num_attention_heads=4)
-        cfg = dataclasses.replace(cfg, **small, num_key_value_heads=4)
-    cfg = dataclasses.replace(cfg, param_dtype=cfg.dtype)
-    results = {
-        f"{name}, remat {remat}": measure(
-            make, dataclasses.replace(cfg, remat=remat), chip
-        )
-        for remat in ("none", "full")
-        for name, make in VARIANTS.items()
-    }
-    return dict(
-        device=device or jax.devices()[0].device_kind,
-        cores=os.cpu_count(),
-        jax=jax.__version__,
-        layers=cfg.num_hidden_layers,
-        width=cfg.hidden_size,
-        batch_size=ROWS,
-        seq_len=LENGTH,
-        dtype=jnp.dtype(cfg.dtype).name,
-        ways=results,
-    )
 
 
 def main() -> None:
-    """Runs the command: prints the record and appends it to the file given by --output."""
+    """Runs the command: prints a record per way and appends it to the file given by --output."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    device_help = "kind of TPU, such as v5p (default: this machine)"
-    parser.add_argument("--device", default="", help=device_help)
+    parser.add_argument("--config", required=True, help="name of a file in configs/, without .py")
+    parser.add_argument("--model", default="janus_pro_1b", help="or janus_pro_7b")
+    parser.add_argument("--device", default="v5p", help="kind of device: v5p (default), v5e, ...")
+    parser.add_argument("--count", type=int, default=1, help="number of devices, all on fsdp")
+    parser.add_argument("--scan", nargs="*", default=["on", "off"], help="ways (default: on off)")
+    parser.add_argument("--set", nargs="*", default=[], help="NAME=JSON values for the config")
     parser.add_argument("--output", type=Path, help="JSON Lines file to append to")
-    flags = parser.parse_args()
-    line = json.dumps(compare(flags.device))
-    print(line)
-    if flags.output:
-        with flags.output.open("a") as file:
-            file.write(line + "\n")
+    args = parser.parse_args()
+    changed = {name: json.loads(value) for name, _, value in (s.partition("=") for s in args.set)}
+    cfg = getattr(JanusConfig, args.model)()
+    devices = described_devices(known_devices()[args.device], args.count, "")
+    for scan in args.scan:
+        settings = importlib.import_module(f"configs.{args.config}").get_config()
+        settings.update(changed | dict(scan=scan, mesh=""))
+        record = dict(
+            config=args.config,
+            model=args.model,
+            device=args.device,
+            devices=args.count,
+            jax=jax.__version__,
+            cores=os.cpu_count(),
+            **{name: settings[name] for name in SETTINGS},
+            parts=measure(settings, cfg, devices),
+        )
+        print(json.dumps(record), flush=True)
+        if args.output:
+            with args.output.open("a") as file:
+                file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":

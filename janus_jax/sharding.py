@@ -37,7 +37,8 @@ def make_mesh(
             number of heads of the model.
         devices: the devices to choose from. Default: all devices of JAX's default backend.
     Raises:
-        ValueError: if a size is less than 1 or the mesh needs more devices than there are.
+        ValueError: if a size is less than 1, the mesh needs more devices than there are, or JAX
+            cannot arrange TPUs as such a mesh.
     """
     axes = zip(AXES, (data, fsdp, tensor), strict=True)
     sizes = {name: check_count(f"mesh axis {name}", size) for name, size in axes}
@@ -46,12 +47,19 @@ def make_mesh(
     if needed > len(devices):
         shape = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(f"mesh {shape} needs {needed} devices, but there are only {len(devices)}")
-    return jax.make_mesh(
-        tuple(sizes.values()),
-        AXES,
-        axis_types=(AxisType.Auto,) * len(AXES),
-        devices=devices[:needed],
-    )
+    try:
+        return jax.make_mesh(
+            tuple(sizes.values()),
+            AXES,
+            axis_types=(AxisType.Auto,) * len(AXES),
+            devices=devices[:needed],
+        )
+    except (AssertionError, NotImplementedError) as error:  # part of a TPU slice of another shape
+        shape = ",".join(f"{name}={size}" for name, size in sizes.items())
+        raise ValueError(
+            f"JAX cannot arrange {needed} of {len(devices)} {devices[0].device_kind} devices as "
+            f"the mesh {shape}; choose powers of two, or a slice of this size"
+        ) from error
 
 
 def parse_mesh(text: str, devices: Sequence[jax.Device] | None = None) -> Mesh:

@@ -16,7 +16,7 @@ from janus_jax.data.examples import ExampleMaker
 from janus_jax.data.records import KINDS, Record
 from janus_jax.processing.images import encode_png
 from janus_jax.shapes import scenes
-from janus_jax.training.row_losses import cross_entropies, generated_indices, normalize, row_losses
+from janus_jax.training.row_losses import cross_entropies, normalize, row_losses
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -141,25 +141,6 @@ def test_packed_equals_alone(janus, examples):
         np.testing.assert_allclose(one / scale, other / scale, atol=1e-4)
 
 
-def test_images_and_their_indices_give_the_same_loss(janus):
-    rng = np.random.default_rng(0)
-    scene, prompt = scenes.sample_scene(rng, None)
-    pixels = scenes.draw(scene)
-    record = Record(
-        "generation",
-        text=prompt.text,
-        images=(encode_png(pixels),),
-        indices=np.asarray(janus.encode_images(pixels))[0],
-    )
-    images, found = janus.processor.image_config, []
-    for tokenized in (False, True):
-        make = ExampleMaker(janus.processor, 96, 36, 1024, 128, 2, 1, tokenized)
-        rows = in_rows([make(record, np.random.default_rng(3))], 64, 0)
-        found.append(losses_of(janus.model, rows, images))
-    assert found[0]["generation"] == found[1]["generation"]
-    assert found[0]["generation"][1] == 36
-
-
 @pytest.mark.parametrize("tokenized", [False, True])
 def test_rows_may_have_no_place_for_images(janus, tokenized):
     make = ExampleMaker(janus.processor, 96, 36, 1024, 64, 0, 0, tokenized)
@@ -167,14 +148,6 @@ def test_rows_may_have_no_place_for_images(janus, tokenized):
     rows = in_rows([example], 64, 0, 0, 0)
     found = losses_of(janus.model, rows, janus.processor.image_config)
     assert float(found["text"][1]) == example["loss_mask"].sum() and float(found["text"][0]) > 0
-
-
-def test_codes_are_chosen_in_full_precision(janus):
-    """As tokenize_images does, whatever the step's own precision."""
-    pixels = jnp.zeros((1, 1, 96, 96, 3), jnp.uint8)
-    with jax.default_matmul_precision("bfloat16"):
-        text = str(jax.make_jaxpr(lambda x: generated_indices(janus.model, x))(pixels))
-    assert "HIGHEST" in text and "BF16" not in text and "Precision.DEFAULT" not in text
 
 
 def test_images_are_normalized_as_the_processor_does(janus):

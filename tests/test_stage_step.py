@@ -8,7 +8,9 @@ import pytest
 from ml_collections import ConfigDict
 from stage_configs import make_program, small_config
 
-from janus_jax.training.program import put_rows, row_shapes
+from janus_jax.aot.hlo_facts import collective_ops
+from janus_jax.aot.hlo_text import parse
+from janus_jax.training.program import put_rows
 from janus_jax.training.step import default_promotion, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -25,13 +27,12 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def batch(config, tmp_path_factory):
-    """Rows with targets of every kind."""
+    """Rows with targets of every kind, and tokens of the images to generate."""
     program = make_program(config())
     rows, _ = program.inputs.open_rows(tmp_path_factory.mktemp("rows"))
     found = next(iter(rows))
-    del found["records"]
     assert set(found["kind"][found["segment_ids"] > 0].tolist()) == {0, 1, 2}
-    return found
+    return jax.device_get(program.put_rows(program.parameters.load_frozen(), found))
 
 
 def gradients(cfg, batch):
@@ -52,6 +53,11 @@ def plain(config, batch):
 def norm_of(grads) -> float:
     """Returns the global norm of gradients on the host."""
     return float(np.sqrt(sum(np.vdot(grad, grad) for grad in grads.values())))
+
+
+def num_products(program) -> int:
+    """Returns the number of matrix products in the text of the step."""
+    return dict(program.lowerings())["step"]().as_text().count("stablehlo.dot_general")
 
 
 def assert_close(found, plain):
@@ -116,6 +122,29 @@ def test_what_is_computed_again_gives_the_same_gradients(config, batch, plain, r
     assert_close(gradients(config(remat=remat), batch), plain)
 
 
+@pytest.mark.parametrize("remat", ["none", "full"])
+@pytest.mark.parametrize("changed", [{}, dict(mesh="fsdp=2,tensor=2")])
+def test_layers_in_a_loop_give_the_same_gradients(config, batch, plain, remat, changed):
+    scanned = config(scan="on", remat=remat, **changed)
+    unrolled = make_program(config(remat=remat, **changed))
+    assert num_products(make_program(scanned)) < 0.8 * num_products(unrolled)
+    assert_close(gradients(scanned, batch), plain)
+
+
+@pytest.mark.parametrize(
+    ("trained", "looped"),
+    [
+        (dict(trained=r"language_model\.layers\.\d+\.mlp"), True),
+        (dict(trained=r"language_model\.layers\.1\."), False),
+        (dict(lora_rank=2, lora_targets=r"language_model\.layers\.\d+\.mlp\.up_proj"), True),
+        (dict(lora_rank=2, lora_targets=r"language_model\.layers\.0\.mlp\.up_proj"), False),
+    ],
+)
+def test_layers_with_different_trainable_parameters_do_not_run_in_a_loop(config, trained, looped):
+    on, off = (num_products(make_program(config(scan=scan, **trained))) for scan in ("on", "off"))
+    assert (on < off) == looped and (on == off) != looped
+
+
 def test_what_is_computed_again_is_not_kept(config, batch):
     def kept(remat):
         """Returns the bytes kept from the forward pass for the backward pass."""
@@ -175,14 +204,34 @@ def test_what_is_frozen_has_no_gradient_no_optimizer_state_and_no_float32_copy(c
     assert sum(leaf.size for leaf in jax.tree.leaves(state.opt_state)) == 2 * numbers + 2
     # no matrix product computes the gradient of a frozen kernel
 
-    def products(program):
-        step, rows = jax.jit(program.objective.gradients), row_shapes(program.inputs)
-        with default_promotion():
-            lowered = step.lower(program.parameters.trained, program.parameters.frozen, rows)
-        return lowered.as_text().count("stablehlo.dot_general")
+    kernels, whole = sum(path.endswith("_proj.kernel") for path in frozen), config(dtype="bfloat16")
+    assert num_products(make_program(whole)) - num_products(program) >= kernels > 10
 
-    kernels = sum(path.endswith("_proj.kernel") for path in frozen)
-    assert products(make_program(config(dtype="bfloat16"))) - products(program) >= kernels > 10
+
+def collectives_of(cfg):
+    """Returns the collectives of the compiled step, and its program."""
+    program = make_program(cfg)
+    text = dict(program.lowerings())["step"]().compile().as_text()
+    return collective_ops(parse(text)), program
+
+
+def test_no_loop_over_chunks_sends_parameters_or_gradients(config):
+    """Heads are gathered before the loop over chunks, and their gradients added up behind it."""
+    found, program = collectives_of(config(mesh="fsdp=4", chunk=8))
+    kernel = program.parameters.trained["language_model.lm_head.kernel"]
+    assert any(one.bytes == 4 * kernel.size for one in found)
+    assert {one.times for one in found} == {1}
+
+
+def test_a_loop_over_layers_gathers_one_layer_at_a_time(config):
+    found, program = collectives_of(config(mesh="fsdp=4", scan="on"))
+    layers = program.inputs.model_cfg.language_model.num_hidden_layers
+    kernels = [
+        leaf.size for path, leaf in program.parameters.trained.items() if ".layers.0.mlp" in path
+    ]
+    gathered = [one for one in found if one.kind == "all-gather" and "while" in one.op_name]
+    assert gathered and {one.times for one in gathered} == {layers}
+    assert max(one.bytes for one in gathered) <= 4 * max(kernels)
 
 
 def test_no_step_reads_the_tokenizer_where_images_come_as_indices(config):

@@ -75,14 +75,7 @@ class Job(abc.ABC):
         if not self.mesh:
             return None
         sharding.check_heads(self.mesh_sizes.get("tensor", 1), self.sizes.heads)
-        try:
-            return sharding.parse_mesh(self.mesh, self.devices)
-        except AssertionError:  # raised by JAX
-            name, number = self.facts.name, self.num_devices
-            raise ValueError(
-                f"JAX cannot arrange {number} devices of {name} as the mesh {self.mesh}; choose "
-                "powers of two"
-            ) from None
+        return sharding.parse_mesh(self.mesh, self.devices)
 
     @property
     @abc.abstractmethod
@@ -218,15 +211,15 @@ class Train(Job):
     def program(self) -> training.Program:
         """The program of the run."""
         config = self.config.copy_and_resolve_references()
-        return training.abstract_program(config, self.cfg, self.build_mesh())
+        return training.abstract_program(config, self.cfg, self.devices)
 
     @property
     def settings(self) -> dict[str, Any]:
-        names = ("batch_size", "accumulate", "seq_len", "remat", "trained", "lora_rank")
+        names = ("batch_size", "accumulate", "seq_len", "remat", "scan", "trained", "lora_rank")
         return {name: self.config[name] for name in names}
 
     def held(self) -> dict[str, int]:
         return training.held_bytes(self.program)
 
     def compile(self) -> Iterator[CompiledPart]:
-        yield training.compile_step(self.program)
+        return training.compile_step(self.program)

@@ -1,7 +1,7 @@
 """Compiles what train.py runs: the training step of a config."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import jax
 
@@ -84,19 +84,19 @@ def held_bytes(program: Program) -> dict[str, int]:
         params=state.params,
         optimizer=state.opt_state,
         ema=state.ema,
-        frozen=program.parameters.frozen,
+        frozen=program.parameters.loaded_frozen,
         batch=row_shapes(program.inputs),
     )
     return {name: device_bytes(tree) for name, tree in parts.items() if jax.tree.leaves(tree)}
 
 
-def compile_step(program: Program) -> CompiledPart:
-    """Compiles the training step. Its inputs are not counted, see held_bytes.
+def compile_step(program: Program) -> Iterator[CompiledPart]:
+    """Compiles the programs of a training step, in the order in which they run.
+
+    Their inputs are not counted, see held_bytes.
 
     Raises:
         DoesNotFitError: the compiler says that the memory of the device is too small.
     """
-    rows, frozen = row_shapes(program.inputs), program.parameters.frozen
-    return compile_part(
-        "step", lambda: program.step.lower(program.abstract_state, frozen, rows), inputs=()
-    )
+    for name, lower in program.lowerings():
+        yield compile_part(name, lower, inputs=())

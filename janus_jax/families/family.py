@@ -17,7 +17,7 @@ import dataclasses
 import enum
 import functools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -252,6 +252,9 @@ class ModelConfig(Protocol):
 
     def with_remat(self, remat: str) -> "ModelConfig":
         """Returns a copy with another rematerialization setting."""
+
+    def with_scan(self, stacks: Container[str]) -> "ModelConfig":
+        """Returns a copy in which the layers of these Family.stacks run in a loop."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ Source: janus/models/modeling_vlm.py and projector.py of the original code.
 
 import dataclasses
 import itertools
+from collections.abc import Container
 
 import jax
 import jax.numpy as jnp
@@ -67,6 +68,18 @@ class JanusConfig:
             self,
             und_encoder=dataclasses.replace(self.und_encoder, remat=remat),
             language_model=dataclasses.replace(self.language_model, remat=remat),
+        )
+
+    def with_scan(self, stacks: Container[str]) -> "JanusConfig":
+        """Returns a copy in which the layers of these stacks run in a loop, and no others.
+
+        stacks: paths of lists of layers: und_encoder.blocks, language_model.layers.
+        """
+        encoder, decoder = self.und_encoder, self.language_model
+        return dataclasses.replace(
+            self,
+            und_encoder=dataclasses.replace(encoder, scan="und_encoder.blocks" in stacks),
+            language_model=dataclasses.replace(decoder, scan="language_model.layers" in stacks),
         )
 
     @classmethod

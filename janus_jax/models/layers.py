@@ -1,7 +1,9 @@
-"""Layers that all networks share: linear layers, norms, GELU, embeddings and rematerialization."""
+"""Layers that all networks share: linear layers, norms, GELU, embeddings, and stacks of blocks."""
 
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -201,3 +203,35 @@ def block_call(block: type[nnx.Module], remat: str) -> Callable:
     if remat == "none":
         return block.__call__
     return nnx.remat(block.__call__, policy=REMAT_POLICIES[remat])
+
+
+def run_layers(
+    call: Callable[..., tuple[jax.Array, Any]],
+    layers: Sequence[nnx.Module],
+    x: jax.Array,
+    *,
+    inputs: Sequence | None = None,
+    scan: bool = False,
+) -> tuple[jax.Array, list]:
+    """Applies layers one after the other: x, output = call(layer, x, input).
+
+    inputs: one per layer; None if `call` takes none. Not with scan.
+    scan: whether to apply the layers in one loop, `jax.lax.scan`, over their stacked parameters.
+        They must have the same parameters, and `call` must return the same shapes for each.
+    Returns the last x, and the output of each layer.
+
+    XLA compiles the body of a loop once, instead of every layer. The stacked parameters are a copy,
+    which a training step makes in any case when it casts them; a decode step must not make it.
+    """
+    if not scan:
+        outputs = []
+        for i, layer in enumerate(layers):
+            x, output = call(layer, x) if inputs is None else call(layer, x, inputs[i])
+            outputs.append(output)
+        return x, outputs
+    graphs, states = zip(*map(nnx.split, layers), strict=True)
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
+    x, outputs = jax.lax.scan(
+        lambda x, state: call(nnx.merge(graphs[0], state), x), x, stacked
+    )
+    return x, [jax.tree.map(operator.itemgetter(i), outputs) for i in range(len(layers))]

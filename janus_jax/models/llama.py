@@ -14,7 +14,15 @@ from jax.typing import DTypeLike
 
 from janus_jax.models.attention import attention
 from janus_jax.models.kv_cache import KVCache, write_slots
-from janus_jax.models.layers import Head, Linear, RMSNorm, block_call, embed_lookup, linear
+from janus_jax.models.layers import (
+    Head,
+    Linear,
+    RMSNorm,
+    block_call,
+    embed_lookup,
+    linear,
+    run_layers,
+)
 
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines
 LayerCache = tuple[jax.Array, jax.Array, jax.Array]  # keys, values, lengths
@@ -27,6 +35,7 @@ class LlamaConfig:
     dtype: the compute dtype.
     param_dtype: the dtype of the stored parameters.
     remat: what the backward pass recomputes, one of layers.REMAT_CHOICES.
+    scan: whether the layers run in one loop if there is no cache, see layers.run_layers.
     """
 
     vocab_size: int
@@ -41,6 +50,7 @@ class LlamaConfig:
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     remat: str = "none"
+    scan: bool = False
 
     @property
     def head_dim(self) -> int:
@@ -220,11 +230,16 @@ class Llama(nnx.Module):
         if positions is None:
             positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)[None]
         angles = rope_angles(positions, self.cfg.head_dim, self.cfg.rope_theta)
-        x, keys, values = embeds.astype(self.cfg.dtype), [], []
-        call = block_call(Block, self.cfg.remat)
-        for i, layer in enumerate(self.layers):
-            layer_cache = None if cache is None else (cache.keys[i], cache.values[i], start)
-            x, k, v = call(layer, x, angles, segment_ids, layer_cache)
-            keys.append(k)
-            values.append(v)
-        return self.norm(x), KVCache(tuple(keys), tuple(values), start + length)
+        block, x = block_call(Block, self.cfg.remat), embeds.astype(self.cfg.dtype)
+
+        def call(layer: Block, x: jax.Array, layer_cache: LayerCache | None = None):
+            x, k, v = block(layer, x, angles, segment_ids, layer_cache)
+            return x, (k, v)
+
+        if cache is None:
+            x, slots = run_layers(call, self.layers, x, scan=self.cfg.scan)
+        else:
+            caches = [(k, v, start) for k, v in zip(cache.keys, cache.values, strict=True)]
+            x, slots = run_layers(call, self.layers, x, inputs=caches)
+        keys, values = zip(*slots, strict=True)
+        return self.norm(x), KVCache(keys, values, start + length)

@@ -19,6 +19,7 @@ from janus_jax.models.layers import (
     block_call,
     gelu,
     linear,
+    run_layers,
     with_float32_output,
 )
 
@@ -35,6 +36,7 @@ class SiglipConfig:
     dtype: the compute dtype.
     param_dtype: the dtype of the stored parameters.
     remat: what the backward pass recomputes, one of layers.REMAT_CHOICES.
+    scan: whether the blocks run in one loop, see layers.run_layers.
     """
 
     image_size: int
@@ -47,6 +49,7 @@ class SiglipConfig:
     dtype: DTypeLike = jnp.float32
     param_dtype: DTypeLike = jnp.float32
     remat: str = "none"
+    scan: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -181,7 +184,9 @@ class Siglip(nnx.Module):
 
         pixels: float[B, Y, X, 3], normalized. Returns float[B, T, W], patches in row-major order.
         """
-        x, call = self.embed(pixels), block_call(Block, self.cfg.remat)
-        for block in self.blocks[: len(self.blocks) + self.cfg.select_layer + 1]:
-            x = call(block, x)
+        call = block_call(Block, self.cfg.remat)
+        blocks = self.blocks[: len(self.blocks) + self.cfg.select_layer + 1]
+        x, _ = run_layers(
+            lambda block, x: (call(block, x), None), blocks, self.embed(pixels), scan=self.cfg.scan
+        )
         return self.norm(x)

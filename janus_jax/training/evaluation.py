@@ -20,7 +20,7 @@ from janus_jax.processing.images import encode_png, load_image
 from janus_jax.sharding import sharding_for
 from janus_jax.training.metrics import Log
 from janus_jax.training.parameters import Parameters
-from janus_jax.training.program import Program, put_rows
+from janus_jax.training.program import Program
 from janus_jax.training.settings import Inputs
 from janus_jax.training.step import Params, TrainState, eval_params
 
@@ -52,7 +52,7 @@ def evaluation_callback(
         batch_terms, params = [], eval_params(state)
         with contextlib.closing(iter(rows)) as iterator:
             for batch in itertools.islice(iterator, inputs.settings.eval_batches):
-                terms = compute_terms(params, frozen, put_rows(batch, inputs.mesh))
+                terms = compute_terms(params, frozen, program.put_rows(frozen, batch))
                 batch_terms.append(jax.tree.map(float, jax.device_get(terms)))
         sums = jax.tree.map(lambda *values: sum(values), *batch_terms)
         means = {name: total / count for name, (total, count) in sums.items() if count}
@@ -78,18 +78,20 @@ def prompt_images(inputs: Inputs) -> list[list[Image.Image]]:
     return images
 
 
-def sampling_callback(inputs: Inputs, frozen: Params, log: Log, output: Path) -> Callback:
+def sampling_callback(program: Program, frozen: Params, log: Log, output: Path) -> Callback:
     """Returns a callback that generates images of `prompts` and answers `questions`.
 
     It writes prompt-0.png, ... and answers.txt to OUTPUT/samples/STEP, and logs both to
     TensorBoard. It always uses the seed of the run.
     Raises FileNotFoundError or ValueError as prompt_images does.
     """
+    inputs = program.inputs
     settings, source, images = inputs.settings, inputs.source, prompt_images(inputs)
     questions, dtype = [question for _, question in settings.questions], DTYPES[settings.dtype]
     # no gradients are needed, and remat writes to the model, which is not allowed inside loops
     plain = dataclasses.replace(inputs, model_cfg=inputs.model_cfg.with_remat("none"))
-    parameters, image_defaults = Parameters(plain), ImageDefaults.from_dir(source.path)
+    parameters = Parameters(plain, can_loop=False)
+    image_defaults = ImageDefaults.from_dir(source.path)
     if inputs.rows.tokenized:  # the training step does not load the image tokenizer
         paths = component_paths(source.cfg, source.family.image_codec)
         sharding = sharding_for(inputs.mesh, source.family.parameter_table)
@@ -97,7 +99,7 @@ def sampling_callback(inputs: Inputs, frozen: Params, log: Log, output: Path) ->
 
     def sample(step: int, state: TrainState) -> None:
         params = {path: array.astype(dtype) for path, array in eval_params(state).items()}
-        model = parameters.build(params | frozen)
+        model = parameters.build(params | program.parameters.unstack(frozen))
         janus = Pipeline(model, inputs.processor, output.name, image_defaults, inputs.mesh)
         folder = output / "samples" / f"{step:07d}"
         if settings.prompts:

@@ -1,7 +1,7 @@
 """The parameters of a run: which are trained, how they are stored, and their first values."""
 
 import re
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -13,6 +13,14 @@ from janus_jax.interop.load import DTYPES, abstract, load_params, merge_params
 from janus_jax.sharding import sharding_for
 from janus_jax.training.lora import ADAPTERS, LoRAConfig, add_adapters
 from janus_jax.training.settings import Inputs
+from janus_jax.training.stacked import (
+    same_in_all_layers,
+    stack_params,
+    stack_shapes,
+    stack_size,
+    stacked_groups,
+    unstack_params,
+)
 from janus_jax.training.step import Params
 
 Shapes = dict[str, jax.ShapeDtypeStruct]  # by path, with shardings
@@ -27,17 +35,25 @@ class Parameters:
         trained, frozen: shapes, dtypes and shardings, by path. Trainable parameters and the image
             tokenizer are float32, other frozen parameters settings.dtype. Parameters that no step
             uses are in neither dict.
+        loaded_frozen: the same for what load_frozen returns.
     """
 
-    def __init__(self, inputs: Inputs):
+    def __init__(self, inputs: Inputs, can_loop: bool = True):
         """Determines which parameters are trained.
 
+        can_loop: whether layers may run in a loop; decode steps must not.
         Raises ValueError if no parameter is trainable, if one of the image tokenizer is, or if
         `reinit` does not fit them.
         """
         self.inputs, self.table = inputs, inputs.source.family.parameter_table
         self._graph, self._state = abstract_model(inputs.model_cfg, inputs.lora)
         self.trained, self.frozen = self._split()
+        stacks = self._stacks_to_loop() if can_loop else []
+        if stacks:
+            cfg = inputs.model_cfg.with_scan(stacks)
+            self._graph, self._state = abstract_model(cfg, inputs.lora)
+        self._groups = stacked_groups(self.frozen, stacks)
+        self.loaded_frozen = stack_shapes(self.frozen, self._groups)
         if inputs.settings.reinit:
             check_reinit(inputs.settings.reinit, self.trained, self.frozen)
 
@@ -65,9 +81,28 @@ class Parameters:
             frozen = {path: leaf for path, leaf in frozen.items() if not self._is_vq(path)}
         return trained, frozen
 
+    def _stacks_to_loop(self) -> list[str]:
+        """Returns the stacks whose layers run in a loop, according to settings.scan.
+
+        XLA compiles the body of a loop once, but stacking the parameters of the layers takes time
+        to compile, too, and memory, unless they are stacked when they are loaded.
+        """
+        scan, family = self.inputs.settings.scan, self.inputs.source.family
+        is_tpu = self.inputs.mesh.devices.flat[0].platform == "tpu"
+        if scan == "off" or (scan == "auto" and not is_tpu):
+            return []
+        stacks = [s for s in family.stacks if same_in_all_layers(self.trained, self.frozen, s)]
+        if scan == "on":
+            return stacks
+        return [s for s in stacks if stack_size(self.trained, s) < stack_size(self.frozen, s)]
+
     def _is_vq(self, path: str) -> bool:
         """Whether a parameter belongs to the image tokenizer."""
         return self.table.find(path).component == self.inputs.source.family.image_codec
+
+    def image_codec(self, params: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns those of the parameters, by path, that belong to the image tokenizer."""
+        return {path: params[path] for path in self.frozen if self._is_vq(path)}
 
     def float32_gradients(self) -> frozenset[str]:
         """Returns the paths of the trainable parameters with Precision.FLOAT32_GRADIENT."""
@@ -75,8 +110,16 @@ class Parameters:
         return frozenset(p for p in self.trained if self.table.find(p).precision is precision)
 
     def load_frozen(self) -> Params:
-        """Loads the frozen parameters from the initial checkpoint."""
-        return self._load(self.frozen, DTYPES[self.inputs.settings.dtype])
+        """Loads the frozen parameters from the initial checkpoint.
+
+        Those of layers that run in a loop are stacked, see unstack.
+        """
+        frozen = self._load(self.frozen, DTYPES[self.inputs.settings.dtype])
+        return stack_params(frozen, self.loaded_frozen, self._groups)
+
+    def unstack(self, frozen: Params) -> Params:
+        """Returns the frozen parameters by their paths in the model. Outside of jit, it copies."""
+        return unstack_params(frozen, self._groups)
 
     def load_trained(self) -> Params:
         """Loads or initializes the trainable parameters, in float32."""
@@ -117,7 +160,7 @@ class Parameters:
 
     def build(self, params: Params) -> nnx.Module:
         """Builds the model from parameters by path. Parameters that are not given stay abstract."""
-        leaves = dict(leaves_by_path(self._state)) | params
+        leaves = dict(leaves_by_path(self._state)) | self.unstack(params)
         return merge_params(self._graph, self._state, leaves.__getitem__)
 
 

@@ -1,7 +1,8 @@
-"""The program of a run: its state, its objective and its jitted step."""
+"""The programs of a run: its state, its objective, and the jitted programs of a step."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import jax
 import numpy as np
@@ -11,12 +12,14 @@ from janus_jax.data.records import KINDS
 from janus_jax.data.sources import FORMATS, Formats
 from janus_jax.interop.load import DTYPES
 from janus_jax.sharding import batch_sharding
+from janus_jax.training.image_tokens import make_tokenize
 from janus_jax.training.parameters import Parameters, Shapes
 from janus_jax.training.row_losses import row_losses
 from janus_jax.training.settings import Inputs, no_progress
 from janus_jax.training.step import (
     Objective,
     Params,
+    Rows,
     TrainState,
     first_state,
     learning_rates,
@@ -27,7 +30,7 @@ from janus_jax.training.step import (
 
 
 class Program:
-    """The training program of a run. Creating it loads no weights and compiles nothing.
+    """The training programs of a run. Creating it loads no weights and compiles nothing.
 
     Attributes:
         inputs: the settings and what they name.
@@ -88,6 +91,44 @@ class Program:
             self.objective, self._optimizer, schedule, settings.ema_decay, shardings
         )
 
+    @functools.cached_property
+    def tokenize(self) -> Callable | None:
+        """The jitted encoder of images to generate, see make_tokenize; None without such images."""
+        rows, codec = self.inputs.rows, self.inputs.source.family.image_codec
+        if rows.tokenized or not rows.max_generated_images:
+            return None
+
+        def build(params: Params):
+            return getattr(self.parameters.build(params), codec)
+
+        return make_tokenize(build, self.inputs.mesh)
+
+    def put_rows(self, frozen: Params, batch: Mapping[str, np.ndarray]) -> Rows:
+        """Returns the global rows that the loss takes: with tokens as the images to generate.
+
+        frozen: the frozen parameters. batch: the rows of this process.
+        """
+        rows = put_rows(batch, self.inputs.mesh)
+        if self.tokenize is None:
+            return rows
+        codec = self.parameters.image_codec(frozen)
+        indices = self.tokenize(codec, rows["generated"], rows["gen_mask"])
+        return rows | dict(generated=indices)
+
+    def lowerings(self) -> Iterator[tuple[str, Callable[[], jax.stages.Lowered]]]:
+        """Yields the name of each program of a step and a function that lowers it, in order.
+
+        The devices need not be present.
+        """
+        frozen, rows = self.parameters.loaded_frozen, row_shapes(self.inputs)
+        if self.tokenize is not None:
+            codec = self.parameters.image_codec(frozen)
+            images = rows["generated"], rows["gen_mask"]
+            yield "image_tokens", functools.partial(self.tokenize.lower, codec, *images)
+            tokenized = dataclasses.replace(self.inputs.rows, tokenized=True)
+            rows = row_shapes(dataclasses.replace(self.inputs, rows=tokenized))
+        yield "step", functools.partial(self.step.lower, self.abstract_state, frozen, rows)
+
 
 def _shardings(tree):
     """Returns the sharding of each leaf."""
@@ -105,7 +146,7 @@ def put_rows(rows: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]
 
 
 def row_shapes(inputs: Inputs) -> Shapes:
-    """Returns the shapes of a batch of rows, of all processes (data/packing.py)."""
+    """Returns the shapes of a batch of rows as read, of all processes (data/packing.py)."""
     sharding, rows = batch_sharding(inputs.mesh), inputs.rows
     return {
         name: jax.ShapeDtypeStruct((rows.batch_size, *shape), dtype, sharding=sharding)

@@ -21,8 +21,9 @@ from jax.sharding import Mesh
 
 from janus_jax.data.records import KINDS
 from janus_jax.models.janus import Janus, merge_features
-from janus_jax.processing.images import ImageConfig, from_uint8
+from janus_jax.processing.images import ImageConfig
 from janus_jax.sharding import constrain_rows
+from janus_jax.training.row_shards import on_row_shards
 from janus_jax.training.step import Rows, Terms
 
 
@@ -66,14 +67,14 @@ def target_log_probs(
     """Computes the log-probability of each target, at temperature 1 and without guidance.
 
     Args:
-        rows: packed rows (data/packing.py).
+        rows: packed rows (data/packing.py), with the tokens of the images to generate.
         images: normalization of the input images.
         chunk: number of positions of a row whose logits, float32[B, chunk, V], are computed at a
             time.
         mesh: the devices that the rows are sharded over.
     """
     decoder = model.language_model
-    indices = generated_indices(model, rows["generated"])
+    indices = rows["generated"].reshape(len(rows["generated"]), -1)
     embeds = embed_rows(model, rows, indices, images)
     # shard input and output of the decoder by rows; XLA might shard them like the parameters
     hidden, _ = decoder(
@@ -82,13 +83,18 @@ def target_log_probs(
         segment_ids=rows["segment_ids"],
     )
     hidden = constrain_rows(hidden, mesh)
+
+    def head_losses(path: str, *rows: jax.Array) -> jax.Array:
+        function = functools.partial(cross_entropies, chunk=chunk)
+        return on_row_shards(function, model, path, decoder.cfg.dtype, mesh, *rows)
+
     text_mask, gen_mask = (_shift_left(rows[name]) for name in ("loss_mask", "gen_mask"))
     text_targets = _shift_left(rows["tokens"])
-    losses = cross_entropies(decoder.lm_head, hidden, text_targets, text_mask, chunk)
+    losses = head_losses("language_model.lm_head", hidden, text_targets, text_mask)
     if indices.shape[1]:
         order = jnp.clip(jnp.cumsum(rows["gen_mask"], axis=1) - 1, 0, indices.shape[1] - 1)
         image_targets = _shift_left(jnp.take_along_axis(indices, order, axis=1))
-        losses += cross_entropies(model.gen_head, hidden, image_targets, gen_mask, chunk)
+        losses += head_losses("gen_head", hidden, image_targets, gen_mask)
     return TargetLogProbs(-losses, text_mask, gen_mask)
 
 
@@ -108,22 +114,6 @@ def embed_rows(model: Janus, rows: Rows, indices: jax.Array, images: ImageConfig
         generated = model.embed_image_tokens(indices)
         embeds = merge_features(embeds, rows["gen_mask"], generated)
     return embeds
-
-
-def generated_indices(model: Janus, generated: jax.Array) -> jax.Array:
-    """Returns the tokens of the images to generate, int32[B, m * N], without a gradient.
-
-    generated: pixels uint8[B, m, S, S, 3], or precomputed tokens int32[B, m, N].
-    """
-    if not generated.shape[1]:
-        return jnp.zeros((len(generated), 0), jnp.int32)
-    if generated.ndim == 3:
-        return generated.reshape(len(generated), -1)
-    pixels = from_uint8(generated.reshape(-1, *generated.shape[2:]))
-    # as in commands/tokenize_images.py: with lower precision, some images get different tokens
-    with jax.default_matmul_precision("highest"):
-        indices = model.gen_vq.encode(pixels)
-    return jax.lax.stop_gradient(indices).reshape(len(generated), -1)
 
 
 def normalize(pixels: jax.Array, images: ImageConfig) -> jax.Array:

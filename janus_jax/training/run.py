@@ -49,7 +49,7 @@ from janus_jax.training.evaluation import (
 from janus_jax.training.flops import peak_flops, step_flops
 from janus_jax.training.lora import lora_factors
 from janus_jax.training.metrics import Log
-from janus_jax.training.program import Program, put_rows
+from janus_jax.training.program import Program
 from janus_jax.training.settings import MODEL, Inputs, no_progress
 from janus_jax.training.step import Params, TrainState, eval_params
 
@@ -58,7 +58,7 @@ ADAPTER_FOLDER = "adapter"  # folder of a LoRA run's adapter, next to MODEL
 # Settings that may change when a run resumes. All but `steps` leave the result the same: the
 # cosine schedule of the learning rate ends at the last step.
 CHANGEABLE = frozenset(
-    "output steps mesh threads accumulate chunk remat log_every save_every keep eval_every"
+    "output steps mesh threads accumulate chunk remat scan log_every save_every keep eval_every"
     " eval_batches eval_mixture sample_every prompts questions max_bad model_dtype".split()
 )
 
@@ -193,7 +193,7 @@ def make_callbacks(
         evaluate = evaluation_callback(program, frozen, log, rows, skipped)
         callbacks.append((settings.eval_every, evaluate))
     if settings.sample_every:
-        sample = sampling_callback(program.inputs, frozen, log, output)
+        sample = sampling_callback(program, frozen, log, output)
         callbacks.append((settings.sample_every, sample))
     return callbacks
 
@@ -250,7 +250,7 @@ def stage_step(program: Program, frozen: Params) -> Callable:
     flops = step_flops(inputs.source.cfg, parameters.trained, parameters.frozen)
 
     def step(state: TrainState, batch: dict) -> tuple[TrainState, tuple]:
-        state, metrics = program.step(state, frozen, put_rows(batch, inputs.mesh))
+        state, metrics = program.step(state, frozen, program.put_rows(frozen, batch))
         return state, (metrics, batch["records"], flops(batch))
 
     return step

@@ -29,6 +29,7 @@ from janus_jax.training.stages import ALL_BUT_VQ, base_config
 from janus_jax.training.step import learning_rates
 
 MODEL = "model"  # folder of the trained model in a run's output
+SCAN_CHOICES = ("auto", "on", "off")
 
 
 def no_progress(description: str) -> contextlib.AbstractContextManager[None]:
@@ -164,7 +165,8 @@ def check_settings(settings) -> None:
     if settings.sample_every and not (settings.prompts or settings.questions):
         given = f"sample_every={settings.sample_every}"
         raise ValueError(f"{given} requires prompts or questions, got none")
-    for name, choices in dict(dtype=DTYPES, model_dtype=DTYPES, remat=REMAT_CHOICES).items():
+    names = dict(dtype=DTYPES, model_dtype=DTYPES, remat=REMAT_CHOICES, scan=SCAN_CHOICES)
+    for name, choices in names.items():
         if settings[name] not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {settings[name]!r}")
     _check_loss_weights(settings.loss_weights.to_dict())

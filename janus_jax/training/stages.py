@@ -83,6 +83,7 @@ def base_config() -> ConfigDict:
             mesh="",  # for example "data=1,fsdp=8,tensor=1"; empty: all devices on fsdp
             dtype="bfloat16",
             remat="dots",
+            scan="auto",  # run layers in a loop: on, off; auto: on TPU, if they are mostly frozen
             accumulate=1,
             chunk=512,
             loss_weights=dict.fromkeys(KINDS, 1.0),
