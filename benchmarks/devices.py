@@ -75,8 +75,8 @@ class Row:
 
 def generation_rows() -> Iterator[Row]:
     """Yields the rows of drawing and answering."""
-    one = "The weights and the programs fit one device."
-    sharded = "One chip holds the weights, but four read them four times as fast."
+    one = "One device is enough."
+    sharded = "Four chips read the weights four times as fast as one."
     small = ("v5e", "v6e", "l4", "rtx-4090")
     for device in (*small, "a100-40gb", "a100-80gb", "h100", "h200", "v5p", "tpu7x"):
         for model in NAMES:
@@ -117,8 +117,9 @@ def _training_row(size: str, stage: int, device: str, slices: tuple, chips: int)
         mesh += f",tensor={chips // shards}"
     flags = (*slices, "--config.remat=full", f"--config.accumulate={accumulate}")
     flags += () if shards == chips else ("--mesh", mesh)
-    why = f"Parameters and moments are sharded over all devices; {at_a_time} row"
-    why += "s at a time." if at_a_time > 1 else " at a time."
+    rows = ROW_BATCH[stage] // shards // accumulate
+    why = f"Parameters and moments are sharded over all devices; {rows} row"
+    why += "s at a time on each." if rows > 1 else " at a time on each."
     return Row(f"janus_pro_{size}", f"janus_pro_{size}_stage{stage}", device, flags, why)
 
 
@@ -179,14 +180,14 @@ def write_page(results: dict[str, dict]) -> None:
 def _generation_table(found: list[tuple[Row, dict]]) -> Iterator[str]:
     yield (
         "The memory is that of four images at once, or of an answer of 256 tokens to a question "
-        "about one image. The last column is the time in which the device can read the weights "
-        "and the filled cache for all tokens.\n"
+        "about one image. The speed limit follows from the published rate at which the device "
+        "reads its memory: each token needs the weights and the filled cache.\n"
     )
     yield (
-        "| | device | mesh | memory, of | attention of the prompt | kernels or collectives per "
-        "token | at least | why |"
+        "| | device | mesh | memory needed | memory available | attention of the prompt | for each "
+        "token | speed limit | note |"
     )
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for row, report in found:
         prompt, tokens = report["programs"][:2] if len(report["programs"]) > 1 else ({}, {})
         kernels = prompt.get("attention", {}).get("prefill", ["-"])
@@ -194,7 +195,7 @@ def _generation_table(found: list[tuple[Row, dict]]) -> Iterator[str]:
             f"{NAMES[row.model]} {row.job}",
             row.device,
             report["mesh"] or "one device",
-            _memory(report),
+            *_memory(report),
             ", ".join(kernels),
             _per_token(tokens),
             _floor(report),
@@ -222,26 +223,30 @@ def _train_table(found: list[tuple[Row, dict]]) -> Iterator[str]:
     yield (
         "Collectives are those of one step and device. `params` and `optimizer` are float32.\n"
     )
-    yield "| | devices | mesh | rows, microbatches | memory, of | collectives | compiled in | why |"
-    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    yield (
+        "| | devices | mesh | rows | microbatches | memory needed | memory available | collectives "
+        "| note |"
+    )
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for row, report in found:
-        step = report["programs"][-1] if report["programs"] else dict(collectives={}, compile_s=0)
+        step = report["programs"][-1] if report["programs"] else dict(collectives={})
         moved = (f"{kind} {x['bytes'] / 1e9:.1f} GB" for kind, x in step["collectives"].items())
         yield _line(
             row.job,
             f"{report['num_devices']} x {row.device}",
             report["mesh"],
-            f"{report['settings']['batch_size']}, {report['settings']['accumulate']}",
-            _memory(report),
+            f"{report['settings']['batch_size']}",
+            f"{report['settings']['accumulate']}",
+            *_memory(report),
             ", ".join(moved) or "-",
-            f"{step['compile_s']:.0f} s",
             row.why if report["fits"] else _does_not_fit(report),
         )
 
 
-def _memory(report: dict) -> str:
+def _memory(report: dict) -> tuple[str, str]:
+    """Returns the memory needed and available on each device."""
     memory = report["memory"]
-    return f"{memory['total'] / 1e9:.1f} GB, {memory['available'] / 1e9:.1f} GB"
+    return f"{memory['total'] / 1e9:.1f} GB", f"{memory['available'] / 1e9:.1f} GB"
 
 
 def _does_not_fit(report: dict) -> str:

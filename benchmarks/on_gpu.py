@@ -30,12 +30,12 @@ def plan(profiles: Path) -> list[suite.Measurement]:
     """Returns the measurements, most important first. profiles: where profiles are kept."""
     one, seven = "janus_pro_1b", "janus_pro_7b"
     return [
-        parity.measurement(seconds=110, least=30),
-        draw.jax_measurement(one, (1, 16), folder=profiles, seconds=100, least=40),
-        draw.jax_measurement(seven, (1, 16), folder=profiles, seconds=150, least=50),
-        draw.torch_measurement(seven, (1, 16), runs=1, seconds=170, least=50),
-        answer.measurement(one, "janus_jax", (1, 8), seconds=70, least=30),
-        train.measurement(one, "janus_jax", folder=profiles, seconds=120, least=60),
+        parity.measurement(seconds=70, least=30),
+        draw.jax_measurement(one, (1, 16), folder=profiles, seconds=80, least=40),
+        draw.jax_measurement(seven, (1, 16), folder=profiles, seconds=110, least=50),
+        draw.torch_measurement(seven, (1, 16), runs=1, seconds=110, least=50),
+        answer.measurement(one, "janus_jax", (1, 8), seconds=50, least=30),
+        train.measurement(one, "janus_jax", folder=profiles, seconds=90, least=60),
         load.measurement("janus_tiny", runs=2, seconds=70, least=30),
         draw.torch_measurement(one, (1, 16), runs=1, seconds=180, least=45),
         answer.measurement(one, "torch_eager", (1, 8), seconds=50, least=25),

@@ -10,7 +10,8 @@
 # PYTHON: the Python to use (default: python3). It must have JAX for CUDA and what setup.cfg requires;
 #     training also needs grain and ml-collections, the comparisons torch and transformers. A part
 #     whose packages are missing is recorded as not measured.
-# WHEELS: a folder with wheels to install for this run only, such as those packages.
+# WHEELS: a folder with wheels to install for this run only, such as those packages. Installing them
+#     takes a few seconds in addition to the nine minutes.
 set -euo pipefail
 if [ $# -lt 1 ] || [[ $1 == -* ]]; then
     echo "usage: benchmarks/on_gpu.sh OUT [--tiny] [BENCHMARK ...]" >&2

@@ -15,6 +15,7 @@ from janus_jax.devices import facts_of, known_devices
 from janus_jax.models.janus import JanusConfig
 
 DRAW = "--job draw --model janus_tiny --device"
+ANSWER = "--job answer --model janus_tiny --device"
 TRAIN = "--job train --model janus_tiny --config=finetune_lora --device"
 
 
@@ -44,7 +45,18 @@ def make_job(flags: str) -> jobs.Job:
         (f"{TRAIN} h100 --count 2 --mesh fsdp=2", ("--count", "--mesh")),
         (f"{TRAIN} h100 --config.batchsize=2", ("batchsize",)),
         (f"{TRAIN} h100 --topolgy 2x2", ("--topolgy", "--topology")),
-        ("--job train --config=finetune_lora --device h100", ("Janus-Pro-1B", "janus_pro_1b")),
+        ("--job train --config=finetune_lora --device h100", ("--model", "Janus-Pro-1B")),
+        ("--job train --config=janus_tiny_vq --device h100", ("stage", "'vq'")),
+        (f"{TRAIN} v5e --count 2", ("--count", "v5e")),
+        (f"{TRAIN} h100 --num_images 2", ("--num_images", "train")),
+        (f"{TRAIN} h100 --count 2 --config.mesh=fsdp=4", ("--count", "fsdp=4")),
+        (f"{DRAW} v5e --max_new_tokens 2", ("--max_new_tokens", "draw")),
+        (f"{DRAW} v5e --memory_fraction 0.5", ("--memory_fraction", "v5e")),
+        (f"{DRAW} v5e --bogus", ("--bogus",)),
+        (f"{DRAW} h100 --mesh tensor=0", ("tensor", "0")),
+        (f"{DRAW} h100 --mesh tensor=3", ("tensor=3", "4 attention heads")),
+        (f"{DRAW} h100 --prompt_length 4090", ("4096", "4126")),
+        (f"{ANSWER} h100 --prompt_length 71 --num_images 2", ("72", "71")),
         (f"{DRAW} h100 --num_images 0", ("0",)),
         (f"{DRAW} h100 --memory_fraction 2", ("(0, 1]", "2")),
         ("--job draw --model janus_tiny --device h300", ("h300", "h100")),
@@ -94,7 +106,9 @@ def test_the_mesh_of_a_run_is_all_devices_unless_it_is_given():
 
 def test_the_prompt_is_longer_for_a_question_about_an_image():
     assert make_job(f"{DRAW} v5e").prompt_length == 64
-    assert make_job("--job answer --model janus_pro_7b --device v5e").prompt_length == 640
+    answer = "--job answer --model janus_pro_7b --device v5e"
+    assert make_job(answer).prompt_length == 640
+    assert make_job(f"{answer} --num_images 3").prompt_length == 64 + 3 * 576
 
 
 def test_the_report_can_be_read_by_programs(capsys, monkeypatch):
@@ -124,6 +138,37 @@ def test_devices_have_published_facts():
     assert set(wanted.split()) == set(topology.device_names())
     text = topology.gpu_description(known_devices()["l4"])
     assert "major: 8 minor: 9" in text and "memory_bandwidth: 300000000000 " in text
+
+
+def test_a_job_that_does_not_fit_ends_with_status_1(capsys, monkeypatch):
+    facts = dict(kernels={"fusion": 4, "cuBLAS": 1}, weight_copies={"copy to bf16[2,2]": 3})
+    part = measure.PartFacts("tokens", 1.0, 2.0, 10**9, 10**8, {"prefill": ("cuDNN",)}, {}, **facts)
+
+    def measured(job, fraction):
+        return measure.Measurement(job, dict(parameters=10**9), (part,), 10**9, None)
+
+    advice = changes.Advice(None, ("--max_batch 1",))
+    monkeypatch.setattr(measure, "measure", measured)
+    monkeypatch.setattr(changes, "find_change", lambda *_: advice)
+    monkeypatch.setattr(jobs, "described_devices", lambda facts, count, _: jax.devices()[:count])
+    with pytest.raises(SystemExit) as stopped:
+        compile_for.main(f"{DRAW} h100".split())
+    assert stopped.value.code == 1
+    text = capsys.readouterr().out
+    words = ("janus_tiny", "h100", "temporaries 0.10 GB", "prefill: cuDNN", "5 kernels", "4 fusion")
+    words += ("3 x copy to bf16[2,2]", "2.00 GB of 1.00 GB", "does not fit", "--max_batch 1")
+    assert [word for word in words if word not in text] == []
+
+
+def test_changes_of_a_job_on_gpus():
+    job = make_job(f"{TRAIN} h100 --count 8 --config.batch_size=64 --config.remat=dots")
+    found = list(changes.possible_changes(measure.Measurement(job, {}, (), 1, None), 0.75))
+    texts = [change.text for change in found]
+    assert texts[:2] == ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.95", "--config.remat=full"]
+    assert "--config.remat=full --config.accumulate=16" in texts
+    assert texts[-1] == "--mesh fsdp=64 on 64 GPUs"
+    # only the first change takes another share of the memory
+    assert [change.memory_fraction for change in found] == [0.95] + [0.75] * (len(found) - 1)
 
 
 @pytest.mark.parametrize(

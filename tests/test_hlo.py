@@ -11,7 +11,7 @@ from janus_jax.aot import hlo_facts
 from janus_jax.aot.hlo_facts import attention_kernels, collective_ops, kernels, loop_kernels
 from janus_jax.aot.hlo_loops import in_scope, token_loop, walk
 from janus_jax.aot.hlo_text import Array, num_bytes, parse, parse_shape
-from janus_jax.aot.hlo_weights import BEFORE_LOOP, ELSEWHERE, IN_LOOP, weight_arrays, weight_copies
+from janus_jax.aot.hlo_weights import BEFORE_LOOP, ELSEWHERE, IN_LOOP, weight_copies
 
 STEP = 'metadata={op_name="jit(f)/while/body/decode_step/add"}'
 
@@ -434,12 +434,6 @@ def test_copies_outside_of_the_token_loop():
         ("relaid", "bf16", False, BEFORE_LOOP),
         ("for.prefill", "f32", True, ELSEWHERE),
     ]
-
-
-def test_weights_are_the_parameters_of_the_model():
-    module = parse(loop_text(""))
-    assert weight_arrays(module) == {"model.layers[0].kernel.value": Array("bf16", (64, 32), "1,0")}
-    assert list(weight_arrays(module, prefix="requests")) == ["requests.x"]
 
 
 def test_a_program_compiled_for_the_cpu():

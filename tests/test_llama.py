@@ -22,6 +22,7 @@ from torch_reference import (
 )
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
+from janus_jax.models.layers import flat_matmul
 from janus_jax.models.llama import Llama, apply_rope, rope_angles
 
 logits_of = jax.jit(lambda model, hidden: model.lm_head(hidden))
@@ -302,3 +303,14 @@ def test_far_positions_stay_apart_in_bfloat16():
     turned = apply_rope(x, *rope_angles(jnp.array([[256, 257]]), 8, 10000.0))
     assert turned.dtype == jnp.bfloat16
     assert np.abs(turned[0, 0] - turned[0, 1]).max() > 0.1
+
+
+def test_a_product_of_one_row_is_rounded_once():
+    """As a row of a larger product: the elements are not rounded before they are added."""
+    rng = np.random.default_rng(0)
+    x, kernel = (jnp.array(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, 64), (64, 32)))
+    one, two = flat_matmul(x[:1], kernel), flat_matmul(x, kernel)
+    assert one.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(one[0], two[0])
+    text = jax.jit(flat_matmul).lower(x[:1], kernel).as_text()
+    assert "-> tensor<1x32xf32>" in text  # the product itself is float32

@@ -73,15 +73,6 @@ def weight_copies(
     return [tracer.placed(number) for number in range(len(tracer.found))]
 
 
-def weight_arrays(module: HloModule, prefix: str | tuple[str, ...] = "model") -> dict[str, Array]:
-    """Returns path -> array of the parameters that are weights, see weight_copies."""
-    return {
-        parameter.op_name: parameter.shape
-        for parameter in module.entry.parameters()
-        if parameter.op_name.startswith(prefix) and isinstance(parameter.shape, Array)
-    }
-
-
 @dataclasses.dataclass(frozen=True)
 class _Value:
     """An array that holds a weight, a part of it, or a copy.

@@ -118,7 +118,7 @@ class _Generation(Job):
         """Raises ValueError if the prompt and the new tokens are too long for the model."""
         length, limit = self.prompt_length + num_tokens, self.sizes.max_positions
         if length > limit:
-            raise ValueError(f"prompt and new tokens must have at most {limit} tokens, got {length}")
+            raise ValueError(f"the prompt and new tokens must be at most {limit}, got {length}")
 
     def held(self) -> dict[str, int]:
         return dict(parameters=generation.parameter_bytes(self.target))

@@ -89,27 +89,33 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     held = ", ".join(f"{name} {_gb(size)}" for name, size in memory["held"].items())
     yield (
         f"memory of each device: {_gb(memory['total'])} of {_gb(memory['available'])} "
-        f"({held}, programs {_gb(memory['added'])})"
+        f"(held: {held}; added: {_gb(memory['added'])})"
     )
+    if "error" in report:
+        yield report["error"]
     if report["fits"]:
         yield "fits"
     elif change := report.get("change"):
         yield f"does not fit; the smallest change that does: {change}"
     else:
-        tried = "; ".join(report.get("tried", ())) or "nothing, as all changes are too small"
+        tried = "; ".join(report["tried"]) or "nothing, because no change seemed to be enough"
         yield f"does not fit; tried {tried}"
 
 
 def _part_lines(part: dict[str, Any]) -> Iterator[str]:
     seconds = f"traced in {part['trace_s']:.1f} s, compiled in {part['compile_s']:.1f} s"
-    yield f"{part['name']}: {seconds}; needs {_gb(part['added'])}"
+    yield (
+        f"{part['name']}: {seconds}; adds {_gb(part['added'])} to what is held, of which "
+        f"temporaries {_gb(part['temporaries'])}"
+    )
     per = " for each token" if "weight_copies" in part else ""
     for name, kernels in part["attention"].items():
         yield f"  attention of {name}: {', '.join(kernels)}"
     for kind, moved in part["collectives"].items():
         yield f"  {moved['count']} {kind}{per}, {_gb(moved['bytes'])}"
     if "kernels_per_token" in part:
-        yield f"  {part['kernels_per_token']} kernels{per}"
+        kinds = ", ".join(f"{count} {kind}" for kind, count in part["kernels_by_kind"].items())
+        yield f"  {part['kernels_per_token']} kernels{per}: {kinds}"
     for what, count in part.get("weight_copies", {}).items():
         yield f"  weights: {count} x {what}"
     if part.get("weight_copies") == {}:

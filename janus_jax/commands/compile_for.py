@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from janus_jax.commands.config_flag import load_config, settings_errors
+from janus_jax.commands.config_flag import check_overrides, load_config, settings_errors
 from janus_jax.commands.terminal import OneLineParser, set_up_program
 
 if TYPE_CHECKING:
@@ -18,8 +18,17 @@ if TYPE_CHECKING:
 
 COMMAND = "python -m janus_jax.compile_for"
 NAME = "compile_for"
-# Default lengths of prompts: one of text, and a question about an image of 576 tokens.
-_PROMPT_LENGTH = {"draw": 64, "answer": 640}
+_TEXT_LENGTH = 64  # default length of a prompt, without its images
+# Flags that only some jobs use.
+_JOBS_OF_FLAGS = {
+    "--num_images": ("draw", "answer"),
+    "--max_batch": ("draw",),
+    "--prompt_length": ("draw", "answer"),
+    "--max_new_tokens": ("answer",),
+    "--dtype": ("draw", "answer"),
+    "--config": ("train",),
+    "--count": ("train",),
+}
 _EPILOG = f"""\
 examples:
   {COMMAND} --device h100 --model janus_pro_7b --job draw --num_images 4
@@ -57,17 +66,18 @@ def make_parser() -> OneLineParser:
     add("--topology", default="", metavar="2x4", help="TPU slice (default: the smallest)")
     add("--count", type=_count, metavar="N", help="number of GPUs of --job train (default: 1)")
     text = "number of images to draw, or of images in the question (default: 1)"
-    add("--num_images", type=_count, default=1, metavar="N", help=text)
+    add("--num_images", type=_count, metavar="N", help=text)
     add("--max_batch", type=_count, metavar="N", help="maximum number of images drawn at a time")
-    text = "tokens of the prompt, with those of its images (default: draw 64, answer 640)"
+    text = "tokens of the prompt, with those of its images (default: 64 and those of the images)"
     add("--prompt_length", type=_count, metavar="N", help=text)
-    add("--max_new_tokens", type=_count, default=256, metavar="N", help="tokens of the answer")
+    text = "maximum number of tokens of the answer (default: 256)"
+    add("--max_new_tokens", type=_count, metavar="N", help=text)
     text = "dtype of draw and answer (default: bfloat16)"
-    add("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help=text)
+    add("--dtype", choices=("bfloat16", "float32"), help=text)
     text = "config of --job train; --config.NAME=VALUE changes a setting, as for train.py"
     add("--config", metavar="CONFIG", help=text)
-    text = "share of a GPU's memory that JAX may use (default: 0.75, as JAX does)"
-    add("--memory_fraction", type=_fraction, default=0.75, metavar="F", help=text)
+    text = "share of a GPU's memory that JAX may use (default: that of JAX, 0.75)"
+    add("--memory_fraction", type=_fraction, metavar="F", help=text)
     add("--json", action="store_true", help="print the report as JSON, sizes in bytes")
     return parser
 
@@ -99,38 +109,58 @@ def make_job(args: argparse.Namespace, overrides: Sequence[str], known: Sequence
     """
     from janus_jax.aot.jobs import Answer, Draw, Train
     from janus_jax.devices import known_devices
+    from janus_jax.families.registry import sizes_of
     from janus_jax.interop.load import DTYPES
 
     facts = known_devices()[args.device]
-    _check_flags(args, overrides)
+    check_overrides(overrides, known)
+    _check_flags(args, overrides, facts.platform)
     common = dict(facts=facts, topology=args.topology, mesh=args.mesh)
     if args.job == "train":
-        config = load_config(args.config, overrides, known)
-        common["mesh"] = args.mesh or config.mesh or _fsdp_mesh(facts, args)
-        return Train(**common, cfg=find_model(args.model or config.init), config=config)
+        return Train(**common | _training(args, facts, load_config(args.config, overrides)))
     if args.model is None:
         raise ValueError("--model is required")
-    cfg = find_model(args.model).with_dtype(DTYPES[args.dtype])
-    length = args.prompt_length or _PROMPT_LENGTH[args.job]
-    common |= dict(cfg=cfg, prompt_length=length, num_images=args.num_images)
+    cfg = find_model(args.model).with_dtype(DTYPES[args.dtype or "bfloat16"])
+    common |= dict(cfg=cfg, num_images=args.num_images or 1)
     if args.job == "draw":
-        return Draw(**common, max_batch=args.max_batch)
-    return Answer(**common, max_new_tokens=args.max_new_tokens)
+        length = args.prompt_length or _TEXT_LENGTH
+        return Draw(**common, prompt_length=length, max_batch=args.max_batch)
+    tokens = common["num_images"] * sizes_of(cfg).input_image_tokens
+    length = args.prompt_length or _TEXT_LENGTH + tokens
+    return Answer(**common, prompt_length=length, max_new_tokens=args.max_new_tokens or 256)
 
 
-def _check_flags(args: argparse.Namespace, overrides: Sequence[str]) -> None:
-    """Raises ValueError for a flag that the job does not use."""
-    is_train = args.job == "train"
-    given = {"--config": args.config or overrides, "--count": args.count}
-    wrong = [name for name, value in given.items() if value and not is_train]
-    if is_train:
-        given = {"--max_batch": args.max_batch, "--prompt_length": args.prompt_length}
-        wrong = [name for name, value in given.items() if value]
-    if wrong:
-        raise ValueError(f"{wrong[0]} cannot be combined with --job {args.job}")
-    if args.count and (args.mesh or args.topology):
-        raise ValueError("--count cannot be combined with --mesh or --topology")
-    if args.topology and not args.mesh and not is_train:
+def _training(args: argparse.Namespace, facts: "DeviceFacts", config) -> dict:
+    """Returns the model, the mesh and the config of a training job, as arguments of Train."""
+    from janus_jax.families.registry import released_models
+
+    if config.task != "stage":
+        raise ValueError(f"--job train needs a config whose task is stage, got {config.task!r}")
+    models = released_models()
+    if args.model is None and config.init not in models and not Path(config.init).is_dir():
+        raise ValueError(
+            f"--model is required, a checkpoint folder or one of {', '.join(models)}, because init "
+            f"of the config is not a folder, got {config.init!r}"
+        )
+    if config.mesh and (args.mesh or args.count):
+        flag = "--mesh" if args.mesh else "--count"
+        raise ValueError(f"{flag} cannot be combined with the config's mesh={config.mesh}")
+    mesh = args.mesh or config.mesh or _fsdp_mesh(facts, args)
+    return dict(cfg=find_model(args.model or config.init), mesh=mesh, config=config)
+
+
+def _check_flags(args: argparse.Namespace, overrides: Sequence[str], platform: str) -> None:
+    """Raises ValueError for a flag that the job or the kind of device does not use."""
+    for flag, jobs in _JOBS_OF_FLAGS.items():
+        given = getattr(args, flag[2:]) or (flag == "--config" and overrides)
+        if given and args.job not in jobs:
+            raise ValueError(f"{flag} cannot be combined with --job {args.job}")
+    if platform == "tpu" and (args.count or args.memory_fraction):
+        flag = "--count" if args.count else "--memory_fraction"
+        raise ValueError(f"{flag} is for GPUs, got --device {args.device}")
+    if args.count and args.mesh:
+        raise ValueError("--count cannot be combined with --mesh")
+    if args.topology and not args.mesh and args.job != "train":
         raise ValueError("--topology needs --mesh, the devices of the slice to shard over")
 
 
@@ -164,10 +194,11 @@ def run(args: argparse.Namespace, job: "Job") -> bool:
     """Compiles a job and prints the report. Returns whether it fits."""
     from janus_jax.aot import report
     from janus_jax.aot.changes import find_change
-    from janus_jax.aot.measure import measure
+    from janus_jax.aot.measure import GPU_MEMORY_FRACTION, measure
 
-    measured = measure(job, args.memory_fraction)
-    advice = None if measured.fits else find_change(measured, args.memory_fraction)
+    fraction = args.memory_fraction or GPU_MEMORY_FRACTION
+    measured = measure(job, fraction)
+    advice = None if measured.fits else find_change(measured, fraction)
     model = args.model or job.config.init
     facts = report.as_dict(measured, model, advice)
     print(json.dumps(facts) if args.json else "\n".join(report.lines(facts)))

@@ -65,23 +65,20 @@ def find_config(value: str) -> str:
     return f"{CONFIGS / name}.py{colon}{argument}"
 
 
-def load_config(
-    value: str | None, overrides: Sequence[str], flags_of_command: Sequence[str] = ()
-) -> ConfigDict:
+def load_config(value: str | None, overrides: Sequence[str]) -> ConfigDict:
     """Runs a config file and applies the arguments --config.NAME=VALUE.
 
     Args:
         value: the value of --config, see find_config; None if it is missing.
-        overrides: the arguments that the parser of the command does not know.
-        flags_of_command: the flags that it knows, for a hint about a misspelled one.
+        overrides: the arguments --config.NAME=VALUE, see check_overrides.
     Raises:
         FileNotFoundError: there is no such config.
-        ValueError: --config is missing, an argument is unknown or wrong, an exception was raised in
+        ValueError: --config is missing, an argument is wrong, an exception was raised in
             the config file, or it does not return a ConfigDict.
     """
-    _check_overrides(overrides, flags_of_command)
     if value is None:
-        raise ValueError("--config is required; run --help for the list of configs")
+        names = ", ".join(config_names())
+        raise ValueError(f"--config is required, the path of a Python file or one of: {names}; see --help")
     argv = ["", f"--config={find_config(value)}", *overrides]
     values = flags.FlagValues()
     flag = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
@@ -115,8 +112,12 @@ def load_config(
     return flag.value
 
 
-def _check_overrides(words: Sequence[str], flags_of_command: Sequence[str]) -> None:
-    """Raises ValueError if a word is neither an override, --config.NAME=VALUE, nor its value."""
+def check_overrides(words: Sequence[str], flags_of_command: Sequence[str]) -> None:
+    """Raises ValueError if a word is neither an override, --config.NAME=VALUE, nor its value.
+
+    words: the arguments that the parser of the command does not know. flags_of_command: the flags
+        that it knows, for a hint about a misspelled one.
+    """
     for word in words:
         flag = word.partition("=")[0]
         if re.match("--?[A-Za-z]", word) and not re.match("--?(no)?config\\.", word):

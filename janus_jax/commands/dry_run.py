@@ -88,7 +88,7 @@ def _memory(program: Program) -> Iterator[str]:
     parts = ", ".join(f"{name} {size / 1e9:.3f}" for name, size in sizes.items())
     yield f"arrays on each device: {sum(sizes.values()) / 1e9:.3f} GB ({parts})"
     device = program.inputs.mesh.devices.flat[0].device_kind
-    temporary = max(part.added for part in compile_step(program))
+    temporary = max(part.temporaries + part.outputs for part in compile_step(program))
     yield f"temporary memory of a step: {temporary / 1e9:.3f} GB, as XLA plans it for {device}"
 
 

@@ -11,7 +11,12 @@ from logging import INFO, LogRecord
 from absl import flags, logging
 from ml_collections import ConfigDict
 
-from janus_jax.commands.config_flag import config_names, load_config, settings_errors
+from janus_jax.commands.config_flag import (
+    check_overrides,
+    config_names,
+    load_config,
+    settings_errors,
+)
 from janus_jax.commands.terminal import (
     OneLineParser,
     Progress,
@@ -80,7 +85,8 @@ def parse(argv: Sequence[str], command: str = COMMAND) -> argparse.Namespace:
     parser = make_parser(command)
     args, others = parser.parse_known_args(argv)
     with settings_errors(program_name(command)):
-        args.config = load_config(args.config, others, parser.flag_names())
+        check_overrides(others, parser.flag_names())
+        args.config = load_config(args.config, others)
     return args
 
 
