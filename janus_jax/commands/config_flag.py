@@ -77,8 +77,8 @@ def load_config(value: str | None, overrides: Sequence[str]) -> ConfigDict:
             the config file, or it does not return a ConfigDict.
     """
     if value is None:
-        names = ", ".join(config_names())
-        raise ValueError(f"--config is required, the path of a Python file or one of: {names}; see --help")
+        rule = "--config is required, the path of a Python file or the name of a config"
+        raise ValueError(f"{rule} ({', '.join(config_names())}); see --help")
     argv = ["", f"--config={find_config(value)}", *overrides]
     values = flags.FlagValues()
     flag = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=argv)
