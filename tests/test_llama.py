@@ -305,12 +305,14 @@ def test_far_positions_stay_apart_in_bfloat16():
     assert np.abs(turned[0, 0] - turned[0, 1]).max() > 0.1
 
 
-def test_a_product_of_one_row_is_rounded_once():
-    """As a row of a larger product: the elements are not rounded before they are added."""
+def test_a_single_row_is_multiplied_twice_in_bfloat16():
+    """So that XLA compiles a product of matrices; the result is that of a larger product."""
     rng = np.random.default_rng(0)
     x, kernel = (jnp.array(rng.normal(size=shape), jnp.bfloat16) for shape in ((2, 64), (64, 32)))
     one, two = flat_matmul(x[:1], kernel), flat_matmul(x, kernel)
     assert one.dtype == jnp.bfloat16
     np.testing.assert_array_equal(one[0], two[0])
     text = jax.jit(flat_matmul).lower(x[:1], kernel).as_text()
-    assert "-> tensor<1x32xf32>" in text  # the product itself is float32
+    assert "(tensor<2x64xbf16>, tensor<64x32xbf16>)" in text
+    text = jax.jit(flat_matmul).lower(*(a.astype(jnp.float32) for a in (x[:1], kernel))).as_text()
+    assert "(tensor<1x64xf32>, tensor<64x32xf32>)" in text

@@ -140,14 +140,16 @@ def flat_matmul(
     The gradient of the kernel is a sum over the leading axes. With two of them, XLA on CPU first
     makes a transposed copy of the output's gradient, which took longer than the product itself.
 
-    The product of a single row is computed in float32 and then rounded. On GPUs, XLA would
-    otherwise write the products of all elements, float[D, F] in the dtype of x, before adding them.
+    In bfloat16, a single row is multiplied twice. For some GPUs, XLA would otherwise write the
+    products of all elements, float[D, F], before it adds them up.
     """
-    rows, dtype = x.reshape(-1, x.shape[-1]), preferred_element_type or x.dtype
-    inside = jnp.float32 if len(rows) == 1 else dtype
+    rows = x.reshape(-1, x.shape[-1])
+    if is_single := len(rows) == 1 and x.dtype == jnp.bfloat16:
+        rows = jnp.broadcast_to(rows, (2, x.shape[-1]))
     out = jax.lax.dot_general(
-        rows, kernel, (((1,), (0,)), ((), ())), preferred_element_type=inside
-    ).astype(dtype)
+        rows, kernel, (((1,), (0,)), ((), ())), preferred_element_type=preferred_element_type
+    )
+    out = out[:1] if is_single else out
     return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
