@@ -222,7 +222,7 @@ def _per_token(tokens: dict) -> str:
 
 
 def _train_table(found: list[tuple[Row, dict]]) -> Iterator[str]:
-    yield "Collectives are those of one step on one device, see `Collective` in `aot/hlo_facts.py`.\n"
+    yield "Collectives are those of one step on one device, see `aot/hlo_facts.py`.\n"
     yield (
         "| | devices | mesh | rows | microbatches | memory needed | memory available | collectives "
         "| note |"
