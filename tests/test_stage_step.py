@@ -229,7 +229,12 @@ def test_a_loop_over_layers_gathers_one_layer_at_a_time(config):
     kernels = [
         leaf.size for path, leaf in program.parameters.trained.items() if ".layers.0.mlp" in path
     ]
-    gathered = [one for one in found if one.kind == "all-gather" and "while" in one.op_name]
+    # the scales of the norms are small; XLA may gather those of all layers before the loop
+    gathered = [
+        one
+        for one in found
+        if one.kind == "all-gather" and "while" in one.op_name and one.bytes > min(kernels) // 4
+    ]
     assert gathered and {one.times for one in gathered} == {layers}
     assert max(one.bytes for one in gathered) <= 4 * max(kernels)
 
