@@ -5,7 +5,7 @@
     python -m benchmarks.devices --only "7b .*v5e"  # rows whose name matches, again
     python -m benchmarks.devices --only none      # only writes the page again
 
-Each row runs `python -m janus_jax.compile_for` in a process of its own and appends its report to
+Each row runs `python -m janus_jax.compile_for` in a separate process and appends its report to
 benchmarks/results/devices.jsonl, so that the script can be interrupted. All rows take hours on two
 cores; those of GPUs are the fastest.
 """

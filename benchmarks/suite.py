@@ -1,6 +1,6 @@
-"""Runs measurements, each in a process of its own with its own time limit.
+"""Runs each measurement in a separate process with a time limit.
 
-A process of its own, because JAX and PyTorch each keep the memory of a GPU that they have taken.
+The processes are separate because JAX and PyTorch keep the memory of a GPU that they have taken.
 This process imports neither of them.
 """
 

@@ -8,7 +8,7 @@ from janus_jax.aot.jobs import Draw, Job, Train
 from janus_jax.aot.measure import Measurement, measure
 from janus_jax.aot.topology import GPUS_PER_HOST, num_devices, smallest_topology
 
-# The largest share of a GPU's memory that JAX can be told to use; the rest is for CUDA itself.
+# The largest share of a GPU's memory for JAX; CUDA needs the rest.
 MAX_GPU_MEMORY_FRACTION = 0.95
 MAX_TRIES = 5  # changes that are compiled; each may take minutes
 

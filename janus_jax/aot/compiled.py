@@ -37,6 +37,8 @@ class CompiledPart:
 
     name: what the program does.
     trace_s, compile_s: seconds to trace it to StableHLO, and to compile that.
+    cpu_s: CPU seconds of all threads while it was compiled, which depend less on other processes.
+    is_decode_step: whether it decodes tokens: one, or one in each iteration of its token loop.
     inputs: its arguments other than parameters.
     temporaries: what XLA plans for intermediate values.
     outputs: its results, without those that replace a donated argument.
@@ -47,11 +49,13 @@ class CompiledPart:
     name: str
     trace_s: float
     compile_s: float
+    cpu_s: float
     inputs: int
     temporaries: int
     outputs: int
     code: int
     compiled: Compiled
+    is_decode_step: bool
 
     @property
     def added(self) -> int:
@@ -67,12 +71,13 @@ class CompiledPart:
         )
 
 
-def compile_part(name: str, lower, inputs) -> CompiledPart:
+def compile_part(name: str, lower, inputs, is_decode_step: bool = False) -> CompiledPart:
     """Compiles a program.
 
     name: what the program does.
     lower: returns the lowered program.
     inputs: shapes of its arguments other than parameters, with shardings.
+    is_decode_step: whether it decodes tokens.
 
     Raises:
         DoesNotFitError: the compiler says that the memory of the device is too small.
@@ -80,7 +85,7 @@ def compile_part(name: str, lower, inputs) -> CompiledPart:
     """
     start = time.monotonic()
     lowered: Lowered = lower()
-    traced = time.monotonic()
+    traced, cpu = time.monotonic(), time.process_time()
     try:
         compiled = lowered.compile()
     except RuntimeError as error:  # XLA's errors are RuntimeErrors
@@ -95,11 +100,13 @@ def compile_part(name: str, lower, inputs) -> CompiledPart:
         name=name,
         trace_s=traced - start,
         compile_s=end - traced,
+        cpu_s=time.process_time() - cpu,
         inputs=device_bytes(inputs),
         temporaries=sizes.temp_size_in_bytes,
         outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         code=sizes.generated_code_size_in_bytes,
         compiled=compiled,
+        is_decode_step=is_decode_step,
     )
 
 

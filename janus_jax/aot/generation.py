@@ -106,7 +106,7 @@ def compile_draw(target: Target, prompt_length: int, batch: int) -> Iterator[Com
     state, sizes = prompt.results, family_of(target.cfg).sizes(target.cfg)
     steps = image.steps_per_report(sizes.generated_image_tokens)
     advance = functools.partial(image.advance_batch.lower, model, state, 1, steps)
-    yield compile_part("tokens", advance, state)
+    yield compile_part("tokens", advance, state, is_decode_step=True)
     indices = state[1]
     program = codec.decode_program(target.device.platform)
     decode = functools.partial(program.lower, model.gen_vq, indices, mesh)
@@ -148,7 +148,7 @@ def compile_answer(
     state = prompt.results
     leaves, treedef = jax.tree.flatten(model)
     lower = functools.partial(text.advance_answers.lower, treedef, leaves, state)
-    yield compile_part("token", lower, state)
+    yield compile_part("token", lower, state, is_decode_step=True)
 
 
 def weight_shapes(target: Target, kind: str) -> dict[str, jax.ShapeDtypeStruct]:

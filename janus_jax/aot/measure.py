@@ -21,26 +21,27 @@ _COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-pjrt", "jax-cuda13-pjrt")
 class PartFacts:
     """Facts about one of the compiled programs of a job.
 
-    name, trace_s, compile_s: as in CompiledPart.
+    name, trace_s, compile_s, cpu_s: as in CompiledPart.
     added: bytes that running it needs on each device in addition to what is held.
     temporaries: how much of that is for intermediate values.
     attention: the attention kernels of each part of the model, see hlo_facts.attention_kernels.
     collectives: kind -> (number, bytes on each device), of one run of the program or, for a program
       with a token loop, of one token.
-    kernels: number of kernels of one token on a GPU, by kind; None without decode steps.
+    kernels: number of kernels of one token on a GPU, by kind; None without decode steps or a GPU.
     weight_copies: what is copied or converted for every token, or once before the token loop: a
-      description -> the number of instructions.
+      description -> the number of instructions; None without decode steps.
     """
 
     name: str
     trace_s: float
     compile_s: float
+    cpu_s: float
     added: int
     temporaries: int
     attention: dict[str, tuple[str, ...]]
     collectives: dict[str, tuple[int, int]]
     kernels: dict[str, int] | None = None
-    weight_copies: dict[str, int] = dataclasses.field(default_factory=dict)
+    weight_copies: dict[str, int] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,12 +113,13 @@ def part_facts(job: Job, part: CompiledPart) -> PartFacts:
         name=part.name,
         trace_s=part.trace_s,
         compile_s=part.compile_s,
+        cpu_s=part.cpu_s,
         added=part.added,
         temporaries=part.temporaries,
         attention=hlo_facts.attention_kernels(module),
         collectives=hlo_facts.summarize(hlo_facts.collective_ops(module)),
     )
-    if part.name not in ("tokens", "token"):
+    if not part.is_decode_step:
         return facts
     return dataclasses.replace(facts, **_token_facts(job, module))
 

@@ -50,6 +50,7 @@ def _part_dict(part: PartFacts) -> dict[str, Any]:
         name=part.name,
         trace_s=round(part.trace_s, 2),
         compile_s=round(part.compile_s, 2),
+        cpu_s=round(part.cpu_s, 2),
         added=part.added,
         temporaries=part.temporaries,
         attention={name: list(kernels) for name, kernels in part.attention.items()},
@@ -61,7 +62,7 @@ def _part_dict(part: PartFacts) -> dict[str, Any]:
     if part.kernels is not None:
         facts["kernels_per_token"] = sum(part.kernels.values())
         facts["kernels_by_kind"] = part.kernels
-    if part.name in ("tokens", "token"):
+    if part.weight_copies is not None:
         facts["weight_copies"] = part.weight_copies
     return facts
 
@@ -104,6 +105,7 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
 
 def _part_lines(part: dict[str, Any]) -> Iterator[str]:
     seconds = f"traced in {part['trace_s']:.1f} s, compiled in {part['compile_s']:.1f} s"
+    seconds += f" ({part['cpu_s']:.1f} CPU s)"
     yield (
         f"{part['name']}: {seconds}; adds {_gb(part['added'])} to what is held, of which "
         f"temporaries {_gb(part['temporaries'])}"

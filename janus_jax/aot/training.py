@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 import jax
 
 from janus_jax.aot.compiled import CompiledPart, compile_part, device_bytes
-from janus_jax.families.family import Family, ModelConfig, Sizes
+from janus_jax.families.family import ModelConfig
 from janus_jax.families.registry import family_of
-from janus_jax.interop.load import DTYPES
+from janus_jax.interop.load import DTYPES, HasConfig
 from janus_jax.processing.images import ImageConfig
 from janus_jax.sharding import check_mesh, make_mesh, parse_mesh
 from janus_jax.training.program import Program, row_shapes
@@ -22,23 +22,13 @@ from janus_jax.training.settings import (
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelWithoutFolder:
+class ModelWithoutFolder(HasConfig):
     """Stands for the checkpoint folder and the processor of a run that only is compiled.
 
     cfg: the config of the model.
     """
 
     cfg: ModelConfig
-
-    @property
-    def family(self) -> Family:
-        """The family of the model."""
-        return family_of(self.cfg)
-
-    @property
-    def sizes(self) -> Sizes:
-        """The sizes of the model that matter outside of the networks."""
-        return self.family.sizes(self.cfg)
 
     @property
     def image_config(self) -> ImageConfig:

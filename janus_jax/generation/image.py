@@ -66,7 +66,7 @@ def generate_batch(
 ) -> codec.Decoded:
     """Generates a batch of images, from the prompt to the pixels.
 
-    The prompt, the loop over the image tokens and the image tokenizer are programs of their own, so
+    The prompt, the loop over the image tokens and the image tokenizer are separate programs, so
     that XLA can compile the image tokenizer with less effort than the loop.
 
     report: called with the number of tokens that each image has so far. The loop is then split into

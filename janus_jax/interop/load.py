@@ -33,8 +33,24 @@ COLUMNS = 16  # copied at a time, which makes a transposed copy five times as fa
 ShardingFor = Callable[[str, Shape], jax.sharding.Sharding | None]
 
 
+class HasConfig:
+    """Adds the family and the sizes of a model to a class whose attribute `cfg` is its config."""
+
+    cfg: ModelConfig
+
+    @property
+    def family(self) -> Family:
+        """The family of the model."""
+        return family_of(self.cfg)
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of the model that matter outside of the networks."""
+        return self.family.sizes(self.cfg)
+
+
 @dataclasses.dataclass(frozen=True)
-class Folder:
+class Folder(HasConfig):
     """A checkpoint folder.
 
     path: the folder.
@@ -49,16 +65,6 @@ class Folder:
     cfg: ModelConfig
     is_orbax: bool
     adapter: Path | None = None
-
-    @property
-    def family(self) -> Family:
-        """The family of the model."""
-        return family_of(self.cfg)
-
-    @property
-    def sizes(self) -> Sizes:
-        """The sizes of the model that matter outside of the networks."""
-        return self.family.sizes(self.cfg)
 
     def processor(self) -> Processor:
         """Reads the processor; raises FileNotFoundError or ValueError if a file is invalid."""

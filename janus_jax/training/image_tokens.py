@@ -1,4 +1,4 @@
-"""Computes the tokens of the images to generate, in a program of its own that precedes the step.
+"""Computes the tokens of the images to generate, in a program that runs before the step.
 
 Compiling the image tokenizer in float32 takes longer than compiling the step. Its program does not
 depend on the loss or on the settings of a run, and takes one image at a time, so that neither the
