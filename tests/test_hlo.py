@@ -152,7 +152,7 @@ def test_kernels_of_a_decode_step():
 def test_walk_visits_each_place_with_its_loops():
     module = parse(GPU)
     loop = token_loop(module)
-    visits = {visit.computation.name: visit for visit in walk(module) if not visit.is_fused}
+    visits = {visit.computation.name: visit for visit in walk(module)}
     assert {"main", "condition", "body", "inner_body", "command_buffer"} <= visits.keys()
     inner = visits["inner_body"]
     assert inner.times() is None and inner.times(loop) == 3 and inner.is_inside(loop)

@@ -37,12 +37,10 @@ class Visit:
 
     computation: the computation.
     loops: the loops around it, the outermost first.
-    is_fused: whether it is inside a fusion: a kernel runs all of its instructions.
     """
 
     computation: Computation
     loops: tuple[Loop, ...] = ()
-    is_fused: bool = False
 
     def is_inside(self, loop: Loop | None) -> bool:
         """Returns whether the computation runs in every iteration of the loop."""
@@ -91,12 +89,11 @@ def _walk(module: HloModule, visit: Visit) -> Iterator[Visit]:
         if instruction.opcode == "while":
             loop = loop_of(module, visit.computation, instruction)
             inside = (*visit.loops, loop)
-            yield from _walk(module, Visit(loop.condition, inside, visit.is_fused))
-            yield from _walk(module, Visit(loop.body, inside, visit.is_fused))
+            yield from _walk(module, Visit(loop.condition, inside))
+            yield from _walk(module, Visit(loop.body, inside))
         else:
-            is_fused = visit.is_fused or instruction.opcode == "fusion"
             for called in run_by(module, instruction):
-                yield from _walk(module, Visit(called, visit.loops, is_fused))
+                yield from _walk(module, Visit(called, visit.loops))
 
 
 def run_by(module: HloModule, instruction: Instruction) -> list[Computation]:
