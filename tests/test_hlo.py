@@ -155,7 +155,7 @@ def test_walk_visits_each_place_with_its_loops():
     visits = {visit.computation.name: visit for visit in walk(module)}
     assert {"main", "condition", "body", "inner_body", "command_buffer"} <= visits.keys()
     inner = visits["inner_body"]
-    assert inner.times() is None and inner.times(loop) == 3 and inner.is_inside(loop)
+    assert inner.times() == inner.times(loop) == 3 and inner.is_inside(loop)
     assert visits["main"].times() == 1 and not visits["main"].is_inside(loop)
 
 

@@ -97,7 +97,7 @@ def objective_of(loss: Loss, weights: dict, params: dict) -> Objective:
     return Objective(
         build=lambda params: merge_params(graph, state, params.__getitem__),
         dtype=jnp.float32,
-        float32_gradients=(),
+        cast_by_model=(),
         loss=loss,
         weights=weights,
         accumulate=2,

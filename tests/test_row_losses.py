@@ -1,6 +1,7 @@
 """The loss of packed rows: against the plain formula, and packed against alone."""
 
 import functools
+import re
 
 import grain
 import jax
@@ -16,9 +17,21 @@ from janus_jax.data.examples import ExampleMaker
 from janus_jax.data.records import KINDS, Record
 from janus_jax.processing.images import encode_png
 from janus_jax.shapes import scenes
-from janus_jax.training.row_losses import cross_entropies, normalize, row_losses
+from janus_jax.training.chunks import cross_entropies
+from janus_jax.training.row_losses import normalize, row_losses
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+
+class LinearHead(nnx.Module):
+    """A head of one matrix; `computed` has an entry for each time that it ran."""
+
+    def __init__(self, kernel):
+        self.kernel, self.computed = nnx.Param(kernel), []
+
+    def __call__(self, x):
+        jax.debug.callback(lambda: self.computed.append(1))
+        return (x @ self.kernel[...]).astype(jnp.float32)
 
 
 def plain(head, hidden, targets, target_mask):
@@ -45,7 +58,7 @@ def test_chunks_give_the_plain_formula_and_its_gradients(problem, chunk):
 
     def weighed(formula, *more):
         def loss(kernel, hidden):
-            losses = formula(lambda x: x @ kernel, hidden, targets, target_mask, *more)
+            losses = formula(LinearHead(kernel), hidden, targets, target_mask, *more)
             return jnp.sum(weights * losses), losses
 
         return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(kernel, hidden)
@@ -59,26 +72,62 @@ def test_chunks_give_the_plain_formula_and_its_gradients(problem, chunk):
 
 def test_the_head_is_not_computed_where_no_target_is(problem):
     hidden, targets, target_mask = problem
-    computed = []
-
-    def head(x):
-        jax.debug.callback(lambda: computed.append(1))
-        return x @ jnp.ones((8, 50), jnp.float32)
-
+    head = LinearHead(jnp.ones((8, 50), jnp.float32))
     losses = jax.jit(lambda: cross_entropies(head, hidden, targets, target_mask, 4))()
     jax.block_until_ready(losses)
     jax.effects_barrier()
-    assert len(computed) == -(-int(target_mask.sum(1).max()) // 4) < -(-22 // 4)
+    assert len(head.computed) == -(-int(target_mask.sum(1).max()) // 4) < -(-22 // 4)
 
 
 def test_a_whole_row_of_logits_never_exists(problem):
     hidden, targets, target_mask = problem
 
     def loss(kernel):
-        return jnp.sum(cross_entropies(lambda x: x @ kernel, hidden, targets, target_mask, 4))
+        return jnp.sum(cross_entropies(LinearHead(kernel), hidden, targets, target_mask, 4))
 
     text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((8, 50), jnp.float32)))
     assert "f32[3,4,50]" in text and "f32[3,22,50]" not in text and "f32[6,3,4,50]" not in text
+
+
+class TwoLayerHead(nnx.Module):
+    """A head with a frozen and a trained matrix."""
+
+    def __init__(self, frozen, trained):
+        self.frozen, self.trained = nnx.Param(frozen), nnx.Param(trained)
+
+    def __call__(self, x):
+        return x @ self.frozen[...] @ self.trained[...]
+
+
+def test_no_gradient_of_a_frozen_matrix_is_computed(problem):
+    hidden, targets, target_mask = problem
+    frozen, trained = jnp.ones((8, 7), jnp.float32), jnp.ones((7, 50), jnp.float32)
+
+    def loss(trained, frozen):
+        head = TwoLayerHead(frozen, trained)
+        return jnp.sum(cross_entropies(head, hidden, targets, target_mask, 4))
+
+    def products(argnums):
+        program = jax.jit(jax.grad(loss, argnums)).lower(trained, frozen)
+        return program.as_text().count("stablehlo.dot_general")
+
+    assert products((0, 1)) == products(0) + 1
+
+
+def test_matrices_are_multiplied_in_the_dtype_of_the_hidden_states(problem):
+    """And their gradients are added up in their own dtype."""
+    hidden, targets, target_mask = problem
+    hidden = hidden.astype(jnp.bfloat16)
+
+    def loss(kernel):
+        head = LinearHead(kernel)
+        losses = cross_entropies(head, hidden, targets, target_mask, 4)
+        return jnp.sum(losses)
+
+    grad = jax.jit(jax.grad(loss))(jnp.ones((8, 50), jnp.float32))
+    text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((8, 50), jnp.float32)))
+    assert grad.dtype == jnp.float32
+    assert "dot_general" in text and not re.search(r":f32\[8,50\] = dot_general", text)
 
 
 @pytest.fixture(scope="module")

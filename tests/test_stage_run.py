@@ -268,8 +268,8 @@ def test_held_out_losses_images_and_answers_at_intervals(tmp_path):
     images = [np.asarray(Image.open(folder / f"prompt-{number}.png")) for number in (0, 1)]
     assert images[0].shape == (64, 64, 3) and not np.array_equal(*images)
     assert (folder / "answers.txt").read_text().startswith("docs/scene.png: What is it? -> ")
-    # The written model generates the same images. It is loaded without a mesh, for which XLA compiles
-    # another program, so that a pixel may be rounded to the next value.
+    # The written model generates the same images. It is loaded without a mesh, for which XLA
+    # compiles another program, so that a pixel may be rounded to the next value.
     janus = janus_jax.load(tmp_path / "model", dtype="float32")
     pixels = janus.generate_images(list(config.prompts), seed=config.seed).pixels
     np.testing.assert_allclose(pixels.astype(int), np.asarray(images, int), rtol=0, atol=1)

@@ -123,8 +123,8 @@ class Collective:
         the whole array for an all-gather (its result) and a reduce-scatter (its operand). With n
         devices in a ring, each sends (n - 1) / n of this, and twice as much for an all-reduce.
     devices: n, the number of devices in a group, or None if the text does not state it.
-    times: how often it runs: in one iteration of the token loop if it is inside, otherwise in one
-        run of the program. None if that depends on data.
+    times: how often it runs, see Visit.times: in one iteration of the token loop if it is inside,
+        otherwise in one run of the program.
     in_token_loop: whether it runs for every token.
     op_name: path of the JAX operation.
     """
@@ -132,7 +132,7 @@ class Collective:
     kind: str
     bytes: int
     devices: int | None
-    times: int | None
+    times: int
     in_token_loop: bool
     op_name: str
 
@@ -210,7 +210,7 @@ def _group_size(attributes: str) -> int | None:
 
 
 def summarize(found: list[Collective]) -> dict[str, tuple[int, int]]:
-    """Returns kind -> (how often it runs, bytes in total); places that run at unknown times, once.
+    """Returns kind -> (how often it runs, bytes in total).
 
     See Collective for the meaning of bytes and times: give it those inside the token loop or those
     outside.
@@ -218,7 +218,7 @@ def summarize(found: list[Collective]) -> dict[str, tuple[int, int]]:
     totals: dict[str, tuple[int, int]] = {}
     for collective in found:
         count, size = totals.get(collective.kind, (0, 0))
-        times = 1 if collective.times is None else collective.times
+        times = collective.times
         totals[collective.kind] = count + times, size + times * collective.bytes
     return totals
 

@@ -1,6 +1,7 @@
 """Finds the loops of a compiled program, and how often each part of it runs."""
 
 import dataclasses
+import math
 import re
 from collections.abc import Iterator
 
@@ -46,8 +47,10 @@ class Visit:
         """Returns whether the computation runs in every iteration of the loop."""
         return loop is not None and any(x.instruction is loop.instruction for x in self.loops)
 
-    def times(self, outside: Loop | None = None) -> int | None:
-        """Returns how often it runs in one run of the program, or None if that is not known.
+    def times(self, outside: Loop | None = None) -> int:
+        """Returns how often it runs in one run of the program.
+
+        A loop whose number of iterations is not known counts as one iteration.
 
         outside: a loop of which one iteration counts, instead of the program.
         """
@@ -55,12 +58,7 @@ class Visit:
         if self.is_inside(outside):
             names = [loop.instruction for loop in loops]
             loops = loops[names.index(outside.instruction) + 1 :]
-        count = 1
-        for loop in loops:
-            if loop.trip_count is None:
-                return None
-            count *= loop.trip_count
-        return count
+        return math.prod(1 if loop.trip_count is None else loop.trip_count for loop in loops)
 
 
 def in_scope(op_name: str, scope: str) -> bool:

@@ -39,8 +39,8 @@ class WeightCopy:
     weights: paths of the weights, the op_name of their parameters.
     place: IN_LOOP; BEFORE_LOOP for a copy that is made before the token loop, and which the loop
         reads, so that it takes memory during the whole loop; or ELSEWHERE, such as in the prefill.
-    times: how often it runs: for IN_LOOP in one iteration of the token loop, otherwise in one run
-        of the program. None if that depends on data.
+    times: how often it runs, see Visit.times: for IN_LOOP in one iteration of the token loop,
+        otherwise in one run of the program.
     """
 
     name: str
@@ -49,7 +49,7 @@ class WeightCopy:
     is_conversion: bool
     weights: tuple[str, ...]
     place: str
-    times: int | None
+    times: int
 
 
 def weight_copies(

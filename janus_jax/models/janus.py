@@ -14,6 +14,7 @@ from flax import nnx
 
 from janus_jax.models.layers import Head, embed_lookup, gelu, linear
 from janus_jax.models.llama import Llama, LlamaConfig
+from janus_jax.models.masked import put_masked
 from janus_jax.models.siglip import Siglip, SiglipConfig
 from janus_jax.models.vq import VQ, VQConfig
 
@@ -158,9 +159,8 @@ def merge_features(embeds: jax.Array, image_mask: jax.Array, features: jax.Array
     features: float[B, N, D]; the n-th True position of a row gets feature n of that row.
     Returns float[B, T, D] in the dtype of embeds.
     """
-    index = jnp.clip(jnp.cumsum(image_mask, axis=1) - 1, 0, features.shape[1] - 1)
-    gathered = jnp.take_along_axis(features, index[..., None], axis=1)
-    return jnp.where(image_mask[..., None], gathered.astype(embeds.dtype), embeds)
+    placed = put_masked(features.astype(embeds.dtype), image_mask)
+    return jnp.where(image_mask[..., None], placed, embeds)
 
 
 class Aligner(nnx.Module):

@@ -11,10 +11,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-LINEAR_OUTPUT = "linear_output"  # the name by which block_call saves the outputs
+_SAVED = "saved"  # the name of the values that saved() marks
 # Which values are saved for the backward pass, by the value of `remat`; see block_call.
 REMAT_POLICIES = {
-    "dots": jax.checkpoint_policies.save_only_these_names(LINEAR_OUTPUT),
+    "dots": jax.checkpoint_policies.save_only_these_names(_SAVED),
     "full": jax.checkpoint_policies.nothing_saveable,
 }
 REMAT_CHOICES = ("none", *REMAT_POLICIES)
@@ -37,10 +37,8 @@ class Linear(nnx.Linear):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float[..., D] to float[..., F] in the compute dtype."""
         if self.bias is None:
-            out = self._multiply(x, flat_matmul)
-        else:
-            out = add_bias(self._multiply(x, float32_matmul), self.bias[...]).astype(self.dtype)
-        return checkpoint_name(out, LINEAR_OUTPUT)
+            return self._multiply(x, flat_matmul)
+        return add_bias(self._multiply(x, float32_matmul), self.bias[...]).astype(self.dtype)
 
     def _multiply(self, x: jax.Array, product: Product) -> jax.Array:
         kernel = self.kernel[...].astype(self.dtype)
@@ -52,7 +50,7 @@ class Head(Linear):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float[..., D] to float32[..., F]."""
-        out = self._multiply(x, logits_matmul)
+        out = self._multiply(x, float32_matmul)
         return out if self.bias is None else add_bias(out, self.bias[...])
 
 
@@ -102,9 +100,10 @@ def with_float32_output(product: Callable, x: jax.Array, kernel: jax.Array) -> j
 
     product: a matrix product or a convolution that accepts `preferred_element_type`.
 
-    JAX's own gradients would multiply float32 by bfloat16, for which GPUs have no kernel. The
-    incoming gradient is cast to the input dtype instead. This loses nothing as long as only a bias
-    and a cast to that dtype follow, because then the gradient already has its precision.
+    JAX's own gradients would multiply float32 by bfloat16, for which GPUs have no kernel: XLA would
+    convert the kernel to float32. The incoming gradient is cast to the input dtype instead. Where a
+    bias and a cast to that dtype follow, it already has that precision. That of logits is rounded,
+    as in PyTorch, and as TPUs round the factors of every product by default.
     """
     return product(x, kernel, preferred_element_type=jnp.float32)
 
@@ -158,11 +157,6 @@ def float32_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
     return with_float32_output(flat_matmul, x, kernel)
 
 
-def logits_matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """Returns x @ kernel in float32, with gradients computed from the float32 gradient."""
-    return flat_matmul(x, kernel, preferred_element_type=jnp.float32)
-
-
 def embed_lookup(table: nnx.Embed, indices: jax.Array) -> jax.Array:
     """Looks up embeddings: int32[...] -> float[..., D] in the table's compute dtype.
 
@@ -193,13 +187,19 @@ class RMSNorm(nnx.RMSNorm):
             return super().__call__(x)
 
 
+def saved(x: jax.Array) -> jax.Array:
+    """Returns x, marked as a value of a block that is saved if `remat` is "dots"."""
+    return checkpoint_name(x, _SAVED)
+
+
 def block_call(block: type[nnx.Module], remat: str) -> Callable:
     """Returns the __call__ of a block class, wrapped according to `remat`.
 
     remat: which values are saved for the backward pass; all others are recomputed.
         "none": everything.
-        "dots": the inputs of the block and the outputs of its linear layers; attention and
-            elementwise operations are recomputed.
+        "dots": the inputs of the block and what it marks with `saved`, the outputs of its large
+            linear layers; attention, its output projection and elementwise operations are
+            recomputed.
         "full": only the inputs of the block.
     """
     if remat == "none":

@@ -22,6 +22,7 @@ from janus_jax.models.layers import (
     embed_lookup,
     linear,
     run_layers,
+    saved,
 )
 
 Angles = tuple[jax.Array, jax.Array]  # cosines and sines
@@ -126,9 +127,9 @@ class SelfAttention(nnx.Module):
         Returns float[B, T, D] and the keys and values attended to, float[B, S, K, H] each.
         """
         heads = (*x.shape[:2], -1, self.head_dim)
-        q = apply_rope(self.q_proj(x).reshape(heads), *angles)
-        k = apply_rope(self.k_proj(x).reshape(heads), *angles)
-        v = self.v_proj(x).reshape(heads)
+        q = apply_rope(saved(self.q_proj(x)).reshape(heads), *angles)
+        k = apply_rope(saved(self.k_proj(x)).reshape(heads), *angles)
+        v = saved(self.v_proj(x)).reshape(heads)
         q_start = None
         if layer_cache is not None:
             keys, values, q_start = layer_cache
@@ -157,7 +158,8 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float[..., D] to float[..., D]."""
         with jax.named_scope("mlp"):
-            return self.down_proj(_silu_gate(self.gate_proj(x), self.up_proj(x)))
+            gate, up = saved(self.gate_proj(x)), saved(self.up_proj(x))
+            return self.down_proj(_silu_gate(gate, up))
 
 
 class Block(nnx.Module):

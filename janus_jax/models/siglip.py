@@ -20,6 +20,7 @@ from janus_jax.models.layers import (
     gelu,
     linear,
     run_layers,
+    saved,
     with_float32_output,
 )
 
@@ -90,7 +91,8 @@ class SelfAttention(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float[B, T, W] to float[B, T, W]."""
         heads = (*x.shape[:2], self.num_heads, -1)
-        q, k, v = (proj(x).reshape(heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (saved(project(x)).reshape(heads) for project in projections)
         return self.out_proj(attention(q, k, v).reshape(x.shape))
 
 
@@ -104,7 +106,7 @@ class MLP(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float[B, T, W] to float[B, T, W]."""
         with jax.named_scope("mlp"):
-            return self.fc2(gelu(self.fc1(x)))
+            return self.fc2(gelu(saved(self.fc1(x))))
 
 
 class Block(nnx.Module):

@@ -48,11 +48,11 @@ class Parameters:
         self.inputs, self.table = inputs, inputs.source.family.parameter_table
         self._graph, self._state = abstract_model(inputs.model_cfg, inputs.lora)
         self.trained, self.frozen = self._split()
-        stacks = self._stacks_to_loop() if can_loop else []
-        if stacks:
-            cfg = inputs.model_cfg.with_scan(stacks)
+        self._loops = self._stacks_to_loop() if can_loop else []
+        if self._loops:
+            cfg = inputs.model_cfg.with_scan(self._loops)
             self._graph, self._state = abstract_model(cfg, inputs.lora)
-        self._groups = stacked_groups(self.frozen, stacks)
+        self._groups = stacked_groups(self.frozen, self._loops)
         self.loaded_frozen = stack_shapes(self.frozen, self._groups)
         if inputs.settings.reinit:
             check_reinit(inputs.settings.reinit, self.trained, self.frozen)
@@ -104,10 +104,20 @@ class Parameters:
         """Returns those of the parameters, by path, that belong to the image tokenizer."""
         return {path: params[path] for path in self.frozen if self._is_vq(path)}
 
-    def float32_gradients(self) -> frozenset[str]:
-        """Returns the paths of the trainable parameters with Precision.FLOAT32_GRADIENT."""
-        precision = Precision.FLOAT32_GRADIENT
-        return frozenset(p for p in self.trained if self.table.find(p).precision is precision)
+    def cast_by_model(self) -> frozenset[str]:
+        """Returns the paths of the trainable parameters that the model gets in float32.
+
+        They are those with Precision.FLOAT32_GRADIENT, and the matrices of layers: each layer casts
+        its own, so that copies of all of them never exist at once. Layers that run in a loop get
+        copies, because stacking the float32 matrices would take twice the memory.
+        """
+        return frozenset(filter(self._is_cast_by_model, self.trained))
+
+    def _is_cast_by_model(self, path: str) -> bool:
+        stacks = self.inputs.source.family.stacks.keys() - set(self._loops)
+        if any(path.startswith(f"{stack}.") for stack in stacks) and self.trained[path].ndim > 1:
+            return True
+        return self.table.find(path).precision is Precision.FLOAT32_GRADIENT
 
     def load_frozen(self) -> Params:
         """Loads the frozen parameters from the initial checkpoint.

@@ -46,7 +46,7 @@ class Program:
         self.objective = Objective(
             build=self.parameters.build,
             dtype=DTYPES[settings.dtype],
-            float32_gradients=self.parameters.float32_gradients(),
+            cast_by_model=self.parameters.cast_by_model(),
             loss=functools.partial(
                 row_losses,
                 images=inputs.processor.image_config,

@@ -11,18 +11,18 @@ tokens of plain text, and of the tokens of generated images.
 """
 
 import functools
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from janus_jax.data.records import KINDS
 from janus_jax.models.janus import Janus, merge_features
+from janus_jax.models.masked import put_masked
 from janus_jax.processing.images import ImageConfig
 from janus_jax.sharding import constrain_rows
+from janus_jax.training.chunks import cross_entropies
 from janus_jax.training.row_shards import on_row_shards
 from janus_jax.training.step import Rows, Terms
 
@@ -92,8 +92,7 @@ def target_log_probs(
     text_targets = _shift_left(rows["tokens"])
     losses = head_losses("language_model.lm_head", hidden, text_targets, text_mask)
     if indices.shape[1]:
-        order = jnp.clip(jnp.cumsum(rows["gen_mask"], axis=1) - 1, 0, indices.shape[1] - 1)
-        image_targets = _shift_left(jnp.take_along_axis(indices, order, axis=1))
+        image_targets = _shift_left(put_masked(indices, rows["gen_mask"]))
         losses += head_losses("gen_head", hidden, image_targets, gen_mask)
     return TargetLogProbs(-losses, text_mask, gen_mask)
 
@@ -124,58 +123,6 @@ def normalize(pixels: jax.Array, images: ImageConfig) -> jax.Array:
     channels = functools.partial(jnp.array, dtype=jnp.float32, ndmin=scaled.ndim)
     mean, std = channels(images.image_mean), channels(images.image_std)
     return (scaled - mean) / std
-
-
-def cross_entropies(
-    head: Callable[[jax.Array], jax.Array],
-    hidden: jax.Array,
-    targets: jax.Array,
-    target_mask: jax.Array,
-    chunk: int,
-) -> jax.Array:
-    """Returns the cross-entropy at the positions of target_mask and 0 elsewhere, float32[B, T].
-
-    The masked positions of each row are moved to the front, and the head is applied to `chunk` of
-    them at a time. The full logits float32[B, T, V] never exist, neither in the forward nor in the
-    backward pass, and chunks without a target are skipped.
-
-    Args:
-        head: float[B, C, D] -> float32[B, C, V].
-        hidden: float[B, T, D].
-        targets: int32[B, T].
-        target_mask: bool[B, T].
-        chunk: C.
-    """
-    length = targets.shape[1]
-    chunk = min(chunk, length)
-    order = jnp.argsort(~target_mask, axis=1, stable=True)
-    padded = jnp.pad(order, ((0, 0), (0, -length % chunk)), mode="edge")
-    not_padding = jnp.arange(padded.shape[1])[None] < length
-    parts = (
-        jnp.take_along_axis(hidden, padded[..., None], axis=1),
-        jnp.take_along_axis(targets, padded, axis=1),
-        jnp.take_along_axis(target_mask, padded, axis=1) & not_padding,
-    )
-    parts = jax.tree.map(lambda part: _chunks(part, chunk), parts)
-
-    @jax.checkpoint
-    def chunk_losses(hidden, targets, target_mask):
-        def compute():
-            logits = head(hidden)
-            losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
-            return jnp.where(target_mask, losses, 0.0)
-
-        zeros = functools.partial(jnp.zeros, target_mask.shape, jnp.float32)
-        return jax.lax.cond(jnp.any(target_mask), compute, zeros)
-
-    _, losses = jax.lax.scan(lambda _, part: (None, chunk_losses(*part)), None, parts)
-    losses = jnp.moveaxis(losses, 0, 1).reshape(len(targets), -1)[:, :length]
-    return jnp.zeros_like(losses).at[jnp.arange(len(targets))[:, None], order].set(losses)
-
-
-def _chunks(part: jax.Array, chunk: int) -> jax.Array:
-    """[B, T, ...] -> [T / chunk, B, chunk, ...]."""
-    return jnp.moveaxis(part.reshape(len(part), -1, chunk, *part.shape[2:]), 1, 0)
 
 
 def _shift_left(values: jax.Array) -> jax.Array:

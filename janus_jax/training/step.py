@@ -122,7 +122,7 @@ class Objective:
     Attributes:
         build: builds the model from its parameters.
         dtype: dtype of the computation, to which the float32 parameters are cast.
-        float32_gradients: paths of the parameters that are not cast (Precision.FLOAT32_GRADIENT).
+        cast_by_model: paths of the parameters that are not cast here, but by the model.
         loss: computes the terms.
         weights: weights by name of a term. Terms without a weight are only logged.
         accumulate: A.
@@ -133,7 +133,7 @@ class Objective:
 
     build: Callable[[Params], nnx.Module]
     dtype: jnp.dtype
-    float32_gradients: Container[str]
+    cast_by_model: Container[str]
     loss: Loss
     weights: Mapping[str, float]
     accumulate: int
@@ -149,7 +149,7 @@ class Objective:
         Raises ValueError if a weight has no term, or if a term has a reserved name.
         """
         copies = {
-            path: param if path in self.float32_gradients else param.astype(self.dtype)
+            path: param if path in self.cast_by_model else param.astype(self.dtype)
             for path, param in params.items()
         }
         terms = self.loss(self.build(copies | frozen), rows)
