@@ -162,6 +162,14 @@ def test_a_job_that_does_not_fit_ends_with_status_1(capsys, monkeypatch):
     assert [word for word in words if word not in text] == []
 
 
+def test_the_mesh_of_a_training_step(monkeypatch):
+    monkeypatch.setattr(jobs, "described_devices", lambda facts, count, _: jax.devices()[:count])
+    job = make_job(f"{TRAIN} v5e --topology 2x2 --mesh fsdp=2,tensor=2 --config.batch_size=32")
+    assert dict(job.program.inputs.mesh.shape) == dict(data=1, fsdp=2, tensor=2)
+    job = make_job(f"{TRAIN} v5e --topology 2x2 --config.batch_size=32")
+    assert dict(job.program.inputs.mesh.shape) == dict(data=1, fsdp=4, tensor=1)
+
+
 def test_changes_of_a_job_on_gpus():
     job = make_job(f"{TRAIN} h100 --count 8 --config.batch_size=64 --config.remat=dots")
     found = list(changes.possible_changes(measure.Measurement(job, {}, (), 1, None), 0.75))

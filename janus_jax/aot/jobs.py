@@ -211,6 +211,7 @@ class Train(Job):
     def program(self) -> training.Program:
         """The program of the run."""
         config = self.config.copy_and_resolve_references()
+        config.mesh = self.mesh
         return training.abstract_program(config, self.cfg, self.devices)
 
     @property

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from janus_jax.aot.changes import find_change
 from janus_jax.aot.compiled import DoesNotFitError
 from janus_jax.aot.generation import Target, compile_draw
+from janus_jax.aot.jobs import Draw
+from janus_jax.aot.measure import measure
 from janus_jax.aot.topology import described_devices
 from janus_jax.commands import compile_for
 from janus_jax.devices import known_devices
@@ -72,6 +75,20 @@ def test_a_model_that_is_too_large_for_the_memory_is_refused_by_the_compiler():
     with pytest.raises(DoesNotFitError, match="prompt") as error:
         next(compile_draw(target, 20, 1))
     assert 34e9 < error.value.needed_bytes < 36e9
+
+
+@needs_cuda
+def test_the_change_with_which_a_job_would_fit_was_compiled():
+    facts, cfg = known_devices()["rtx-4090"], JanusConfig.janus_tiny()
+    job = Draw(facts=facts, cfg=cfg, prompt_length=20, num_images=4, max_batch=4)
+    measured = measure(job)
+    # Too little for four images. It seems enough for half of them, but the decoder of the images
+    # needs almost as much for two as for four.
+    memory = sum(measured.held.values()) + int(0.7 * measured.added)
+    limited = dataclasses.replace(job, facts=dataclasses.replace(facts, memory_bytes=memory))
+    advice = find_change(dataclasses.replace(measured, job=limited), 1.0)
+    assert advice.tried == ("--max_batch 2", "--max_batch 1")
+    assert advice.change.text == "--max_batch 1" and measure(advice.change.job).total <= memory
 
 
 @needs_cuda
