@@ -17,7 +17,7 @@ from janus_jax.data.examples import ExampleMaker
 from janus_jax.data.records import KINDS, Record
 from janus_jax.processing.images import encode_png
 from janus_jax.shapes import scenes
-from janus_jax.training.chunks import cross_entropies
+from janus_jax.training.cross_entropy import cross_entropies
 from janus_jax.training.row_losses import normalize, row_losses
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -41,7 +41,7 @@ def plain(head, hidden, targets, target_mask):
 
 @pytest.fixture(scope="module")
 def problem():
-    """hidden [3, 22, 8], targets and a mask; the last row wants nothing."""
+    """hidden [3, 22, 8], targets and a mask; the last row has no target."""
     rng = np.random.default_rng(0)
     hidden = jnp.asarray(rng.standard_normal((3, 22, 8)), jnp.float32)
     targets = jnp.asarray(rng.integers(0, 50, (3, 22)))
@@ -73,10 +73,14 @@ def test_chunks_give_the_plain_formula_and_its_gradients(problem, chunk):
 def test_the_head_is_not_computed_where_no_target_is(problem):
     hidden, targets, target_mask = problem
     head = LinearHead(jnp.ones((8, 50), jnp.float32))
-    losses = jax.jit(lambda: cross_entropies(head, hidden, targets, target_mask, 4))()
-    jax.block_until_ready(losses)
+
+    def losses(hidden):
+        return jnp.sum(cross_entropies(head, hidden, targets, target_mask, 4))
+
+    jax.block_until_ready(jax.jit(jax.grad(losses))(hidden))
     jax.effects_barrier()
-    assert len(head.computed) == -(-int(target_mask.sum(1).max()) // 4) < -(-22 // 4)
+    chunks = -(-int(target_mask.sum(1).max()) // 4)
+    assert chunks < -(-22 // 4) and len(head.computed) == 2 * chunks  # forward and backward
 
 
 def test_a_whole_row_of_logits_never_exists(problem):
@@ -115,7 +119,6 @@ def test_no_gradient_of_a_frozen_matrix_is_computed(problem):
 
 
 def test_matrices_are_multiplied_in_the_dtype_of_the_hidden_states(problem):
-    """And their gradients are added up in their own dtype."""
     hidden, targets, target_mask = problem
     hidden = hidden.astype(jnp.bfloat16)
 
@@ -124,10 +127,27 @@ def test_matrices_are_multiplied_in_the_dtype_of_the_hidden_states(problem):
         losses = cross_entropies(head, hidden, targets, target_mask, 4)
         return jnp.sum(losses)
 
-    grad = jax.jit(jax.grad(loss))(jnp.ones((8, 50), jnp.float32))
     text = str(jax.make_jaxpr(jax.grad(loss))(jnp.ones((8, 50), jnp.float32)))
-    assert grad.dtype == jnp.float32
-    assert "dot_general" in text and not re.search(r":f32\[8,50\] = dot_general", text)
+    assert set(re.findall(r":(\w+)\[[\d,]*\] = dot_general", text)) == {"bf16"}
+
+
+def test_gradients_of_chunks_are_added_up_in_float32():
+    """Of 512 equal gradients, a sum in bfloat16 would only see the first 256."""
+    hidden, targets = jnp.ones((1, 512, 1), jnp.bfloat16), jnp.zeros((1, 512), jnp.int32)
+
+    def loss(kernel):
+        mask = jnp.ones((1, 512), bool)
+        return jnp.sum(cross_entropies(LinearHead(kernel), hidden, targets, mask, 1))
+
+    grad = jax.jit(jax.grad(loss))(jnp.zeros((1, 2), jnp.float32))
+    np.testing.assert_allclose(grad, [[-256, 256]], rtol=1e-3)
+
+
+def test_a_target_that_the_head_does_not_have_gives_nan(problem):
+    hidden, targets, target_mask = problem
+    head = LinearHead(jnp.ones((8, 50), jnp.float32))
+    losses = cross_entropies(head, hidden, targets + 50, target_mask, 4)
+    np.testing.assert_array_equal(np.isnan(losses), target_mask)
 
 
 @pytest.fixture(scope="module")

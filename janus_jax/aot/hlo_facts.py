@@ -218,8 +218,8 @@ def summarize(found: list[Collective]) -> dict[str, tuple[int, int]]:
     totals: dict[str, tuple[int, int]] = {}
     for collective in found:
         count, size = totals.get(collective.kind, (0, 0))
-        times = collective.times
-        totals[collective.kind] = count + times, size + times * collective.bytes
+        moved = collective.times * collective.bytes
+        totals[collective.kind] = count + collective.times, size + moved
     return totals
 
 

@@ -211,7 +211,7 @@ class Train(Job):
     def program(self) -> training.Program:
         """The program of the run."""
         config = self.config.copy_and_resolve_references()
-        config.mesh = self.mesh
+        config.mesh = self.mesh  # that of --mesh or --count, if the config has none
         return training.abstract_program(config, self.cfg, self.devices)
 
     @property

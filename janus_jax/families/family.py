@@ -36,7 +36,8 @@ Shape = tuple[int, ...]
 class Precision(enum.Enum):
     """How a parameter is stored, and in which dtype its gradient is summed.
 
-    COMPUTE: stored in the dtype of the computation; in training, cast to it from float32.
+    COMPUTE: stored in the dtype of the computation; in training, cast to it from float32, either
+      before the model runs or by its layers (Parameters.cast_by_model).
     FLOAT32_GRADIENT: stored like COMPUTE, but training keeps it in float32. The model casts the
       values it reads, so the gradient, a sum over many tokens or chunks of a row, is summed in
       float32.

@@ -46,7 +46,7 @@ class Linear(nnx.Linear):
 
 
 class Head(Linear):
-    """A linear layer whose outputs are logits: float32, and never rounded to the compute dtype."""
+    """A linear layer whose outputs are logits: float32, and not rounded to the compute dtype."""
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps float[..., D] to float32[..., F]."""
@@ -101,9 +101,9 @@ def with_float32_output(product: Callable, x: jax.Array, kernel: jax.Array) -> j
     product: a matrix product or a convolution that accepts `preferred_element_type`.
 
     JAX's own gradients would multiply float32 by bfloat16, for which GPUs have no kernel: XLA would
-    convert the kernel to float32. The incoming gradient is cast to the input dtype instead. Where a
-    bias and a cast to that dtype follow, it already has that precision. That of logits is rounded,
-    as in PyTorch, and as TPUs round the factors of every product by default.
+    convert the kernel to float32. The incoming gradient is cast to the input dtype instead. This
+    loses nothing if only a bias and a cast to that dtype follow. The gradient of logits is rounded,
+    as in PyTorch; TPUs round the factors of every product by default.
     """
     return product(x, kernel, preferred_element_type=jnp.float32)
 
@@ -197,9 +197,9 @@ def block_call(block: type[nnx.Module], remat: str) -> Callable:
 
     remat: which values are saved for the backward pass; all others are recomputed.
         "none": everything.
-        "dots": the inputs of the block and what it marks with `saved`, the outputs of its large
-            linear layers; attention, its output projection and elementwise operations are
-            recomputed.
+        "dots": the inputs of the block and what it marks with `saved`: the outputs of its linear
+            layers except the last one of attention and of the MLP. Attention, its last linear
+            layer and elementwise operations are recomputed.
         "full": only the inputs of the block.
     """
     if remat == "none":
@@ -223,7 +223,8 @@ def run_layers(
     Returns the last x, and the output of each layer.
 
     XLA compiles the body of a loop once, instead of every layer. The stacked parameters are a copy,
-    which a training step makes in any case when it casts them; a decode step must not make it.
+    unless they were cut out of a stack before (training/stacked.py). A decode step must not make
+    this copy.
     """
     if not scan:
         outputs = []

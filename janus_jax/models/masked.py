@@ -1,4 +1,4 @@
-"""Moves the positions of a mask to the front of their rows, and back.
+"""Takes the values at the positions of a mask, and puts them back.
 
 Both functions are gathers, and so are their gradients. JAX would compute the gradient of a gather
 as a scatter, for which XLA sorts the indices on TPU; each sort takes seconds to compile.
@@ -14,15 +14,16 @@ import jax.numpy as jnp
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def take_masked(x: jax.Array, mask: jax.Array, size: int) -> jax.Array:
-    """Returns the values where the mask is True, in order, and zeros behind them.
+    """Returns the values where the mask is True, in order, followed by zeros.
 
     x: [B, T, ...]. mask: bool[B, T]. size: N, at least the largest number of True values in a row.
     Returns [B, N, ...] in the dtype of x.
     """
     counts = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
     numbers = jnp.arange(size, dtype=jnp.int32)[None]
-    # The n-th value is behind the positions up to which there are at most n. A search would need
-    # many dependent gathers, and a scatter a sort.
+    # Value n, from 0, is at the first position whose count is more than n. Its index is thus the
+    # number of positions whose count is at most n. That takes B * N * T comparisons, but a binary
+    # search would need dependent gathers, and a scatter would need a sort.
     before = (counts[:, None] <= numbers[..., None]).astype(jnp.int32)
     index = jnp.minimum(jnp.sum(before, axis=-1), mask.shape[1] - 1)
     return _keep(_take(x, index), numbers < counts[:, -1:])
@@ -46,20 +47,20 @@ def _put(values: jax.Array, mask: jax.Array, size: int) -> jax.Array:
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
     """[B, S, ...] and int32[B, R] -> [B, R, ...]."""
-    return jnp.take_along_axis(x, _like(index, x), axis=1)
+    return jnp.take_along_axis(x, _add_axes(index, x), axis=1)
 
 
 def _keep(x: jax.Array, mask: jax.Array) -> jax.Array:
     """Returns x where the mask is True and 0 elsewhere. x: [B, R, ...]; mask: bool[B, R]."""
-    return jnp.where(_like(mask, x), x, jnp.zeros((), x.dtype))
+    return jnp.where(_add_axes(mask, x), x, jnp.zeros((), x.dtype))
 
 
-def _like(rows: jax.Array, x: jax.Array) -> jax.Array:
-    """Returns an array [B, R] with as many axes as x, the new ones of size 1."""
+def _add_axes(rows: jax.Array, x: jax.Array) -> jax.Array:
+    """Reshapes [B, R] to [B, R, 1, ...], with as many axes as x."""
     return rows.reshape(*rows.shape, *(1,) * (x.ndim - 2))
 
 
-# Each is the transpose of the other.
+# Each is the transpose of the other, if the mask has at most N True values in a row.
 take_masked.defvjp(
     lambda x, mask, size: (take_masked(x, mask, size), mask),
     lambda size, mask, gradient: (put_masked(gradient, mask), None),

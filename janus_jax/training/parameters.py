@@ -108,8 +108,8 @@ class Parameters:
         """Returns the paths of the trainable parameters that the model gets in float32.
 
         They are those with Precision.FLOAT32_GRADIENT, and the matrices of layers: each layer casts
-        its own, so that copies of all of them never exist at once. Layers that run in a loop get
-        copies, because stacking the float32 matrices would take twice the memory.
+        its own, so that with remat, copies of all of them never exist at once. Layers that run in
+        a loop get copies, because stacking the float32 matrices would take twice the memory.
         """
         return frozenset(filter(self._is_cast_by_model, self.trained))
 

@@ -22,7 +22,7 @@ from janus_jax.models.janus import Janus, merge_features
 from janus_jax.models.masked import put_masked
 from janus_jax.processing.images import ImageConfig
 from janus_jax.sharding import constrain_rows
-from janus_jax.training.chunks import cross_entropies
+from janus_jax.training.cross_entropy import cross_entropies
 from janus_jax.training.row_shards import on_row_shards
 from janus_jax.training.step import Rows, Terms
 

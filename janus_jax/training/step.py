@@ -122,7 +122,7 @@ class Objective:
     Attributes:
         build: builds the model from its parameters.
         dtype: dtype of the computation, to which the float32 parameters are cast.
-        cast_by_model: paths of the parameters that are not cast here, but by the model.
+        cast_by_model: paths of the parameters that stay float32; the model casts them.
         loss: computes the terms.
         weights: weights by name of a term. Terms without a weight are only logged.
         accumulate: A.

@@ -30,16 +30,20 @@ def cross_entropies(
     them at a time. The full logits float32[B, T, V] never exist, neither in the forward nor in the
     backward pass, and chunks without a target are skipped.
 
+    Only first derivatives can be computed, in reverse mode.
+
     Args:
-        head: float[B, C, D] -> float32[B, C, V].
+        head: float[B, C, D] -> float32[B, C, V]. Its compute dtype must be that of `hidden`, to
+            which its matrices are cast.
         hidden: float[B, T, D].
-        targets: int32[B, T].
+        targets: int32[B, T]. The loss of a target outside of 0 to V - 1 is NaN.
         target_mask: bool[B, T].
         chunk: C.
     """
     length = targets.shape[1]
     chunk = min(chunk, length)
     size = length + -length % chunk
+    # taken from itself, the mask is True for the targets and False for the padding behind them
     parts = [
         _chunks(take_masked(part, target_mask, size), chunk)
         for part in (hidden, targets, target_mask)
@@ -71,18 +75,18 @@ def _chunk_losses(
 ) -> jax.Array:
     """Returns the cross-entropies of all chunks, float32[N, B, C]; 0 where target_mask is False.
 
-    Its own gradient adds up the gradients of the parameters where they are computed, and not at all
-    for a chunk without a target. JAX would add zeros for such a chunk, and keep the gradient of one
-    chunk beside the sum: for the text head of Janus-Pro-1B, 0.84 GB.
+    The gradient is defined below: a loop that adds the gradient of each chunk to one sum, and stops
+    at the first chunk without a target. JAX's gradient would also add zeros for the other chunks,
+    and hold the gradient of one chunk in addition to the sum.
 
     params: those of the head. hidden: float[N, B, C, D]. targets: int32[N, B, C].
-    target_mask: bool[N, B, C].
+    target_mask: bool[N, B, C]. The targets of a row must be in its first chunks.
     """
     copies = _cast_matrices(params, hidden.dtype)
 
-    def losses(_, part):
-        mask = part[2]
-        compute = functools.partial(_masked_losses, logits, copies, *part)
+    def losses(_, chunk):
+        hidden, targets, mask = chunk
+        compute = functools.partial(_masked_losses, logits, copies, hidden, targets, mask)
         zeros = functools.partial(jnp.zeros, mask.shape, jnp.float32)
         return None, jax.lax.cond(jnp.any(mask), compute, zeros)
 
@@ -93,8 +97,9 @@ def _masked_losses(logits: Logits, params, hidden, targets, mask) -> jax.Array:
     """Returns the cross-entropies of one chunk, float32[B, C]; 0 where the mask is False."""
     scores = logits(params, hidden)
     # Not by indexing, whose gradient is a scatter into an array of zeros as large as the logits.
-    is_target = jnp.arange(scores.shape[-1])[None, None] == targets[..., None]
+    is_target = jnp.arange(scores.shape[-1], dtype=targets.dtype)[None, None] == targets[..., None]
     target_scores = jnp.sum(jnp.where(is_target, scores, 0.0), axis=-1)
+    target_scores = jnp.where(jnp.any(is_target, axis=-1), target_scores, jnp.nan)
     return jnp.where(mask, jax.nn.logsumexp(scores, axis=-1) - target_scores, 0.0)
 
 
@@ -106,7 +111,8 @@ def _cast_matrices(params: list[jax.Array], dtype) -> list[jax.Array]:
 def _forward(logits: Logits, params, hidden, targets, target_mask):
     """Returns the cross-entropies and what the backward pass needs.
 
-    Every array comes as an object with its `value` and whether a gradient is needed: `perturbed`.
+    Each array is given as an object with its `value`, and with `perturbed`: whether its gradient is
+    needed. That of `hidden` is always computed, because XLA removes it if it is not used.
     """
     values = [param.value for param in params]
     trained = {i: param.value for i, param in enumerate(params) if param.perturbed}
@@ -114,9 +120,9 @@ def _forward(logits: Logits, params, hidden, targets, target_mask):
     return _chunk_losses(logits, values, *parts), (values, trained, parts)
 
 
-def _backward(logits: Logits, saved, gradient: jax.Array):
+def _backward(logits: Logits, residuals, gradient: jax.Array):
     """Returns the gradients of the arguments, given that of the losses, float32[N, B, C]."""
-    params, trained, (hidden, targets, mask) = saved
+    params, trained, (hidden, targets, mask) = residuals
     copies = _cast_matrices(params, hidden.dtype)
 
     def losses(trained: dict[int, jax.Array], hidden, targets, mask) -> jax.Array:
