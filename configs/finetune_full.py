@@ -11,7 +11,7 @@ from janus_jax.configs import finetune_lora
 def get_config() -> ConfigDict:
     """Returns finetune_lora's settings with a lower learning rate, no LoRA and accumulate=1.
 
-    With accumulate=8, as in finetune_lora, a step needs more memory: 49 GB instead of 38 GB for
+    With accumulate=8, as in finetune_lora, a step needs more memory: 49 GB instead of 34 GB for
     Janus-Pro-1B, according to XLA's plan for a TPU v5p.
     """
     config = finetune_lora.get_config()

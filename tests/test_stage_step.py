@@ -163,6 +163,18 @@ def test_what_is_computed_again_is_not_kept(config, batch):
     assert kept("full") < 0.7 * kept("dots") < 0.7 * 0.9 * kept("none")
 
 
+def test_layers_cast_their_matrices_unless_they_run_in_a_loop(config):
+    layer, paths = "language_model.layers.0", {}
+    for scan in ("off", "on"):
+        paths[scan] = make_program(config(scan=scan, dtype="bfloat16")).parameters.cast_by_model()
+    assert f"{layer}.mlp.up_proj.kernel" in paths["off"] - paths["on"]
+    assert f"{layer}.input_layernorm.scale" not in paths["off"] | paths["on"]
+    # their gradients are sums over many tokens, or over chunks
+    always = {"language_model.embed_tokens.embedding", "language_model.lm_head.kernel"}
+    assert always <= paths["off"] & paths["on"]
+    assert not any(".layers." in path for path in paths["on"])
+
+
 def test_the_objective_is_the_weighted_mean_over_all_targets(config, batch, plain):
     weights = dict(understanding=3.0, text=0.0, generation=0.5)
     program = make_program(config(loss_weights=weights, accumulate=2))
