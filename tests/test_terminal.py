@@ -1,5 +1,6 @@
 """Tests of signals and warnings of the commands, each run as a program."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,9 +43,12 @@ def test_sigterm_and_large_images(command):
     assert done.stderr.count("\n") == 1 and "required" in done.stderr
 
 
-def test_a_closed_pipe_ends_without_a_message(golden):
+@pytest.mark.parametrize("unbuffered", ["", "1"])  # whether every line is written at once
+def test_a_closed_pipe_ends_without_a_message(golden, unbuffered):
     command = [sys.executable, "-m", "convert", "inspect", str(golden / "janus")]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    env = os.environ | dict(PYTHONUNBUFFERED=unbuffered)
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(command, cwd=ROOT, env=env, **pipes)
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() == 1
 

@@ -85,7 +85,10 @@ def one_line_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
     If the reader of stdout has closed it, such as `head`, the program exits without a message.
     """
     try:
-        yield
+        try:
+            yield
+        finally:
+            sys.stdout.flush()  # at exit, Python would report a closed pipe with a message
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(1)

@@ -22,8 +22,8 @@ def take_masked(x: jax.Array, mask: jax.Array, size: int) -> jax.Array:
     counts = jnp.cumsum(mask, axis=1, dtype=jnp.int32)
     numbers = jnp.arange(size, dtype=jnp.int32)[None]
     # Value n, from 0, is at the first position whose count is more than n. Its index is thus the
-    # number of positions whose count is at most n. That takes B * N * T comparisons, but a binary
-    # search would need dependent gathers, and a scatter would need a sort.
+    # number of positions whose count is at most n. That takes B * N * T comparisons, but no gathers
+    # that depend on each other, as a binary search would.
     before = (counts[:, None] <= numbers[..., None]).astype(jnp.int32)
     index = jnp.minimum(jnp.sum(before, axis=-1), mask.shape[1] - 1)
     return _keep(_take(x, index), numbers < counts[:, -1:])
