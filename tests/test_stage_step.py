@@ -251,6 +251,16 @@ def test_a_loop_over_layers_gathers_one_layer_at_a_time(config):
     assert max(one.bytes for one in gathered) <= 4 * max(kernels)
 
 
+def test_each_device_takes_its_shard_of_a_gradient_before_the_optimizer_waits_for_all(config):
+    """A barrier for each gradient; without it, XLA for TPU keeps the gradients of all layers."""
+    barriers, trained = {}, r"language_model\.layers\."
+    for mesh in ("data=1", "fsdp=4"):
+        program = make_program(config(mesh=mesh, trained=trained))
+        text = dict(program.lowerings())["step"]().as_text()
+        barriers[mesh] = text.count("stablehlo.optimization_barrier")
+    assert barriers["fsdp=4"] - barriers["data=1"] == len(program.parameters.trained)
+
+
 def test_no_step_reads_the_tokenizer_where_images_come_as_indices(config):
     parameters = make_program(config(tokenized=True)).parameters
     paths = parameters.trained | parameters.frozen

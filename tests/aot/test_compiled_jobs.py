@@ -132,3 +132,11 @@ def test_a_training_step_on_gpus(capsys):
     check_memory(facts["memory"])
     assert facts["num_devices"] == 4
     assert facts["programs"][0]["collectives"]["all-gather"]["count"] >= 28  # of four layers
+
+
+@needs_cuda
+def test_gradients_are_sent_matrix_by_matrix_on_gpus(capsys):
+    """XLA would combine them, and then keep the full gradients of all layers."""
+    full = f"{TRAIN} --config.lora_rank=0 --config.accumulate=1 --config.batch_size=4"
+    facts = report(f"--device h100 --count 4 {full}", capsys, TINY)
+    assert facts["programs"][0]["collectives"]["reduce-scatter"]["count"] >= 28  # of four layers
