@@ -18,9 +18,8 @@ tokens_per_s: new tokens of all conversations, divided by the median seconds of 
 first_token_s: seconds from the call to the first token on the host, for one conversation: the
     vision encoder, the prefill and the text head.
 step_ms: milliseconds between two tokens after that, for one conversation.
-floor_ms: milliseconds to read what a decode step must read, at the measured bandwidth: the weights
-    of the decoder and of the text head once, and the valid slots of the cache, averaged over the
-    answer.
+floor_ms: milliseconds to read what a decode step must read. Counts the weights once and the average
+    filled cache, at the measured bandwidth. The weights are those of the decoder and the text head.
 bandwidth_share: floor_ms / step_ms.
 copy_gb_s, peak_gb, first_s: as in benchmarks/draw.py.
 """
@@ -77,12 +76,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command: writes the record and prints its tables."""
     parser = suite.parser("answer", __doc__.splitlines()[0], MODELS, IMPLEMENTATIONS)
     text = "conversations to answer at once (default: 1)"
-    parser.add_argument("--conversations", nargs="+", type=int, default=[1], help=text)
+    parser.add_argument("--conversations", nargs="+", type=suite.positive, default=[1], help=text)
     text = "tokens of an answer (default: 128)"
-    parser.add_argument("--num_tokens", type=int, default=128, help=text)
+    parser.add_argument("--num_tokens", type=suite.positive, default=128, help=text)
     text = "dtype of the model (default: bfloat16)"
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=text)
-    parser.add_argument("--runs", type=int, default=3, help="runs after the first (default: 3)")
+    text = "runs after the first (default: 3)"
+    parser.add_argument("--runs", type=suite.positive, default=3, help=text)
     args = parser.parse_args(argv)
     shape = (args.conversations, args.dtype, args.num_tokens, args.runs)
     measurements = [

@@ -1,46 +1,56 @@
-"""Compiles Janus-Pro for many devices, none of which need be there, and writes docs/devices.md.
+"""Compiles Janus-Pro for many devices, none of which need be present, and writes docs/devices.md.
 
     pip install -e ".[compile-tpu,compile-cuda]"
     python -m benchmarks.devices                  # all rows that are not in the results file yet
     python -m benchmarks.devices --only "7b .*v5e"  # rows whose name matches, again
-    python -m benchmarks.devices --only none      # only writes the page again
+    python -m benchmarks.devices --page_only      # only writes the page again
 
 Each row runs `python -m janus_jax.compile_for` in a separate process and appends its report to
-benchmarks/results/devices.jsonl, so that the script can be interrupted. All rows take hours on two
-cores; those of GPUs are the fastest.
+benchmarks/results/devices.jsonl, so that the script can be interrupted. If a row fails, its error
+is printed, the other rows are compiled, and the exit status is 1. All rows take hours on two cores;
+those of GPUs are the fastest.
 """
 
 import argparse
+import collections
 import dataclasses
 import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from janus_jax.commands.terminal import OneLineParser, error_line, one_line_errors
 from janus_jax.paths import write_file
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "devices.jsonl"
 PAGE = ROOT / "docs" / "devices.md"
 NAMES = {"janus_pro_1b": "Janus-Pro-1B", "janus_pro_7b": "Janus-Pro-7B"}
+STATE = ("params", "optimizer", "ema", "frozen")  # what a device holds between steps
+MIN_KERNEL_LENGTH = 128  # that of models/attention.py, which imports JAX
 ROW_BATCH = {1: 256, 2: 512, 3: 128}  # rows of a step in the stages of the report
 
 INTRODUCTION = "\n\n".join(
     (
         "# Devices",
         "This page lists devices on which Janus-Pro can be used, with the memory that it needs "
-        "there. None of them was present: `python -m janus_jax.compile_for` compiled what "
-        "`sample.py` and `train.py` run with the compilers for TPU and CUDA, and read the facts "
-        "from the compiled programs. No times were measured.",
+        "there. No device was present. `python -m janus_jax.compile_for` compiled the programs of "
+        "`sample.py` and `train.py` with the compilers for TPU and CUDA, and read the facts from "
+        "the compiled programs. No times were measured.",
         "`python -m benchmarks.devices` writes this page from `benchmarks/results/devices.jsonl`. "
         "To compile another case, for example a longer prompt or another mesh, install the "
         'compilers with `pip install -e ".[compile-tpu,compile-cuda]"` and see '
         "`python -m janus_jax.compile_for --help`.",
         "JAX uses 75 % of a GPU's memory by default, which is the limit in these tables. With the "
         "environment variable `XLA_PYTHON_CLIENT_MEM_FRACTION=0.95` it uses more. A TPU7x chip is "
-        "two devices, each with half of its memory.\n",
+        "two devices, each with half of its memory.",
+        "Collectives of training are those of one step on one device, without kinds below 0.05 GB. "
+        "The bytes of a collective are those of its operands or of its results, whichever is more; "
+        "an all-reduce sends about twice these bytes, the others at most these "
+        "(`janus_jax/aot/hlo_facts.py`). On 16 x v5p, XLA splits gathers into collective-permutes "
+        "that overlap with matrix products. On 64 x v5p it computes gathers as all-reduces.\n",
     )
 )
 
@@ -50,14 +60,15 @@ class Row:
     """A row of a table.
 
     model: name of a released model. job: "draw", "answer" or the name of a config to train.
-    device: name of the device. flags: further flags of compile_for. why: why this mesh.
+    device: name of the device. flags: further flags of compile_for. why: returns the reason for
+    the mesh and the microbatches, given the report.
     """
 
     model: str
     job: str
     device: str
     flags: tuple[str, ...]
-    why: str
+    why: Callable[[Mapping], str]
 
     @property
     def name(self) -> str:
@@ -73,10 +84,14 @@ class Row:
         return ["--model", self.model, "--device", self.device, *job, *self.flags, "--json"]
 
 
+def _always(text: str) -> Callable[[Mapping], str]:
+    return lambda report: text
+
+
 def generation_rows() -> Iterator[Row]:
     """Yields the rows of drawing and answering."""
-    one = "One device is enough."
-    sharded = "Four chips read the weights four times as fast as one."
+    one = _always("One device is enough.")
+    sharded = _always("Four chips read the weights four times as fast as one.")
     small = ("v5e", "v6e", "l4", "rtx-4090")
     for device in (*small, "a100-40gb", "a100-80gb", "h100", "h200", "v5p", "tpu7x"):
         for model in NAMES:
@@ -108,7 +123,10 @@ def training_rows() -> Iterator[Row]:
 
 
 def _training_row(size: str, stage: int, device: str, slices: tuple, chips: int) -> Row:
-    """Returns a row in which each device has at most four rows of a microbatch, or one for 7B."""
+    """Returns a row in which each device has at most four rows of a microbatch, or one for 7B.
+
+    A v5e has one, too, because of its smaller memory.
+    """
     shards = min(chips, ROW_BATCH[stage])
     at_a_time = 4 if size == "1b" and device != "v5e" else 1
     accumulate = max(1, ROW_BATCH[stage] // shards // at_a_time)
@@ -117,10 +135,25 @@ def _training_row(size: str, stage: int, device: str, slices: tuple, chips: int)
         mesh += f",tensor={chips // shards}"
     flags = (*slices, "--config.remat=full", f"--config.accumulate={accumulate}")
     flags += () if shards == chips else ("--mesh", mesh)
-    rows = ROW_BATCH[stage] // shards // accumulate
-    why = f"Parameters and moments are sharded over all devices; {rows} row"
-    why += "s at a time on each." if rows > 1 else " at a time on each."
-    return Row(f"janus_pro_{size}", f"janus_pro_{size}_stage{stage}", device, flags, why)
+    return Row(f"janus_pro_{size}", f"janus_pro_{size}_stage{stage}", device, flags, _memory_note)
+
+
+def _memory_note(report: Mapping) -> str:
+    """Says what the mesh and the microbatches of a training step save."""
+    settings, memory = report["settings"], report["memory"]
+    axes = dict(part.split("=") for part in report["mesh"].split(","))
+    rows = settings["batch_size"] // int(axes["fsdp"]) // settings["accumulate"]
+    state = sum(memory["held"].get(name, 0) for name in STATE)
+    return (
+        f"Each device holds about 1/{report['num_devices']} of the state, {_size(state)}; a "
+        f"microbatch of {rows} {'row' if rows == 1 else 'rows'} on each adds "
+        f"{_size(memory['added'])}."
+    )
+
+
+def _size(value: float) -> str:
+    """Returns bytes as text."""
+    return f"{value / 1e9:.1f} GB" if value >= 1e8 else f"{value / 1e6:.0f} MB"
 
 
 def lora_rows() -> Iterator[Row]:
@@ -130,10 +163,11 @@ def lora_rows() -> Iterator[Row]:
     four = "The frozen weights are sharded over the four chips."
     flags = (tokens, "--memory_fraction", "0.95")
     short = f"With {share} and rows of 1024 instead of 2048 tokens."
-    yield Row("janus_pro_7b", "finetune_lora", "l4", (*flags, "--config.seq_len=1024"), short)
-    yield Row("janus_pro_7b", "finetune_lora", "rtx-4090", flags, f"With {share}.")
+    flags_l4 = (*flags, "--config.seq_len=1024")
+    yield Row("janus_pro_7b", "finetune_lora", "l4", flags_l4, _always(short))
+    yield Row("janus_pro_7b", "finetune_lora", "rtx-4090", flags, _always(f"With {share}."))
     flags = (tokens, "--topology", "2x2", "--config.accumulate=2")
-    yield Row("janus_pro_7b", "finetune_lora", "v5e", flags, four)
+    yield Row("janus_pro_7b", "finetune_lora", "v5e", flags, _always(four))
 
 
 TABLES = {
@@ -147,12 +181,14 @@ def compile_row(row: Row) -> dict:
     """Runs compile_for and returns its report.
 
     Raises:
-        RuntimeError: the command failed for another reason than too little memory.
+        RuntimeError: with one line, the command failed for another reason than too little memory.
     """
     command = [sys.executable, "-m", "janus_jax.compile_for", *row.command]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode not in (0, 1) or not done.stdout:
-        raise RuntimeError(f"{row.name}: {done.stderr[-2000:]}")
+        lines = done.stderr.split("\n")
+        last = next((line for line in reversed(lines) if line.strip()), "no error message")
+        raise RuntimeError(f"{row.name}: {last}")
     return dict(row=row.name, **json.loads(done.stdout))
 
 
@@ -173,17 +209,28 @@ def write_page(results: dict[str, dict]) -> None:
             continue
         lines = _generation_table(found) if "decode_step" in found[0][1] else _train_table(found)
         parts.append("\n".join((f"## {title}\n", *lines)) + "\n")
-    versions = sorted({json.dumps(report["versions"]) for report in results.values()})
-    texts = (", ".join(map(" ".join, json.loads(each).items())) for each in versions)
-    parts.append(f"Compiled with {'; '.join(texts)}, on 2 CPU cores.\n")
+    parts.append(f"Compiled with {_versions(results)}.\n")
     write_file(PAGE, "\n".join(parts).encode())
 
 
+def _versions(results: dict[str, dict]) -> str:
+    """Returns each package once, with all of its versions."""
+    found = collections.defaultdict(set)
+    for report in results.values():
+        for name, version in report["versions"].items():
+            found[name].add(version)
+    return ", ".join(f"{name} {' and '.join(sorted(found[name]))}" for name in sorted(found))
+
+
 def _generation_table(found: list[tuple[Row, dict]]) -> Iterator[str]:
+    lengths = {report["job"]: report["settings"]["prompt_length"] for _, report in found}
+    prompts = (f"{job} {length} tokens" for job, length in sorted(lengths.items(), reverse=True))
     yield (
-        "The memory is that of four images at once, or of an answer of 256 tokens to a question "
-        "about one image. The speed limit follows from the published rate at which the device "
-        "reads its memory: each token needs the weights and the filled cache.\n"
+        "Draw: four images at once. Answer: 256 tokens about one image. Prompt, with the tokens of "
+        f"its images: {', '.join(prompts)}. Prompts below {MIN_KERNEL_LENGTH} tokens use plain XLA "
+        "attention on all devices (`janus_jax/models/attention.py`). The speed limit follows "
+        "from the published rate at which the device reads its memory: each token needs the "
+        "weights and the filled cache.\n"
     )
     yield (
         "| | device | mesh | memory needed | memory available | attention of the prompt | for each "
@@ -201,7 +248,7 @@ def _generation_table(found: list[tuple[Row, dict]]) -> Iterator[str]:
             ", ".join(kernels),
             _per_token(tokens),
             _floor(report),
-            row.why if report["fits"] else _does_not_fit(report),
+            row.why(report) if report["fits"] else _does_not_fit(report),
         )
 
 
@@ -216,13 +263,14 @@ def _per_token(tokens: dict) -> str:
     words = []
     if "kernels_per_token" in tokens:
         words.append(f"{tokens['kernels_per_token']} kernels")
-    for kind, moved in tokens.get("collectives", {}).items():
+    for kind, moved in sorted(tokens.get("collectives", {}).items()):
         words.append(f"{moved['count']} {kind}, {moved['bytes'] / 1e6:.1f} MB")
     return ", ".join(words) or "-"
 
 
 def _train_table(found: list[tuple[Row, dict]]) -> Iterator[str]:
-    yield "Collectives are those of one step on one device, see `aot/hlo_facts.py`.\n"
+    if "stage" in found[0][0].job:
+        yield _stage_facts(found)
     yield (
         "| | devices | mesh | rows | microbatches | memory needed | memory available | collectives "
         "| note |"
@@ -230,7 +278,6 @@ def _train_table(found: list[tuple[Row, dict]]) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for row, report in found:
         step = report["programs"][-1] if report["programs"] else dict(collectives={})
-        moved = (f"{kind} {x['bytes'] / 1e9:.1f} GB" for kind, x in step["collectives"].items())
         yield _line(
             row.job,
             f"{report['num_devices']} x {row.device}",
@@ -238,9 +285,32 @@ def _train_table(found: list[tuple[Row, dict]]) -> Iterator[str]:
             f"{report['settings']['batch_size']}",
             f"{report['settings']['accumulate']}",
             *_memory(report),
-            ", ".join(moved) or "-",
-            row.why if report["fits"] else _does_not_fit(report),
+            _moved(step["collectives"]),
+            row.why(report) if report["fits"] else _does_not_fit(report),
         )
+
+
+def _stage_facts(found: list[tuple[Row, dict]]) -> str:
+    """Returns a paragraph about the meshes, the microbatches and the devices of 7B."""
+    sevens = {
+        f"{report['num_devices']} x {row.device}": None
+        for row, report in found
+        if row.model == "janus_pro_7b"
+    }
+    return (
+        "The mesh puts all devices on `fsdp`, up to the number of rows in a step, so that each "
+        "holds its part of the state: parameters, AdamW moments and frozen weights. A microbatch "
+        "has at most 4 rows on each device, for 7B and on v5e one row, because the memory for "
+        "activations and logits grows with the rows. All rows have 4096 tokens and `remat=full`. "
+        f"The 7B stages were compiled for {' and '.join(sevens) or 'no device'} only.\n"
+    )
+
+
+def _moved(collectives: dict[str, dict]) -> str:
+    """Returns the kinds of collectives with their bytes; omits those that would be "0.0 GB"."""
+    sizes = {kind: moved["bytes"] / 1e9 for kind, moved in sorted(collectives.items())}
+    large = (f"{kind} {size:.1f} GB" for kind, size in sizes.items() if size >= 0.05)
+    return ", ".join(large) or "-"
 
 
 def _memory(report: dict) -> tuple[str, str]:
@@ -251,30 +321,65 @@ def _memory(report: dict) -> tuple[str, str]:
 
 def _does_not_fit(report: dict) -> str:
     change = report.get("change")
-    return f"Does not fit; would with `{change}`." if change else "Does not fit."
+    return f"Does not fit. `{change}` would fit." if change else "Does not fit."
 
 
 def _line(*cells: str) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def main() -> None:
-    """Runs the command."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    text = "regular expression on the names of the rows to compile, even if there are results"
-    parser.add_argument("--only", metavar="REGEX", help=text)
-    flags = parser.parse_args()
-    results = read_results()
-    for row in (row for rows in TABLES.values() for row in rows):
-        chosen = row.name not in results if flags.only is None else re.search(flags.only, row.name)
-        if not chosen:
-            continue
+def _regex(text: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        message = f"expected a regular expression, got {text!r}: {error}"
+        raise argparse.ArgumentTypeError(message) from error
+
+
+def _chosen(flags: argparse.Namespace, results: dict[str, dict]) -> list[Row]:
+    """Returns the rows to compile."""
+    rows = [row for rows in TABLES.values() for row in rows]
+    if flags.page_only:
+        return []
+    if flags.only is None:
+        return [row for row in rows if row.name not in results]
+    return [row for row in rows if flags.only.search(row.name)]
+
+
+def compile_rows(rows: Iterable[Row], results: dict[str, dict]) -> bool:
+    """Compiles rows, and writes each report and the page. Returns whether all could be compiled."""
+    success = True
+    for row in rows:
         print(row.name, flush=True)
-        results[row.name] = compile_row(row)
+        try:
+            report = compile_row(row)
+        except RuntimeError as error:
+            print(error_line("devices", str(error)), file=sys.stderr)
+            success = False
+            continue
+        results[row.name] = report
         with RESULTS.open("a") as file:
-            file.write(json.dumps(results[row.name]) + "\n")
+            file.write(json.dumps(report) + "\n")
         write_page(results)
-    write_page(results)
+    return success
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs the command; exits with status 1 if a row could not be compiled."""
+    command = "python -m benchmarks.devices"
+    parser = OneLineParser("devices", prog=command, description=__doc__.splitlines()[0])
+    group = parser.add_mutually_exclusive_group()
+    text = "regular expression on the names of the rows to compile, even if there are results"
+    group.add_argument("--only", metavar="REGEX", type=_regex, help=text)
+    text = "compile nothing, only write the page again"
+    group.add_argument("--page_only", action="store_true", help=text)
+    flags = parser.parse_args(argv)
+    with one_line_errors("devices"):
+        results = read_results()
+        success = compile_rows(_chosen(flags, results), results)
+        write_page(results)
+    if not success:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

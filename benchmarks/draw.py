@@ -20,9 +20,9 @@ Figures:
 images_per_s: images divided by the median seconds of a run.
 image_s: seconds of a run divided by the number of images.
 step_ms: milliseconds of a decode step in these runs, the mean over nearly all steps.
-floor_ms: milliseconds to read what a decode step must read, at the measured bandwidth: the weights
-    of the decoder, the image head and the generation aligner once, and the valid slots of the
-    cache, averaged over the image.
+floor_ms: milliseconds to read what a decode step must read. Counts the weights once and the average
+    filled cache, at the measured bandwidth. The weights are those of the decoder, the image head
+    and the generation aligner.
 bandwidth_share: floor_ms / step_ms.
 copy_gb_s: the bandwidth of large copies on the device, bytes read and written, measured in the same
     process.
@@ -103,10 +103,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command: writes the record and prints its tables."""
     parser = suite.parser("draw", __doc__.splitlines()[0], MODELS, IMPLEMENTATIONS)
     text = "images to generate at once (default: 1)"
-    parser.add_argument("--num_images", nargs="+", type=int, default=[1], help=text)
+    parser.add_argument("--num_images", nargs="+", type=suite.positive, default=[1], help=text)
     text = "dtype of the decoder (default: bfloat16)"
     parser.add_argument("--dtype", choices=DTYPES, default=DTYPES[0], help=text)
-    parser.add_argument("--runs", type=int, default=3, help="runs after the first (default: 3)")
+    text = "runs after the first (default: 3)"
+    parser.add_argument("--runs", type=suite.positive, default=3, help=text)
     args = parser.parse_args(argv)
     measurements, names = [], [name for name in TORCH if name in args.implementation]
     for model in args.model:

@@ -13,7 +13,8 @@ sample.py, cold: `python sample.py --prompt ...`, which generates four images, w
 sample.py, warm: the same command again, several times.
 load: a Python process that only loads the model in bfloat16: janus_jax.load in `janus_jax`,
     JanusForConditionalGeneration.from_pretrained in `torch_eager`. Both read the same folder, which
-    has the layout of `transformers`. Not for `janus_tiny`, which this layout cannot express.
+    has the layout of `transformers`. Not measured for `janus_tiny`: the layout of `transformers`
+    cannot represent it.
 
 Figures:
 
@@ -143,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command: writes the record and prints its tables."""
     parser = suite.parser("load", __doc__.splitlines()[0], MODELS, IMPLEMENTATIONS)
     text = "runs of all but the cold start (default: 3)"
-    parser.add_argument("--runs", type=int, default=3, help=text)
+    parser.add_argument("--runs", type=suite.positive, default=3, help=text)
     args = parser.parse_args(argv)
     measurements = [measurement(model, args.implementation, args.runs) for model in args.model]
     suite.run_all(measurements, args.output, RATE)

@@ -4,13 +4,14 @@
 #     benchmarks/on_gpu.sh OUT [--tiny] [BENCHMARK ...]
 #
 # OUT gets a JSON record per benchmark, summary.md, log.txt and the profiles. Each record is written
-# again after every measurement, so that a run that is cut off still counts. docs/benchmarks.md
-# describes the parts. Needs no network. Environment variables:
+# again after every measurement, so that a run that is cut off still counts. The exit status is 1 if
+# JAX finds no GPU or a check of parity fails. docs/benchmarks.md describes the parts. Needs no
+# network. Environment variables:
 #
-# PYTHON: the Python to use (default: python3). It must have JAX for CUDA and what setup.cfg requires;
-#     training also needs grain and ml-collections, the comparisons torch and transformers. A part
-#     whose packages are missing is recorded as not measured.
-# WHEELS: a folder with wheels to install for this run only, such as those packages. Installing them
+# PYTHON: the Python to use (default: python3). It must have JAX for CUDA and what setup.cfg
+#     requires; the comparisons also need torch and transformers. A part whose packages are missing
+#     is recorded as not measured.
+# WHEELS: a folder with wheels to install for this run only, such as missing ones. Installing them
 #     takes a few seconds in addition to the nine minutes.
 set -euo pipefail
 if [ $# -lt 1 ] || [[ $1 == -* ]]; then

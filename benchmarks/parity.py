@@ -17,12 +17,11 @@ ok: whether the result is as required. In float32: differences of at most 1e-4 +
     may differ there, because two tokens may be almost equally likely.
 """
 
-import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from benchmarks import suite
 from benchmarks.records import OURS
+from janus_jax.commands.terminal import path_arg
 
 MODELS = ("janus_pro_1b", "tiny")
 DTYPES = ("float32", "bfloat16")
@@ -63,11 +62,10 @@ def same_seeds(batches: Sequence[int]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command: writes the record and prints its table."""
-    name, text = "python -m benchmarks.parity", __doc__.splitlines()[0]
-    parser = argparse.ArgumentParser(name, description=text)
+    parser = suite.bare_parser("parity", __doc__.splitlines()[0])
     text = "also check the batches of models of this size, with random weights"
     parser.add_argument("--model", nargs="+", choices=MODELS, default=[], help=text)
-    parser.add_argument("--output", type=Path, required=True, help="JSON record to write")
+    parser.add_argument("--output", type=path_arg, required=True, help="JSON record to write")
     args = parser.parse_args(argv)
     measurements = [measurement(), *(batch_measurement(model, (1, 3)) for model in args.model)]
     suite.run_all(measurements, args.output, None)

@@ -4,15 +4,16 @@
 
 The records of benchmarks/on_gpu.sh are in benchmarks/results/on_gpu; what has no record there is
 written as "not measured". Records of draw and load on a CPU may be in benchmarks/results/on_cpu.
+All records of a folder must be of one machine.
 """
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from benchmarks import answer, draw, train
-from benchmarks.records import OURS, middle, ratios
+from benchmarks import answer, draw, parity, train
+from benchmarks.records import OURS, SAME, middle, ratios, read_record
 from benchmarks.tables import NOT_MEASURED, markdown, number
+from janus_jax.commands.terminal import one_line_errors
 
 ROOT = Path(__file__).parents[1]
 README, RESULTS = ROOT / "README.md", ROOT / "benchmarks" / "results"
@@ -27,9 +28,33 @@ Records = Mapping[str, Mapping]  # contents of the records by benchmark
 
 
 def read_records(folder: Path) -> dict[str, dict]:
-    """Returns the contents of the records in a folder by benchmark; empty without the folder."""
-    paths = sorted(folder.glob("*.json"))
-    return {path.stem: json.loads(path.read_text("utf-8")) for path in paths}
+    """Returns the contents of the records in a folder by benchmark; empty without the folder.
+
+    Raises:
+        ValueError: a file is not a record.
+    """
+    return {path.stem: read_record(path) for path in sorted(folder.glob("*.json"))}
+
+
+def machine(folder: Path, records: Mapping[str, Mapping]) -> Mapping:
+    """Returns the hardware on which the records of a folder were measured; empty if none was.
+
+    Raises:
+        ValueError: they are of several machines, or of a CPU in on_gpu or the reverse.
+    """
+    found = [record["hardware"] for record in records.values() if record["hardware"]]
+    names = sorted({" with ".join(str(facts.get(name)) for name in SAME) for facts in found})
+    if len(names) > 1:
+        raise ValueError(
+            f"expected records of one machine in {folder.name}, got {'; '.join(names)}; remove "
+            "those of the others"
+        )
+    if found and (found[0]["device"] == "cpu") != (folder.name == "on_cpu"):
+        raise ValueError(
+            f"{folder.name} has records of the device {found[0]['device']}; move them to another "
+            "folder"
+        )
+    return found[0] if found else {}
 
 
 def figure(records: Records, benchmark: str, name: str, **case) -> str:
@@ -53,18 +78,35 @@ def tables(results: Path) -> str:
     """Returns the tables with sentences that say where they were measured.
 
     results: the folder with the folders of records.
+
+    Raises:
+        ValueError: see read_records and machine.
     """
-    gpu, cpu = (read_records(results / name) for name in ("on_gpu", "on_cpu"))
-    parts = [_origin(gpu), _drawings(gpu), _speeds(gpu)]
-    return "\n".join([*parts, _cpu_origin(cpu), _cpu(cpu)] if cpu else parts)
+    folders = [results / name for name in ("on_gpu", "on_cpu")]
+    gpu, cpu = map(read_records, folders)
+    gpu_facts, cpu_facts = map(machine, folders, (gpu, cpu))
+    parts = [_origin(gpu, gpu_facts), _drawings(gpu), _others(gpu)]
+    return "\n".join([*parts, _cpu_origin(cpu, cpu_facts), _cpu(cpu)] if cpu_facts else parts)
 
 
-def _origin(records: Records) -> str:
-    used = [record["hardware"] for record in records.values() if record["hardware"]]
-    if not used:
+def _origin(records: Records, facts: Mapping) -> str:
+    if not facts:
         return "No GPU was available yet. `benchmarks/on_gpu.sh OUT` measures these rows:\n"
-    device = used[0]["device"]
-    return f"Measured by `benchmarks/on_gpu.sh` on one {device} with {_versions(records)}:\n"
+    where = f"on one {facts['device']} with {_versions(records)}"
+    return f"Measured by `benchmarks/on_gpu.sh` {where}:\n"
+
+
+def _parity(records: Records) -> str:
+    """Returns whether the checks in float32 passed, as text."""
+    required = {*parity.RECORDED, parity.same_seeds(parity.BATCHES)}
+    passed = {
+        (row["case"]["model"], row["case"]["check"]): row["figures"]["ok"]
+        for row in records.get("parity", dict(rows=[]))["rows"]
+        if row["case"]["dtype"] == "float32" and "figures" in row
+    }
+    if not all(passed.values()):
+        return "no"
+    return "yes" if {("small", check) for check in required} <= passed.keys() else NOT_MEASURED
 
 
 def _versions(records: Records) -> str:
@@ -94,10 +136,14 @@ def _drawings(records: Records) -> str:
     return markdown(header, rows)
 
 
-def _speeds(records: Records) -> str:
+def _others(records: Records) -> str:
     one, tiny = dict(model="janus_pro_1b"), dict(model="janus_tiny")
     question = one | dict(dtype=BFLOAT16, conversations=1)
     rows = [
+        (
+            "float32 equal to the recordings, same image for a seed in every batch",
+            _parity(records),
+        ),
         (
             "Janus-Pro-1B, seconds to the first token of an answer about an image",
             figure(records, "answer", "first_token_s", **question),
@@ -122,8 +168,7 @@ def _speeds(records: Records) -> str:
     return markdown(["other figures", "measured"], rows)
 
 
-def _cpu_origin(records: Records) -> str:
-    facts = next(iter(records.values()))["hardware"]
+def _cpu_origin(records: Records, facts: Mapping) -> str:
     return f"Measured on {facts['cores']} cores ({facts['cpu']}) with {_versions(records)}:\n"
 
 
@@ -165,8 +210,9 @@ def replaced(readme: str, text: str) -> str:
 
 def main() -> None:
     """Writes the README."""
-    text = README.read_text("utf-8")
-    README.write_text(replaced(text, tables(RESULTS)), "utf-8")
+    with one_line_errors("readme_table"):
+        text = README.read_text("utf-8")
+        README.write_text(replaced(text, tables(RESULTS)), "utf-8")
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from janus_jax.paths import write_file
 
 Case = Mapping[str, object]
 PACKAGES = ("jax", "jaxlib", "flax", "numpy")
+FIELDS = {"benchmark", "hardware", "versions", "rows"}  # of a record
 SAME = ("device", "cpu")  # facts that must be the same in all rows; virtual machines may grow
 OURS = "janus_jax"  # the implementation that the others are compared with
 
@@ -42,6 +43,28 @@ def middle(figure: float | Mapping) -> float:
     return figure["median"] if isinstance(figure, Mapping) else figure
 
 
+def read_record(path: Path) -> dict:
+    """Returns the content of a record.
+
+    Raises:
+        ValueError: the file is not a record.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"expected a record in {path}, got invalid JSON: {error}") from error
+    if not isinstance(content, dict) or not FIELDS <= content.keys():
+        names = ", ".join(sorted(FIELDS))
+        raise ValueError(f"expected a record in {path}, an object with {names}; remove the file")
+    return content
+
+
+def failed_checks(record: Mapping) -> list[str]:
+    """Returns the cases of a record in which a result is not as required (`ok` is false)."""
+    rows = (row for row in record["rows"] if not row.get("figures", {}).get("ok", True))
+    return [", ".join(map(str, row["case"].values())) for row in rows]
+
+
 class Record:
     """The record in a file. Rows that the file already has are kept.
 
@@ -54,12 +77,12 @@ class Record:
         """Reads the file if it exists.
 
         Raises:
-            ValueError: the file is a record of another benchmark.
+            ValueError: the file is not a record, or one of another benchmark.
         """
         self.path = path
         self.content = dict(benchmark=benchmark, hardware={}, versions={}, rows=[])
         if path.exists():
-            self.content = json.loads(path.read_text("utf-8"))
+            self.content = read_record(path)
             if (other := self.content["benchmark"]) != benchmark:
                 raise ValueError(f"{path} is a record of {other}; choose another output file")
 

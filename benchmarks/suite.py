@@ -21,8 +21,9 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.records import Case, Record
+from benchmarks.records import Case, Record, failed_checks
 from benchmarks.tables import summary
+from janus_jax.commands.terminal import OneLineParser, error_line, one_line_errors, path_arg
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ("bfloat16", "float32")  # that a benchmark can be run in; the first is the default
@@ -47,7 +48,7 @@ class Measurement:
         needs: packages that it needs and that may be missing.
         uses_jax: whether it computes with JAX; otherwise JAX stays on the CPU.
         seconds: time limit.
-        least: seconds without which it is not worth starting.
+        least: minimum seconds; with less the part is skipped.
     """
 
     benchmark: str
@@ -76,8 +77,10 @@ def run(
     record: Path,
     deadline: Deadline | None = None,
     log: Path | None = None,
-) -> None:
+) -> str | None:
     """Runs a measurement; cases without a result get a row that says why.
+
+    Returns the reason if it was not run or failed, otherwise None.
 
     record: the file of the record.
     deadline: the measurement must end before it. None: no deadline.
@@ -95,6 +98,7 @@ def run(
         reason = _run_process(measurement, record, seconds, log)
     if reason is not None:
         skip(measurement, record, reason)
+    return reason
 
 
 def skip(measurement: Measurement, path: Path, reason: str) -> None:
@@ -121,7 +125,7 @@ def _run_process(
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stderr=errors, start_new_session=True
         )
-        with _ended(process), contextlib.suppress(subprocess.TimeoutExpired):
+        with ended(process), contextlib.suppress(subprocess.TimeoutExpired):
             status = process.wait(None if math.isinf(seconds) else seconds)
         errors.seek(0)
         text = errors.read()
@@ -147,7 +151,7 @@ def _reason(text: str) -> str:
 
 
 @contextlib.contextmanager
-def _ended(process: subprocess.Popen) -> Iterator[None]:
+def ended(process: subprocess.Popen) -> Iterator[None]:
     """Ends the process and those that it started, also if this process is interrupted."""
     try:
         yield
@@ -161,24 +165,55 @@ def _ended(process: subprocess.Popen) -> Iterator[None]:
 
 def parser(
     benchmark: str, description: str, models: Sequence[str], implementations: Sequence[str]
-) -> argparse.ArgumentParser:
+) -> OneLineParser:
     """Returns the argument parser of a benchmark, with the arguments that all have."""
-    result = argparse.ArgumentParser(f"python -m benchmarks.{benchmark}", description=description)
+    result = bare_parser(benchmark, description)
     text = "models, with random weights (default: %(default)s)"
     result.add_argument("--model", nargs="+", choices=models, default=["janus_pro_1b"], help=text)
     text = "what to measure (default: all)"
     choices = dict(choices=implementations, default=list(implementations))
     result.add_argument("--implementation", nargs="+", help=text, **choices)
     text = "JSON record to write; rows of an earlier run that are not measured again are kept"
-    result.add_argument("--output", type=Path, required=True, help=text)
+    result.add_argument("--output", type=path_arg, required=True, help=text)
     return result
 
 
+def bare_parser(benchmark: str, description: str) -> OneLineParser:
+    """Returns an argument parser without arguments."""
+    command = f"python -m benchmarks.{benchmark}"
+    return OneLineParser(benchmark, prog=command, description=description)
+
+
+def positive(text: str) -> int:
+    """The argparse type of integers of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
+    return int(text)
+
+
 def run_all(measurements: Sequence[Measurement], output: Path, rate: str | None) -> None:
-    """Runs the measurements of one benchmark and prints its tables. rate: see tables.summary."""
-    for measurement in measurements:
-        run(measurement, output)
-    print(summary(json.loads(output.read_text("utf-8")), rate))
+    """Runs the measurements of one benchmark and prints its tables.
+
+    Exits with status 1 if a case was not measured or a check failed, with status 2 if the record
+    cannot be written to `output`. rate: see tables.summary.
+    """
+    benchmark = measurements[0].benchmark
+    with one_line_errors(benchmark):
+        if not output.parent.is_dir():
+            raise ValueError(f"the folder of --output {output} does not exist; create it first")
+        reasons = [run(measurement, output) for measurement in measurements]
+        content = Record(output, benchmark).content
+        print(summary(content, rate))
+    problems = [f"not measured: {reason}" for reason in reasons if reason is not None]
+    exit_if(benchmark, [*problems, *map("check failed: {}".format, failed_checks(content))])
+
+
+def exit_if(name: str, problems: Sequence[str]) -> None:
+    """Prints one line per problem and exits with status 1, if there are any."""
+    for problem in problems:
+        print(error_line(name, problem), file=sys.stderr)
+    if problems:
+        sys.exit(1)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -49,7 +49,7 @@ def record_table(record: Mapping) -> str:
         found = row["figures"]
         return [*case, *(figure(found[name]) if name in found else "" for name in names)]
 
-    return markdown([*keys, *(names or [""])], map(cells, rows))
+    return markdown([*keys, *(names or ["figures"])], map(cells, rows))
 
 
 def ratio_table(record: Mapping, rate: str) -> str:
@@ -78,9 +78,12 @@ def profile_tables(record: Mapping) -> str:
 
 def summary(record: Mapping, rate: str | None) -> str:
     """Returns a section about a record: the machine, the versions and the tables."""
-    facts = ", ".join(f"{name} {value}" for name, value in record["hardware"].items())
-    libraries = ", ".join(f"{name} {value}" for name, value in record["versions"].items())
-    parts = [f"## {record['benchmark']}\n", f"{facts}; {libraries}\n", record_table(record)]
+    described = filter(None, (record["hardware"], record["versions"]))  # empty if nothing ran
+    facts = (", ".join(f"{name} {value}" for name, value in x.items()) for x in described)
+    parts = [f"## {record['benchmark']}\n"]
+    if line := "; ".join(facts):
+        parts.append(f"{line}\n")
+    parts.append(record_table(record))
     if rate is not None and (table := ratio_table(record, rate)):
         parts.append(table)
     if text := profile_tables(record):

@@ -12,8 +12,8 @@ Implementations:
 janus_jax: the step of train.py.
 torch_eager: LlamaForCausalLM of `transformers` with the sizes of the decoder, on rows of text that
     fill the same number of positions: one row at a time, causal attention over the whole row,
-    autocast to bfloat16, checkpoints of every layer and fused AdamW. It has less to do than the
-    stage: no vision encoder, no aligners and no image head.
+    autocast to bfloat16, checkpoints of every layer and fused AdamW. It does less work than stage
+    2: no vision encoder, no aligners and no image head.
 
 Figures:
 
@@ -35,6 +35,7 @@ from benchmarks import suite
 MODELS = ("janus_pro_1b", "tiny")
 IMPLEMENTATIONS = ("janus_jax", "torch_eager")
 RATE = "tokens_per_s"
+REMAT_CHOICES = ("none", "dots", "full")  # those of models/layers.py, which imports JAX
 NEEDS = dict(janus_jax=("grain", "ml_collections"), torch_eager=("torch", "transformers"))
 
 
@@ -80,11 +81,13 @@ def case(
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command: writes the record and prints its tables."""
     parser = suite.parser("train", __doc__.splitlines()[0], MODELS, IMPLEMENTATIONS)
-    parser.add_argument("--batch_size", type=int, default=4, help="rows of a step (default: 4)")
-    parser.add_argument("--seq_len", type=int, default=4096, help="tokens of a row (default: 4096)")
-    text = "what the backward pass recomputes: none, dots (default) or full"
-    parser.add_argument("--remat", default="dots", help=text)
-    parser.add_argument("--runs", type=int, default=5, help="steps after the first (default: 5)")
+    number = suite.positive
+    parser.add_argument("--batch_size", type=number, default=4, help="rows of a step (default: 4)")
+    text = "tokens of a row (default: 4096)"
+    parser.add_argument("--seq_len", type=number, default=4096, help=text)
+    text = "what the backward pass recomputes (default: dots)"
+    parser.add_argument("--remat", choices=REMAT_CHOICES, default="dots", help=text)
+    parser.add_argument("--runs", type=number, default=5, help="steps after the first (default: 5)")
     args = parser.parse_args(argv)
     shape = (args.batch_size, args.seq_len, args.remat, args.runs)
     measurements = [

@@ -15,8 +15,8 @@ class DeviceFacts:
 
     name: name of the data file, such as "v5e" or "a100-80gb".
     platform: "tpu" or "cuda".
-    device_kinds: values of `jax.Device.device_kind` with the same `peak_flops`. The other facts are
-      those of the first one.
+    device_kinds: the values of `jax.Device.device_kind` that the file is for. All have the same
+      `peak_flops`; the other facts are those of the first one.
     memory_bytes: size of the device's memory.
     memory_bytes_per_s: rate at which it reads its memory.
     peak_flops: rate of dense bfloat16 matrix products in FLOP/s.

@@ -57,8 +57,8 @@ def make_mesh(
     except (AssertionError, NotImplementedError) as error:  # part of a TPU slice of another shape
         shape = ",".join(f"{name}={size}" for name, size in sizes.items())
         raise ValueError(
-            f"JAX cannot arrange {needed} of {len(devices)} {devices[0].device_kind} devices as "
-            f"the mesh {shape}; choose powers of two, or a slice of this size"
+            f"JAX cannot arrange {needed} {devices[0].device_kind} devices as the mesh {shape}; "
+            "choose powers of two, or a slice of this size"
         ) from error
 
 

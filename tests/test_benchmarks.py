@@ -13,11 +13,26 @@ import jax
 import numpy as np
 import pytest
 from fake_benchmark import CASES
+from one_line import assert_one_line
 
-from benchmarks import jax_side, models, on_gpu, packed_rows, readme_table, suite, tables, timing
+from benchmarks import (
+    draw,
+    jax_side,
+    load,
+    models,
+    on_gpu,
+    packed_rows,
+    parity,
+    readme_table,
+    suite,
+    tables,
+    timing,
+    train,
+)
 from benchmarks.records import Record, ratios, spread
 from janus_jax.data.packing import row_fields
 from janus_jax.families.registry import sizes_of
+from janus_jax.models.layers import REMAT_CHOICES
 
 ROOT = Path(__file__).parents[1]
 
@@ -133,10 +148,11 @@ def test_the_tables_of_the_readme_are_those_of_the_records():
 
 
 @pytest.mark.parametrize(
-    ("folder", "model", "dtype", "lines"),
+    ("folder", "device", "model", "dtype", "lines"),
     [
         (
             "on_gpu",
+            "X",
             "janus_pro_7b",
             "bfloat16",
             [
@@ -147,6 +163,7 @@ def test_the_tables_of_the_readme_are_those_of_the_records():
         ),
         (
             "on_cpu",
+            "cpu",
             "janus_pro_1b",
             "float32",
             [
@@ -157,9 +174,9 @@ def test_the_tables_of_the_readme_are_those_of_the_records():
         ),
     ],
 )
-def test_a_record_fills_the_tables_of_the_readme(tmp_path, folder, model, dtype, lines):
+def test_a_record_fills_the_tables_of_the_readme(tmp_path, folder, device, model, dtype, lines):
     record = _record(dict(janus_jax=8.0, torch_eager=2.0, torch_compiled=4.0))
-    record |= dict(hardware=dict(device="X", cpu="Y", cores=2), versions=dict(jax="1.2"))
+    record |= dict(hardware=dict(device=device, cpu="Y", cores=2), versions=dict(jax="1.2"))
     for row in record["rows"]:
         rate = row["figures"].pop("rate")
         row["case"] |= dict(model=model, dtype=dtype)
@@ -168,6 +185,98 @@ def test_a_record_fills_the_tables_of_the_readme(tmp_path, folder, model, dtype,
     (tmp_path / folder / "draw.json").write_text(json.dumps(record))
     text = readme_table.tables(tmp_path)
     assert [line for line in lines if line not in text] == []
+
+
+def _write(folder: Path, name: str, content: dict | str) -> None:
+    folder.mkdir(exist_ok=True)
+    text = content if isinstance(content, str) else json.dumps(content)
+    (folder / f"{name}.json").write_text(text)
+
+
+@pytest.mark.parametrize(
+    ("records", "words"),
+    [
+        ((dict(device="cpu", cpu="Y"),), ("on_gpu", "cpu", "another folder")),
+        ((dict(device="H100", cpu="Y"), dict(device="H200", cpu="Y")), ("H100", "H200")),
+        (("{",), ("a0.json", "invalid JSON")),
+        (("[]",), ("a0.json", "hardware", "rows")),
+    ],
+)
+def test_the_readme_has_records_of_one_gpu(tmp_path, monkeypatch, capsys, records, words):
+    for number, content in enumerate(records):
+        if isinstance(content, dict):
+            content = _record(dict(janus_jax=1.0)) | dict(hardware=content)
+        _write(tmp_path / "on_gpu", f"a{number}", content)
+    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
+    before = readme_table.README.read_bytes()
+    with pytest.raises(SystemExit, match="2"):
+        readme_table.main()
+    assert_one_line(capsys.readouterr().err, "readme_table", *words)
+    assert readme_table.README.read_bytes() == before
+
+
+def _parity_record(**ok: bool) -> dict:
+    """Returns a record of parity in which all checks passed but those with another value."""
+    names = [*parity.RECORDED, parity.same_seeds(parity.BATCHES)]
+    rows = [
+        dict(case=parity.case("small", "float32", name), figures=dict(ok=ok.get(name, True)))
+        for name in names
+    ]
+    facts = dict(device="X", cpu="Y")
+    return dict(benchmark="parity", hardware=facts, versions={}, rows=rows)
+
+
+@pytest.mark.parametrize("answer", ["yes", "no", "not measured"])
+def test_the_readme_says_whether_the_checks_passed(tmp_path, answer):
+    record = _parity_record(pixels=answer != "no")
+    if answer == "not measured":
+        record["rows"].pop()
+    _write(tmp_path / "on_gpu", "parity", record)
+    assert f"for a seed in every batch | {answer} |" in readme_table.tables(tmp_path)
+
+
+def test_a_failed_check_ends_the_script_with_status_1(tmp_path, monkeypatch, capsys):
+    skipped = [parity.measurement(least=1e9)]
+    monkeypatch.setattr(on_gpu, "tiny_plan", lambda profiles: skipped)
+    on_gpu.main([str(tmp_path), "--tiny"])
+    _write(tmp_path, "parity", _parity_record(pixels=False))
+    with pytest.raises(SystemExit, match="1"):
+        on_gpu.main([str(tmp_path), "--tiny"])
+    assert_one_line(capsys.readouterr().err, "on_gpu", "check failed", "float32", "pixels")
+
+
+@pytest.mark.parametrize(
+    ("benchmark", "flags", "words"),
+    [
+        (draw, ("--num_images", "0"), ("num_images", "at least 1", "'0'")),
+        (draw, ("--runs", "0"), ("runs", "at least 1")),
+        (train, ("--remat", "foo"), ("remat", "foo", "dots")),
+        (load, ("--runs", "x"), ("runs", "'x'")),
+        (parity, ("--model", "foo"), ("model", "foo")),
+        (draw, ("--output", "no_such_folder/x.json"), ("no_such_folder", "create")),
+        (draw, ("--output", "other.json"), ("other.json", "record of parity")),
+    ],
+)
+def test_wrong_flags_end_a_benchmark_in_one_line(
+    tmp_path, monkeypatch, capsys, benchmark, flags, words
+):
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path, "other", _parity_record())
+    with pytest.raises(SystemExit, match="2"):
+        benchmark.main(["--output", "x.json", *flags])
+    assert_one_line(capsys.readouterr().err, benchmark.__name__.rpartition(".")[2], *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["other.json"]
+
+
+def test_a_case_without_figures_gives_status_1(path, capsys):
+    suite.run_all([measurement()], path, None)
+    with pytest.raises(SystemExit, match="1"):
+        suite.run_all([measurement(dict(needs=("no_such_package",)))], path, None)
+    assert_one_line(capsys.readouterr().err, "pair", "not measured", "no_such_package")
+
+
+def test_the_choices_of_remat_are_those_of_the_models():
+    assert train.REMAT_CHOICES == REMAT_CHOICES
 
 
 def test_the_bytes_of_a_step_are_those_of_the_weights_and_the_cache():
@@ -218,9 +327,10 @@ def test_the_plans_fit_the_time_and_have_the_same_parts():
     assert {entry.module for entry in plan} == {entry.module for entry in tiny}
     assert {entry.benchmark for entry in plan} == on_gpu.RATES.keys()
     assert all(0 < entry.least < entry.seconds < on_gpu.SECONDS for entry in plan)
-    assert plan[0].benchmark == "parity"
-    # parity, drawing, its comparison, answering and training get their time in any case
-    assert sum(entry.seconds for entry in plan[:6]) <= on_gpu.SECONDS
+    names = [entry.benchmark for entry in plan[:7]]
+    assert names == ["parity", "draw", "draw", "draw", "answer", "train", "load"]
+    # these get their time in any case
+    assert sum(entry.seconds for entry in plan[:7]) == on_gpu.SECONDS
     assert on_gpu.SECONDS + 2 * suite.GRACE < 540
 
 
@@ -234,6 +344,19 @@ def test_without_a_gpu_nothing_is_called_measured(tmp_path):
     assert done.returncode == 1 and "JAX found no GPU" in done.stderr
     assert set(results(tmp_path / "draw.json")) == {"JAX found no GPU"}
     assert not (tmp_path / "train.json").exists()
+    assert (tmp_path / on_gpu.SUMMARY).read_text().splitlines()[:3:2] == [
+        "## draw",
+        "| model | dtype | num_images | implementation | figures |",
+    ]
+
+
+def test_a_driver_that_hangs_counts_as_no_gpu(monkeypatch):
+    monkeypatch.setattr(on_gpu, "BACKEND", "import time; time.sleep(300)")
+    start = time.monotonic()
+    assert not on_gpu.has_gpu(0.5)
+    assert time.monotonic() - start < 60
+    monkeypatch.setattr(on_gpu, "BACKEND", "print('cuda')")
+    assert on_gpu.has_gpu()
 
 
 def test_an_interrupted_script_ends_and_writes_its_summary(tmp_path):

@@ -79,7 +79,8 @@ def test_a_compiler_that_is_not_installed_is_named(capsys, monkeypatch):
         with pytest.raises(SystemExit) as stopped:
             compile_for.main(f"{DRAW} {device}".split())
         assert stopped.value.code == 2
-        assert_one_line(capsys.readouterr().err, "compile_for", "no plugin", extra)
+        *_, error = capsys.readouterr().err.splitlines()
+        assert_one_line(error, "compile_for", "no plugin", extra)
 
 
 def test_the_model_is_a_released_one_or_a_folder():
@@ -113,16 +114,17 @@ def test_the_prompt_is_longer_for_a_question_about_an_image():
 
 def test_the_report_can_be_read_by_programs(capsys, monkeypatch):
     moved = {"all-reduce": (2, 8)}
-    part = measure.PartFacts("tokens", 1.0, 2.0, 2.0, 3, 3, {}, moved, {"fusion": 4}, {})
+    part = measure.PartFacts("tokens", 1.0, 2.0, 2.0, {}, 3, 3, {}, moved, {"fusion": 4}, {})
 
-    def measured(job, fraction):
+    def measured(job, fraction, report):
         return measure.Measurement(job, dict(parameters=5), (part,), 100, jobs.Step(7, 2.0))
 
     monkeypatch.setattr(measure, "measure", measured)
     monkeypatch.setattr(jobs, "described_devices", lambda facts, count, _: jax.devices()[:count])
     compile_for.main(f"{DRAW} h100 --json".split())
     report = json.loads(capsys.readouterr().out)
-    assert report["memory"] == dict(held=dict(parameters=5), added=3, total=8, available=100)
+    memory = dict(held=dict(parameters=5), added=3, total=8, available=100)
+    assert report["memory"] == memory | dict(device=known_devices()["h100"].memory_bytes)
     assert report["programs"][0]["collectives"] == {"all-reduce": dict(count=2, bytes=8)}
     assert report["programs"][0]["kernels_per_token"] == 4
     assert report["fits"] and report["device"] == "h100"
@@ -144,22 +146,44 @@ def test_devices_have_published_facts():
 def test_a_job_that_does_not_fit_ends_with_status_1(capsys, monkeypatch):
     facts = dict(kernels={"fusion": 4, "cuBLAS": 1}, weight_copies={"copy to bf16[2,2]": 3})
     attention = {"prefill": ("cuDNN",)}
-    part = measure.PartFacts("tokens", 1.0, 2.0, 2.0, 10**9, 10**8, attention, {}, **facts)
+    options, printed = {"xla_gpu_enable_x": False}, []
+    part = measure.PartFacts("tokens", 1.0, 2.0, 2.0, options, 10**9, 10**8, attention, {}, **facts)
 
-    def measured(job, fraction):
+    def measured(job, fraction, report):
         return measure.Measurement(job, dict(parameters=10**9), (part,), 10**9, None)
 
-    advice = changes.Advice(None, ("--max_batch 1",))
+    def find_change(*_):  # which takes minutes
+        printed.append(capsys.readouterr().out)
+        return changes.Advice(None, ("--max_batch 1",))
+
     monkeypatch.setattr(measure, "measure", measured)
-    monkeypatch.setattr(changes, "find_change", lambda *_: advice)
+    monkeypatch.setattr(changes, "find_change", find_change)
     monkeypatch.setattr(jobs, "described_devices", lambda facts, count, _: jax.devices()[:count])
     with pytest.raises(SystemExit) as stopped:
         compile_for.main(f"{DRAW} h100".split())
     assert stopped.value.code == 1
-    text = capsys.readouterr().out
-    words = ("janus_tiny", "h100", "temporaries 0.10 GB", "prefill: cuDNN", "5 kernels", "4 fusion")
-    words += ("3 x copy to bf16[2,2]", "2.00 GB of 1.00 GB", "does not fit", "--max_batch 1")
-    assert [word for word in words if word not in text] == []
+    words = ("janus_tiny", "h100", "0.10 GB of it temporary", "prefill: cuDNN", "5 kernels", "4 fu")
+    words += ("copy to bf16[2,2]", "2.00 GB of 1.00 GB", "xla_gpu_enable_x=false")
+    assert [word for word in words if word not in printed[0]] == []
+    assert capsys.readouterr().out == "does not fit; tried --max_batch 1\n"
+
+
+def test_a_change_that_cannot_be_compiled_is_not_the_advice(monkeypatch):
+    def compiled(job, fraction, report):
+        if job.max_batch == 3:
+            raise ValueError("XLA cannot compile it")
+        return measure.Measurement(job, {}, (), 1, None)
+
+    job, texts = make_job(f"{DRAW} v5e --num_images 8"), []
+    too_large = measure.Measurement(job, dict(parameters=2), (), 1, None)
+    smaller = [dataclasses.replace(job, max_batch=batch) for batch in (3, 2)]
+    tried = [changes.Change(f"--max_batch {each.max_batch}", each, 0.75) for each in smaller]
+    monkeypatch.setattr(changes, "possible_changes", lambda *_: tried)
+    monkeypatch.setattr(changes, "_seems_to_fit", lambda *_: True)
+    monkeypatch.setattr(changes, "measure", compiled)
+    advice = changes.find_change(too_large, 0.75, texts.append)
+    assert advice == changes.Advice(tried[1], ("--max_batch 3", "--max_batch 2"))
+    assert "XLA cannot compile it" in texts
 
 
 def test_the_mesh_of_a_training_step(monkeypatch):
@@ -174,9 +198,10 @@ def test_changes_of_a_job_on_gpus():
     job = make_job(f"{TRAIN} h100 --count 8 --config.batch_size=64 --config.remat=dots")
     found = list(changes.possible_changes(measure.Measurement(job, {}, (), 1, None), 0.75))
     texts = [change.text for change in found]
-    assert texts[:2] == ["XLA_PYTHON_CLIENT_MEM_FRACTION=0.95", "--config.remat=full"]
+    assert texts[0] == "--memory_fraction 0.95 (to run: XLA_PYTHON_CLIENT_MEM_FRACTION=0.95)"
+    assert texts[1] == "--config.remat=full"
     assert "--config.remat=full --config.accumulate=16" in texts
-    assert texts[-1] == "--mesh fsdp=64 on 64 GPUs"
+    assert texts[-1] == "--mesh fsdp=64"
     # only the first change takes another share of the memory
     assert [change.memory_fraction for change in found] == [0.95] + [0.75] * (len(found) - 1)
 
@@ -190,9 +215,9 @@ def test_the_smallest_change_that_fits_is_found(memory, text, monkeypatch):
     monkeypatch.setattr(jobs.Draw, "batch", property(lambda job: job.max_batch or 8))
     monkeypatch.setattr(jobs.Draw, "held", lambda job: dict(parameters=80 // job.num_devices))
 
-    def compiled(job, fraction):
+    def compiled(job, fraction, report=None):
         added = 10 * job.batch // job.num_devices
-        part = measure.PartFacts("tokens", 0.0, 0.0, 0.0, added, added, {}, {})
+        part = measure.PartFacts("tokens", 0.0, 0.0, 0.0, {}, added, added, {}, {})
         return measure.Measurement(job, job.held(), (part,), memory, None)
 
     monkeypatch.setattr(changes, "measure", compiled)

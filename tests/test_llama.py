@@ -25,6 +25,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 from janus_jax.models.layers import flat_matmul
 from janus_jax.models.llama import Llama, apply_rope, rope_angles
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 logits_of = jax.jit(lambda model, hidden: model.lm_head(hidden))
 
 

@@ -25,6 +25,8 @@ from janus_jax.training.program import Program, put_rows
 from janus_jax.training.row_losses import row_losses
 from janus_jax.training.settings import Inputs, no_progress, rows_config
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 IMAGES = ImageConfig(16, image_mean=(0.5,) * 3, image_std=(0.5,) * 3)
 LENGTH, DRAWN, TARGETS = 26, 16, (4, 10, 16)  # targets by kind
 # Attention does not change when all keys move by one vector: nothing but rounding.

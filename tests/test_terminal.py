@@ -53,6 +53,12 @@ def test_a_closed_pipe_ends_without_a_message(golden, unbuffered):
     assert process.stderr.read() == b"" and process.wait() == 1
 
 
+def test_without_stdout_nothing_is_printed(golden):
+    command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, "-m", "convert", "inspect"]
+    done = subprocess.run([*command, str(golden / "janus")], cwd=ROOT, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_sigterm_leaves_nothing(golden, tmp_path):
     done = python(STOP, golden / "janus", tmp_path / "new" / "o")
     assert (done.returncode, done.stdout) == (143, "") and list(tmp_path.iterdir()) == []

@@ -12,6 +12,8 @@ import pytest
 from janus_jax.generation import chunks, decoding, samplers, text
 from janus_jax.generation.requests import embed_prompts
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 NEW = 12
 
 

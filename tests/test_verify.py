@@ -159,6 +159,7 @@ def test_a_wrong_tensor_fails_in_the_row_of_its_part(golden, exported, run, tmp_
         assert {row for _, row in failed(table)} & isolated == {first}
 
 
+@pytest.mark.slow
 def test_a_wrong_tensor_fails_in_bfloat16(golden, exported, run, tmp_path):
     """10 % off: rounding to bfloat16 hides what is much smaller."""
     name = "model.language_model.layers.0.self_attn.o_proj.weight"

@@ -1,11 +1,11 @@
-"""Finds the smallest change with which a job fits the memory of its devices."""
+"""Finds the smallest change that makes a job fit the memory of its devices."""
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from janus_jax.aot.jobs import Draw, Job, Train
-from janus_jax.aot.measure import Measurement, measure
+from janus_jax.aot.measure import Measurement, measure, no_progress
 from janus_jax.aot.topology import GPUS_PER_HOST, num_devices, smallest_topology
 
 # The largest share of a GPU's memory for JAX; CUDA needs the rest.
@@ -19,8 +19,7 @@ class Change:
 
     text: how a user makes it, such as "--max_batch 4".
     job: the changed job. memory_fraction: as for measure.
-    scale: an estimate of what the programs then add to what is held, as a share of what they add
-      now.
+    scale: the estimated `added` memory after the change, divided by that before.
     """
 
     text: str
@@ -40,10 +39,13 @@ class Advice:
     tried: tuple[str, ...]
 
 
-def find_change(measured: Measurement, memory_fraction: float) -> Advice:
-    """Returns the smallest change with which a job that does not fit would.
+def find_change(
+    measured: Measurement, memory_fraction: float, report: Callable[[str], None] = no_progress
+) -> Advice:
+    """Returns the smallest change that makes a job fit.
 
     Changes are estimated, and those that seem to fit are compiled, from the smallest one on.
+    report: is called with a line of text before and after each program is compiled.
     """
     tried = []
     for change in possible_changes(measured, memory_fraction):
@@ -52,9 +54,19 @@ def find_change(measured: Measurement, memory_fraction: float) -> Advice:
         if len(tried) == MAX_TRIES:
             break
         tried.append(change.text)
-        if measure(change.job, change.memory_fraction).fits:
+        report(f"does not fit; trying {change.text}")
+        if _fits(change, report):
             return Advice(change, tuple(tried))
     return Advice(None, tuple(tried))
+
+
+def _fits(change: Change, report: Callable[[str], None]) -> bool:
+    """Compiles a changed job. Returns whether it fits; a program that XLA refuses does not."""
+    try:
+        return measure(change.job, change.memory_fraction, report).fits
+    except ValueError as error:
+        report(str(error))
+        return False
 
 
 def _seems_to_fit(measured: Measurement, change: Change) -> bool:
@@ -74,7 +86,8 @@ def possible_changes(measured: Measurement, memory_fraction: float) -> Iterator[
     job = measured.job
     change = functools.partial(Change, memory_fraction=memory_fraction)
     if job.facts.platform == "cuda" and memory_fraction < MAX_GPU_MEMORY_FRACTION:
-        text = f"XLA_PYTHON_CLIENT_MEM_FRACTION={MAX_GPU_MEMORY_FRACTION}"
+        fraction = f"{MAX_GPU_MEMORY_FRACTION}"
+        text = f"--memory_fraction {fraction} (to run: XLA_PYTHON_CLIENT_MEM_FRACTION={fraction})"
         yield Change(text, job, MAX_GPU_MEMORY_FRACTION)
     if isinstance(job, Draw):
         for batch in range(job.batch - 1, 0, -1):
@@ -124,10 +137,11 @@ def _larger(job: Job, mesh: dict[str, int], change, scale: float) -> Iterator[Ch
     """Yields the job on a larger mesh, if there are as many devices."""
     text = ",".join(f"{axis}={size}" for axis, size in mesh.items())
     larger = dataclasses.replace(job, mesh=text)
-    words = f"--mesh {text}"
+    in_config = isinstance(job, Train) and job.config.mesh
+    words = f"--config.mesh={text}" if in_config else f"--mesh {text}"
     if job.facts.platform == "cuda":
         if larger.num_devices <= GPUS_PER_HOST * 8:
-            yield change(f"{words} on {larger.num_devices} GPUs", larger, scale=scale)
+            yield change(words, larger, scale=scale)
         return
     if larger.num_devices > num_devices(job.facts, job.facts.topologies[-1]):
         return

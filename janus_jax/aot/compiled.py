@@ -13,6 +13,10 @@ from janus_jax.orbax_errors import is_out_of_memory
 # In XLA's messages about a program that does not fit, the size that it needs comes first.
 _SIZE = re.compile(r"\b(\d+(?:\.\d+)?)([KMGT])\b")
 _UNITS = dict(K=2**10, M=2**20, G=2**30, T=2**40)
+# Without a device there is no autotuning, and XLA takes its default tiles for a matrix product in
+# Triton, even if the product cannot have them. XLA then refuses the program with this message.
+_NO_TILES = "output tile sizes"
+_WITHOUT_TRITON = {"xla_gpu_enable_triton_gemm": False}
 
 
 class DoesNotFitError(ValueError):
@@ -42,7 +46,8 @@ class CompiledPart:
     inputs: its arguments other than parameters.
     temporaries: what XLA plans for intermediate values.
     outputs: its results, without those that replace a donated argument.
-    code: the machine code, as far as it is in the memory of the device.
+    code: the machine code in device memory.
+    options: the options of the compiler that it needed, by name.
     compiled: the compiled program.
     """
 
@@ -54,6 +59,7 @@ class CompiledPart:
     temporaries: int
     outputs: int
     code: int
+    options: dict[str, bool]
     compiled: Compiled
     is_decode_step: bool
 
@@ -87,7 +93,7 @@ def compile_part(name: str, lower, inputs, is_decode_step: bool = False) -> Comp
     lowered: Lowered = lower()
     traced, cpu = time.monotonic(), time.process_time()
     try:
-        compiled = lowered.compile()
+        compiled, options = _compile(lowered)
     except RuntimeError as error:  # XLA's errors are RuntimeErrors
         message = str(error)
         if is_out_of_memory(error) and "hbm" in message.lower():
@@ -105,9 +111,20 @@ def compile_part(name: str, lower, inputs, is_decode_step: bool = False) -> Comp
         temporaries=sizes.temp_size_in_bytes,
         outputs=sizes.output_size_in_bytes - sizes.alias_size_in_bytes,
         code=sizes.generated_code_size_in_bytes,
+        options=options,
         compiled=compiled,
         is_decode_step=is_decode_step,
     )
+
+
+def _compile(lowered: Lowered) -> tuple[Compiled, dict[str, bool]]:
+    """Compiles a program. Returns it, and the options of the compiler that it needed."""
+    try:
+        return lowered.compile(), {}
+    except RuntimeError as error:
+        if _NO_TILES not in str(error):
+            raise
+    return lowered.compile(compiler_options=_WITHOUT_TRITON), _WITHOUT_TRITON
 
 
 def device_bytes(tree) -> int:

@@ -59,8 +59,8 @@ def weight_copies(
 
     The weights are followed from the parameters of the program to all instructions that read them,
     through loops, calls and copies. An instruction is listed if it writes a matrix that is as large
-    as the weight, or as the last two dimensions of a stack of weights, and is not a product. Of a
-    fusion, only results count, not values inside the kernel.
+    as the weight, or as the last two dimensions of a stack of weights, and is not a product. Only
+    the results of a fusion count.
     A prefetch to a faster memory, such as the VMEM of a TPU, is not listed: it reads the weight as
     its use would. A conversion whose result is in that memory is.
 

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from janus_jax import sharding
 from janus_jax.aot import generation, training
 from janus_jax.aot.compiled import CompiledPart, device_bytes
-from janus_jax.aot.topology import described_devices
+from janus_jax.aot.topology import described_devices, smallest_topology
 from janus_jax.devices import DeviceFacts
 from janus_jax.families.family import ModelConfig, Sizes
 from janus_jax.families.registry import family_of
@@ -64,6 +64,13 @@ class Job(abc.ABC):
     def sizes(self) -> Sizes:
         """The sizes of the model that matter outside of the networks."""
         return family_of(self.cfg).sizes(self.cfg)
+
+    @property
+    def slice(self) -> str:
+        """The TPU slice, also if `topology` does not name it; "" for GPUs."""
+        if self.facts.platform == "cuda":
+            return ""
+        return self.topology or smallest_topology(self.facts, self.num_devices)
 
     @functools.cached_property
     def devices(self) -> list:
@@ -118,7 +125,9 @@ class _Generation(Job):
         """Raises ValueError if the prompt and the new tokens are too long for the model."""
         length, limit = self.prompt_length + num_tokens, self.sizes.max_positions
         if length > limit:
-            raise ValueError(f"the prompt and new tokens must be at most {limit}, got {length}")
+            raise ValueError(
+                f"prompt_length plus the new tokens must be at most {limit}, got {length}"
+            )
 
     def held(self) -> dict[str, int]:
         return dict(parameters=generation.parameter_bytes(self.target))
@@ -179,8 +188,8 @@ class Answer(_Generation):
         image_tokens = self.num_images * self.sizes.input_image_tokens
         if self.prompt_length < image_tokens:
             raise ValueError(
-                f"prompt_length must be at least {image_tokens}, the tokens of {self.num_images} "
-                f"images, got {self.prompt_length}"
+                f"prompt_length must be at least {image_tokens}, the tokens of the images "
+                f"(num_images={self.num_images}), got {self.prompt_length}"
             )
 
     @property

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import importlib.metadata
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,21 +22,23 @@ _COMPILERS = {"tpu": ("libtpu",), "cuda": ("jax-cuda12-pjrt", "jax-cuda13-pjrt")
 class PartFacts:
     """Facts about one of the compiled programs of a job.
 
-    name, trace_s, compile_s, cpu_s: as in CompiledPart.
+    name, trace_s, compile_s, cpu_s, options: as in CompiledPart.
     added: bytes that running it needs on each device in addition to what is held.
     temporaries: how much of that is for intermediate values.
     attention: the attention kernels of each part of the model, see hlo_facts.attention_kernels.
     collectives: kind -> (number, bytes on each device), of one run of the program or, for a program
       with a token loop, of one token.
     kernels: number of kernels of one token on a GPU, by kind; None without decode steps or a GPU.
-    weight_copies: what is copied or converted for every token, or once before the token loop: a
-      description -> the number of instructions; None without decode steps.
+    weight_copies: what is copied or converted for every token, or before the token loop, once in
+      each call of the program: a description -> the number of instructions; None without decode
+      steps.
     """
 
     name: str
     trace_s: float
     compile_s: float
     cpu_s: float
+    options: dict[str, bool]
     added: int
     temporaries: int
     attention: dict[str, tuple[str, ...]]
@@ -89,10 +92,19 @@ class Measurement:
         return 1000 * self.step.bytes / self.job.facts.memory_bytes_per_s
 
 
-def measure(job: Job, memory_fraction: float = GPU_MEMORY_FRACTION) -> Measurement:
+def no_progress(text: str) -> None:
+    """Reports nothing."""
+
+
+def measure(
+    job: Job,
+    memory_fraction: float = GPU_MEMORY_FRACTION,
+    report: Callable[[str], None] = no_progress,
+) -> Measurement:
     """Compiles the programs of a job and returns the facts.
 
     memory_fraction: share of a GPU's memory that JAX may use. A TPU's is all available.
+    report: is called with a line of text after each program.
     """
     held, parts, error = job.held(), [], None
     available = job.facts.memory_bytes
@@ -101,6 +113,7 @@ def measure(job: Job, memory_fraction: float = GPU_MEMORY_FRACTION) -> Measureme
     try:
         for part in job.compile():
             parts.append(part_facts(job, part))
+            report(f"compiled the program {part.name!r} in {part.compile_s:.0f} s")
     except DoesNotFitError as refused:
         error = refused
     return Measurement(job, held, tuple(parts), available, job.step(), error)
@@ -114,6 +127,7 @@ def part_facts(job: Job, part: CompiledPart) -> PartFacts:
         trace_s=part.trace_s,
         compile_s=part.compile_s,
         cpu_s=part.cpu_s,
+        options=part.options,
         added=part.added,
         temporaries=part.temporaries,
         attention=hlo_facts.attention_kernels(module),
@@ -149,7 +163,12 @@ def _copy_text(copy: hlo_weights.WeightCopy) -> str:
     """Describes a copy of a weight in a few words, equal for all layers."""
     size = ",".join(map(str, copy.array.dims))
     verb = "conversion" if copy.is_conversion else "copy"
-    place = "" if copy.place == hlo_weights.ELSEWHERE else f", {copy.place}"
+    places = {
+        hlo_weights.IN_LOOP: ", for every token",
+        hlo_weights.BEFORE_LOOP: ", in each call before its token loop",
+        hlo_weights.ELSEWHERE: "",
+    }
+    place = places[copy.place]
     return f"{verb} to {copy.array.dtype}[{size}]{place}"
 
 

@@ -9,10 +9,11 @@ from janus_jax.aot.measure import Measurement, PartFacts, versions
 _GB = 1e9
 
 
-def as_dict(measured: Measurement, model: str, advice: Advice | None = None) -> dict[str, Any]:
+def as_dict(measured: Measurement, model: str) -> dict[str, Any]:
     """Returns the facts of a report; sizes in bytes per device, times in seconds unless named.
 
-    model: how the user named the model. advice: what would fit, for a job that does not.
+    model: how the user named the model. The facts of each of the `programs` are the attributes of
+    measure.PartFacts.
     """
     job, step = measured.job, measured.step
     report: dict[str, Any] = dict(
@@ -20,7 +21,7 @@ def as_dict(measured: Measurement, model: str, advice: Advice | None = None) -> 
         model=model,
         device=job.facts.name,
         num_devices=job.num_devices,
-        topology=job.topology,
+        topology=job.slice,
         mesh=job.mesh,
         settings=job.settings,
         versions=versions(job.facts.platform),
@@ -29,20 +30,26 @@ def as_dict(measured: Measurement, model: str, advice: Advice | None = None) -> 
             added=measured.added,
             total=measured.total,
             available=measured.available,
+            device=job.facts.memory_bytes,
         ),
         programs=[_part_dict(part) for part in measured.parts],
         fits=measured.fits,
     )
     if step is not None:
         report["decode_step"] = dict(
-            weights=step.weights, cache=round(step.cache), floor_ms=round(measured.floor_ms, 4)
+            weights=step.weights,
+            cache=round(step.cache),
+            bytes_per_s=job.facts.memory_bytes_per_s,
+            floor_ms=round(measured.floor_ms, 4),
         )
     if measured.error is not None:
         report["error"] = str(measured.error)
-    if advice is not None:
-        report["change"] = advice.change and advice.change.text
-        report["tried"] = list(advice.tried)
     return report
+
+
+def advice_dict(advice: Advice) -> dict[str, Any]:
+    """Returns the facts that a report about a job that does not fit has in addition."""
+    return dict(change=advice.change and advice.change.text, tried=list(advice.tried))
 
 
 def _part_dict(part: PartFacts) -> dict[str, Any]:
@@ -59,6 +66,8 @@ def _part_dict(part: PartFacts) -> dict[str, Any]:
             for kind, (count, size) in part.collectives.items()
         },
     )
+    if part.options:
+        facts["options"] = part.options
     if part.kernels is not None:
         facts["kernels_per_token"] = sum(part.kernels.values())
         facts["kernels_by_kind"] = part.kernels
@@ -68,7 +77,7 @@ def _part_dict(part: PartFacts) -> dict[str, Any]:
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
-    """Yields the lines of a report, from what as_dict returns."""
+    """Yields the lines of a report without the verdict, from what as_dict returns."""
     slices = f":{report['topology']}" if report["topology"] else ""
     mesh = f", mesh {report['mesh']}" if report["mesh"] else ""
     compiler = ", ".join(" ".join(pair) for pair in report["versions"].items())
@@ -84,32 +93,40 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         total = step["weights"] + step["cache"]
         yield (
             f"a decode step must read {_gb(total)} (weights {_gb(step['weights'])}, cache "
-            f"{_gb(step['cache'])}): at least {step['floor_ms']:.3f} ms"
+            f"{_gb(step['cache'])}): at least {step['floor_ms']:.3f} ms at "
+            f"{step['bytes_per_s'] / _GB:.0f} GB/s"
         )
     memory = report["memory"]
     held = ", ".join(f"{name} {_gb(size)}" for name, size in memory["held"].items())
+    share = memory["available"] / memory["device"]
+    of = f" ({share:.0%} of {_gb(memory['device'])})" if share < 1 else ""
     yield (
-        f"memory of each device: {_gb(memory['total'])} of {_gb(memory['available'])} "
-        f"(held: {held}; added: {_gb(memory['added'])})"
+        f"memory of each device: {_gb(memory['total'])} of {_gb(memory['available'])}{of}; "
+        f"held: {held}; added by the programs: {_gb(memory['added'])}"
     )
     if "error" in report:
         yield report["error"]
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """Returns the last line of a report, from what as_dict and advice_dict return."""
     if report["fits"]:
-        yield "fits"
-    elif change := report.get("change"):
-        yield f"does not fit; the smallest change that does: {change}"
-    else:
-        tried = "; ".join(report["tried"]) or "nothing, because no change seemed to be enough"
-        yield f"does not fit; tried {tried}"
+        return "fits"
+    if change := report["change"]:
+        return f"does not fit; it would with {change}"
+    tried = "; ".join(report["tried"]) or "nothing, because no change seemed to be enough"
+    return f"does not fit; tried {tried}"
 
 
 def _part_lines(part: dict[str, Any]) -> Iterator[str]:
     seconds = f"traced in {part['trace_s']:.1f} s, compiled in {part['compile_s']:.1f} s"
     seconds += f" ({part['cpu_s']:.1f} CPU s)"
     yield (
-        f"{part['name']}: {seconds}; adds {_gb(part['added'])} to what is held, of which "
-        f"temporaries {_gb(part['temporaries'])}"
+        f"{part['name']}: {seconds}; adds {_gb(part['added'])} to what is held "
+        f"({_gb(part['temporaries'])} of it temporary)"
     )
+    for name, value in part.get("options", {}).items():
+        yield f"  compiled with {name}={str(value).lower()}, without which XLA refuses the program"
     per = " for each token" if "weight_copies" in part else ""
     for name, kernels in part["attention"].items():
         yield f"  attention of {name}: {', '.join(kernels)}"
@@ -119,7 +136,7 @@ def _part_lines(part: dict[str, Any]) -> Iterator[str]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in part["kernels_by_kind"].items())
         yield f"  {part['kernels_per_token']} kernels{per}: {kinds}"
     for what, count in part.get("weight_copies", {}).items():
-        yield f"  weights: {count} x {what}"
+        yield f"  {count} x a weight: {what}"
     if part.get("weight_copies") == {}:
         yield "  no weight is copied or converted"
 

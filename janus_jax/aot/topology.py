@@ -50,8 +50,8 @@ def smallest_topology(facts: DeviceFacts, count: int) -> str:
             return topology
     largest = facts.topologies[-1]
     raise ValueError(
-        f"a slice of {facts.name} must have at most {num_devices(facts, largest)} devices "
-        f"({largest}), got {count}"
+        f"the mesh needs {count} devices, but the largest slice of {facts.name} has "
+        f"{num_devices(facts, largest)} ({largest})"
     )
 
 
@@ -80,10 +80,13 @@ def described_devices(facts: DeviceFacts, count: int, topology: str = "") -> lis
     """
     if facts.platform == "cuda":
         if topology:
-            raise ValueError(f"a topology is for TPUs; give the number of {facts.name} instead")
+            raise ValueError(f"--topology is for TPUs; for {facts.name} use --mesh or --count")
         hosts, rest = divmod(count, GPUS_PER_HOST)
         if hosts and rest:
-            raise ValueError(f"{GPUS_PER_HOST} must divide a larger number of GPUs, got {count}")
+            raise ValueError(
+                f"more than {GPUS_PER_HOST} GPUs must be a multiple of {GPUS_PER_HOST}, the number "
+                f"of a host, got {count}"
+            )
         hosts = max(1, hosts)
         # the sizes are slices, hosts of a slice and GPUs of a host
         settings = dict(
@@ -103,8 +106,8 @@ def _describe(facts: DeviceFacts, name: str, **settings):
         return topologies.get_topology_desc(name, facts.platform, **settings).devices
     except (RuntimeError, ValueError, ImportError) as error:
         raise ValueError(
-            f"cannot compile for {name}: {str(error).splitlines()[0]}; install the compiler with "
-            f"pip install 'janus_jax[{_EXTRAS[facts.platform]}]'"
+            f"cannot compile for {name}: {str(error).splitlines()[0]}; the compiler is installed "
+            f"by pip install -e '.[{_EXTRAS[facts.platform]}]'"
         ) from error
 
 

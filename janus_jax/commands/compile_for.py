@@ -46,9 +46,9 @@ def make_parser() -> OneLineParser:
     parser = OneLineParser(
         NAME,
         prog=COMMAND,
-        description="Compile what sample.py or train.py runs for TPUs or GPUs that need not be "
-        "there, and report\nthe memory, the collectives and the kernels. Exits with status 1 if "
-        "the job does not fit.",
+        description="Compile the programs of sample.py or train.py for TPUs or GPUs that are not "
+        "in this machine,\nand report the memory, the collectives and the kernels. Exits with "
+        "status 1 if the job\ndoes not fit.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -61,9 +61,9 @@ def make_parser() -> OneLineParser:
         "not read (default for --job train: init of the config)"
     )
     add("--model", metavar="MODEL", help=text)
-    text = 'devices to shard over, for example "tensor=4" (default: one device; train: all on fsdp)'
+    text = 'devices to shard over, such as "tensor=4" (default: one; for --job train: all, on fsdp)'
     add("--mesh", default="", metavar="AXIS=N,...", help=text)
-    add("--topology", default="", metavar="2x4", help="TPU slice (default: the smallest)")
+    add("--topology", default="", metavar="2x4", help="TPU slice (default: the smallest possible)")
     add("--count", type=_count, metavar="N", help="number of GPUs of --job train (default: 1)")
     text = "number of images to draw, or of images in the question (default: 1)"
     add("--num_images", type=_count, metavar="N", help=text)
@@ -76,7 +76,7 @@ def make_parser() -> OneLineParser:
     add("--dtype", choices=("bfloat16", "float32"), help=text)
     text = "config of --job train; --config.NAME=VALUE changes a setting, as for train.py"
     add("--config", metavar="CONFIG", help=text)
-    text = "share of a GPU's memory that JAX may use (default: that of JAX, 0.75)"
+    text = "share of a GPU's memory that JAX may use (default: 0.75, as in JAX)"
     add("--memory_fraction", type=_fraction, metavar="F", help=text)
     add("--json", action="store_true", help="print the report as JSON, sizes in bytes")
     return parser
@@ -154,14 +154,15 @@ def _check_flags(args: argparse.Namespace, overrides: Sequence[str], platform: s
     for flag, jobs in _JOBS_OF_FLAGS.items():
         given = getattr(args, flag[2:]) or (flag == "--config" and overrides)
         if given and args.job not in jobs:
-            raise ValueError(f"{flag} cannot be combined with --job {args.job}")
+            hint = "; use --mesh, such as --mesh tensor=4" if flag == "--count" else ""
+            raise ValueError(f"{flag} cannot be combined with --job {args.job}{hint}")
     if platform == "tpu" and (args.count or args.memory_fraction):
         flag = "--count" if args.count else "--memory_fraction"
         raise ValueError(f"{flag} is for GPUs, got --device {args.device}")
     if args.count and args.mesh:
-        raise ValueError("--count cannot be combined with --mesh")
+        raise ValueError("--count cannot be combined with --mesh, which has the number of GPUs")
     if args.topology and not args.mesh and args.job != "train":
-        raise ValueError("--topology needs --mesh, the devices of the slice to shard over")
+        raise ValueError("--topology needs --mesh to shard over the slice, such as --mesh tensor=4")
 
 
 def _fsdp_mesh(facts: "DeviceFacts", args: argparse.Namespace) -> str:
@@ -197,12 +198,19 @@ def run(args: argparse.Namespace, job: "Job") -> bool:
     from janus_jax.aot.measure import GPU_MEMORY_FRACTION, measure
 
     fraction = args.memory_fraction or GPU_MEMORY_FRACTION
-    measured = measure(job, fraction)
-    advice = None if measured.fits else find_change(measured, fraction)
-    model = args.model or job.config.init
-    facts = report.as_dict(measured, model, advice)
-    print(json.dumps(facts) if args.json else "\n".join(report.lines(facts)))
+    _log("compiling; large models take minutes")
+    measured = measure(job, fraction, _log)
+    facts = report.as_dict(measured, args.model or job.config.init)
+    if not args.json:  # now, because the search for a change may take long or be interrupted
+        print("\n".join(report.lines(facts)), flush=True)
+    if not measured.fits:
+        facts |= report.advice_dict(find_change(measured, fraction, _log))
+    print(json.dumps(facts) if args.json else report.verdict(facts))
     return measured.fits
+
+
+def _log(text: str) -> None:
+    print(f"{NAME}: {text}", file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> None:

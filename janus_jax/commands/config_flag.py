@@ -121,6 +121,6 @@ def check_overrides(words: Sequence[str], flags_of_command: Sequence[str]) -> No
     for word in words:
         flag = word.partition("=")[0]
         if re.match("--?[A-Za-z]", word) and not re.match("--?(no)?config\\.", word):
-            similar = difflib.get_close_matches(flag, flags_of_command, 1)
+            similar = difflib.get_close_matches(flag, flags_of_command, 1, cutoff=0.7)
             hint = f"; did you mean {similar[0]}?" if similar else ""
             raise ValueError(f"unknown flag {shorten_text(flag)}{hint}")

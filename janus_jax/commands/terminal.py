@@ -88,7 +88,8 @@ def one_line_errors(name: str, *kinds: type[Exception]) -> Iterator[None]:
         try:
             yield
         finally:
-            sys.stdout.flush()  # at exit, Python would report a closed pipe with a message
+            if sys.stdout is not None:  # which it is if the shell closed it
+                sys.stdout.flush()  # at exit, Python would report a closed pipe with a message
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         sys.exit(1)

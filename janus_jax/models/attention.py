@@ -48,9 +48,9 @@ def attention(
     | CUDA | cuDNN; if T is even, and H a multiple of 8 up to 128 | plain XLA |
     | others | plain XLA | plain XLA |
 
-    The kernels store no logits, which plain XLA stores as float32[B, N, T, S]. Their results differ
-    from those of plain XLA by the rounding to bfloat16, in splash attention also of the scaled
-    queries. docs/development.md says why these kernels were chosen.
+    The kernels store no logits, which plain XLA stores as float32[B, N, T, S]. They round to
+    bfloat16 at other places than plain XLA; splash attention also rounds the scaled queries.
+    docs/development.md says why these kernels were chosen.
 
     Args:
         q: float[B, T, N, H].

@@ -91,7 +91,7 @@ _run_kernel.defvjp(_run_kernel_forward, _run_kernel_backward)
 
 @contextlib.contextmanager
 def _kernel_settings() -> Iterator[None]:
-    """Sets JAX's defaults, which the kernels rely on; programs may have set other ones.
+    """Resets settings of JAX to the defaults, which the kernels need.
 
     For example, the kernels cannot multiply bfloat16 with the precision "highest".
     """
@@ -111,8 +111,8 @@ def _make_kernel(
     """Returns the kernel for a row of `length` positions and `heads` query heads."""
     mask_type = splash_attention_mask.CausalMask if causal else splash_attention_mask.FullMask
     mask = splash_attention_mask.MultiHeadMask([mask_type((length, length))] * heads)
-    # Two kernels for the backward pass, one for dq and one for dk and dv. The single kernel that
-    # JAX has, too, adds up dq in an array of as many parts as there are blocks of keys.
+    # Two kernels for the backward pass, one for dq and one for dk and dv. JAX also has one kernel
+    # for all three, but it needs a partial sum of dq for each block of keys.
     blocks = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
     block = _block_size(length)
     sizes = splash_attention_kernel.BlockSizes(**{f"block_{name}": block for name in blocks})

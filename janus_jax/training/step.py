@@ -29,6 +29,12 @@ RESERVED = frozenset(
 )
 
 
+# By default, XLA for GPUs combines the reduce-scatters of the gradients of many layers into one, as
+# far as the memory allows. It can then not run beside the backward pass, and the full gradients of
+# these layers exist at once.
+GPU_OPTIONS = {"xla_gpu_reduce_scatter_combine_threshold_bytes": 0}
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
@@ -173,14 +179,20 @@ class Objective:
 
         def gradient(part: Rows) -> tuple[Params, Terms]:
             grads, terms = jax.grad(weighted_sum, has_aux=True)(params, part)
-            # sharded as the parameters, or each device might hold full gradients
-            constrain = jax.lax.with_sharding_constraint
-            grads = {path: constrain(grad, self.shardings[path]) for path, grad in grads.items()}
-            return grads, terms
+            return {path: self._sharded(path, grad) for path, grad in grads.items()}, terms
 
         grads, terms = self._accumulated(gradient, rows)
         weight = self.weight(terms)
         return jax.tree.map(lambda grad: grad / weight, grads), terms
+
+    def _sharded(self, path: str, grad: jax.Array) -> jax.Array:
+        """Returns a gradient, sharded as its parameter; else each device might hold all of it."""
+        sharding = self.shardings[path]
+        grad = jax.lax.with_sharding_constraint(grad, sharding)
+        # On TPU, XLA adds up a gradient over all devices, and takes the shard of a device from the
+        # sum where it is used. The barrier is that place. Otherwise it is the optimizer, which
+        # waits for the norm of all gradients, and the full gradients of all layers exist at once.
+        return grad if len(sharding.device_set) == 1 else jax.lax.optimization_barrier(grad)
 
     def mean(self, terms: Terms) -> jax.Array:
         """Returns the value of the objective, float32 scalar."""
@@ -306,4 +318,8 @@ def make_step(
         state = apply_gradients(state, grads, optimizer, ema_decay)
         return state, metrics | dict(param_norm=optax.tree.norm(state.params))
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
+    first, *others = shardings.step.device_set
+    options = GPU_OPTIONS if others and first.platform == "gpu" else None
+    return jax.jit(
+        step, donate_argnums=0, out_shardings=(shardings, None), compiler_options=options
+    )

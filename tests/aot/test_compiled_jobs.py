@@ -18,7 +18,7 @@ from janus_jax.devices import known_devices
 from janus_jax.models.janus import JanusConfig
 
 SMALL = Path(__file__).parents[1] / "golden" / "janus_small"  # 2 decoder layers, 1 of SigLIP
-TINY = "janus_tiny"  # for GPUs, as XLA's Triton kernels refuse some of the odd widths of SMALL
+TINY = "janus_tiny"
 needs_tpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="needs the extra `compile-tpu`"
 )
@@ -44,7 +44,7 @@ def test_an_answer_on_a_slice_of_tpus(capsys):
     facts = report("--device v5e --job answer --mesh tensor=2 --prompt_length 20", capsys)
     prompt, token = facts["programs"]
     check_memory(facts["memory"])
-    assert facts["fits"] and facts["topology"] == ""
+    assert facts["fits"] and facts["topology"] == "2x2"
     assert prompt["attention"].keys() == {"prefill", "und_encoder"}
     assert token["attention"].keys() == {"decode_step"}
     # one after attention and one after the MLP of each layer; choosing a token takes more
@@ -104,8 +104,39 @@ def test_an_image_on_a_gpu(capsys):
 
 
 @needs_cuda
+def test_a_program_that_triton_refuses_is_compiled_without_it(capsys):
+    """Some of the widths of SMALL cannot have XLA's default tiles."""
+    facts = report("--device h100 --job draw --prompt_length 20", capsys)
+    options = [part.get("options", {}) for part in facts["programs"]]
+    assert {"xla_gpu_enable_triton_gemm": False} in options
+
+
+@pytest.mark.slow
+@needs_cuda
+@needs_tpu
+@pytest.mark.parametrize(
+    ("device", "remat", "limit"),
+    [("h100", "dots", 20e9), ("h100", "full", 7e9), ("v5p", "full", 9e9)],
+)
+def test_the_memory_of_a_training_step(device, remat, limit, capsys):
+    """Of stage 2 of Janus-Pro-1B, as docs/development.md states it. Takes minutes."""
+    settings = dict(remat=remat, batch_size=4, streams=4, tokenized=True)
+    changed = " ".join(f"--config.{name}={value}" for name, value in settings.items())
+    flags = f"--device {device} --job train --config=janus_pro_1b_stage2 {changed}"
+    assert report(flags, capsys, "janus_pro_1b")["memory"]["added"] < limit
+
+
+@needs_cuda
 def test_a_training_step_on_gpus(capsys):
     facts = report(f"--device h100 --count 4 {TRAIN} --config.batch_size=32", capsys, TINY)
     check_memory(facts["memory"])
     assert facts["num_devices"] == 4
     assert facts["programs"][0]["collectives"]["all-gather"]["count"] >= 28  # of four layers
+
+
+@needs_cuda
+def test_gradients_are_sent_matrix_by_matrix_on_gpus(capsys):
+    """XLA would combine them, and then keep the full gradients of all layers."""
+    full = f"{TRAIN} --config.lora_rank=0 --config.accumulate=1 --config.batch_size=4"
+    facts = report(f"--device h100 --count 4 {full}", capsys, TINY)
+    assert facts["programs"][0]["collectives"]["reduce-scatter"]["count"] >= 28  # of four layers
