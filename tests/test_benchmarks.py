@@ -37,6 +37,14 @@ from janus_jax.models.layers import REMAT_CHOICES
 ROOT = Path(__file__).parents[1]
 
 
+# imports what draws and answers, without packages that only training needs
+WITHOUT_TRAINING = """
+import sys
+sys.modules.update(dict.fromkeys(("grain", "array_record", "ml_collections")))
+import benchmarks.parity_jax, benchmarks.draw_jax, benchmarks.answer_jax
+"""
+
+
 def measurement(limits: dict | None = None, **settings) -> suite.Measurement:
     return suite.Measurement(
         "pair", "fake_benchmark", settings, CASES, uses_jax=False, **(limits or {})
@@ -422,3 +430,8 @@ def test_the_script_runs_to_its_end_on_a_cpu(tmp_path, monkeypatch):
     with tarfile.open(tmp_path / on_gpu.PROFILES) as archive:
         assert len(archive.getnames()) == 3
     assert "not measured" not in (tmp_path / on_gpu.SUMMARY).read_text()
+
+
+def test_drawing_and_answering_need_no_packages_of_training():
+    """A machine with a GPU may lack them."""
+    subprocess.run([sys.executable, "-c", WITHOUT_TRAINING], cwd=ROOT, check=True)

@@ -14,9 +14,8 @@ import pytest
 from flax import nnx
 from tiny_janus import CODES, tiny_config, tiny_model
 
-from janus_jax.interop.load import abstract, merge_params
+from janus_jax.interop.load import abstract, leaves_by_path, merge_params
 from janus_jax.processing.images import ImageConfig
-from janus_jax.training.parameters import leaves_by_path
 from janus_jax.training.row_losses import target_log_probs
 from janus_jax.training.step import Loss, Objective, Terms, first_state, make_step
 

@@ -14,12 +14,11 @@ from limits import full_disk
 from tensorboardX.proto.event_pb2 import Event
 
 from janus_jax.data.records import KINDS
-from janus_jax.interop.load import abstract
+from janus_jax.interop.load import abstract, leaves_by_path
 from janus_jax.models.janus import JanusConfig
 from janus_jax.training import metrics
 from janus_jax.training.flops import StepFlops, peak_flops, step_flops
 from janus_jax.training.metrics import EVENTS, METRICS, Log
-from janus_jax.training.parameters import leaves_by_path
 
 
 def _metrics(

@@ -17,10 +17,9 @@ from torch_reference import IMAGE_TOKEN, channels_first, tiny_pair
 
 from janus_jax.data.records import KINDS
 from janus_jax.data.sources import FORMATS
-from janus_jax.interop.load import load_params, open_folder
+from janus_jax.interop.load import leaves_by_path, load_params, open_folder
 from janus_jax.processing.images import ImageConfig
 from janus_jax.sharding import parse_mesh
-from janus_jax.training.parameters import leaves_by_path
 from janus_jax.training.program import Program, put_rows
 from janus_jax.training.row_losses import row_losses
 from janus_jax.training.settings import Inputs, no_progress, rows_config

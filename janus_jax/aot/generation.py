@@ -21,9 +21,8 @@ from janus_jax.generation import chunks, codec, image, text
 from janus_jax.generation.loading import ImageDefaults
 from janus_jax.generation.requests import Requests
 from janus_jax.generation.samplers import make_sampling
-from janus_jax.interop.load import abstract, merge_params
+from janus_jax.interop.load import abstract, leaves_by_path, merge_params
 from janus_jax.processing.processor import Batch
-from janus_jax.training.parameters import leaves_by_path
 
 # The positions that the matrices of a decode step are applied to, see ParameterGroup.counted_by.
 _READ_BY_IMAGE_TOKEN = ("token", "generated", "image_target")

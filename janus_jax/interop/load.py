@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -353,6 +354,12 @@ def merge_params(graphdef: nnx.GraphDef, state: nnx.State, array: Callable[[str]
     flat = nnx.to_flat_state(state)
     leaves = [(keys, leaf.replace(array(_path(keys)))) for keys, leaf in flat]
     return nnx.merge(graphdef, nnx.from_flat_state(leaves))
+
+
+def leaves_by_path(state: nnx.State) -> Iterator[tuple[str, Any]]:
+    """Yields the dotted path and the value of every leaf; values may be abstract."""
+    for keys, leaf in nnx.to_flat_state(state):
+        yield _path(keys), leaf.get_value()
 
 
 def load_component(folder: Folder, component: str) -> nnx.Module:

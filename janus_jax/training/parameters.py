@@ -1,7 +1,7 @@
 """The parameters of a run: which are trained, how they are stored, and their first values."""
 
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -9,7 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 
 from janus_jax.families.family import ModelConfig, Precision
-from janus_jax.interop.load import DTYPES, abstract, load_params, merge_params
+from janus_jax.interop.load import (
+    DTYPES,
+    abstract,
+    leaves_by_path,
+    load_params,
+    merge_params,
+)
 from janus_jax.sharding import sharding_for
 from janus_jax.training.lora import ADAPTERS, LoRAConfig, add_adapters
 from janus_jax.training.settings import Inputs
@@ -185,12 +191,6 @@ def abstract_model(
     add_adapters(model, lora, rngs=nnx.Rngs(0))
     graph, state = nnx.split(model)
     return graph, jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), state)
-
-
-def leaves_by_path(state: nnx.State) -> Iterator[tuple[str, Any]]:
-    """Yields the dotted path and the value of every leaf; values may be abstract."""
-    for keys, leaf in nnx.to_flat_state(state):
-        yield ".".join(map(str, keys)), leaf.get_value()
 
 
 def check_reinit(reinit: str, trained: Iterable[str], frozen: Iterable[str]) -> None:

@@ -15,9 +15,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from janus_jax.families.registry import family_of
-from janus_jax.interop.load import merge_params
+from janus_jax.interop.load import leaves_by_path, merge_params
 from janus_jax.sharding import BATCH_AXES, num_batch_shards, sharding_for
-from janus_jax.training.parameters import leaves_by_path
 
 
 def on_row_shards(
