@@ -123,12 +123,14 @@ def training_rows() -> Iterator[Row]:
 
 
 def _training_row(size: str, stage: int, device: str, slices: tuple, chips: int) -> Row:
-    """Returns a row in which each device has at most four rows of a microbatch, or one for 7B.
+    """Returns a row in which each device has at most four rows of a microbatch.
 
-    A v5e has one, too, because of its smaller memory.
+    Each microbatch gathers all parameters, so more rows at a time are better. It is one row on a
+    v5e and for 7B on a v6e, because of their smaller memory.
     """
     shards = min(chips, ROW_BATCH[stage])
-    at_a_time = 4 if size == "1b" and device != "v5e" else 1
+    is_small = device == "v5e" or (device, size) == ("v6e", "7b")
+    at_a_time = 1 if is_small else 4
     accumulate = max(1, ROW_BATCH[stage] // shards // at_a_time)
     mesh = f"fsdp={shards}"
     if shards < chips:
@@ -300,8 +302,9 @@ def _stage_facts(found: list[tuple[Row, dict]]) -> str:
     return (
         "The mesh puts all devices on `fsdp`, up to the number of rows in a step, so that each "
         "holds its part of the state: parameters, AdamW moments and frozen weights. A microbatch "
-        "has at most 4 rows on each device, for 7B and on v5e one row, because the memory for "
-        "activations and logits grows with the rows. All rows have 4096 tokens and `remat=full`. "
+        "has at most 4 rows on each device, because each microbatch gathers all parameters; on "
+        "v5e, and on v6e for 7B, only one row, because of the smaller memory. All rows have 4096 "
+        "tokens and `remat=full`. "
         f"The 7B stages were compiled for {' and '.join(sevens) or 'no device'} only.\n"
     )
 
