@@ -56,6 +56,7 @@ def processes_without_torch():
 @pytest.fixture(scope="module")
 def quick_compiles():
     """Disables most optimizations, for tests that spend more time compiling than running."""
+    jax.clear_caches()  # a test that compares results must not mix programs of both kinds
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
