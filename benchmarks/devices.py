@@ -49,8 +49,8 @@ INTRODUCTION = "\n\n".join(
         "Collectives of training are those of one step on one device, without kinds below 0.05 GB. "
         "The bytes of a collective are those of its operands or of its results, whichever is more; "
         "an all-reduce sends about twice these bytes, the others at most these "
-        "(`janus_jax/aot/hlo_facts.py`). On 16 x v5p, XLA splits gathers into collective-permutes "
-        "that overlap with matrix products. On 64 x v5p it computes gathers as all-reduces.\n",
+        "(`janus_jax/aot/hlo_facts.py`). On 16 x v5p, XLA splits gathers into "
+        "collective-permutes. On 64 x v5p it computes them as all-reduces.\n",
     )
 )
 

@@ -29,8 +29,12 @@ def test_the_page_states_the_rules_of_the_code(page):
     devices.write_page(RESULTS)
     text = page.read_text()
     assert " 0.0 GB" not in text and text.count(" jax 0.") == 1
-    for line in text.splitlines():
-        assert "all-reduce 1" not in line or line.find("all-gather") < line.find("all-reduce")
+
+
+def test_collectives_are_sorted_and_small_ones_omitted():
+    sizes = {"all-reduce": 2e9, "all-to-all": 4e7, "all-gather": 3e9}
+    moved = devices._moved({kind: dict(count=1, bytes=size) for kind, size in sizes.items()})
+    assert moved == "all-gather 3.0 GB, all-reduce 2.0 GB"
 
 
 def test_a_row_that_fails_does_not_stop_the_others(page, monkeypatch, capsys):

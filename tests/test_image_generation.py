@@ -12,8 +12,6 @@ from tiny_janus import empty_cache
 
 from janus_jax.generation import chunks, codec, decoding, image, samplers
 
-pytestmark = pytest.mark.usefixtures("quick_compiles")
-
 PROMPT = "A close-up photo of a red cat, studio light."
 OTHER = "a dog"
 

@@ -51,8 +51,9 @@ def ask(pipeline):
     return image, pipeline.answer("What is it?", [image.pixels[0]], **sampling)
 
 
-def test_images_and_answers_are_the_same(golden):
-    small = load(golden / "janus_small", dtype="bfloat16")  # with operations of both dtypes
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_images_and_answers_are_the_same(golden, dtype):
+    small = load(golden / "janus_small", dtype=dtype)
     image, answer = ask(small)
     with other_settings():
         image_here, answer_here = ask(small)

@@ -105,7 +105,7 @@ def test_a_step_is_one_of_the_optimizer_and_takes_the_state_over(config, batch, 
         assert not np.array_equal(state.params[path], trained[path])
 
 
-@pytest.mark.parametrize("mesh", ["fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4"])
+@pytest.mark.parametrize("mesh", ["data=8", "fsdp=8", "data=2,fsdp=2,tensor=2", "fsdp=2,tensor=4"])
 def test_loss_and_gradients_are_those_of_one_device(config, batch, plain, mesh):
     assert_close(gradients(config(mesh=mesh), batch), plain)
 

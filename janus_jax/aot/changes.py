@@ -5,7 +5,7 @@ import functools
 from collections.abc import Callable, Iterator
 
 from janus_jax.aot.jobs import Draw, Job, Train
-from janus_jax.aot.measure import Measurement, measure, no_progress
+from janus_jax.aot.measure import Measurement, measure, report_nothing
 from janus_jax.aot.topology import GPUS_PER_HOST, num_devices, smallest_topology
 
 # The largest share of a GPU's memory for JAX; CUDA needs the rest.
@@ -40,12 +40,12 @@ class Advice:
 
 
 def find_change(
-    measured: Measurement, memory_fraction: float, report: Callable[[str], None] = no_progress
+    measured: Measurement, memory_fraction: float, report: Callable[[str], None] = report_nothing
 ) -> Advice:
     """Returns the smallest change that makes a job fit.
 
     Changes are estimated, and those that seem to fit are compiled, from the smallest one on.
-    report: is called with a line of text before and after each program is compiled.
+    report: is called with a line of text before each change is compiled, and after each program.
     """
     tried = []
     for change in possible_changes(measured, memory_fraction):
@@ -86,9 +86,9 @@ def possible_changes(measured: Measurement, memory_fraction: float) -> Iterator[
     job = measured.job
     change = functools.partial(Change, memory_fraction=memory_fraction)
     if job.facts.platform == "cuda" and memory_fraction < MAX_GPU_MEMORY_FRACTION:
-        fraction = f"{MAX_GPU_MEMORY_FRACTION}"
+        fraction = MAX_GPU_MEMORY_FRACTION
         text = f"--memory_fraction {fraction} (to run: XLA_PYTHON_CLIENT_MEM_FRACTION={fraction})"
-        yield Change(text, job, MAX_GPU_MEMORY_FRACTION)
+        yield Change(text, job, fraction)
     if isinstance(job, Draw):
         for batch in range(job.batch - 1, 0, -1):
             changed = dataclasses.replace(job, max_batch=batch)

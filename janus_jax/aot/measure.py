@@ -92,14 +92,14 @@ class Measurement:
         return 1000 * self.step.bytes / self.job.facts.memory_bytes_per_s
 
 
-def no_progress(text: str) -> None:
-    """Reports nothing."""
+def report_nothing(text: str) -> None:
+    """Ignores a line of text."""
 
 
 def measure(
     job: Job,
     memory_fraction: float = GPU_MEMORY_FRACTION,
-    report: Callable[[str], None] = no_progress,
+    report: Callable[[str], None] = report_nothing,
 ) -> Measurement:
     """Compiles the programs of a job and returns the facts.
 
