@@ -19,6 +19,9 @@ def random_rows(
 
     fields: shapes and dtypes of a row. sizes: of the model. ratio: of the kinds of examples; each
     row is filled until the next example does not fit.
+
+    Raises:
+        ValueError: the first example of a row does not fit.
     """
     rng = np.random.default_rng(0)
     rows = {
@@ -29,6 +32,12 @@ def random_rows(
     rows["pixels"][:] = rng.integers(0, 256, rows["pixels"].shape)
     for row in range(batch_size):
         _fill({name: values[row] for name, values in rows.items()}, sizes, ratio, rng)
+    if not rows["segment_ids"].any(axis=1).all():
+        length = rows["tokens"].shape[1]
+        longest = max(PLAIN_TEXT[1], 2 * TEXT[1] + sizes.input_image_tokens)
+        raise ValueError(
+            f"expected a seq_len that fits an example, got {length}; {longest} fits every example"
+        )
     return rows
 
 

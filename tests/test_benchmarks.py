@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 from fake_benchmark import CASES
+from fake_records import parity_record, speed_record, write_record
 from one_line import assert_one_line
 
 from benchmarks import (
@@ -23,7 +24,6 @@ from benchmarks import (
     on_gpu,
     packed_rows,
     parity,
-    readme_table,
     suite,
     tables,
     timing,
@@ -104,20 +104,9 @@ def test_a_record_is_of_one_benchmark_and_machine(tmp_path):
         Record(tmp_path / "a.json", "pair").describe("a TPU")
 
 
-def _record(rates: dict[str, float | str]) -> dict:
-    """Returns a record with one row per implementation: a rate, or why there is none."""
-    rows = [
-        dict(case=dict(model="tiny", num_images=1, implementation=name))
-        | (dict(not_measured=rate) if isinstance(rate, str) else dict(figures=dict(rate=rate)))
-        for name, rate in rates.items()
-    ]
-    rows[0]["case"]["remat"] = "dots"  # a setting that the others do not have
-    return dict(benchmark="draw", hardware=dict(device="X"), versions={}, rows=rows)
-
-
 def test_ratios_compare_the_same_work():
-    record = _record(dict(janus_jax=6.0, torch_eager=2.0, torch_compiled="too slow"))
-    other = _record(dict(janus_jax=1.0))["rows"][0]
+    record = speed_record(dict(janus_jax=6.0, torch_eager=2.0, torch_compiled="too slow"))
+    other = speed_record(dict(janus_jax=1.0))["rows"][0]
     other["case"]["num_images"] = 16
     record["rows"].append(other)
     (found,) = ratios(record, "rate")
@@ -125,7 +114,7 @@ def test_ratios_compare_the_same_work():
 
 
 def test_tables_show_results_and_reasons():
-    record = _record(dict(janus_jax=1234.5, torch_eager=0.25, torch_compiled="too slow"))
+    record = speed_record(dict(janus_jax=1234.5, torch_eager=0.25, torch_compiled="too slow"))
     record["rows"][0]["figures"]["step_ms"] = spread([0.5, 1.5, 2.5])
     lines = tables.record_table(record).splitlines()
     assert lines[0] == "| model | num_images | implementation | remat | rate | step_ms |"
@@ -150,104 +139,11 @@ def test_numbers_have_three_digits(value, text):
     assert tables.number(value) == text
 
 
-def test_the_tables_of_the_readme_are_those_of_the_records():
-    readme = readme_table.README.read_text("utf-8")
-    assert readme_table.replaced(readme, readme_table.tables(readme_table.RESULTS)) == readme
-
-
-@pytest.mark.parametrize(
-    ("folder", "device", "model", "dtype", "lines"),
-    [
-        (
-            "on_gpu",
-            "X",
-            "janus_pro_7b",
-            "bfloat16",
-            [
-                "Measured by `benchmarks/on_gpu.sh` on one X with jax 1.2:",
-                "| Janus-Pro-7B, one image | 0.125 | 0.700 | 4.00 x | 2.00 x |",
-                "| Janus-Pro-7B, 16 images at once | not measured | not measured |",
-            ],
-        ),
-        (
-            "on_cpu",
-            "cpu",
-            "janus_pro_1b",
-            "float32",
-            [
-                "| Janus-Pro-1B, one image | not measured | not measured | not measured |",
-                "Measured on 2 cores (Y) with jax 1.2:",
-                "| Janus-Pro-1B, one image, float32 | 0.125 | eager 4.00 x, compiled 2.00 x |",
-            ],
-        ),
-    ],
-)
-def test_a_record_fills_the_tables_of_the_readme(tmp_path, folder, device, model, dtype, lines):
-    record = _record(dict(janus_jax=8.0, torch_eager=2.0, torch_compiled=4.0))
-    record |= dict(hardware=dict(device=device, cpu="Y", cores=2), versions=dict(jax="1.2"))
-    for row in record["rows"]:
-        rate = row["figures"].pop("rate")
-        row["case"] |= dict(model=model, dtype=dtype)
-        row["figures"] = dict(images_per_s=rate, image_s=spread([1 / rate]), bandwidth_share=0.7)
-    (tmp_path / folder).mkdir()
-    (tmp_path / folder / "draw.json").write_text(json.dumps(record))
-    text = readme_table.tables(tmp_path)
-    assert [line for line in lines if line not in text] == []
-
-
-def _write(folder: Path, name: str, content: dict | str) -> None:
-    folder.mkdir(exist_ok=True)
-    text = content if isinstance(content, str) else json.dumps(content)
-    (folder / f"{name}.json").write_text(text)
-
-
-@pytest.mark.parametrize(
-    ("records", "words"),
-    [
-        ((dict(device="cpu", cpu="Y"),), ("on_gpu", "cpu", "another folder")),
-        ((dict(device="H100", cpu="Y"), dict(device="H200", cpu="Y")), ("H100", "H200")),
-        (("{",), ("a0.json", "invalid JSON")),
-        (("[]",), ("a0.json", "hardware", "rows")),
-    ],
-)
-def test_the_readme_has_records_of_one_gpu(tmp_path, monkeypatch, capsys, records, words):
-    for number, content in enumerate(records):
-        if isinstance(content, dict):
-            content = _record(dict(janus_jax=1.0)) | dict(hardware=content)
-        _write(tmp_path / "on_gpu", f"a{number}", content)
-    monkeypatch.setattr(readme_table, "RESULTS", tmp_path)
-    before = readme_table.README.read_bytes()
-    with pytest.raises(SystemExit, match="2"):
-        readme_table.main()
-    assert_one_line(capsys.readouterr().err, "readme_table", *words)
-    assert readme_table.README.read_bytes() == before
-
-
-def _parity_record(**ok: bool) -> dict:
-    """Returns a record of parity in which all checks passed but those with another value."""
-    names = [*parity.RECORDED, parity.same_seeds(parity.BATCHES)]
-    rows = [
-        dict(case=parity.case("small", "float32", name), figures=dict(ok=ok.get(name, True)))
-        for name in names
-    ]
-    facts = dict(device="X", cpu="Y")
-    return dict(benchmark="parity", hardware=facts, versions={}, rows=rows)
-
-
-@pytest.mark.parametrize("answer", ["yes", "no", "not measured"])
-def test_the_readme_says_whether_the_checks_passed(tmp_path, answer):
-    record = _parity_record(pixels=answer != "no")
-    if answer == "not measured":
-        record["rows"].pop()
-    _write(tmp_path / "on_gpu", "parity", record)
-    assert f"for a seed in every batch | {answer} |" in readme_table.tables(tmp_path)
-
-
 def test_a_failed_check_ends_the_script_with_status_1(tmp_path, monkeypatch, capsys):
     skipped = [parity.measurement(least=1e9)]
     monkeypatch.setattr(on_gpu, "tiny_plan", lambda profiles: skipped)
     on_gpu.main([str(tmp_path), "--tiny"])
-    _write(tmp_path, "parity", _parity_record(pixels=False))
+    write_record(tmp_path, "parity", parity_record(pixels=False))
     with pytest.raises(SystemExit, match="1"):
         on_gpu.main([str(tmp_path), "--tiny"])
     assert_one_line(capsys.readouterr().err, "on_gpu", "check failed", "float32", "pixels")
@@ -269,7 +165,7 @@ def test_wrong_flags_end_a_benchmark_in_one_line(
     tmp_path, monkeypatch, capsys, benchmark, flags, words
 ):
     monkeypatch.chdir(tmp_path)
-    _write(tmp_path, "other", _parity_record())
+    write_record(tmp_path, "other", parity_record())
     with pytest.raises(SystemExit, match="2"):
         benchmark.main(["--output", "x.json", *flags])
     assert_one_line(capsys.readouterr().err, benchmark.__name__.rpartition(".")[2], *words)
@@ -328,6 +224,9 @@ def test_random_rows_are_packed_rows():
     inside = (np.diff(rows["segment_ids"], axis=1) == 0) & ~padding[:, 1:]
     assert (np.diff(rows["positions"], axis=1)[inside] == 1).all()
     assert set(np.unique(rows["kind"][~padding])) <= {0, 1, 2}
+    fields = row_fields(8, 1, 1, sizes.image_size, sizes.generated_image_tokens)
+    with pytest.raises(ValueError, match="got 8; 1500 fits every"):
+        packed_rows.random_rows(fields, sizes, 4, ratio)
 
 
 def test_the_plans_fit_the_time_and_have_the_same_parts():
@@ -400,7 +299,7 @@ def test_a_profile_is_summed_up_over_the_streams_of_the_gpu(tmp_path):
     found = jax_side.kernels(tmp_path, steps=2)
     assert found["top"] == [["fusion", 0.004, 1.0], ["gemm", 0.001, 0.5]]
     assert (found["busy_ms"], found["kernels"]) == (0.005, 1.5)
-    record = _record(dict(janus_jax=6.0))
+    record = speed_record(dict(janus_jax=6.0))
     record["rows"][0]["profile"] = found | dict(wall_ms=0.01)
     assert "1.5 kernels, 0.00500 ms of 0.0100 ms a step" in tables.summary(record, "rate")
 
