@@ -21,6 +21,7 @@ BEGIN = "<!-- written by python -m benchmarks.readme_table -->\n"
 END = "<!-- end -->\n"
 NAMES = dict(janus_pro_1b="Janus-Pro-1B", janus_pro_7b="Janus-Pro-7B")
 BFLOAT16 = "bfloat16"
+STARTS = dict(cold="first run, which compiles", warm="later runs")  # by the name in the records
 LIBRARIES = ("jax", "torch", "transformers")
 DRAWINGS = [(model, images) for model in NAMES for images in (1, 16)]
 
@@ -160,10 +161,10 @@ def _others(records: Records) -> str:
     ]
     rows += [
         (
-            f"`janus_tiny`, seconds from starting `sample.py` to four images, {start}",
+            f"`janus_tiny`, seconds from starting `sample.py` to four images, {run}",
             figure(records, "load", "seconds", **tiny, what=f"sample.py, {start}"),
         )
-        for start in ("cold", "warm")
+        for start, run in STARTS.items()
     ]
     return markdown(["other figures", "measured"], rows)
 
@@ -178,11 +179,11 @@ def _cpu(records: Records) -> str:
     drawing = dict(model="janus_pro_1b", dtype="float32", num_images=1)
     rows = [
         (
-            f"`janus_tiny`, from starting `sample.py` to four images, {start}",
+            f"`janus_tiny`, from starting `sample.py` to four images, {run}",
             figure(records, "load", "seconds", **tiny, what=f"sample.py, {start}"),
             "",
         )
-        for start in ("cold", "warm")
+        for start, run in STARTS.items()
     ]
     eager, compiled = (
         ratio(records, "draw", draw.RATE, **drawing, implementation=name) for name in draw.TORCH
