@@ -114,7 +114,7 @@ def test_the_prompt_is_longer_for_a_question_about_an_image():
 
 def test_the_report_can_be_read_by_programs(capsys, monkeypatch):
     moved = {"all-reduce": (2, 8)}
-    part = measure.PartFacts("tokens", 1.0, 2.0, 2.0, {}, 3, 3, {}, moved, {"fusion": 4}, {})
+    part = measure.PartFacts("tokens", 1.0, 2.0, 2.0, {}, 3, 3, 0, {}, moved, {"fusion": 4}, {})
 
     def measured(job, fraction, report):
         return measure.Measurement(job, dict(parameters=5), (part,), 100, jobs.Step(7, 2.0))
@@ -147,7 +147,8 @@ def test_a_job_that_does_not_fit_ends_with_status_1(capsys, monkeypatch):
     facts = dict(kernels={"fusion": 4, "cuBLAS": 1}, weight_copies={"copy to bf16[2,2]": 3})
     attention = {"prefill": ("cuDNN",)}
     options, printed = {"xla_gpu_enable_x": False}, []
-    part = measure.PartFacts("tokens", 1.0, 2.0, 2.0, options, 10**9, 10**8, attention, {}, **facts)
+    sizes = 10**9, 10**8, 0
+    part = measure.PartFacts("tokens", 1.0, 2.0, 2.0, options, *sizes, attention, {}, **facts)
 
     def measured(job, fraction, report):
         return measure.Measurement(job, dict(parameters=10**9), (part,), 10**9, None)
@@ -217,7 +218,7 @@ def test_the_smallest_change_that_fits_is_found(memory, text, monkeypatch):
 
     def compiled(job, fraction, report=None):
         added = 10 * job.batch // job.num_devices
-        part = measure.PartFacts("tokens", 0.0, 0.0, 0.0, {}, added, added, {}, {})
+        part = measure.PartFacts("tokens", 0.0, 0.0, 0.0, {}, added, added, 0, {}, {})
         return measure.Measurement(job, job.held(), (part,), memory, None)
 
     monkeypatch.setattr(changes, "measure", compiled)

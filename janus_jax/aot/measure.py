@@ -24,7 +24,7 @@ class PartFacts:
 
     name, trace_s, compile_s, cpu_s, options: as in CompiledPart.
     added: bytes that running it needs on each device in addition to what is held.
-    temporaries: how much of that is for intermediate values.
+    temporaries, code: how much of that is for intermediate values and for machine code.
     attention: the attention kernels of each part of the model, see hlo_facts.attention_kernels.
     collectives: kind -> (number, bytes on each device), of one run of the program or, for a program
       with a token loop, of one token.
@@ -41,6 +41,7 @@ class PartFacts:
     options: dict[str, bool]
     added: int
     temporaries: int
+    code: int
     attention: dict[str, tuple[str, ...]]
     collectives: dict[str, tuple[int, int]]
     kernels: dict[str, int] | None = None
@@ -130,6 +131,7 @@ def part_facts(job: Job, part: CompiledPart) -> PartFacts:
         options=part.options,
         added=part.added,
         temporaries=part.temporaries,
+        code=part.code,
         attention=hlo_facts.attention_kernels(module),
         collectives=hlo_facts.summarize(hlo_facts.collective_ops(module)),
     )

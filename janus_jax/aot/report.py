@@ -60,6 +60,7 @@ def _part_dict(part: PartFacts) -> dict[str, Any]:
         cpu_s=round(part.cpu_s, 2),
         added=part.added,
         temporaries=part.temporaries,
+        code=part.code,
         attention={name: list(kernels) for name, kernels in part.attention.items()},
         collectives={
             kind: dict(count=count, bytes=size)

@@ -22,7 +22,7 @@ from janus_jax.training.metrics import Log
 from janus_jax.training.parameters import Parameters
 from janus_jax.training.program import Program
 from janus_jax.training.settings import Inputs
-from janus_jax.training.step import Params, TrainState, eval_params
+from janus_jax.training.step import Params, TrainState, compiler_options, eval_params
 
 MAX_ANSWER_TOKENS = 256
 
@@ -46,7 +46,9 @@ def evaluation_callback(
     It evaluates the first `eval_batches` batches of `rows`, the same ones every time, and also
     logs the numbers of skipped records.
     """
-    inputs, compute_terms = program.inputs, jax.jit(program.objective.totals)
+    inputs = program.inputs
+    options = compiler_options(inputs.mesh.devices.flatten())
+    compute_terms = jax.jit(program.objective.totals, compiler_options=options)
 
     def evaluate(step: int, state: TrainState) -> None:
         batch_terms, params = [], eval_params(state)
