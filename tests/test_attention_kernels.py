@@ -61,12 +61,12 @@ def assert_alike(ours, expected, tolerance: float) -> None:
 
 @pytest.mark.parametrize(
     "use, length",
-    [("training rows", 256), ("prefill", 200), ("image encoder", 200)],
+    [("training rows", 640), ("training rows", 200), ("prefill", 200), ("image encoder", 200)],
 )
 def test_splash_equals_float32_attention(use, length):
-    """Also if the length is no multiple of 128, and with two query heads for each key head."""
+    """Several blocks, a length that is no multiple of 128, and two query heads per key head."""
     causal, ids = USES[use].values()
-    ids = None if ids is None else ids[:, :length]
+    ids = None if ids is None else jnp.tile(ids, 3)[:, :length]
     arrays = qkv(length)
     exact = value_and_gradients(
         xla_attention, [x.astype(jnp.float32) for x in arrays], causal, ids
@@ -145,7 +145,10 @@ def lowered(platform: str, q, k, v, mesh_sizes=None, remat=False, **arguments) -
 @pytest.mark.parametrize("mesh", [None, dict(fsdp=2, tensor=2)])
 @pytest.mark.parametrize("use", USES)
 def test_bfloat16_uses_splash_on_tpus(use, mesh, remat):
-    text = lowered("tpu", *qkv(256, key_heads=2, batch=4), mesh, remat, causal=USES[use]["causal"])
+    causal, ids = USES[use].values()
+    ids = None if ids is None else jnp.resize(ids, (4, 256))
+    arrays = qkv(256, key_heads=2, batch=4)
+    text = lowered("tpu", *arrays, mesh, remat, causal=causal, segment_ids=ids)
     # the forward pass, dq, and dk with dv; no product has the size of the logits
     assert text.count("tpu_custom_call") == 3
     assert not re.search(r"dot_general.*256x256x", text)

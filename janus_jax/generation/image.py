@@ -81,7 +81,9 @@ def generate_batch(
             batch[1].block_until_ready()
             report(done)
         batch = advance_batch(model, batch, done, steps)
-    return codec.decode_batch(model.gen_vq, batch[1], mesh)
+    indices = batch[1]
+    del batch  # frees the cache, so that the image tokenizer can use its memory
+    return codec.decode_batch(model.gen_vq, indices, mesh)
 
 
 def steps_per_report(total: int) -> int:

@@ -217,10 +217,13 @@ def run_layers(
 ) -> tuple[jax.Array, list]:
     """Applies layers one after the other: x, output = call(layer, x, input).
 
-    inputs: one per layer; None if `call` takes none. Not with scan.
+    inputs: one per layer; None if `call` takes none.
     scan: whether to apply the layers in one loop, `jax.lax.scan`, over their stacked parameters.
         They must have the same parameters, and `call` must return the same shapes for each.
     Returns the last x, and the output of each layer.
+
+    Raises:
+        ValueError: inputs and scan.
 
     XLA compiles the body of a loop once, instead of every layer. The stacked parameters are a copy,
     unless they were cut out of a stack before (training/stacked.py). A decode step must not make
@@ -232,6 +235,8 @@ def run_layers(
             x, output = call(layer, x) if inputs is None else call(layer, x, inputs[i])
             outputs.append(output)
         return x, outputs
+    if inputs is not None:
+        raise ValueError("a loop over layers takes no inputs; expected inputs=None or scan=False")
     graphs, states = zip(*map(nnx.split, layers), strict=True)
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *states)
     x, outputs = jax.lax.scan(
