@@ -59,16 +59,18 @@ def measurement(
             num_tokens=num_tokens,
             runs=runs,
         ),
-        cases=[case(model, dtype, number, implementation) for number in conversations],
+        cases=[case(model, dtype, number, num_tokens, implementation) for number in conversations],
         needs=("torch", "transformers") if is_torch else (),
         uses_jax=not is_torch,
         **limits,
     )
 
 
-def case(model: str, dtype: str, conversations: int, implementation: str) -> dict:
+def case(
+    model: str, dtype: str, conversations: int, num_tokens: int, implementation: str
+) -> dict:
     """Returns the case of a row."""
-    sizes = dict(model=model, dtype=dtype, conversations=conversations)
+    sizes = dict(model=model, dtype=dtype, conversations=conversations, num_tokens=num_tokens)
     return sizes | dict(implementation=implementation)
 
 

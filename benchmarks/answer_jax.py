@@ -55,5 +55,5 @@ def measure(
         for _ in range(1 + runs):
             times.add(time.perf_counter(), _answer(network, requests, num_tokens))
         figures = answer_figures(cfg, number, num_tokens, times, bandwidth) | peak_memory()
-        name = case(model, dtype, number, "janus_jax")
+        name = case(model, dtype, number, num_tokens, "janus_jax")
         record.add(name, figures, shapes=answer_shapes(cfg, number, num_tokens))

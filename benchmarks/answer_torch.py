@@ -74,5 +74,5 @@ def measure(
         for _ in range(1 + runs):
             times.add(now(), generate(network, *inputs, num_tokens)[0])
         figures = answer_figures(cfg, number, num_tokens, times, bandwidth) | peak_memory()
-        name = case(model, dtype, number, "torch_eager")
+        name = case(model, dtype, number, num_tokens, "torch_eager")
         record.add(name, figures, shapes=answer_shapes(cfg, number, num_tokens))

@@ -31,6 +31,7 @@ NAMES = {"janus_pro_1b": "Janus-Pro-1B", "janus_pro_7b": "Janus-Pro-7B"}
 STATE = ("params", "optimizer", "ema", "frozen")  # what a device holds between steps
 MIN_KERNEL_LENGTH = 128  # that of models/attention.py, which imports JAX
 ROW_BATCH = {1: 256, 2: 512, 3: 128}  # rows of a step in the stages of the report
+IMAGE_TOKENS = 576  # of a generated image
 
 INTRODUCTION = "\n\n".join(
     (
@@ -49,8 +50,8 @@ INTRODUCTION = "\n\n".join(
         "Collectives of training are those of one step on one device, without kinds below 0.05 GB. "
         "The bytes of a collective are those of its operands or of its results, whichever is more; "
         "an all-reduce sends about twice these bytes, the others at most these "
-        "(`janus_jax/aot/hlo_facts.py`). On 16 x v5p, XLA splits gathers into "
-        "collective-permutes. On 64 x v5p it computes them as all-reduces.\n",
+        "(`janus_jax/aot/hlo_facts.py`). XLA for TPUs may split gathers into "
+        "collective-permutes, or compute them as all-reduces.\n",
     )
 )
 
@@ -258,7 +259,7 @@ def _floor(report: dict) -> str:
     settings, step = report["settings"], report["decode_step"]["floor_ms"] / 1000
     if report["job"] == "answer":
         return f"{1 / step:.0f} tokens/s"
-    return f"{step * 576 / settings['batch']:.2f} s/image"
+    return f"{step * IMAGE_TOKENS / settings['batch']:.2f} s/image"
 
 
 def _per_token(tokens: dict) -> str:

@@ -49,7 +49,7 @@ class Drawing:
             marks.append((done // number, time.perf_counter()))
 
         list(image.generate(self._model, self._requests, number, progress=report))
-        # the first two reports come before the device is done, the last one after the decoder
+        # the first two reports come before the token loop, the last one after the image tokenizer
         self.step_seconds.append(rate_between(marks[2:-1]))
 
 

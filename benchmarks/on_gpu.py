@@ -34,7 +34,7 @@ def plan(profiles: Path) -> list[suite.Measurement]:
     """Returns the measurements, most important first. profiles: where profiles are kept."""
     one, seven = "janus_pro_1b", "janus_pro_7b"
     return [
-        # the limits of these seven add up to SECONDS, so that none takes the time of another
+        # the limits of these seven add up to SECONDS; finding the GPU takes time of the last one
         parity.measurement(seconds=60, least=30),
         draw.jax_measurement(one, (1, 16), folder=profiles, seconds=75, least=40),
         draw.jax_measurement(seven, (1, 16), folder=profiles, seconds=95, least=50),

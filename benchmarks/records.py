@@ -92,14 +92,26 @@ class Record:
         device: the name of the accelerator, or "cpu".
 
         Raises:
-            ValueError: the file has rows that were measured on another machine.
+            ValueError: the file has rows that were measured on another machine or with other
+                versions.
         """
         found, before = hardware(device), self.content["hardware"]
         if before and any(before[name] != found[name] for name in SAME):
             raise ValueError(f"{self.path} was measured on another machine; choose another file")
+        used, before = versions(packages), self.content["versions"]
+        for name, version in used.items():
+            if (other := before.get(name, version)) != version and self._is_measured:
+                raise ValueError(
+                    f"{self.path} was measured with {name} {other}, this is {version}; choose "
+                    "another file"
+                )
         self.content["hardware"] = found
-        self.content["versions"] |= versions(packages)
+        self.content["versions"] |= used
         self._write()
+
+    @property
+    def _is_measured(self) -> bool:
+        return any("figures" in row for row in self.content["rows"])
 
     def add(self, case: Case, figures: Mapping, **details) -> None:
         """Adds a measured row, in place of an earlier row of the same case."""

@@ -39,7 +39,7 @@ class Training:
         fields, batch_size = program.inputs.rows.fields(source.cfg), program.inputs.rows.batch_size
         self.rows = random_rows(fields, source.sizes, batch_size, ratio)
         self._rows = put_rows(self.rows, program.inputs.mesh)
-        self._frozen = _random_arrays(parameters.frozen)
+        self._frozen = _random_arrays(parameters.loaded_frozen)
         self._state = program.first_state(_random_arrays(parameters.trained))
         self._step = program.step
 

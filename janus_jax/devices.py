@@ -20,7 +20,6 @@ class DeviceFacts:
     memory_bytes: size of the device's memory.
     memory_bytes_per_s: rate at which it reads its memory.
     peak_flops: rate of dense bfloat16 matrix products in FLOP/s.
-    interconnect_bytes_per_s: rate of its links to other devices, both directions together.
     topologies: TPU slices that a program can be compiled for without them, from small to large, as
       numbers of chips in each direction.
     devices_per_chip: number of devices of a TPU chip.
@@ -35,7 +34,6 @@ class DeviceFacts:
     memory_bytes: int
     memory_bytes_per_s: float
     peak_flops: float
-    interconnect_bytes_per_s: float
     sources: tuple[str, ...]
     topologies: tuple[str, ...] = ()
     devices_per_chip: int = 1

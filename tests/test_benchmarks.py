@@ -102,6 +102,12 @@ def test_a_record_is_of_one_benchmark_and_machine(tmp_path):
         Record(tmp_path / "a.json", "other")
     with pytest.raises(ValueError, match="measured on another machine"):
         Record(tmp_path / "a.json", "pair").describe("a TPU")
+    record.content["versions"]["jax"] = "0.1"
+    record.describe("cpu")  # nothing was measured yet
+    record.content["versions"]["jax"] = "0.1"
+    record.add(dict(model="tiny"), dict(value=1.0))
+    with pytest.raises(ValueError, match=r"measured with jax 0\.1, this is"):
+        record.describe("cpu")
 
 
 def test_ratios_compare_the_same_work():

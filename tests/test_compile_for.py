@@ -90,7 +90,7 @@ def test_the_model_is_a_released_one_or_a_folder():
     assert folder.cfg.language_model.hidden_size == 48
 
 
-def test_the_mesh_of_a_run_is_all_devices_unless_it_is_given():
+def test_the_mesh_of_a_run_is_all_devices_of_topology_or_count():
     meshes = {
         "v5e": "fsdp=1",
         "v5e --topology 4x4": "fsdp=16",
@@ -135,7 +135,7 @@ def test_devices_have_published_facts():
         assert facts.sources and facts.platform in ("tpu", "cuda")
         assert facts_of(facts.device_kinds[0]) is facts
         assert 10e9 < facts.memory_bytes < 200e9, name
-        assert 1e9 < facts.interconnect_bytes_per_s < facts.memory_bytes_per_s < 1e13, name
+        assert 1e11 < facts.memory_bytes_per_s < 1e13, name
         assert 1e14 < facts.peak_flops < 3e15, name
     wanted = "v5e v5p v6e tpu7x h100 h200 a100-40gb a100-80gb l4 rtx-4090"
     assert set(wanted.split()) == set(topology.device_names())

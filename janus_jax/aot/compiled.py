@@ -1,4 +1,4 @@
-"""Compiles a jitted function for devices that need not be there, and states what it needs."""
+"""Compiles a jitted function for devices that need not be present, and states what it needs."""
 
 import dataclasses
 import math

@@ -1,4 +1,4 @@
-"""Compiles what sample.py runs: the programs that draw images and that answer a question.
+"""Compiles what sample.py runs: the programs that generate images and that answer a question.
 
 B images, P prompt length, T image tokens.
 """
@@ -81,7 +81,7 @@ def image_requests(cfg: ModelConfig, prompt_length: int, batch: int) -> Requests
 
 
 def batch_size(target: Target, num_images: int, prompt_length: int, max_batch: int | None) -> int:
-    """Returns B, the number of images that image.generate draws at a time."""
+    """Returns B, the number of images that image.generate generates at a time."""
     rows, tokens = 2, family_of(target.cfg).sizes(target.cfg).generated_image_tokens
     slots = rows * (chunks.bucket_length(prompt_length) + tokens - 1)
     decoder = target.cfg.language_model
@@ -90,12 +90,12 @@ def batch_size(target: Target, num_images: int, prompt_length: int, max_batch: i
 
 
 def compile_draw(target: Target, prompt_length: int, batch: int) -> Iterator[CompiledPart]:
-    """Compiles the programs that draw a batch of images, in the order in which they run.
+    """Compiles the programs that generate a batch of images, in the order in which they run.
 
     batch: B, see batch_size.
 
     Raises:
-        DoesNotFitError: the compiler says that the memory of the device is too small.
+        DoesNotFitError, ValueError: see Job.compile.
     """
     model, mesh = target.model, target.mesh
     requests = target.batch_shapes(image_requests(target.cfg, prompt_length, batch))
@@ -136,7 +136,7 @@ def compile_answer(
     prompt_length: P, with the tokens of the images. num_images: number of images in the prompt.
 
     Raises:
-        DoesNotFitError: the compiler says that the memory of the device is too small.
+        DoesNotFitError, ValueError: see Job.compile.
     """
     model, mesh = target.model, target.mesh
     requests = answer_requests(target, prompt_length, num_images)
@@ -153,7 +153,7 @@ def compile_answer(
 def weight_shapes(target: Target, kind: str) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the weights, by path, that the device must read for each new token.
 
-    Embeddings, of which a token reads one row, are left out.
+    Embeddings, of which a token reads one row, are skipped.
 
     kind: "draw" or "answer".
     """

@@ -21,14 +21,12 @@ COLLECTIVES = (
 _NO_KERNEL = {
     "add-dependency",
     "after-all",
-    "async-done",
     "async-update",
     "bitcast",
     "constant",
     "domain",
     "get-tuple-element",
     "opt-barrier",
-    "optimization-barrier",
     "parameter",
     "partition-id",
     "replica-id",
@@ -212,8 +210,8 @@ def _group_size(attributes: str) -> int | None:
 def summarize(found: list[Collective]) -> dict[str, tuple[int, int]]:
     """Returns kind -> (how often it runs, bytes in total).
 
-    See Collective for the meaning of bytes and times: give it those inside the token loop or those
-    outside.
+    All must be inside the token loop, or all outside of it, because `times` of a Collective is per
+    token inside and per run outside.
     """
     totals: dict[str, tuple[int, int]] = {}
     for collective in found:

@@ -12,7 +12,7 @@ DECODE_SCOPE = "decode_step"
 
 _TRIP_COUNT = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 # Instructions that pass an array on.
-_PASS = ("bitcast", "copy", "copy-start", "copy-done", "optimization-barrier")
+_PASS = ("bitcast", "copy", "copy-start", "copy-done", "opt-barrier")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,8 +116,8 @@ def loop_of(module: HloModule, caller: Computation, instruction: Instruction) ->
 def token_loop(module: HloModule, scope: str = DECODE_SCOPE) -> Loop | None:
     """Returns the loop that generates one token per iteration, or None without such a loop.
 
-    It is the outermost loop with operations of the scope of a decode step in its body that is not
-    itself part of a decode step.
+    It is the outermost loop whose body has operations in the scope of a decode step. Loops inside
+    that scope are skipped.
     """
     for visit in walk(module):
         for instruction in visit.computation.instructions.values():

@@ -30,7 +30,7 @@ _CALLED = re.compile(rf"(?:^|[\s,])({_ROLES})=(\{{[^}}]*\}}|%[^\s,]+)")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _TARGET = re.compile(r'custom_call_target="([^"]*)"')
 _ARRAY_OR_PAREN = re.compile(r"([a-z]\w*)\[([^\]]*)\](?:\{([^}]*)\})?|[()]")
-# What others rely on: an instruction without it has an unknown form.
+# Attributes that other code reads; an instruction that lacks them is read as opaque.
 _REQUIRED = {
     "get-tuple-element": re.compile(r".*\bindex=\d", re.DOTALL),
     "parameter": re.compile(r"\d+\)"),

@@ -22,7 +22,6 @@ _ALIASES = {
     "copy-done",
     "domain",
     "opt-barrier",
-    "optimization-barrier",
     "slice-done",
 }
 _PRODUCTS = {"dot", "convolution", "ragged-dot"}

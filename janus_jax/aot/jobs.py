@@ -1,10 +1,10 @@
-"""Jobs to compile: drawing images, answering a question, training; on described devices."""
+"""Jobs to compile: image generation, an answer to a question, training; on described devices."""
 
 import abc
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 from jax.sharding import Mesh
@@ -22,7 +22,8 @@ from janus_jax.families.registry import family_of
 class Step:
     """What a device must read for one token of all requests of a batch, in bytes.
 
-    weights: the weights of the decoder and of the head.
+    weights: the weights that it multiplies by: decoder and head, and for image tokens the
+      generation aligner.
     cache: the filled part of the cache, on average over the tokens.
     """
 
@@ -37,7 +38,7 @@ class Step:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(abc.ABC):
-    """A job on devices that need not be there.
+    """A job on devices that need not be present.
 
     facts: the kind of device.
     cfg: the config of the model.
@@ -91,7 +92,7 @@ class Job(abc.ABC):
 
     @abc.abstractmethod
     def held(self) -> dict[str, int]:
-        """Returns the bytes on each device that are there before the programs run, by purpose."""
+        """Returns the bytes that each device holds before the programs run, by purpose."""
 
     @abc.abstractmethod
     def compile(self) -> Iterator[CompiledPart]:
@@ -99,15 +100,13 @@ class Job(abc.ABC):
 
         Raises:
             DoesNotFitError: the compiler says that the memory of the device is too small.
+            ValueError: the mesh does not fit the model, or XLA refuses a program for another
+                reason.
         """
 
     def step(self) -> Step | None:
         """Returns what one decode step must read, or None for a job without decode steps."""
         return None
-
-    def weights(self) -> Mapping[str, Any]:
-        """Returns the shapes of the weights that a decode step reads, by path."""
-        return {}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,12 +131,22 @@ class _Generation(Job):
     def held(self) -> dict[str, int]:
         return dict(parameters=generation.parameter_bytes(self.target))
 
+    def _step(self, batch: int, rows: int, num_tokens: int) -> Step:
+        """Returns what one decode step must read.
+
+        batch: number of requests. rows: decoder rows of a request. num_tokens: new tokens.
+        """
+        filled = self.prompt_length + num_tokens / 2
+        weights = generation.weight_shapes(self.target, type(self).__name__.lower())
+        cache = generation.cache_bytes(self.target, batch, rows, filled)
+        return Step(device_bytes(list(weights.values())), cache)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Draw(_Generation):
-    """Draws images of one prompt with guidance, as sample.py does.
+    """Generates images of one prompt with guidance, as sample.py does.
 
-    num_images: number of images. max_batch: maximum number to draw at a time; None: as many as
+    num_images: number of images. max_batch: maximum number to generate at a time; None: as many as
       image.generate chooses.
     """
 
@@ -149,7 +158,7 @@ class Draw(_Generation):
 
     @property
     def batch(self) -> int:
-        """The number of images that are drawn at a time."""
+        """The number of images that are generated at a time."""
         counts = self.num_images, self.prompt_length, self.max_batch
         return generation.batch_size(self.target, *counts)
 
@@ -162,14 +171,8 @@ class Draw(_Generation):
     def compile(self) -> Iterator[CompiledPart]:
         return generation.compile_draw(self.target, self.prompt_length, self.batch)
 
-    def weights(self) -> Mapping[str, Any]:
-        return generation.weight_shapes(self.target, "draw")
-
     def step(self) -> Step:
-        tokens = self.sizes.generated_image_tokens
-        filled = self.prompt_length + tokens / 2
-        cache = generation.cache_bytes(self.target, self.batch, 2, filled)
-        return Step(device_bytes(list(self.weights().values())), cache)
+        return self._step(self.batch, rows=2, num_tokens=self.sizes.generated_image_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -201,13 +204,8 @@ class Answer(_Generation):
         counts = self.prompt_length, self.num_images, self.max_new_tokens
         return generation.compile_answer(self.target, *counts)
 
-    def weights(self) -> Mapping[str, Any]:
-        return generation.weight_shapes(self.target, "answer")
-
     def step(self) -> Step:
-        filled = self.prompt_length + self.max_new_tokens / 2
-        cache = generation.cache_bytes(self.target, 1, 1, filled)
-        return Step(device_bytes(list(self.weights().values())), cache)
+        return self._step(batch=1, rows=1, num_tokens=self.max_new_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,9 +29,9 @@ class PartFacts:
     collectives: kind -> (number, bytes on each device), of one run of the program or, for a program
       with a token loop, of one token.
     kernels: number of kernels of one token on a GPU, by kind; None without decode steps or a GPU.
-    weight_copies: what is copied or converted for every token, or before the token loop, once in
-      each call of the program: a description -> the number of instructions; None without decode
-      steps.
+    weight_copies: number of copies and conversions of weights, by description. Those before the
+      token loop run once in each call of the program, the others for every token. None for a
+      program without decode steps.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Measurement:
 
     @property
     def added(self) -> int:
-        """Bytes that the program which needs most adds to what is held."""
+        """The largest number of bytes that one of the programs needs in addition to `held`."""
         sizes = [part.added for part in self.parts]
         if self.error is not None:
             sizes.append(max(0, (self.error.needed_bytes or 0) - sum(self.held.values())))
@@ -106,6 +106,9 @@ def measure(
 
     memory_fraction: share of a GPU's memory that JAX may use. A TPU's is all available.
     report: is called with a line of text after each program.
+
+    Raises:
+        ValueError: see Job.compile. A program that does not fit is the `error` of the result.
     """
     held, parts, error = job.held(), [], None
     available = job.facts.memory_bytes

@@ -29,7 +29,7 @@ _TPU_ENVIRONMENT = {  # read by libtpu when it is loaded
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask a metadata server for the type of this machine
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other processes may compile at the same time
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # that of this machine, else it is looked up
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # a made-up type of this machine, which is not looked up
 }
 _EXTRAS = {"tpu": "compile-tpu", "cuda": "compile-cuda"}
 
@@ -80,7 +80,7 @@ def described_devices(facts: DeviceFacts, count: int, topology: str = "") -> lis
     """
     if facts.platform == "cuda":
         if topology:
-            raise ValueError(f"--topology is for TPUs; for {facts.name} use --mesh or --count")
+            raise ValueError(f"--topology is for TPUs, got {facts.name}; remove it")
         hosts, rest = divmod(count, GPUS_PER_HOST)
         if hosts and rest:
             raise ValueError(
@@ -105,9 +105,10 @@ def _describe(facts: DeviceFacts, name: str, **settings):
     try:
         return topologies.get_topology_desc(name, facts.platform, **settings).devices
     except (RuntimeError, ValueError, ImportError) as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"cannot compile for {name}: {str(error).splitlines()[0]}; the compiler is installed "
-            f"by pip install -e '.[{_EXTRAS[facts.platform]}]'"
+            f"cannot compile for {name}: {reason}; if the compiler is missing, run pip install -e "
+            f"'.[{_EXTRAS[facts.platform]}]'"
         ) from error
 
 

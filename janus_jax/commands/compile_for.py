@@ -61,13 +61,17 @@ def make_parser() -> OneLineParser:
         "not read (default for --job train: init of the config)"
     )
     add("--model", metavar="MODEL", help=text)
-    text = 'devices to shard over, such as "tensor=4" (default: one; for --job train: all, on fsdp)'
+    text = (
+        'devices to shard over, such as "tensor=4" (default: one; for --job train: all of '
+        "--topology or --count, on fsdp)"
+    )
     add("--mesh", default="", metavar="AXIS=N,...", help=text)
     add("--topology", default="", metavar="2x4", help="TPU slice (default: the smallest possible)")
     add("--count", type=_count, metavar="N", help="number of GPUs of --job train (default: 1)")
-    text = "number of images to draw, or of images in the question (default: 1)"
+    text = "number of images to generate, or of images in the question (default: 1)"
     add("--num_images", type=_count, metavar="N", help=text)
-    add("--max_batch", type=_count, metavar="N", help="maximum number of images drawn at a time")
+    text = "maximum number of images to generate at a time"
+    add("--max_batch", type=_count, metavar="N", help=text)
     text = "tokens of the prompt, with those of its images (default: 64 and those of the images)"
     add("--prompt_length", type=_count, metavar="N", help=text)
     text = "maximum number of tokens of the answer (default: 256)"

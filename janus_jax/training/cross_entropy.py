@@ -43,7 +43,7 @@ def cross_entropies(
     length = targets.shape[1]
     chunk = min(chunk, length)
     size = length + -length % chunk
-    # taken from itself, the mask is True for the targets and False for the padding behind them
+    # take_masked(mask, mask) is True for the targets and False for the padding behind them
     parts = [
         _chunks(take_masked(part, target_mask, size), chunk)
         for part in (hidden, targets, target_mask)

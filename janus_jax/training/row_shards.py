@@ -69,10 +69,12 @@ def _batch_axes(spec: P) -> P:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
 def _gather(x: jax.Array, spec: P, dtype) -> jax.Array:
-    """Gathers an array within a shard_map. Its gradient is added up and scattered in its dtype.
+    """Gathers an array within a shard_map.
+
+    The gradient is summed over the devices and scattered in the dtype of x, not in `dtype`.
 
     spec: the mesh axis, or None, of each dimension. If there is none, x is returned.
-    dtype: x is rounded to this dtype before it is sent, which halves the bytes of float32.
+    dtype: x is rounded to it before it is sent; bfloat16 halves the bytes of a float32 array.
     """
     sharded = [(i, axis) for i, axis in enumerate(spec) if axis]
     whole = x.astype(dtype) if sharded else x

@@ -192,9 +192,9 @@ class Objective:
         """Returns a gradient, sharded as its parameter; else each device might hold all of it."""
         sharding = self.shardings[path]
         grad = jax.lax.with_sharding_constraint(grad, sharding)
-        # On TPU, XLA adds up a gradient over all devices, and takes the shard of a device from the
-        # sum where it is used. The barrier is that place. Otherwise it is the optimizer, which
-        # waits for the norm of all gradients, and the full gradients of all layers exist at once.
+        # On TPU, XLA sums a gradient over all devices and takes each device's shard only where the
+        # sum is first used. Without the barrier, this is the optimizer, which waits for the norm of
+        # all gradients, so the full gradients of all layers would exist at once.
         return grad if len(sharding.device_set) == 1 else jax.lax.optimization_barrier(grad)
 
     def mean(self, terms: Terms) -> jax.Array:

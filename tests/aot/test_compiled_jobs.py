@@ -1,11 +1,11 @@
 """compile_for with the real compilers for TPU and CUDA, for small models."""
 
 import dataclasses
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
+from compilers import needs_cuda, needs_tpu
 
 from janus_jax.aot.changes import find_change
 from janus_jax.aot.compiled import DoesNotFitError
@@ -19,13 +19,8 @@ from janus_jax.models.janus import JanusConfig
 
 SMALL = Path(__file__).parents[1] / "golden" / "janus_small"  # 2 decoder layers, 1 of SigLIP
 TINY = "janus_tiny"
-needs_tpu = pytest.mark.skipif(
-    importlib.util.find_spec("libtpu") is None, reason="needs the extra `compile-tpu`"
-)
-needs_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None, reason="needs `compile-cuda`"
-)
-TRAIN = "--job train --config=finetune_lora --config.tokenized=True --config.seq_len=256"
+TRAIN = "--job train --config=finetune_lora --config.seq_len=256 --config.batch_size=32"
+TOKENIZED = "--config.tokenized=True"  # the images to generate are read as tokens
 
 
 def report(flags: str, capsys, model: str = str(SMALL)) -> dict:
@@ -54,14 +49,27 @@ def test_an_answer_on_a_slice_of_tpus(capsys):
 
 
 @needs_tpu
+def test_an_image_on_a_tpu(capsys):
+    facts = report("--device v5e --job draw --prompt_length 20", capsys)
+    prompt, tokens, pixels = facts["programs"]
+    check_memory(facts["memory"])
+    assert [part["name"] for part in (prompt, tokens, pixels)] == ["prompt", "tokens", "pixels"]
+    assert prompt["attention"] == {"prefill": ["XLA"]}  # too short for the kernel
+    assert tokens["attention"] == {"decode_step": ["XLA"]}
+    assert tokens["weight_copies"] == {}
+
+
+@needs_tpu
 def test_a_training_step_on_a_slice_of_tpus(capsys):
-    facts = report(f"--device v5p --topology 2x2x1 {TRAIN} --config.batch_size=32", capsys)
-    (step,) = facts["programs"]
+    facts = report(f"--device v5p --topology 2x2x1 {TRAIN}", capsys)
+    image_tokens, step = facts["programs"]
+    assert image_tokens["name"] == "image_tokens" and image_tokens["collectives"] == {}
     check_memory(facts["memory"])
     assert facts["memory"]["held"].keys() == {"params", "optimizer", "frozen", "batch"}
     assert facts["mesh"] == "fsdp=4" and "decode_step" not in facts
     assert step["collectives"]["all-gather"]["count"] >= 14  # the weights of two layers
-    assert {"decoder", "decoder backward"} <= step["attention"].keys()
+    for part in ("decoder", "decoder backward"):
+        assert step["attention"][part] == ["splash attention"]
 
 
 @needs_tpu
@@ -111,12 +119,23 @@ def test_a_program_that_triton_refuses_is_compiled_without_it(capsys):
     assert {"xla_gpu_enable_triton_gemm": False} in options
 
 
-@pytest.mark.slow
 @needs_cuda
-@needs_tpu
+def test_an_answer_on_a_gpu(capsys):
+    facts = report("--device h100 --job answer --prompt_length 200", capsys, TINY)
+    prompt, token = facts["programs"]
+    check_memory(facts["memory"])
+    assert prompt["attention"]["prefill"] == ["cuDNN"]
+    assert token["attention"] == {"decode_step": ["XLA"]}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("device", "remat", "limit"),
-    [("h100", "dots", 20e9), ("h100", "full", 7e9), ("v5p", "full", 9e9)],
+    [
+        pytest.param("h100", "dots", 20e9, marks=needs_cuda),
+        pytest.param("h100", "full", 7e9, marks=needs_cuda),
+        pytest.param("v5p", "full", 9e9, marks=needs_tpu),
+    ],
 )
 def test_the_memory_of_a_training_step(device, remat, limit, capsys):
     """Of stage 2 of Janus-Pro-1B, as docs/development.md states it. Takes minutes."""
@@ -130,15 +149,23 @@ def test_the_memory_of_a_training_step(device, remat, limit, capsys):
 
 @needs_cuda
 def test_a_training_step_on_gpus(capsys):
-    facts = report(f"--device h100 --count 4 {TRAIN} --config.batch_size=32", capsys, TINY)
+    facts = report(f"--device h100 --count 4 {TRAIN} {TOKENIZED}", capsys, TINY)
     check_memory(facts["memory"])
     assert facts["num_devices"] == 4
-    assert facts["programs"][0]["collectives"]["all-gather"]["count"] >= 28  # of four layers
+    (step,), memory = facts["programs"], facts["memory"]["held"]
+    assert step["attention"]["decoder"] == step["attention"]["decoder backward"] == ["cuDNN"]
+    gathered, microbatches = step["collectives"]["all-gather"], facts["settings"]["accumulate"]
+    assert gathered["count"] >= 28  # of four layers
+    # for the forward pass, the recomputation and the backward pass
+    assert gathered["bytes"] <= microbatches * 3 * 4 * memory["frozen"]
 
 
 @needs_cuda
 def test_gradients_are_sent_matrix_by_matrix_on_gpus(capsys):
     """XLA would combine them, and then keep the full gradients of all layers."""
-    full = f"{TRAIN} --config.lora_rank=0 --config.accumulate=1 --config.batch_size=4"
-    facts = report(f"--device h100 --count 4 {full}", capsys, TINY)
-    assert facts["programs"][0]["collectives"]["reduce-scatter"]["count"] >= 28  # of four layers
+    full = "--config.lora_rank=0 --config.accumulate=1 --config.batch_size=4"
+    facts = report(f"--device h100 --count 4 {TRAIN} {TOKENIZED} {full}", capsys, TINY)
+    collectives, params = facts["programs"][0]["collectives"], 4 * facts["memory"]["held"]["params"]
+    assert collectives["reduce-scatter"]["count"] >= 28  # of four layers
+    # float32 parameters, of which bfloat16 copies are gathered three times; no optimizer state
+    assert collectives["all-gather"]["bytes"] <= 3 * params / 2

@@ -3,12 +3,11 @@
 The facts are planted: a conversion and a gather of a weight in each step, and a clean step.
 """
 
-import importlib.util
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import DEVICES
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -19,16 +18,13 @@ from janus_jax.aot.hlo_weights import IN_LOOP, weight_copies
 from janus_jax.aot.topology import described_devices
 from janus_jax.devices import known_devices
 
-COMPILERS = {"v5e": "libtpu", "h100": "jax_cuda12_plugin"}
 WIDTH, STEPS = 1024, 9
 X = jax.ShapeDtypeStruct((4, WIDTH), jnp.bfloat16)
 
 
-@pytest.fixture(params=COMPILERS)
+@pytest.fixture(params=DEVICES)
 def devices(request):
     """Four devices to compile for."""
-    if importlib.util.find_spec(COMPILERS[request.param]) is None:
-        pytest.skip(f"{COMPILERS[request.param]} is not installed")
     return described_devices(known_devices()[request.param], 4)
 
 

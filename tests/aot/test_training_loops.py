@@ -1,8 +1,7 @@
 """Which layers run in a loop in a training step for a TPU. Nothing is compiled."""
 
-import importlib.util
-
 import pytest
+from compilers import needs_tpu
 
 from janus_jax.aot.topology import described_devices
 from janus_jax.aot.training import abstract_program
@@ -13,7 +12,7 @@ from janus_jax.training.stages import ALL_BUT_ENCODERS, ALL_BUT_VQ, base_config
 ENCODER, DECODER = "und_encoder.blocks", "language_model.layers"
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs `compile-tpu`")
+@needs_tpu
 @pytest.mark.parametrize(
     ("settings", "looped"),
     [
