@@ -9,12 +9,13 @@ janus_jax: for one conversation what sample.py runs, a jitted call per token; fo
 torch_eager: JanusForConditionalGeneration of `transformers` with a cache that grows with every
     token, without compilation.
 
-All use random weights, one image and the same number of tokens of text per
-conversation, greedy decoding, and no end of the answer before its maximum length.
+All use random weights, one image and the same number of tokens of text per conversation, greedy
+decoding, and no end of the answer before its maximum length.
 
 Figures:
 
 tokens_per_s: new tokens of all conversations, divided by the median seconds of a run.
+run_s: seconds of a run.
 first_token_s: seconds from the call to the first token on the host, for one conversation: the
     vision encoder, the prefill and the text head.
 step_ms: milliseconds between two tokens after that, for one conversation.
@@ -31,6 +32,7 @@ from benchmarks.suite import DTYPES
 
 MODELS = ("janus_pro_1b", "janus_pro_7b", "tiny")
 IMPLEMENTATIONS = ("janus_jax", "torch_eager")
+MAX_TOKENS = 2048  # of an answer; all models have at least 4096 positions
 RATE = "tokens_per_s"
 
 
@@ -86,6 +88,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = "runs after the first (default: 3)"
     parser.add_argument("--runs", type=suite.positive, default=3, help=text)
     args = parser.parse_args(argv)
+    if args.num_tokens > MAX_TOKENS:
+        parser.error(f"--num_tokens must be at most {MAX_TOKENS}, got {args.num_tokens}")
     shape = (args.conversations, args.dtype, args.num_tokens, args.runs)
     measurements = [
         measurement(model, implementation, *shape)

@@ -21,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+from benchmarks.suite import exit_on_sigterm
 from janus_jax.commands.terminal import OneLineParser, error_line, one_line_errors
 from janus_jax.paths import write_file
 
@@ -89,15 +90,20 @@ def _always(text: str) -> Callable[[Mapping], str]:
     return lambda report: text
 
 
+def _memory_left(report: Mapping) -> str:
+    """Says why one device is enough."""
+    memory = report["memory"]
+    return f"Fits on one device; {_size(memory['available'] - memory['total'])} are left."
+
+
 def generation_rows() -> Iterator[Row]:
     """Yields the rows of drawing and answering."""
-    one = _always("One device is enough.")
     sharded = _always("Four chips read the weights four times as fast as one.")
     small = ("v5e", "v6e", "l4", "rtx-4090")
     for device in (*small, "a100-40gb", "a100-80gb", "h100", "h200", "v5p", "tpu7x"):
         for model in NAMES:
-            yield Row(model, "draw", device, ("--num_images", "4"), one)
-            yield Row(model, "answer", device, (), one)
+            yield Row(model, "draw", device, ("--num_images", "4"), _memory_left)
+            yield Row(model, "answer", device, (), _memory_left)
     for device in ("v5e", "v6e"):
         mesh = ("--mesh", "tensor=4")
         yield Row("janus_pro_7b", "draw", device, ("--num_images", "4", *mesh), sharded)
@@ -110,7 +116,7 @@ _SLICES = (
     ("v6e", ("--topology", "8x8"), 64, ("1b", "7b")),
     ("v5p", ("--topology", "2x2x4"), 16, ("1b",)),
     ("v5p", ("--topology", "4x4x4"), 64, ("7b",)),
-    ("h100", ("--count", "8"), 8, ("1b",)),
+    ("h100", ("--count", "8"), 8, ("1b", "7b")),
     ("h100", ("--count", "64"), 64, ("1b", "7b")),
 )
 
@@ -174,7 +180,7 @@ def lora_rows() -> Iterator[Row]:
 
 
 TABLES = {
-    "Drawing and answering": tuple(generation_rows()),
+    "Generating images and answering questions": tuple(generation_rows()),
     "The three stages of the report": tuple(training_rows()),
     "Fine-tuning with LoRA": tuple(lora_rows()),
 }
@@ -256,6 +262,8 @@ def _generation_table(found: list[tuple[Row, dict]]) -> Iterator[str]:
 
 
 def _floor(report: dict) -> str:
+    if not report["fits"]:
+        return "-"
     settings, step = report["settings"], report["decode_step"]["floor_ms"] / 1000
     if report["job"] == "answer":
         return f"{1 / step:.0f} tokens/s"
@@ -272,8 +280,7 @@ def _per_token(tokens: dict) -> str:
 
 
 def _train_table(found: list[tuple[Row, dict]]) -> Iterator[str]:
-    if "stage" in found[0][0].job:
-        yield _stage_facts(found)
+    yield _stage_facts(found) if "stage" in found[0][0].job else _LORA_FACTS
     yield (
         "| | devices | mesh | rows | microbatches | memory needed | memory available | collectives "
         "| note |"
@@ -281,8 +288,9 @@ def _train_table(found: list[tuple[Row, dict]]) -> Iterator[str]:
     yield "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"
     for row, report in found:
         step = report["programs"][-1] if report["programs"] else dict(collectives={})
+        job = row.job.removeprefix(f"{row.model}_").replace("stage", "stage ")
         yield _line(
-            row.job,
+            f"{NAMES[row.model]}, {job}",
             f"{report['num_devices']} x {row.device}",
             report["mesh"],
             f"{report['settings']['batch_size']}",
@@ -306,8 +314,14 @@ def _stage_facts(found: list[tuple[Row, dict]]) -> str:
         "has at most 4 rows on each device, because each microbatch gathers all parameters; on "
         "v5e, and on v6e for 7B, only one row, because of the smaller memory. All rows have 4096 "
         "tokens and `remat=full`. "
-        f"The 7B stages were compiled for {' and '.join(sevens) or 'no device'} only.\n"
+        f"The stages of 7B are listed for {', '.join(sevens) or 'no device'}.\n"
     )
+
+
+_LORA_FACTS = (
+    "`configs/finetune_lora.py` with image tokens that were computed before "
+    "(`--config.tokenized=True`).\n"
+)
 
 
 def _moved(collectives: dict[str, dict]) -> str:
@@ -347,7 +361,11 @@ def _chosen(flags: argparse.Namespace, results: dict[str, dict]) -> list[Row]:
         return []
     if flags.only is None:
         return [row for row in rows if row.name not in results]
-    return [row for row in rows if flags.only.search(row.name)]
+    found = [row for row in rows if flags.only.search(row.name)]
+    if not found:
+        names = f"{rows[0].name!r} and {rows[-1].name!r}"
+        raise ValueError(f"--only {flags.only.pattern!r} matches no row; names are like {names}")
+    return found
 
 
 def compile_rows(rows: Iterable[Row], results: dict[str, dict]) -> bool:
@@ -378,6 +396,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = "compile nothing, only write the page again"
     group.add_argument("--page_only", action="store_true", help=text)
     flags = parser.parse_args(argv)
+    exit_on_sigterm()
     with one_line_errors("devices"):
         results = read_results()
         success = compile_rows(_chosen(flags, results), results)

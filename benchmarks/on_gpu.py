@@ -7,7 +7,6 @@ its rows say so. If a check of parity fails, the exit status is 1.
 
 import argparse
 import json
-import signal
 import subprocess
 import sys
 import tarfile
@@ -162,7 +161,7 @@ def _measure_all(args: argparse.Namespace) -> None:
     deadline = suite.Deadline(args.seconds)
     args.out.mkdir(parents=True, exist_ok=True)
     _records(args.out)  # a file that is not a record ends the run now rather than later
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    suite.exit_on_sigterm()
     with tempfile.TemporaryDirectory() as folder:
         measurements = (tiny_plan if args.tiny else plan)(Path(folder))
         names = args.benchmarks or RATES

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures everything on one GPU in at most nine minutes, most important first:
 #
-#     benchmarks/on_gpu.sh OUT [--tiny] [BENCHMARK ...]
+#     benchmarks/on_gpu.sh OUT [--tiny] [--seconds S] [BENCHMARK ...]
 #
 # OUT gets a JSON record per benchmark, summary.md, log.txt and the profiles. Each record is written
 # again after every measurement, so that a run that is cut off still counts. The exit status is 1 if
@@ -15,12 +15,13 @@
 #     takes a few seconds in addition to the nine minutes.
 set -euo pipefail
 if [ $# -lt 1 ] || [[ $1 == -* ]]; then
-    echo "usage: benchmarks/on_gpu.sh OUT [--tiny] [BENCHMARK ...]" >&2
+    echo "usage: benchmarks/on_gpu.sh OUT [--tiny] [--seconds S] [BENCHMARK ...]" >&2
     exit 2
 fi
 mkdir -p "$1"
 set -- "$(cd "$1" && pwd)" "${@:2}"
-python=${PYTHON:-python3}
+python=$(command -v "${PYTHON:-python3}")
+python=$(cd "$(dirname "$python")" && pwd)/$(basename "$python")
 if [ -n "${WHEELS:-}" ]; then
     WHEELS=$(cd "$WHEELS" && pwd)
     site=$(mktemp -d)

@@ -7,11 +7,12 @@ written as "not measured". Records of draw and load on a CPU may be in benchmark
 All records of a folder must be of one machine.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from benchmarks import answer, draw, parity, train
 from benchmarks.records import OURS, SAME, middle, ratios, read_record
+from benchmarks.suite import bare_parser
 from benchmarks.tables import NOT_MEASURED, markdown, number
 from janus_jax.commands.terminal import one_line_errors
 
@@ -143,7 +144,7 @@ def _others(records: Records) -> str:
     steps = one | dict(rows=4, seq_len=4096, remat="dots")
     rows = [
         (
-            "float32 equal to the recordings, same image for a seed in every batch",
+            "float32: equal to the recordings, and the same image for a seed in all batch sizes",
             _parity(records),
         ),
         (
@@ -158,7 +159,7 @@ def _others(records: Records) -> str:
             "Janus-Pro-1B, tokens/s of training in stage 2, 4 rows of 4096 tokens",
             figure(records, "train", train.RATE, **steps),
         ),
-        ("the same, model FLOPs utilization", figure(records, "train", "mfu", **steps)),
+        ("model FLOPs utilization of this step", figure(records, "train", "mfu", **steps)),
     ]
     rows += [
         (
@@ -210,8 +211,9 @@ def replaced(readme: str, text: str) -> str:
     return f"{start}{begin}\n{text}\n{end}{after}"
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Writes the README."""
+    bare_parser("readme_table", __doc__.splitlines()[0]).parse_args(argv)
     with one_line_errors("readme_table"):
         text = README.read_text("utf-8")
         README.write_text(replaced(text, tables(RESULTS)), "utf-8")

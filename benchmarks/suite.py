@@ -168,11 +168,12 @@ def parser(
 ) -> OneLineParser:
     """Returns the argument parser of a benchmark, with the arguments that all have."""
     result = bare_parser(benchmark, description)
-    text = "models, with random weights (default: %(default)s)"
-    result.add_argument("--model", nargs="+", choices=models, default=["janus_pro_1b"], help=text)
-    text = "what to measure (default: all)"
-    choices = dict(choices=implementations, default=list(implementations))
-    result.add_argument("--implementation", nargs="+", help=text, **choices)
+    text = f"models with random weights, of {', '.join(models)} (default: janus_pro_1b)"
+    settings = dict(nargs="+", choices=models, metavar="MODEL", default=["janus_pro_1b"])
+    result.add_argument("--model", **settings, help=text)
+    text = f"what to measure, of {', '.join(implementations)} (default: all)"
+    settings = dict(nargs="+", choices=implementations, metavar="NAME")
+    result.add_argument("--implementation", default=list(implementations), **settings, help=text)
     text = "JSON record to write; rows of an earlier run that are not measured again are kept"
     result.add_argument("--output", type=path_arg, required=True, help=text)
     return result
@@ -198,6 +199,7 @@ def run_all(measurements: Sequence[Measurement], output: Path, rate: str | None)
     cannot be written to `output`. rate: see tables.summary.
     """
     benchmark = measurements[0].benchmark
+    exit_on_sigterm()
     with one_line_errors(benchmark):
         if not output.parent.is_dir():
             raise ValueError(f"the folder of --output {output} does not exist; create it first")
@@ -206,6 +208,11 @@ def run_all(measurements: Sequence[Measurement], output: Path, rate: str | None)
         print(summary(content, rate))
     problems = [f"not measured: {reason}" for reason in reasons if reason is not None]
     exit_if(benchmark, [*problems, *map("check failed: {}".format, failed_checks(content))])
+
+
+def exit_on_sigterm() -> None:
+    """Makes SIGTERM raise SystemExit, so that the processes that this one started end, too."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def exit_if(name: str, problems: Sequence[str]) -> None:

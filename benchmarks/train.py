@@ -12,8 +12,8 @@ Implementations:
 janus_jax: the step of train.py.
 torch_eager: LlamaForCausalLM of `transformers` with the sizes of the decoder, on rows of text that
     fill the same number of positions: one row at a time, causal attention over the whole row,
-    autocast to bfloat16, checkpoints of every layer and fused AdamW. It does less work than stage
-    2: no vision encoder, no aligners and no image head.
+    autocast to bfloat16, activation checkpointing in every layer and fused AdamW. It does less work
+    than stage 2: no vision encoder, no aligners and no image head.
 
 Figures:
 
@@ -23,6 +23,8 @@ mfu: FLOPs of the step / (median seconds * peak rate of the device in bfloat16);
     counted as in janus_jax/training/flops.py, which train.py logs. Only for devices whose peak rate
     is known.
 tflops: the FLOPs of the step in units of 10^12.
+filled: share of the positions that are not padding.
+loss: of the last step.
 first_s: seconds of the first step; in janus_jax it includes the compilation.
 peak_gb: peak memory of the device in the process so far.
 """

@@ -27,6 +27,12 @@ def test_no_outputs_are_committed(notebook):
             assert cell.outputs == [] and cell.execution_count is None
 
 
+def test_the_files_that_it_names_exist(notebook):
+    text = " ".join(cell.source for cell in notebook.cells)
+    names = re.findall(r"\b(?:benchmarks|configs|docs|janus_jax)/[\w/]+\.\w+", text)
+    assert names and not [name for name in names if not (ROOT / name).exists()]
+
+
 def outputs_of(notebook, part: str) -> tuple[str, list[str]]:
     """Text and base64 PNG images that the one code cell with `part` in its source has printed."""
     (cell,) = [c for c in notebook.cells if c.cell_type == "code" and part in c.source]

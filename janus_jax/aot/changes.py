@@ -145,7 +145,7 @@ def _larger(job: Job, mesh: dict[str, int], change, scale: float) -> Iterator[Ch
         return
     if larger.num_devices > num_devices(job.facts, job.facts.topologies[-1]):
         return
-    if not job.topology or num_devices(job.facts, job.topology) < larger.num_devices:
+    if job.topology and num_devices(job.facts, job.topology) < larger.num_devices:
         topology = smallest_topology(job.facts, larger.num_devices)
         larger = dataclasses.replace(larger, topology=topology)
         words += f" --topology {topology}"

@@ -125,7 +125,7 @@ class _Generation(Job):
         length, limit = self.prompt_length + num_tokens, self.sizes.max_positions
         if length > limit:
             raise ValueError(
-                f"prompt_length plus the new tokens must be at most {limit}, got {length}"
+                f"--prompt_length plus the new tokens must be at most {limit}, got {length}"
             )
 
     def held(self) -> dict[str, int]:
@@ -191,8 +191,8 @@ class Answer(_Generation):
         image_tokens = self.num_images * self.sizes.input_image_tokens
         if self.prompt_length < image_tokens:
             raise ValueError(
-                f"prompt_length must be at least {image_tokens}, the tokens of the images "
-                f"(num_images={self.num_images}), got {self.prompt_length}"
+                f"--prompt_length must be at least {image_tokens}, the tokens of the images "
+                f"(--num_images {self.num_images}), got {self.prompt_length}"
             )
 
     @property

@@ -7,6 +7,7 @@ from janus_jax.aot.changes import Advice
 from janus_jax.aot.measure import Measurement, PartFacts, versions
 
 _GB = 1e9
+_UNITS = ((1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
 def as_dict(measured: Measurement, model: str) -> dict[str, Any]:
@@ -94,13 +95,13 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
         total = step["weights"] + step["cache"]
         yield (
             f"a decode step must read {_gb(total)} (weights {_gb(step['weights'])}, cache "
-            f"{_gb(step['cache'])}): at least {step['floor_ms']:.3f} ms at "
+            f"{_gb(step['cache'])}): at least {step['floor_ms']:.3g} ms at "
             f"{step['bytes_per_s'] / _GB:.0f} GB/s"
         )
     memory = report["memory"]
     held = ", ".join(f"{name} {_gb(size)}" for name, size in memory["held"].items())
     share = memory["available"] / memory["device"]
-    of = f" ({share:.0%} of {_gb(memory['device'])})" if share < 1 else ""
+    of = f" ({share:.2g} of {_gb(memory['device'])})" if share < 1 else ""
     yield (
         f"memory of each device: {_gb(memory['total'])} of {_gb(memory['available'])}{of}; "
         f"held: {held}; added by the programs: {_gb(memory['added'])}"
@@ -115,8 +116,9 @@ def verdict(report: dict[str, Any]) -> str:
         return "fits"
     if change := report["change"]:
         return f"does not fit; it would with {change}"
-    tried = "; ".join(report["tried"]) or "nothing, because no change seemed to be enough"
-    return f"does not fit; tried {tried}"
+    if not report["tried"]:
+        return "does not fit; no change was compiled, because none is estimated to be enough"
+    return f"does not fit, also not with any of: {'; '.join(report['tried'])}"
 
 
 def _part_lines(part: dict[str, Any]) -> Iterator[str]:
@@ -137,11 +139,12 @@ def _part_lines(part: dict[str, Any]) -> Iterator[str]:
         kinds = ", ".join(f"{count} {kind}" for kind, count in part["kernels_by_kind"].items())
         yield f"  {part['kernels_per_token']} kernels{per}: {kinds}"
     for what, count in part.get("weight_copies", {}).items():
-        yield f"  {count} x a weight: {what}"
+        yield f"  weights: {count} x {what}"
     if part.get("weight_copies") == {}:
         yield "  no weight is copied or converted"
 
 
 def _gb(size: float) -> str:
-    """Formats bytes as GB, or as MB below 0.1 GB."""
-    return f"{size / _GB:.2f} GB" if size >= 0.1 * _GB else f"{size / 1e6:.2f} MB"
+    """Formats bytes as GB, as MB below 0.1 GB, or as kB below 0.1 MB."""
+    unit, name = next(each for each in _UNITS if size >= 0.1 * each[0] or each is _UNITS[-1])
+    return f"{size / unit:.2f} {name}"

@@ -107,8 +107,8 @@ def _describe(facts: DeviceFacts, name: str, **settings):
     except (RuntimeError, ValueError, ImportError) as error:
         reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"cannot compile for {name}: {reason}; if the compiler is missing, run pip install -e "
-            f"'.[{_EXTRAS[facts.platform]}]'"
+            f"cannot compile for {name}; if the compiler is missing, run pip install -e "
+            f"'.[{_EXTRAS[facts.platform]}]' ({reason})"
         ) from error
 
 

@@ -3,13 +3,14 @@
 import argparse
 import json
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from janus_jax.commands.config_flag import check_overrides, load_config, settings_errors
-from janus_jax.commands.terminal import OneLineParser, set_up_program
+from janus_jax.commands.terminal import OneLineParser
 
 if TYPE_CHECKING:
     from janus_jax.aot.jobs import Job
@@ -33,8 +34,8 @@ _EPILOG = f"""\
 examples:
   {COMMAND} --device h100 --model janus_pro_7b --job draw --num_images 4
   {COMMAND} --device v5e --model janus_pro_7b --job answer --mesh tensor=4
-  {COMMAND} --device v5p --topology 2x2x1 --model janus_pro_1b \\
-      --job train --config=configs/janus_pro_1b_stage2.py
+  {COMMAND} --device h100 --count 8 --model janus_pro_1b --job train \\
+      --config=configs/janus_pro_1b_stage2.py --config.remat=full --config.accumulate=16
 """
 
 
@@ -55,7 +56,8 @@ def make_parser() -> OneLineParser:
     )
     add = parser.add_argument
     add("--device", required=True, choices=device_names(), help="kind of device")
-    add("--job", required=True, choices=("draw", "answer", "train"), help="what to compile")
+    text = "draw: generate images; answer: answer a question about images; train: a training step"
+    add("--job", required=True, choices=("draw", "answer", "train"), help=text)
     text = (
         f"the model: {', '.join(released_models())}, or a checkpoint folder, whose weights are "
         "not read (default for --job train: init of the config)"
@@ -66,17 +68,18 @@ def make_parser() -> OneLineParser:
         "--topology or --count, on fsdp)"
     )
     add("--mesh", default="", metavar="AXIS=N,...", help=text)
-    add("--topology", default="", metavar="2x4", help="TPU slice (default: the smallest possible)")
+    text = "TPU slice (default: the smallest one with enough devices)"
+    add("--topology", default="", metavar="2x4", help=text)
     add("--count", type=_count, metavar="N", help="number of GPUs of --job train (default: 1)")
     text = "number of images to generate, or of images in the question (default: 1)"
     add("--num_images", type=_count, metavar="N", help=text)
     text = "maximum number of images to generate at a time"
     add("--max_batch", type=_count, metavar="N", help=text)
-    text = "tokens of the prompt, with those of its images (default: 64 and those of the images)"
+    text = "tokens of the prompt, with those of its images (default: 64 plus those of the images)"
     add("--prompt_length", type=_count, metavar="N", help=text)
     text = "maximum number of tokens of the answer (default: 256)"
     add("--max_new_tokens", type=_count, metavar="N", help=text)
-    text = "dtype of draw and answer (default: bfloat16)"
+    text = "dtype of the jobs draw and answer (default: bfloat16)"
     add("--dtype", choices=("bfloat16", "float32"), help=text)
     text = "config of --job train; --config.NAME=VALUE changes a setting, as for train.py"
     add("--config", metavar="CONFIG", help=text)
@@ -155,14 +158,21 @@ def _training(args: argparse.Namespace, facts: "DeviceFacts", config) -> dict:
 
 def _check_flags(args: argparse.Namespace, overrides: Sequence[str], platform: str) -> None:
     """Raises ValueError for a flag that the job or the kind of device does not use."""
+    has_overrides = any("config." in word for word in overrides)
+    if overrides and not has_overrides:
+        raise ValueError(f"arguments must be flags, got {overrides[0]!r}")
     for flag, jobs in _JOBS_OF_FLAGS.items():
-        given = getattr(args, flag[2:]) or (flag == "--config" and overrides)
+        given = getattr(args, flag[2:]) or (flag == "--config" and has_overrides)
         if given and args.job not in jobs:
             hint = "; use --mesh, such as --mesh tensor=4" if flag == "--count" else ""
             raise ValueError(f"{flag} cannot be combined with --job {args.job}{hint}")
     if platform == "tpu" and (args.count or args.memory_fraction):
         flag = "--count" if args.count else "--memory_fraction"
-        raise ValueError(f"{flag} is for GPUs, got --device {args.device}")
+        hint = "; use --topology, such as --topology 2x4" if args.count else ""
+        raise ValueError(f"{flag} is for GPUs, got --device {args.device}{hint}")
+    if platform == "cuda" and args.topology:
+        hint = "--count" if args.job == "train" else "--mesh"
+        raise ValueError(f"--topology is for TPUs, got --device {args.device}; use {hint}")
     if args.count and args.mesh:
         raise ValueError("--count cannot be combined with --mesh, which has the number of GPUs")
     if args.topology and not args.mesh and args.job != "train":
@@ -189,7 +199,7 @@ def find_model(name: str) -> "ModelConfig":
     models = released_models()
     if name in models:
         return models[name]()
-    if not Path(name).is_dir():
+    if not name or not Path(name).is_dir():
         known = ", ".join(models)
         raise ValueError(f"--model must be a checkpoint folder or one of {known}, got {name!r}")
     return open_folder(name).cfg
@@ -219,7 +229,10 @@ def _log(text: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs the command. argv: arguments after the command; None means those of the process."""
-    set_up_program()
+    # Python calls its own handlers only after XLA is done, which may take minutes. Nothing is
+    # written that a handler would have to remove.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
     os.environ["JAX_PLATFORMS"] = "cpu"  # devices of this machine are not used
     parser = make_parser()
     args, overrides = parser.parse_known_args(argv)
