@@ -212,6 +212,7 @@ def run(args: argparse.Namespace, job: "Job") -> bool:
     from janus_jax.aot.measure import GPU_MEMORY_FRACTION, measure
 
     fraction = args.memory_fraction or GPU_MEMORY_FRACTION
+    job.held()  # raises errors about the mesh and the config before the first line is printed
     _log("compiling; large models take minutes")
     measured = measure(job, fraction, _log)
     facts = report.as_dict(measured, args.model or job.config.init)
