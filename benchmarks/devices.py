@@ -21,8 +21,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from benchmarks.suite import exit_on_sigterm
-from janus_jax.commands.terminal import OneLineParser, error_line, one_line_errors
+from janus_jax.commands.terminal import OneLineParser, error_line, one_line_errors, set_up_program
 from janus_jax.paths import write_file
 
 ROOT = Path(__file__).parents[1]
@@ -396,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     text = "compile nothing, only write the page again"
     group.add_argument("--page_only", action="store_true", help=text)
     flags = parser.parse_args(argv)
-    exit_on_sigterm()
+    set_up_program()  # so that SIGTERM also ends the process that compiles
     with one_line_errors("devices"):
         results = read_results()
         success = compile_rows(_chosen(flags, results), results)

@@ -17,7 +17,12 @@ from pathlib import Path
 from benchmarks import answer, draw, load, parity, suite, train
 from benchmarks.records import failed_checks, read_record
 from benchmarks.tables import summary
-from janus_jax.commands.terminal import OneLineParser, exit_with_error, one_line_errors
+from janus_jax.commands.terminal import (
+    OneLineParser,
+    exit_with_error,
+    one_line_errors,
+    set_up_program,
+)
 from janus_jax.paths import atomic_write, write_file
 
 SECONDS = 520.0  # the rest of nine minutes is for ending the last process and the summary
@@ -161,7 +166,7 @@ def _measure_all(args: argparse.Namespace) -> None:
     deadline = suite.Deadline(args.seconds)
     args.out.mkdir(parents=True, exist_ok=True)
     _records(args.out)  # a file that is not a record ends the run now rather than later
-    suite.exit_on_sigterm()
+    set_up_program()
     with tempfile.TemporaryDirectory() as folder:
         measurements = (tiny_plan if args.tiny else plan)(Path(folder))
         names = args.benchmarks or RATES

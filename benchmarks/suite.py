@@ -23,7 +23,13 @@ from pathlib import Path
 
 from benchmarks.records import Case, Record, failed_checks
 from benchmarks.tables import summary
-from janus_jax.commands.terminal import OneLineParser, error_line, one_line_errors, path_arg
+from janus_jax.commands.terminal import (
+    OneLineParser,
+    error_line,
+    one_line_errors,
+    path_arg,
+    set_up_program,
+)
 
 ROOT = Path(__file__).parents[1]
 DTYPES = ("bfloat16", "float32")  # that a benchmark can be run in; the first is the default
@@ -199,7 +205,7 @@ def run_all(measurements: Sequence[Measurement], output: Path, rate: str | None)
     cannot be written to `output`. rate: see tables.summary.
     """
     benchmark = measurements[0].benchmark
-    exit_on_sigterm()
+    set_up_program()  # so that SIGTERM also ends the process that measures
     with one_line_errors(benchmark):
         if not output.parent.is_dir():
             raise ValueError(f"the folder of --output {output} does not exist; create it first")
@@ -208,11 +214,6 @@ def run_all(measurements: Sequence[Measurement], output: Path, rate: str | None)
         print(summary(content, rate))
     problems = [f"not measured: {reason}" for reason in reasons if reason is not None]
     exit_if(benchmark, [*problems, *map("check failed: {}".format, failed_checks(content))])
-
-
-def exit_on_sigterm() -> None:
-    """Makes SIGTERM raise SystemExit, so that the processes that this one started end, too."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def exit_if(name: str, problems: Sequence[str]) -> None:

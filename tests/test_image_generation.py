@@ -176,17 +176,18 @@ def test_guidance_weight_1_needs_no_rows_without_words(small):
 def test_the_cache_is_freed_before_the_images_are_decoded(small, requests, monkeypatch):
     decoder = small.model.cfg.language_model
     heads = decoder.num_key_value_heads, decoder.head_dim
-    sizes = []
+
+    def num_caches() -> int:
+        return sum(x.shape[-2:] == heads and x.ndim > 3 for x in jax.live_arrays())
 
     def decode(*arguments):
-        sizes.append(sum(x.shape[-2:] == heads and x.ndim > 3 for x in jax.live_arrays()))
+        found.append(num_caches())
         return decode_batch(*arguments)
 
-    before = sum(x.shape[-2:] == heads and x.ndim > 3 for x in jax.live_arrays())
-    decode_batch = codec.decode_batch
+    found, before, decode_batch = [], num_caches(), codec.decode_batch
     monkeypatch.setattr(codec, "decode_batch", decode)
     image.generate_batch(small.model, requests)
-    assert sizes == [before]
+    assert found == [before]
 
 
 def test_the_text_head_takes_no_part(small, requests):

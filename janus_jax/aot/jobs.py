@@ -52,6 +52,11 @@ class Job(abc.ABC):
     topology: str = ""
 
     @property
+    def name(self) -> str:
+        """The name of the job on the command line."""
+        return type(self).__name__.lower()
+
+    @property
     def mesh_sizes(self) -> dict[str, int]:
         """The sizes of the axes that `mesh` names."""
         return sharding.mesh_sizes(self.mesh) if self.mesh else {}
@@ -137,7 +142,7 @@ class _Generation(Job):
         batch: number of requests. rows: decoder rows of a request. num_tokens: new tokens.
         """
         filled = self.prompt_length + num_tokens / 2
-        weights = generation.weight_shapes(self.target, type(self).__name__.lower())
+        weights = generation.weight_shapes(self.target, self.name)
         cache = generation.cache_bytes(self.target, batch, rows, filled)
         return Step(device_bytes(list(weights.values())), cache)
 

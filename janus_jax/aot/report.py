@@ -18,7 +18,7 @@ def as_dict(measured: Measurement, model: str) -> dict[str, Any]:
     """
     job, step = measured.job, measured.step
     report: dict[str, Any] = dict(
-        job=type(job).__name__.lower(),
+        job=job.name,
         model=model,
         device=job.facts.name,
         num_devices=job.num_devices,
@@ -94,17 +94,17 @@ def lines(report: dict[str, Any]) -> Iterator[str]:
     if step := report.get("decode_step"):
         total = step["weights"] + step["cache"]
         yield (
-            f"a decode step must read {_gb(total)} (weights {_gb(step['weights'])}, cache "
-            f"{_gb(step['cache'])}): at least {step['floor_ms']:.3g} ms at "
+            f"a decode step must read {_size(total)} (weights {_size(step['weights'])}, cache "
+            f"{_size(step['cache'])}): at least {step['floor_ms']:.3g} ms at "
             f"{step['bytes_per_s'] / _GB:.0f} GB/s"
         )
     memory = report["memory"]
-    held = ", ".join(f"{name} {_gb(size)}" for name, size in memory["held"].items())
+    held = ", ".join(f"{name} {_size(size)}" for name, size in memory["held"].items())
     share = memory["available"] / memory["device"]
-    of = f" ({share:.2g} of {_gb(memory['device'])})" if share < 1 else ""
+    of = f" ({share:.2g} of {_size(memory['device'])})" if share < 1 else ""
     yield (
-        f"memory of each device: {_gb(memory['total'])} of {_gb(memory['available'])}{of}; "
-        f"held: {held}; added by the programs: {_gb(memory['added'])}"
+        f"memory of each device: {_size(memory['total'])} of {_size(memory['available'])}{of}; "
+        f"held: {held}; added by the programs: {_size(memory['added'])}"
     )
     if "error" in report:
         yield report["error"]
@@ -125,8 +125,8 @@ def _part_lines(part: dict[str, Any]) -> Iterator[str]:
     seconds = f"traced in {part['trace_s']:.1f} s, compiled in {part['compile_s']:.1f} s"
     seconds += f" ({part['cpu_s']:.1f} CPU s)"
     yield (
-        f"{part['name']}: {seconds}; adds {_gb(part['added'])} to what is held "
-        f"({_gb(part['temporaries'])} of it temporary)"
+        f"{part['name']}: {seconds}; adds {_size(part['added'])} to what is held "
+        f"({_size(part['temporaries'])} of it temporary)"
     )
     for name, value in part.get("options", {}).items():
         yield f"  compiled with {name}={str(value).lower()}, without which XLA refuses the program"
@@ -134,7 +134,7 @@ def _part_lines(part: dict[str, Any]) -> Iterator[str]:
     for name, kernels in part["attention"].items():
         yield f"  attention of {name}: {', '.join(kernels)}"
     for kind, moved in part["collectives"].items():
-        yield f"  {moved['count']} {kind}{per}, {_gb(moved['bytes'])}"
+        yield f"  {moved['count']} {kind}{per}, {_size(moved['bytes'])}"
     if "kernels_per_token" in part:
         kinds = ", ".join(f"{count} {kind}" for kind, count in part["kernels_by_kind"].items())
         yield f"  {part['kernels_per_token']} kernels{per}: {kinds}"
@@ -144,7 +144,7 @@ def _part_lines(part: dict[str, Any]) -> Iterator[str]:
         yield "  no weight is copied or converted"
 
 
-def _gb(size: float) -> str:
+def _size(size: float) -> str:
     """Formats bytes as GB, as MB below 0.1 GB, or as kB below 0.1 MB."""
     unit, name = next(each for each in _UNITS if size >= 0.1 * each[0] or each is _UNITS[-1])
     return f"{size / unit:.2f} {name}"

@@ -29,7 +29,7 @@ _TPU_ENVIRONMENT = {  # read by libtpu when it is loaded
     "TPU_SKIP_MDS_QUERY": "1",  # do not ask a metadata server for the type of this machine
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other processes may compile at the same time
     "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # a made-up type of this machine, which is not looked up
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",  # any type; without one, libtpu asks a server
 }
 _EXTRAS = {"tpu": "compile-tpu", "cuda": "compile-cuda"}
 
